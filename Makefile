@@ -1,0 +1,48 @@
+# `make demo` and `make test` need Python >= 3.10 (with venv), a C and a C++ compiler and a package index; nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench compile-report clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# One stamp an extra: a second `make` reinstalls only after the packaging files have changed.
+.venv/.installed-%: pyproject.toml setup.py constraints.txt | $(BIN)/pip
+	@echo "installing segfast with its [$*] extra into .venv (the first time takes minutes) ..."
+	@$(PIP_INSTALL) ".[$*]"
+	@touch $@
+
+.PRECIOUS: .venv/.installed-%
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+demo: .venv/.installed-demo ## train a small U-Net on a real microscope image, compare, benchmark; out/demo.png
+	$(BIN)/segfast demo
+
+# Two runs: the kernels' tests need TRITON_INTERPRET=1 before triton is imported, everything else must not have it.
+test: .venv/.installed-test ## the whole test suite, the kernels in Triton's interpreter included
+	@status=0; \
+	$(BIN)/python -m pytest -q || status=1; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests || status=1; \
+	exit $$status
+
+lint: .venv/.installed-test ## ruff (lint and format) and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/.installed-bench ## pytest --benchmark: tables and plots in out/benchmark/
+	$(BIN)/python -m pytest --benchmark
+
+compile-report: .venv/.installed-demo ## compile every kernel for every architecture, without a GPU
+	$(BIN)/segfast compile-report
+
+clean: ## remove what make and the tools wrote (out/ stays)
+	rm -rf build dist *.egg-info .venv .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+-include gpu.mk

@@ -1,0 +1,1 @@
+"""Shapes, peers, harness and report: how segfast is measured."""

@@ -1,0 +1,70 @@
+"""What a measurement was taken with: device, versions, commit, date."""
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def dry_run() -> bool:
+    """Whether `SEGFAST_DRY_RUN=1` asks for the control flow alone, on a CPU."""
+    return os.environ.get("SEGFAST_DRY_RUN", "0") == "1"
+
+
+def slug(name: str) -> str:
+    """A GPU's name as files spell it: `NVIDIA H200` is `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The columns that every row of a run shares."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, arch = properties.name, f"sm_{properties.major}{properties.minor}"
+        if torch.version.hip:
+            arch = properties.gcnArchName.split(":")[0]
+    else:
+        name, arch = "cpu", "cpu"
+    return {
+        "gpu": slug(name),
+        "arch": arch,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cudnn": str(torch.backends.cudnn.version() or ""),
+        "cuda": torch.version.cuda or torch.version.hip or "",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """The tree's commit, with `+` where it has changes; `SEGFAST_COMMIT` where the tree came without git."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return os.environ.get("SEGFAST_COMMIT", "unknown")
+    return head + ("+" if _output("git", "-C", str(ROOT), "status", "--porcelain") else "")
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""

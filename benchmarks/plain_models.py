@@ -1,0 +1,132 @@
+"""Whole networks in plain torch.nn: what segfast's models are measured against."""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.problems import crop_to
+
+
+def _double_conv(c_in: int, c_out: int, padding: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, padding=padding),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(c_out, c_out, 3, padding=padding),
+        nn.ReLU(inplace=True),
+    )
+
+
+class UNet(nn.Module):
+    """Ronneberger, Fischer, Brox 2015: unpadded as in the paper, or padded to keep the input's size."""
+
+    def __init__(
+        self, in_channels: int = 1, num_classes: int = 2, width: int = 64, depth: int = 4, padded: bool = False
+    ) -> None:
+        super().__init__()
+        padding = int(padded)
+        self.inc = _double_conv(in_channels, width, padding)
+        self.downs, self.ups, self.convs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level in range(depth):
+            self.downs.append(_double_conv(width << level, width << (level + 1), padding))
+        for level in reversed(range(depth)):
+            c = width << level
+            self.ups.append(nn.ConvTranspose2d(2 * c, c, 2, stride=2))
+            self.convs.append(_double_conv(2 * c, c, padding))
+        self.outc = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = [self.inc(x)]
+        for down in self.downs:
+            skips.append(down(F.max_pool2d(skips[-1], 2)))
+        y = skips.pop()
+        for up, conv in zip(self.ups, self.convs, strict=True):
+            y, skip = up(y), skips.pop()
+            rows, columns = skip.shape[2] - y.shape[2], skip.shape[3] - y.shape[3]
+            if 0 <= rows < 2 and 0 <= columns < 2:
+                y = F.pad(y, (0, columns, 0, rows))
+            y = conv(torch.cat([crop_to(skip, *y.shape[2:]), y], 1))
+        return self.outc(y)
+
+
+class FCN8sVGG16(nn.Module):
+    """Long, Shelhamer, Darrell 2015: VGG16 with its first padding of 100, skips summed, cropped to the input."""
+
+    OFFSETS = (5, 9, 31)  # crop offsets of pool4's score, pool3's score and the output
+
+    def __init__(self, num_classes: int = 21) -> None:
+        super().__init__()
+        stages, c_in = [], 3
+        for stage, (count, c_out) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
+            layers: list[nn.Module] = []
+            for i in range(count):
+                padding = 100 if stage == i == 0 else 1
+                layers += [nn.Conv2d(c_in, c_out, 3, padding=padding), nn.ReLU(inplace=True)]
+                c_in = c_out
+            stages.append(nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True)))
+        self.stages = nn.ModuleList(stages)
+        self.head = nn.Sequential(
+            nn.Conv2d(512, 4096, 7),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(),
+            nn.Conv2d(4096, 4096, 1),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(),
+            nn.Conv2d(4096, num_classes, 1),
+        )
+        self.score_pool4 = nn.Conv2d(512, num_classes, 1)
+        self.score_pool3 = nn.Conv2d(256, num_classes, 1)
+        self.up2 = nn.ConvTranspose2d(num_classes, num_classes, 4, stride=2, bias=False)
+        self.up4 = nn.ConvTranspose2d(num_classes, num_classes, 4, stride=2, bias=False)
+        self.up8 = nn.ConvTranspose2d(num_classes, num_classes, 16, stride=8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size, pools = x.shape[2:], []
+        for stage in self.stages:
+            x = stage(x)
+            pools.append(x)
+        y = self.up2(self.head(x))
+        y = self.up4(y + _at(self.score_pool4(pools[3]), self.OFFSETS[0], y.shape[2:]))
+        y = self.up8(y + _at(self.score_pool3(pools[2]), self.OFFSETS[1], y.shape[2:]))
+        return _at(y, self.OFFSETS[2], size).contiguous(memory_format=torch.channels_last)
+
+
+def _at(x: torch.Tensor, offset: int, size: torch.Size) -> torch.Tensor:
+    return x[:, :, offset : offset + size[0], offset : offset + size[1]]
+
+
+class _Out(nn.Module):
+    """A torchvision segmentation network that returns its main output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)["out"]
+
+
+def _torchvision(name: str) -> Callable[..., nn.Module] | None:
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+
+    def make() -> nn.Module:
+        from torchvision.models import segmentation
+
+        return _Out(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=21))
+
+    return make
+
+
+def plain_model(name: str, small: bool = False) -> tuple[nn.Module, int] | str:
+    """The network a models case names and its input channels, or why there is none to compare with here."""
+    if name == "unet":
+        return UNet(width=16 if small else 64), 1
+    if name == "fcn8s_vgg16":
+        return FCN8sVGG16(), 3
+    if name == "deeplabv3_resnet50":
+        make = _torchvision(name)
+        return "torchvision is not installed" if make is None else (make(), 3)
+    return f"no plain twin of {name} yet"

@@ -1,0 +1,329 @@
+"""The inputs of a case, its formula in plain torch, and what a right answer is."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import Case, output_size
+
+Tensors = dict[str, torch.Tensor]
+Formula = Callable[[Tensors], torch.Tensor]
+
+# Arguments that are never differentiated: statistics and the affine part of an eval-mode batch norm, labels.
+CONSTANT = ("mean", "var", "gamma", "beta", "labels")
+
+
+def _epilogue(case: Case, y: torch.Tensor, t: Tensors, prefix: str = "") -> torch.Tensor:
+    """Eval-mode batch norm and activation as separate passes, the way the published models run them."""
+    if "bn" in case.epilogue:
+        y = F.batch_norm(y, *(t[prefix + name] for name in ("mean", "var", "gamma", "beta")), training=False)
+    if case.activation == "relu":
+        return F.relu(y, inplace=True)
+    return F.relu6(y, inplace=True) if case.activation == "relu6" else y
+
+
+def _conv2d(case: Case) -> Formula:
+    s, p, d, g = (case.params[name] for name in ("s", "p", "d", "g"))
+    return lambda t: _epilogue(case, F.conv2d(t["x"], t["weight"], t.get("bias"), s, p, d, g), t)
+
+
+def _conv_transpose2d(case: Case) -> Formula:
+    s, p = case["s"], case["p"]
+    return lambda t: _epilogue(case, F.conv_transpose2d(t["x"], t["weight"], t.get("bias"), s, p), t)
+
+
+def crop_to(skip: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The centre of `skip`."""
+    top, left = (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
+    return skip[:, :, top : top + height, left : left + width]
+
+
+def _up_concat(case: Case) -> Formula:
+    def formula(t: Tensors) -> torch.Tensor:
+        up = F.conv_transpose2d(t["x"], t["weight"], t.get("bias"), case["s"], case["p"])
+        return torch.cat([crop_to(t["skip"], *up.shape[2:]), up], 1)
+
+    return formula
+
+
+def _separable_conv2d(case: Case) -> Formula:
+    def formula(t: Tensors) -> torch.Tensor:
+        y = F.conv2d(t["x"], t["depthwise"], None, case["s"], case["p"], case["d"], case["ci"])
+        y = _epilogue(case, y, t, "depthwise_")
+        return _epilogue(case, F.conv2d(y, t["weight"]), t)
+
+    return formula
+
+
+def _aspp(case: Case) -> Formula:
+    def formula(t: Tensors) -> torch.Tensor:
+        x = t["x"]
+        branches = [_epilogue(case, F.conv2d(x, t["weight"]), t)]
+        for i, rate in enumerate(case["rates"]):
+            branch = F.conv2d(x, t[f"rate{i}"], None, 1, rate, rate)
+            branches.append(_epilogue(case, branch, t))
+        pooled = _epilogue(case, F.conv2d(x.mean((2, 3), keepdim=True), t["pool"]), t)
+        branches.append(F.interpolate(pooled, x.shape[2:], mode="bilinear", align_corners=False))
+        return _epilogue(case, F.conv2d(torch.cat(branches, 1), t["project"]), t)
+
+    return formula
+
+
+def _upsample_cross_entropy(case: Case) -> Formula:
+    def formula(t: Tensors) -> torch.Tensor:
+        logits = F.interpolate(t["x"], scale_factor=case["scale"], mode="bilinear", align_corners=False)
+        return F.cross_entropy(logits, t["labels"])
+
+    return formula
+
+
+def _dense_crf(case: Case) -> Formula:
+    def formula(t: Tensors) -> torch.Tensor:
+        return mean_field(
+            t["unary"],
+            t["image"],
+            iterations=case["iterations"],
+            bilateral=(case["alpha"], case["beta"], case["bilateral_weight"]),
+            spatial=(case["gamma"], case["gaussian_weight"]),
+        )
+
+    return formula
+
+
+FORMULAS = {
+    "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
+    "up_concat": _up_concat,
+    "separable_conv2d": _separable_conv2d,
+    "aspp": _aspp,
+    "upsample_cross_entropy": _upsample_cross_entropy,
+    "dense_crf": _dense_crf,
+}
+
+
+def mean_field(
+    unary: torch.Tensor,
+    image: torch.Tensor,
+    *,
+    iterations: int,
+    bilateral: tuple[float, float, float],
+    spatial: tuple[float, float],
+    chunk: int = 1 << 24,
+) -> torch.Tensor:
+    """Exact dense-CRF mean field, all pairs, with pydensecrf's symmetric normalisation and Potts compatibility.
+
+    `unary` [labels, H, W] are negative log probabilities, `image` [3, H, W] in 0..255. Kraehenbuehl, Koltun 2011.
+    """
+    labels, height, width = unary.shape
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=unary.device), torch.arange(width, device=unary.device), indexing="ij"
+    )
+    xy = torch.stack([columns.flatten(), rows.flatten()], 1).to(unary.dtype)
+    alpha, beta, bilateral_weight = bilateral
+    features = [
+        (torch.cat([xy / alpha, image.flatten(1).T.to(unary.dtype) / beta], 1), bilateral_weight),
+        (xy / spatial[0], spatial[1]),
+    ]
+    features = [(f - f.mean(0), weight) for f, weight in features]
+    step = max(1, chunk // (height * width))
+
+    def filtered(f: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        norm = f.square().sum(1)
+        parts = []
+        for i in range(0, f.shape[0], step):
+            distance = norm[i : i + step, None] + norm - 2 * f[i : i + step] @ f.T
+            parts.append(torch.exp(-0.5 * distance.clamp_min(0)) @ values)
+        return torch.cat(parts)
+
+    scales = [filtered(f, torch.ones_like(f[:, :1])).rsqrt() for f, _ in features]
+    flat = unary.flatten(1).T
+    q = torch.softmax(-flat, 1)
+    for _ in range(iterations):
+        message = torch.zeros_like(flat)
+        for (f, weight), scale in zip(features, scales, strict=True):
+            message += weight * scale * filtered(f, scale * q)
+        q = torch.softmax(message - flat, 1)
+    return q.T.reshape(labels, height, width)
+
+
+class Problem:
+    """Random inputs of one operator case on a device, channels_last where they are images or filters."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
+        self.case, self.device = case, device
+        self.formula: Formula = FORMULAS[case.op](case)
+        generator = torch.Generator(device).manual_seed(seed)
+        self.tensors = {
+            name: value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+            for name, value in _inputs(case, device, generator).items()
+        }
+        self.grad_output: torch.Tensor | None = None
+        if case.direction != "forward":
+            with torch.no_grad():
+                output = self.formula(self.tensors)
+            self.grad_output = torch.randn(
+                output.shape, device=device, generator=generator, dtype=output.dtype
+            )
+            if output.dim() == 4:
+                self.grad_output = self.grad_output.contiguous(memory_format=torch.channels_last)
+
+    def contiguous(self) -> Tensors:
+        return {name: value.contiguous() for name, value in self.tensors.items()}
+
+    def wanted(self, tensors: Tensors) -> list[str]:
+        """Names of the inputs whose gradient the case's direction asks for."""
+        if self.case.direction == "grad_input":
+            return ["x"]
+        names = [name for name in tensors if not name.endswith(CONSTANT)]
+        return [name for name in names if name not in ("x", "skip")] if self.case.direction == "grad_weight" else names
+
+    def bind(self, function: Formula, tensors: Tensors | None = None) -> Callable[[], Any]:
+        """A call of `function` on `tensors` in the case's direction; gradients come in the order of `wanted`."""
+        tensors = dict(self.tensors if tensors is None else tensors)
+        direction = self.case.direction
+        if direction == "forward":
+
+            def forward() -> torch.Tensor:
+                with torch.no_grad():
+                    return function(tensors)
+
+            return forward
+        wanted = self.wanted(tensors)
+        leaves = [tensors[name].detach().requires_grad_() for name in wanted]
+        tensors.update(zip(wanted, leaves, strict=True))
+        grad_output = self.grad_output
+        assert grad_output is not None
+        if tensors["x"].is_contiguous() and grad_output.dim() == 4:
+            grad_output = grad_output.contiguous()
+
+        def gradients(output: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
+            grad = grad_output.to(output.dtype)
+            return torch.autograd.grad(output, leaves, grad, retain_graph=keep)
+
+        if direction == "train":
+            return lambda: gradients(function(tensors), False)
+        saved: list[torch.Tensor] = []
+
+        def backward() -> tuple[torch.Tensor, ...]:
+            # The forward pass runs once, in the first (warm-up) call.
+            if not saved:
+                saved.append(function(tensors))
+            return gradients(saved[0], True)
+
+        return backward
+
+    def sample(self, output: Any) -> Any:
+        """The part of an output that is compared: first and last image of a forward, all of a gradient."""
+        if self.case.direction == "forward" and self.case.op != "dense_crf":
+            return output[self._images()]
+        return output
+
+    def reference(self) -> Any:
+        """`sample` of the right answer: fp64, and fp32 for whole-batch gradients and large CRFs of 16-bit cases."""
+        exact = self.case.dtype == "float32" and self.case.exponentials < 2e11
+        forward = self.case.direction == "forward" and self.case.op != "dense_crf"
+        dtype = torch.float64 if exact or forward else torch.float32
+        tensors = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.tensors.items()
+        }
+        with reference_precision():
+            if not forward:
+                return self.bind(self.formula, tensors)()
+            images = self._images()
+            batch = {name: tensors[name][images] for name in ("x", "skip") if name in tensors}
+            with torch.no_grad():
+                return self.formula({**tensors, **batch})
+
+    def _images(self) -> Sequence[int]:
+        return sorted({0, self.case["n"] - 1})
+
+
+class reference_precision:
+    """Full fp32 and no algorithm search while a reference is computed."""
+
+    def __enter__(self) -> None:
+        backend = torch.backends.cudnn
+        self.saved = backend.benchmark, backend.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        backend.benchmark = False
+        backend.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        backend = torch.backends.cudnn
+        backend.benchmark, backend.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = self.saved
+
+
+def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Tensors:
+    dtype = case.torch_dtype
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(*shape, device=device, generator=generator)).to(dtype)
+
+    if case.op == "dense_crf":
+        size = case["h"], case["w"]
+        # Smooth blobs of colour with noise: about as many similar pixels as a photograph has.
+        coarse = 255 * torch.rand(1, 3, 12, 12, device=device, generator=generator)
+        image = F.interpolate(coarse, size, mode="bicubic")[0] + 4 * normal(3, *size).float()
+        return {"unary": 2 * normal(case["labels"], *size).abs(), "image": image.clamp(0, 255).round()}
+    n, h, w = case["n"], case["h"], case["w"]
+    if case.op == "upsample_cross_entropy":
+        out = case["scale"] * h, case["scale"] * w
+        labels = torch.randint(case["classes"], (n, *out), device=device, generator=generator)
+        return {"x": normal(n, case["classes"], h, w), "labels": labels}
+    ci, co, k, groups = case["ci"], case["co"], case.params.get("k", 1), case.params.get("g", 1)
+    tensors = {"x": normal(n, ci, h, w)}
+    scale = 1 / math.sqrt(ci * k * k / groups)
+    if case.op in ("conv_transpose2d", "up_concat"):
+        tensors["weight"] = normal(ci, co, k, k, scale=scale * case["s"])
+    elif case.op == "conv2d":
+        tensors["weight"] = normal(co, ci // groups, k, k, scale=scale)
+    else:
+        tensors["weight"] = normal(co, ci, 1, 1, scale=1 / math.sqrt(ci))
+    if case.op == "up_concat":
+        height, width = output_size(case)
+        tensors["skip"] = normal(n, case["cs"], max(height, case["hs"]), max(width, case["ws"]))
+    if case.op == "separable_conv2d":
+        tensors["depthwise"] = normal(ci, 1, k, k, scale=1 / k)
+        tensors.update(_batch_norm(ci, normal, "depthwise_"))
+    if case.op == "aspp":
+        for i in range(len(case["rates"])):
+            tensors[f"rate{i}"] = normal(co, ci, 3, 3, scale=1 / math.sqrt(9 * ci))
+        tensors["pool"] = normal(co, ci, 1, 1, scale=1 / math.sqrt(ci))
+        branches = len(case["rates"]) + 2
+        tensors["project"] = normal(co, branches * co, 1, 1, scale=1 / math.sqrt(branches * co))
+    if "bias" in case.epilogue:
+        tensors["bias"] = normal(co)
+    if "bn" in case.epilogue:
+        tensors.update(_batch_norm(co, normal))
+    return tensors
+
+
+def _batch_norm(channels: int, normal: Callable[..., torch.Tensor], prefix: str = "") -> Tensors:
+    return {
+        prefix + "mean": normal(channels, scale=0.1),
+        prefix + "var": normal(channels).abs() + 0.5,
+        prefix + "gamma": normal(channels).abs() + 0.5,
+        prefix + "beta": normal(channels),
+    }
+
+
+def affine(tensors: Tensors, prefix: str = "", eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fp32 scale and shift that an eval-mode batch norm is."""
+    mean, var, gamma, beta = (tensors[prefix + name].float() for name in ("mean", "var", "gamma", "beta"))
+    scale = gamma * (var + eps).rsqrt()
+    return scale, beta - mean * scale
+
+
+def folded(tensors: Tensors) -> Tensors:
+    """The same layer with its batch norm folded into weight and bias, rounded to their dtype."""
+    scale, shift = affine(tensors)
+    weight = tensors["weight"]
+    shape = (-1,) + (1,) * (weight.dim() - 1)
+    return {
+        "x": tensors["x"],
+        "weight": (weight.float() * scale.view(shape)).to(weight.dtype, memory_format=torch.preserve_format),
+        "bias": shift.to(weight.dtype),
+    }

@@ -1,0 +1,167 @@
+"""The harness: every candidate must be right before it is timed, and all of a case are timed together."""
+
+import contextlib
+import dataclasses
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.cases import Case
+from segfast._timing import Timing, graph_us, interleave
+
+# ||out - ref|| / ||ref||: operands rounded to the dtype, sums in fp32. tf32 rounds to 10 bits.
+TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "tf32": 2e-3, "float32": 1e-4}
+
+
+@dataclasses.dataclass
+class Candidate:
+    """One way to compute a case: `run()` returns the output, or the gradients in the problem's order."""
+
+    name: str
+    run: Callable[[], Any]
+    ours: bool = False
+    note: str = ""
+
+
+@dataclasses.dataclass
+class Skipped:
+    """A peer that does not exist here, and why."""
+
+    name: str
+    note: str
+
+
+@dataclasses.dataclass
+class Measurement:
+    """What became of one candidate: `status` is ok, wrong, failed or skipped."""
+
+    candidate: str
+    ours: bool
+    status: str
+    note: str = ""
+    error: float = math.nan
+    timing: Timing | None = None
+    graph_us: float = math.nan
+    cold_ms: float = math.nan
+    peak_mb: float = math.nan
+
+
+def relative_error(output: Any, reference: Any) -> float:
+    """Largest ||out - ref|| / ||ref|| over the tensors; infinite on NaN, missing tensors or another shape."""
+    outputs, references = (
+        [value] if isinstance(value, torch.Tensor) else list(value) for value in (output, reference)
+    )
+    if len(outputs) != len(references):
+        return math.inf
+    worst = 0.0
+    for out, ref in zip(outputs, references, strict=True):
+        if out.shape != ref.shape:
+            return math.inf
+        ref = ref.double()
+        error = float(
+            (out.to(ref.device).double() - ref).norm() / ref.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        )
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within it, what `torch.empty` and its relatives return holds NaN, so that an unwritten output shows."""
+
+    def fill(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(math.nan) if made.is_floating_point() and made.device.type != "meta" else made
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("empty", "empty_like", "empty_strided"):
+            stack.enter_context(mock.patch.object(torch, name, fill(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", fill(torch.Tensor.new_empty)))
+        yield
+
+
+def measure(
+    case: Case,
+    candidates: Iterable[Candidate | Skipped],
+    reference: Any,
+    sample: Callable[[Any], Any],
+    device: torch.device,
+    *,
+    budget_s: float = 1.0,
+    graphs: bool = False,
+    min_rounds: int = 5,
+    log: Callable[[str], None] = print,
+) -> list[Measurement]:
+    """Gate each candidate against `reference` on `sample(output)`, then time those that passed, interleaved."""
+    results, passed = [], {}
+    for candidate in candidates:
+        if isinstance(candidate, Skipped):
+            results.append(Measurement(candidate.name, False, "skipped", candidate.note))
+            continue
+        result = Measurement(candidate.name, candidate.ours, "ok", candidate.note)
+        results.append(result)
+        try:
+            result.cold_ms, result.error = _gate(candidate, reference, sample, device)
+            result.peak_mb = _peak_mb(candidate.run, device)
+        except Exception as error:
+            log(f"{case.key} {candidate.name}\n{traceback.format_exc()}")
+            result.status, result.note = "failed", f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+            continue
+        if result.error > TOLERANCE[case.dtype]:
+            result.status = "wrong"
+            log(f"{case.key} {candidate.name}: relative error {result.error:.3g}, not timed")
+        else:
+            passed[candidate.name] = candidate.run
+    if passed:
+        timings = interleave(passed, device, budget_s=budget_s, min_rounds=min_rounds)
+        for result in results:
+            if result.status == "ok":
+                result.timing = timings[result.candidate]
+                if graphs and device.type == "cuda":
+                    result.graph_us = _graph(passed[result.candidate], device, log)
+    return results
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gate(candidate, reference, sample, device) -> tuple[float, float]:
+    """Milliseconds of the first call, and the error of a call whose buffers were poisoned."""
+    _synchronize(device)
+    start = time.perf_counter()
+    candidate.run()
+    _synchronize(device)
+    cold_ms = 1e3 * (time.perf_counter() - start)
+    with poisoned():
+        output = candidate.run()
+    return cold_ms, relative_error(sample(output), reference)
+
+
+def _peak_mb(run, device) -> float:
+    """Megabytes that one call takes beyond what was allocated before it."""
+    if device.type != "cuda":
+        return math.nan
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def _graph(run, device, log) -> float:
+    try:
+        return graph_us(run, device)
+    except Exception:
+        log(traceback.format_exc())
+        return math.nan

@@ -1,0 +1,35 @@
+"""Triton kernels and their launchers: device code, sizes, strides, tiles. Imported as `segfast.kernels`.
+
+Needs torch and triton only, and imports nothing of segfast.
+"""
+
+if __name__ == "kernels":
+    # With the repository's root on sys.path, `import kernels` finds this folder instead of Hugging Face's package of
+    # that name, which transformers imports unguarded. Offer nothing, so that such an import fails as if it were absent.
+    def __getattr__(name: str):
+        raise AttributeError(f"this folder is segfast's: import segfast.kernels, not kernels (asked for {name!r})")
+else:
+    from ._configs import Config, candidates, choose_config, override_config
+    from ._device import architecture, gpu_slug, interpreting, pretend_architecture
+    from ._launch import compile_offline, record_launches
+    from .conv_transpose2d import (
+        conv_transpose2d_forward,
+        conv_transpose2d_grad_input,
+        conv_transpose2d_grad_weight,
+    )
+
+    __all__ = [
+        "Config",
+        "architecture",
+        "candidates",
+        "choose_config",
+        "compile_offline",
+        "conv_transpose2d_forward",
+        "conv_transpose2d_grad_input",
+        "conv_transpose2d_grad_weight",
+        "gpu_slug",
+        "interpreting",
+        "override_config",
+        "pretend_architecture",
+        "record_launches",
+    ]

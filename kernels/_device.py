@@ -1,0 +1,84 @@
+"""What the launchers ask of a device: its architecture, its limits, the precision its matrix units may use."""
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator
+
+import torch
+
+from ._launch import forget_plans
+
+# Shared memory a program may use, in bytes, where no device is there to be asked.
+_SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
+                  "sm_103": 232448, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840}  # fmt: skip
+_pretended: str | None = None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@contextlib.contextmanager
+def pretend_architecture(name: str) -> Iterator[None]:
+    """Let launchers choose tiles for the architecture `name` ("sm_90") whatever the tensors' device is."""
+    global _pretended
+    previous, _pretended = _pretended, name
+    forget_plans()
+    try:
+        yield
+    finally:
+        _pretended = previous
+        forget_plans()
+
+
+@functools.cache
+def _query(index: int) -> tuple[str, str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
+    shared = getattr(properties, "shared_memory_per_block_optin", _SHARED_MEMORY.get(name, 65536))
+    return name, slug, shared
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture's name, "sm_90" or "gfx942"; "cpu" for a tensor without a GPU."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda":
+        return "cpu"
+    return _query(_index(device))[0]
+
+
+def gpu_slug(device: torch.device) -> str:
+    """The GPU's name as the committed tables spell it ("nvidia-h200"); "cpu" without one."""
+    return _query(_index(device))[1] if device.type == "cuda" else "cpu"
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory one program may use."""
+    if _pretended is None and device.type == "cuda":
+        return _query(_index(device))[2]
+    return _SHARED_MEMORY.get(architecture(device), 232448)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton's `input_precision` for a dot of `dtype` under cuDNN's own flag for fp32 convolutions."""
+    if dtype != torch.float32:
+        return "tf32"  # not looked at for 16-bit operands
+    # Not torch.backends.cudnn.allow_tf32: reading it raises once the newer knob has been set.
+    precision = torch.backends.cudnn.conv.fp32_precision
+    if precision == "none":
+        precision = torch.backends.cudnn.fp32_precision
+    # Three tf32 products recover fp32's accuracy and stay on the matrix units; AMD's have plain fp32.
+    exact = "ieee" if torch.version.hip else "tf32x3"
+    return "tf32" if precision == "tf32" else exact

@@ -1,0 +1,330 @@
+"""Forward by sub-pixel phases: output pixels with equal (oh + pad) mod stride use the same taps of the kernel.
+
+Two GEMMs, both with input positions as rows and channels as depth. `_wide` (kernel divisible by stride, dilation 1)
+puts all phases side by side in its columns and reads the input once for them; with kernel == stride it is one plain
+matrix product whose rows are scattered. `_phase` serves everything else: a program belongs to one phase, walks the taps
+of that phase only and multiplies no zeros.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .._configs import Config, Problem, choose_config, register_candidates
+from .._device import dot_precision
+from .._epilogue import _activate, _affine
+from .._launch import Plan, alignment, image_strides, needs_wide_index, pixel_alignment, planned
+
+
+@triton.jit
+def _copy_skip(skip_ptr, y_ptr, tile, H, W, SH, SW, top, left, stride_sn, stride_sh, stride_sw,
+               stride_yn, stride_yh, stride_yw, SKIP: tl.constexpr, M,
+               ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    # One [BLOCK_M pixels, BLOCK_N channels] tile of the cropped skip into the first channels of the output.
+    TILES_N: tl.constexpr = (SKIP + BLOCK_N - 1) // BLOCK_N
+    m = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = (m < M)[:, None] & (c < SKIP)[None, :]
+    w = m % W
+    h = m // W % H
+    n = (m // W // H).to(tl.int64)
+    source = tl.multiple_of(n * stride_sn + (h + top) * stride_sh + (w + left) * stride_sw, ALIGN)
+    target = tl.multiple_of(n * stride_yn + h * stride_yh + w * stride_yw, ALIGN)
+    values = tl.load(skip_ptr + source[:, None] + c[None, :], mask=ok, other=0.0)
+    tl.store(y_ptr + target[:, None] + c[None, :], values, mask=ok)
+
+
+@triton.jit
+def _conv_transpose2d_forward_phase_kernel(
+    x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, skip_ptr, y_ptr,
+    M, H, W, OH, OW, PHASE_H, PHASE_W, tiles, negative_slope,
+    stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
+    SH, SW, top, left, stride_sn, stride_sh, stride_sw,
+    CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    GCD_H: tl.constexpr, GCD_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # CI and CO are the channels of one group; M = N * PHASE_H * PHASE_W, the pixels of the largest phase.
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    if WIDE_INDEX:
+        pid = pid.to(tl.int64)
+    if SKIP > 0 and pid >= tiles:
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, OH, OW, SH, SW, top, left, stride_sn, stride_sh, stride_sw,
+                   stride_yn, stride_yh, stride_yw, SKIP, M=M // PHASE_H // PHASE_W * OH * OW,
+                   ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
+    else:
+        TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+        # Phase fastest, then columns: programs that run together read the same input rows, through L2.
+        phase_w = pid % STRIDE_W
+        phase_h = pid // STRIDE_W % STRIDE_H
+        tile_n = pid // (STRIDE_W * STRIDE_H) % TILES_N
+        tile_m = pid // (STRIDE_W * STRIDE_H * TILES_N)
+
+        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        i_w = m % PHASE_W
+        i_h = m // PHASE_W % PHASE_H
+        n = (m // PHASE_W // PHASE_H).to(tl.int64)
+        oh = i_h * STRIDE_H + phase_h
+        ow = i_w * STRIDE_W + phase_w
+        row_ok = (m < M) & (oh < OH) & (ow < OW)
+
+        # Taps with (kh * dilation) = (phase + pad) mod stride: first, first + step, ... ; none if the gcd of stride and
+        # dilation does not divide the right side. INVERSE is that of dilation / gcd modulo step = stride / gcd.
+        STEP_H: tl.constexpr = STRIDE_H // GCD_H
+        STEP_W: tl.constexpr = STRIDE_W // GCD_W
+        shifted_h = phase_h + PAD_H
+        shifted_w = phase_w + PAD_W
+        first_h = (shifted_h // GCD_H * INVERSE_H) % STEP_H
+        first_w = (shifted_w // GCD_W * INVERSE_W) % STEP_W
+        taps_h = tl.where(shifted_h % GCD_H == 0, tl.maximum((KERNEL_H - first_h + STEP_H - 1) // STEP_H, 0), 0)
+        taps_w = tl.where(shifted_w % GCD_W == 0, tl.maximum((KERNEL_W - first_w + STEP_W - 1) // STEP_W, 0), 0)
+        # Exact divisions where there are taps; a tap further on reads dilation / gcd input pixels back.
+        top_h = i_h + (shifted_h - first_h * DILATION_H) // STRIDE_H
+        top_w = i_w + (shifted_w - first_w * DILATION_W) // STRIDE_W
+
+        c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        channel_ok = c < CO
+        k = tl.arange(0, BLOCK_K)
+        x_rows = x_ptr + tl.multiple_of(n * stride_xn, ALIGN) + group * CI
+        w_group = w_ptr + group.to(tl.int64) * (CI * KERNEL_H * KERNEL_W * CO)
+        DEPTH_TILES: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in tl.range(0, taps_h * taps_w * DEPTH_TILES):
+            tap = step // DEPTH_TILES
+            tap_h = tap // taps_w
+            tap_w = tap % taps_w
+            ci = step % DEPTH_TILES * BLOCK_K + k
+            ih = top_h - tap_h * (DILATION_H // GCD_H)
+            iw = top_w - tap_w * (DILATION_W // GCD_W)
+            ok = row_ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+            offsets = tl.multiple_of(ih * stride_xh + iw * stride_xw, ALIGN)
+            a = tl.load((x_rows + offsets)[:, None] + ci[None, :],
+                        mask=ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]  # fmt: skip
+            kernel_tap = (first_h + tap_h * STEP_H) * KERNEL_W + first_w + tap_w * STEP_W
+            b = tl.load(w_group + ci[:, None] * (KERNEL_H * KERNEL_W * CO) + kernel_tap * CO + c[None, :],
+                        mask=(ci < CI)[:, None] & channel_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+        channel = group * CO + c
+        y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, channel, channel_ok)
+        ok = row_ok[:, None] & channel_ok[None, :]
+        if residual_ptr is not None:
+            offsets = tl.multiple_of(n * stride_rn + oh * stride_rh + ow * stride_rw, ALIGN)
+            y += tl.load(residual_ptr + offsets[:, None] + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+        y = _activate(y, negative_slope, ACTIVATION)
+        offsets = tl.multiple_of(n * stride_yn + oh * stride_yh + ow * stride_yw, ALIGN)
+        tl.store(y_ptr + offsets[:, None] + (SKIP + channel)[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _conv_transpose2d_forward_wide_kernel(
+    x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, skip_ptr, y_ptr,
+    M, H, W, OH, OW, GRID_H, GRID_W, tiles, negative_slope,
+    stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
+    SH, SW, top, left, stride_sn, stride_sh, stride_sw,
+    CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, EXACT: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Row (n, j_h, j_w) stands for the output pixels stride * j - pad + phase, all phases of it; M = N * GRID_H * GRID_W.
+    # Column (phase_h, phase_w, c). Tap t of a phase reads input pixel j - t, whatever the phase.
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    if WIDE_INDEX:
+        pid = pid.to(tl.int64)
+    if SKIP > 0 and pid >= tiles:
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, OH, OW, SH, SW, top, left, stride_sn, stride_sh, stride_sw,
+                   stride_yn, stride_yh, stride_yw, SKIP, M=M // GRID_H // GRID_W * OH * OW,
+                   ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
+    else:
+        COLUMNS: tl.constexpr = STRIDE_H * STRIDE_W * CO
+        if CO % BLOCK_N == 0:
+            # One phase a tile. Written so that the channel stays a plain range: its contiguity is what the 16-byte
+            # stores come from.
+            BLOCKS: tl.constexpr = CO // BLOCK_N
+            tile_n = pid % (COLUMNS // BLOCK_N)
+            tile_m = pid // (COLUMNS // BLOCK_N)
+            phase = tile_n // BLOCKS
+            c = tile_n % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+            column_ok = c < CO
+            phase_h = phase // STRIDE_W
+            phase_w = phase % STRIDE_W
+        else:
+            TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+            tile_n = pid % TILES_N
+            tile_m = pid // TILES_N
+            column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            column_ok = column < COLUMNS
+            c = column % CO
+            phase_h = column // CO // STRIDE_W
+            phase_w = column // CO % STRIDE_W
+
+        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        j_w = m % GRID_W + PAD_W // STRIDE_W
+        j_h = m // GRID_W % GRID_H + PAD_H // STRIDE_H
+        n = (m // GRID_W // GRID_H).to(tl.int64)
+        row_ok = m < M
+
+        TAPS_H: tl.constexpr = KERNEL_H // STRIDE_H
+        TAPS_W: tl.constexpr = KERNEL_W // STRIDE_W
+        DEPTH_TILES: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+        k = tl.arange(0, BLOCK_K)
+        x_rows = x_ptr + tl.multiple_of(n * stride_xn, ALIGN) + group * CI
+        w_columns = w_ptr + group.to(tl.int64) * (CI * KERNEL_H * KERNEL_W * CO) + (phase_h * KERNEL_W + phase_w) * CO + c
+        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in tl.range(0, TAPS_H * TAPS_W * DEPTH_TILES):
+            tap = step // DEPTH_TILES
+            tap_h = tap // TAPS_W
+            tap_w = tap % TAPS_W
+            ci = step % DEPTH_TILES * BLOCK_K + k
+            ih = j_h - tap_h
+            iw = j_w - tap_w
+            if EXACT:
+                ok = row_ok
+            else:
+                ok = row_ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+            offsets = tl.multiple_of(ih * stride_xh + iw * stride_xw, ALIGN)
+            a = tl.load((x_rows + offsets)[:, None] + ci[None, :],
+                        mask=ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]  # fmt: skip
+            tap_offset = (tap_h * STRIDE_H * KERNEL_W + tap_w * STRIDE_W) * CO
+            b = tl.load(w_columns[None, :] + ci[:, None] * (KERNEL_H * KERNEL_W * CO) + tap_offset,
+                        mask=(ci < CI)[:, None] & column_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+        channel = group * CO + c
+        y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, channel, column_ok)
+        row_h = j_h * STRIDE_H - PAD_H
+        row_w = j_w * STRIDE_W - PAD_W
+        ok = row_ok[:, None] & column_ok[None, :]
+        if not EXACT:
+            if CO % BLOCK_N == 0:
+                oh = row_h + phase_h
+                ow = row_w + phase_w
+                ok = ok & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
+            else:
+                oh = row_h[:, None] + phase_h[None, :]
+                ow = row_w[:, None] + phase_w[None, :]
+                ok = ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+        # A pixel's address is that of its row plus that of its phase; both are multiples of the pixel stride.
+        if residual_ptr is not None:
+            rows = tl.multiple_of(n * stride_rn + row_h * stride_rh + row_w * stride_rw, ALIGN)
+            columns = tl.multiple_of(phase_h * stride_rh + phase_w * stride_rw, ALIGN) + channel
+            y += tl.load(residual_ptr + rows[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
+        y = _activate(y, negative_slope, ACTIVATION)
+        rows = tl.multiple_of(n * stride_yn + row_h * stride_yh + row_w * stride_yw, ALIGN)
+        columns = tl.multiple_of(phase_h * stride_yh + phase_w * stride_yw, ALIGN) + channel + SKIP
+        tl.store(y_ptr + rows[:, None] + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+def _candidates(problem: Problem, arch: str) -> list[Config]:
+    if arch.startswith("gfx"):
+        return [Config(128, 64, 32, 4, 2), Config(64, 64, 32, 4, 2)]
+    depth = 64 if problem.dtype.itemsize == 2 else 32
+    depth = max(16, min(depth, triton.next_power_of_2(problem.channels_in)))
+    wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
+    found = []
+    if wide >= 256:
+        found.append(Config(128, 256, depth, 8, 3))
+    if wide >= 128:
+        found.append(Config(128, 128, depth, 8, 4))
+        found.append(Config(64, 128, depth, 4, 4))
+    narrow = min(wide, 64)
+    found += [Config(128, narrow, depth, 4, 4), Config(64, narrow, depth, 4, 4)]
+    if arch in ("sm_80", "sm_86", "sm_89", "sm_120") and wide >= 256:
+        found = found[1:] + found[:1]  # mma.sync: 128x256 accumulators spill
+    # Few rows leave processors idle: prefer small tiles until there are two waves of them on a large GPU.
+    programs = (problem.columns * problem.rows) // (found[0].block_m * found[0].block_n)
+    if programs < 264:
+        found.sort(key=lambda config: config.block_m * config.block_n)
+    return found
+
+
+register_candidates("conv_transpose2d_forward", _candidates)
+
+
+def _grid_of_phases(out: int, stride: int, padding: int) -> int:
+    return (out - 1 + padding) // stride - padding // stride + 1
+
+
+def _make(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation, slope) -> Plan:
+    batch, channels_in, height, width = x.shape
+    channels_out, kernel = w.shape[1], w.shape[2:]
+    skip_channels = 0 if skip is None else skip.shape[1]
+    out_size = out.shape[2:]
+    wide = tuple(dilation) == (1, 1) and all(k % s == 0 for k, s in zip(kernel, stride, strict=True))
+    if wide:
+        grid_size = [_grid_of_phases(o, s, p) for o, s, p in zip(out_size, stride, padding, strict=True)]
+    else:
+        grid_size = [triton.cdiv(o, s) for o, s in zip(out_size, stride, strict=True)]
+    rows = batch * grid_size[0] * grid_size[1]
+    columns = channels_out * (stride[0] * stride[1] if wide else 1)
+    problem = Problem(
+        "conv_transpose2d_forward", channels_in, channels_out * groups, kernel[0] * kernel[1], groups, x.dtype,
+        batch * height * width, rows, columns, channels_in // groups,
+    )  # fmt: skip
+    config = choose_config(problem, x.device)
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+    if not wide:
+        tiles *= stride[0] * stride[1]
+    copies = 0
+    if skip is not None:
+        pixels = batch * out_size[0] * out_size[1]
+        copies = triton.cdiv(pixels, config.block_m) * triton.cdiv(skip_channels, config.block_n)
+
+    scalars = (
+        rows, height, width, *out_size, *grid_size, tiles, float(slope),
+        *image_strides(x), *image_strides(residual), *image_strides(out),
+        *((0, 0) if skip is None else skip.shape[2:]), *crop, *image_strides(skip),
+    )  # fmt: skip
+    constants = {
+        "CI": channels_in // groups, "CO": channels_out, "SKIP": skip_channels,
+        "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
+        "PAD_H": padding[0], "PAD_W": padding[1],
+    }  # fmt: skip
+    if wide:
+        exact = tuple(kernel) == tuple(stride) and tuple(grid_size) == (height, width) and tuple(padding) == (0, 0)
+        exact = exact and tuple(out_size) == (height * stride[0], width * stride[1])
+        constants["EXACT"] = exact
+        function = _conv_transpose2d_forward_wide_kernel
+    else:
+        for axis, s, d in zip("HW", stride, dilation, strict=True):
+            gcd = math.gcd(s, d)
+            constants |= {f"DILATION_{axis}": d, f"GCD_{axis}": gcd,
+                          f"INVERSE_{axis}": pow(d // gcd, -1, s // gcd) if s > gcd else 0}  # fmt: skip
+        function = _conv_transpose2d_forward_phase_kernel
+    constants |= {
+        "ACTIVATION": activation, "PRECISION": dot_precision(x.dtype),
+        "ALIGN": pixel_alignment(x, residual, skip, out),
+        "WIDE_INDEX": needs_wide_index(x, residual, skip, out),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    # Groups share the skip: its tiles belong to group 0, which up_concat has alone.
+    return Plan(function, (tiles + copies, groups), scalars, constants, config)
+
+
+def conv_transpose2d_forward(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop,
+                             activation, negative_slope) -> None:  # fmt: skip
+    """out = cat([skip[crop:], act(scale * (convT(x, w) + bias) + shift + residual)], 1).
+
+    x [N, CI, H, W], residual and out [N, SKIP + CO, OH, OW], skip: any strides with a channel stride of 1. w
+    [CI, CO/groups, KH, KW] dense in channels_last. bias, scale, shift [CO] dense. With a skip there is one group and no residual.
+    """
+    key = (
+        "conv_transpose2d_forward", x.shape, x.stride(), w.shape, out.shape, out.stride(), x.dtype, x.device,
+        None if residual is None else residual.stride(),
+        None if skip is None else (skip.shape, skip.stride()),
+        alignment(x, w, bias, scale, shift, residual, skip, out),
+        bias is None, scale is None, shift is None, scale is not None and scale.dtype, shift is not None and shift.dtype,
+        stride, padding, dilation, groups, crop, activation, negative_slope, dot_precision(x.dtype),
+    )  # fmt: skip
+    plan = planned(key, lambda: _make(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups,
+                                      crop, activation, negative_slope))  # fmt: skip
+    plan(x, w, bias, scale, shift, residual, skip, out)

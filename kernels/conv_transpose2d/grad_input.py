@@ -1,0 +1,129 @@
+"""Gradient of the input: a strided convolution of the output's gradient, as an implicit GEMM.
+
+gx[n, k, ih, iw] = sum over taps and c of gy[n, c, stride ih - pad + dilation kh, ...] w[k, c, kh, kw]. Rows are input
+pixels, columns input channels, depth is (tap, output channel): the weight's own order in memory, so that few channels
+(21 classes) fill the depth tiles without padding.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._configs import Config, Problem, choose_config, register_candidates
+from .._device import dot_precision
+from .._launch import Plan, alignment, image_strides, needs_wide_index, pixel_alignment, planned
+
+
+@triton.jit
+def _conv_transpose2d_grad_input_kernel(
+    gy_ptr, w_ptr, gx_ptr,
+    M, H, W, OH, OW,
+    stride_gn, stride_gh, stride_gw, stride_xn, stride_xh, stride_xw,
+    CI: tl.constexpr, CO: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # CI and CO are the channels of one group; M = N * H * W.
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    if WIDE_INDEX:
+        pid = pid.to(tl.int64)
+    TILES_N: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
+    m = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+    ci = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    iw = m % W
+    ih = m // W % H
+    n = (m // W // H).to(tl.int64)
+    row_ok = m < M
+    row_h = ih * STRIDE_H - PAD_H
+    row_w = iw * STRIDE_W - PAD_W
+
+    DEPTH: tl.constexpr = KERNEL_H * KERNEL_W * CO
+    k = tl.arange(0, BLOCK_K)
+    g_rows = gy_ptr + tl.multiple_of(n * stride_gn, ALIGN) + group * CO
+    w_columns = w_ptr + group.to(tl.int64) * (CI * DEPTH) + ci * DEPTH
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in tl.range(0, (DEPTH + BLOCK_K - 1) // BLOCK_K):
+        depth = step * BLOCK_K + k
+        if CO % BLOCK_K == 0:
+            # One tap a step: the address is a pixel's, the channels follow.
+            tap = step // (CO // BLOCK_K)
+            oh = row_h + tap // KERNEL_W * DILATION_H
+            ow = row_w + tap % KERNEL_W * DILATION_W
+            ok = row_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            offsets = tl.multiple_of(oh * stride_gh + ow * stride_gw, ALIGN)
+            channel = step % (CO // BLOCK_K) * BLOCK_K + k
+            a = tl.load((g_rows + offsets)[:, None] + channel[None, :], mask=ok[:, None], other=0.0)
+        else:
+            tap = depth // CO
+            oh = row_h[:, None] + (tap // KERNEL_W * DILATION_H)[None, :]
+            ow = row_w[:, None] + (tap % KERNEL_W * DILATION_W)[None, :]
+            ok = row_ok[:, None] & (depth < DEPTH)[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            offsets = tl.multiple_of(row_h * stride_gh + row_w * stride_gw, ALIGN)
+            taps = tl.multiple_of(tap // KERNEL_W * DILATION_H * stride_gh + tap % KERNEL_W * DILATION_W * stride_gw, ALIGN)
+            a = tl.load((g_rows + offsets)[:, None] + (taps + depth % CO)[None, :], mask=ok, other=0.0)
+        b = tl.load(w_columns[None, :] + depth[:, None],
+                    mask=(depth < DEPTH)[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+    offsets = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN)
+    tl.store(gx_ptr + offsets[:, None] + (group * CI + ci)[None, :], accumulator.to(gx_ptr.dtype.element_ty),
+             mask=row_ok[:, None] & (ci < CI)[None, :])  # fmt: skip
+
+
+def _candidates(problem: Problem, arch: str) -> list[Config]:
+    if arch.startswith("gfx"):
+        return [Config(128, 64, 32, 4, 2), Config(64, 64, 32, 4, 2)]
+    depth = 64 if problem.dtype.itemsize == 2 else 32
+    depth = max(16, min(depth, triton.next_power_of_2(problem.depth)))
+    wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
+    found = []
+    if wide >= 256 and arch not in ("sm_80", "sm_86", "sm_89", "sm_120"):
+        found.append(Config(128, 256, depth, 8, 3))
+    if wide >= 128:
+        found.append(Config(128, 128, depth, 8, 4))
+        found.append(Config(64, 128, depth, 4, 4))
+    narrow = min(wide, 64)
+    found += [Config(128, narrow, depth, 4, 4), Config(64, narrow, depth, 4, 4)]
+    if problem.columns * problem.rows // (found[0].block_m * found[0].block_n) < 264:
+        found.sort(key=lambda config: config.block_m * config.block_n)
+    return found
+
+
+register_candidates("conv_transpose2d_grad_input", _candidates)
+
+
+def _make(gy, w, out, stride, padding, dilation, groups) -> Plan:
+    batch, channels_in, height, width = out.shape
+    channels_out, kernel = w.shape[1], w.shape[2:]
+    taps = kernel[0] * kernel[1]
+    rows, columns = batch * height * width, channels_in // groups
+    problem = Problem(
+        "conv_transpose2d_grad_input", channels_in, channels_out * groups, taps, groups, gy.dtype, rows,
+        rows, columns, taps * channels_out,
+    )  # fmt: skip
+    config = choose_config(problem, gy.device)
+    scalars = (rows, height, width, *gy.shape[2:], *image_strides(gy), *image_strides(out))
+    constants = {
+        "CI": columns, "CO": channels_out, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
+        "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
+        "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(gy.dtype),
+        "ALIGN": pixel_alignment(gy, out), "WIDE_INDEX": needs_wide_index(gy, out),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), groups)
+    return Plan(_conv_transpose2d_grad_input_kernel, grid, scalars, constants, config)
+
+
+def conv_transpose2d_grad_input(gy, w, out, stride, padding, dilation, groups) -> None:
+    """out = gradient of the transposed convolution's input.
+
+    gy [N, CO, OH, OW] and out [N, CI, H, W]: any strides with a channel stride of 1. w [CI, CO/groups, KH, KW] dense in channels_last.
+    """
+    key = (
+        "conv_transpose2d_grad_input", gy.shape, gy.stride(), w.shape, out.shape, out.stride(), gy.dtype, gy.device,
+        alignment(gy, w, out), stride, padding, dilation, groups, dot_precision(gy.dtype),
+    )  # fmt: skip
+    planned(key, lambda: _make(gy, w, out, stride, padding, dilation, groups))(gy, w, out)

@@ -1,0 +1,142 @@
+"""Gradient of the weight: x transposed times the output's gradient, the pixels of the whole batch as depth.
+
+gw[k, (kh, kw, c)] = sum over (n, ih, iw) of x[n, k, ih, iw] gy[n, c, stride ih - pad + dilation kh, ...]. Columns run
+over (tap, channel), the weight's own order. The depth is long and the matrix small, so it is cut into SPLIT parts whose
+fp32 results go to a workspace and are summed in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._configs import Config, Problem, choose_config, register_candidates
+from .._device import dot_precision
+from .._launch import Plan, alignment, image_strides, needs_wide_index, pixel_alignment, planned
+from .._reduce import reduce_partials
+
+
+@triton.jit
+def _conv_transpose2d_grad_weight_kernel(
+    x_ptr, gy_ptr, gw_ptr,
+    M, H, W, OH, OW, CHUNK,
+    stride_xn, stride_xh, stride_xw, stride_gn, stride_gh, stride_gw,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # BLOCK_M input channels x BLOCK_N columns, over CHUNK pixels. gw [SPLIT, GROUPS * CI, COLUMNS].
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    group = tl.program_id(2)
+    if WIDE_INDEX:
+        split = split.to(tl.int64)
+    COLUMNS: tl.constexpr = KERNEL_H * KERNEL_W * CO
+    ci = pid % ((CI + BLOCK_M - 1) // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Columns slowest: the taps of one part share its gradient through L2.
+    tile_n = pid // ((CI + BLOCK_M - 1) // BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if CO % BLOCK_N == 0:
+        tap = tile_n // (CO // BLOCK_N)
+        c = tile_n % (CO // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        tap = column // CO
+        c = column % CO
+    tap_h = tap // KERNEL_W * DILATION_H - PAD_H
+    tap_w = tap % KERNEL_W * DILATION_W - PAD_W
+    g_columns = gy_ptr + tl.multiple_of(tap_h * stride_gh + tap_w * stride_gw, ALIGN) + group * CO + c
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    first = split * CHUNK
+    for start in tl.range(first, tl.minimum(first + CHUNK, M), BLOCK_K):
+        m = start + k
+        pixel_ok = m < M
+        iw = m % W
+        ih = m // W % H
+        n = (m // W // H).to(tl.int64)
+        x_rows = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN)
+        a = tl.load(x_ptr + x_rows[:, None] + (group * CI + ci)[None, :],
+                    mask=pixel_ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]  # fmt: skip
+        g_rows = tl.multiple_of(n * stride_gn + ih * STRIDE_H * stride_gh + iw * STRIDE_W * stride_gw, ALIGN)
+        if CO % BLOCK_N == 0:
+            oh = ih * STRIDE_H + tap_h
+            ow = iw * STRIDE_W + tap_w
+            ok = (pixel_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
+        else:
+            oh = (ih * STRIDE_H)[:, None] + tap_h[None, :]
+            ow = (iw * STRIDE_W)[:, None] + tap_w[None, :]
+            ok = pixel_ok[:, None] & (column < COLUMNS)[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+        b = tl.load(g_columns[None, :] + g_rows[:, None], mask=ok, other=0.0)  # [BLOCK_K, BLOCK_N]
+        accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+
+    rows = (split.to(tl.int64) * GROUPS + group) * CI + ci
+    tl.store(gw_ptr + rows[:, None] * COLUMNS + column[None, :], accumulator.to(gw_ptr.dtype.element_ty),
+             mask=(ci < CI)[:, None] & (column < COLUMNS)[None, :])  # fmt: skip
+
+
+def _candidates(problem: Problem, arch: str) -> list[Config]:
+    if arch.startswith("gfx"):
+        tiles = [Config(64, 64, 32, 4, 2)]
+    else:
+        depth = 64 if problem.dtype.itemsize == 2 else 32
+        rows = max(16, min(128, triton.next_power_of_2(problem.rows)))
+        columns = max(16, min(128, triton.next_power_of_2(problem.columns)))
+        tiles = [Config(rows, columns, depth, 8 if rows * columns >= 128 * 128 else 4, 3)]
+        tiles.append(Config(min(rows, 64), min(columns, 128), depth, 4, 4))
+        if problem.columns >= 256 and rows == 128 and arch in ("sm_90", "sm_100"):
+            tiles.append(Config(128, 256, depth, 8, 3))
+    found = []
+    for tile in tiles:
+        programs = triton.cdiv(problem.rows, tile.block_m) * triton.cdiv(problem.columns, tile.block_n) * problem.groups
+        # Two waves of programs on 132 processors, but at least eight steps for each.
+        most = max(1, problem.depth // (8 * tile.block_k))
+        for waves in (264, 528):
+            split = min(triton.cdiv(waves, programs), most, 128)
+            found.append(Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, split))
+    return found
+
+
+register_candidates("conv_transpose2d_grad_weight", _candidates)
+
+
+def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
+    batch, channels_in, height, width = x.shape
+    channels_out, kernel = w_shape[1], w_shape[2:]
+    rows, columns, pixels = channels_in // groups, kernel[0] * kernel[1] * channels_out, batch * height * width
+    problem = Problem(
+        "conv_transpose2d_grad_weight", channels_in, channels_out * groups, kernel[0] * kernel[1], groups, x.dtype,
+        pixels, rows, columns, pixels,
+    )  # fmt: skip
+    config = choose_config(problem, x.device)
+    chunk = triton.cdiv(triton.cdiv(pixels, config.split_k), config.block_k) * config.block_k
+    scalars = (pixels, height, width, *gy.shape[2:], chunk, *image_strides(x), *image_strides(gy))
+    constants = {
+        "CI": rows, "CO": channels_out, "GROUPS": groups, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
+        "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
+        "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(x.dtype),
+        "ALIGN": pixel_alignment(x, gy), "WIDE_INDEX": needs_wide_index(x, gy),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), config.split_k, groups)
+    return Plan(_conv_transpose2d_grad_weight_kernel, grid, scalars, constants, config)
+
+
+def conv_transpose2d_grad_weight(x, gy, out, stride, padding, dilation, groups) -> None:
+    """out = gradient of the transposed convolution's weight.
+
+    x [N, CI, H, W] and gy [N, CO, OH, OW]: any strides with a channel stride of 1. out [CI, CO/groups, KH, KW] dense in
+    channels_last.
+    """
+    key = (
+        "conv_transpose2d_grad_weight", x.shape, x.stride(), gy.shape, gy.stride(), out.shape, out.dtype, x.dtype,
+        x.device, alignment(x, gy, out), stride, padding, dilation, groups, dot_precision(x.dtype),
+    )  # fmt: skip
+    plan = planned(key, lambda: _make(x, gy, out.shape, stride, padding, dilation, groups))
+    if plan.config.split_k == 1:
+        plan(x, gy, out)
+        return
+    partials = torch.empty((plan.config.split_k, out.numel()), dtype=torch.float32, device=out.device)
+    plan(x, gy, partials)
+    reduce_partials(partials, out)

@@ -1,0 +1,36 @@
+"""segfast: Triton kernels and drop-in `torch.nn` modules that make segmentation networks fast.
+
+Example:
+    >>> import torch, segfast
+    >>> up = segfast.nn.ConvTranspose2d(64, 32, 2, stride=2, activation="relu")
+    >>> up(torch.randn(1, 64, 8, 8)).shape
+    torch.Size([1, 32, 16, 16])
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+class _CheckoutFinder:
+    """Finds `segfast.kernels` in the checkout's `kernels/` where the link `segfast/kernels` was lost (sdist, Windows)."""
+
+    def find_spec(self, name, path=None, target=None):
+        folder = Path(__file__).parent.parent / "kernels"
+        if name != "segfast.kernels" or not (folder / "_launch.py").exists():
+            return None
+        return importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+if not (Path(__file__).parent / "kernels" / "__init__.py").exists():
+    sys.meta_path.append(_CheckoutFinder())
+
+from . import functional, nn  # noqa: E402
+# from ._optimize import optimize, report, restore  # noqa: E402
+from .ops import backend, explain, get_backend  # noqa: E402
+
+__all__ = ["backend", "explain", "functional", "get_backend", "nn"]

@@ -1,0 +1,44 @@
+"""The small real data set, and images and masks read from files."""
+
+from importlib import resources
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._folder import Sample, read_folder, split_columns
+from ._images import IGNORE_INDEX, normalize, read_image, read_mask, write_mask
+
+__all__ = [
+    "IGNORE_INDEX",
+    "NUCLEI_TRAIN_COLUMNS",
+    "Sample",
+    "normalize",
+    "nuclei",
+    "read_folder",
+    "read_image",
+    "read_mask",
+    "split_columns",
+    "write_mask",
+]
+
+NUCLEI_TRAIN_COLUMNS = 384
+
+
+def nuclei() -> tuple[Tensor, Tensor]:
+    """A fluorescence image of 125 hand-segmented nuclei (README.md in this folder: source and terms).
+
+    Columns 0 to 383 are for training, 384 to 511 are held out; foreground is `labels > 0`.
+
+    Returns:
+        image: float32 `[1, 512, 512]` in [0, 1].
+        labels: int64 `[512, 512]`, 0 background, else the number of the nucleus.
+
+    Source: BBBC038v1, Caicedo et al., Nature Methods 16, 1247-1253, 2019.
+
+    >>> image, labels = nuclei()
+    >>> tuple(image.shape), len(labels.unique()) - 1
+    ((1, 512, 512), 125)
+    """
+    with resources.files(__package__).joinpath("nuclei.npz").open("rb") as file, np.load(file) as archive:
+        return normalize(archive["image"][None]), torch.from_numpy(archive["labels"].astype(np.int64))

@@ -1,0 +1,149 @@
+"""Image files to tensors and back: PNG, TIFF and JPEG through pillow, arrays through `.npz`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segfast._errors import UserError
+from segfast._files import atomic_write
+
+IGNORE_INDEX = 255
+SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npz")
+
+# What a viewer shows for class 0, 1, 2, ... of a mask.
+PALETTE = [0, 0, 0, 255, 255, 255, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0]
+
+
+def normalize(image: np.ndarray) -> Tensor:
+    """Stretch the 1st to 99.8th percentile of each channel to [0, 1] and clip.
+
+    Args:
+        image: `[C, H, W]`, any real dtype, any scale.
+
+    Returns:
+        float32 `[C, H, W]`; a constant channel becomes 0.
+    """
+    values = image.astype(np.float32)
+    low, high = np.percentile(values, (1, 99.8), axis=(1, 2), keepdims=True)
+    span = np.where(high > low, high - low, 1)
+    return torch.from_numpy(((values - low) / span).clip(0, 1).astype(np.float32))
+
+
+def read_image(path: str | os.PathLike, channels: int = 1) -> Tensor:
+    """Read an image as `[channels, H, W]` float32 in [0, 1] (see `normalize`).
+
+    Grey images are repeated to three channels, colour images are averaged (ITU-R 601 luma) to one;
+    an alpha channel is dropped. Of an `.npz` the array named `image`, or the only one, is taken, `[H, W]` or `[C, H, W]`.
+
+    Raises:
+        UserError: no such file, not an image, several pages, empty, not finite, or no way to `channels` channels.
+    """
+    array = _read_array(path, "image")
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise UserError(f"{path}: expected an image [H, W] or [C, H, W], got shape {list(array.shape)}")
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
+    if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
+        raise UserError(f"{path}: expected integer or floating-point pixels, got {array.dtype}")
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: the image has pixels that are not finite (NaN or infinity)")
+    if len(array) == 3 and channels == 1:
+        array = np.tensordot([0.299, 0.587, 0.114], array, axes=1)[None]
+    elif len(array) == 1:
+        array = np.repeat(array, channels, axis=0)
+    if len(array) != channels:
+        raise UserError(f"{path}: the image has {len(array)} channels, the network takes {channels}")
+    return normalize(array)
+
+
+def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
+    """Read a mask of class indices as int64 `[H, W]`; 255 means "do not score this pixel".
+
+    Args:
+        path: a single-channel image, a palette image, or an `.npz` with an array `labels` (or only one).
+        foreground: take the mask as instances, or as 0/255: every value above 0 is class 1.
+
+    Raises:
+        UserError: as `read_image`; also for colour images, negative or fractional values, and values above 255.
+    """
+    array = _read_array(path, "labels", mask=True)
+    if array.ndim == 3 and len(array) == 1:
+        array = array[0]
+    if array.ndim != 2 or 0 in array.shape:
+        raise UserError(f"{path}: expected a mask [H, W] of class indices, got shape {list(array.shape)}")
+    if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{path}: expected integer class indices, got {array.dtype}")
+    labels = torch.from_numpy(array.astype(np.int64))
+    if foreground:
+        return (labels > 0).long()
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > IGNORE_INDEX:
+        raise UserError(
+            f"{path}: expected class indices 0 to 254 (255 is ignored), got {low} to {high}; "
+            "--foreground takes every value above 0 as class 1"
+        )
+    if high == IGNORE_INDEX and not ((labels > 0) & (labels < IGNORE_INDEX)).any():
+        raise UserError(
+            f"{path}: the mask holds only 0 and 255, and 255 means 'do not score'; "
+            "--foreground takes every value above 0 as class 1"
+        )
+    return labels
+
+
+def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
+    """Write class indices `[H, W]` (0 to 255) as a palette PNG: a viewer shows colours, a reader gets the indices."""
+    from PIL import Image
+
+    image = Image.fromarray(labels.to(torch.uint8).cpu().numpy())
+    image.putpalette(PALETTE)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _read_array(path: str | os.PathLike, name: str, mask: bool = False) -> np.ndarray:
+    """The file's pixels, `[H, W]` or `[C, H, W]`."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)}")
+    if path.suffix.lower() == ".npz":
+        return _read_npz(path, name)
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(f"{path}: reading images needs the package pillow (the extra 'demo' has it)") from error
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"{path}: the file has {image.n_frames} pages, expected one")
+            # A palette holds the classes of a mask, and the colours of an image.
+            if image.mode in ("P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV") and not (mask and image.mode == "P"):
+                image = image.convert("RGB")
+            elif image.mode == "LA":
+                image = image.convert("L")
+            array = np.array(image)
+    except UserError:
+        raise
+    except Exception as error:  # pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: not a readable image ({reason})") from error
+    return array if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def _read_npz(path: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            key = name if name in archive.files else archive.files[0] if len(archive.files) == 1 else None
+            if key is None:
+                raise UserError(f"{path}: no array named {name!r}, the file has {sorted(archive.files)}")
+            return archive[key]
+    except UserError:
+        raise
+    except Exception as error:  # zipfile.BadZipFile, ValueError, OSError, zlib.error, ...
+        raise UserError(f"{path}: not a readable .npz ({str(error).splitlines()[0]})") from error

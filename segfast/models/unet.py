@@ -1,0 +1,211 @@
+"""U-Net (Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segfast.functional import up_concat
+from segfast.nn import ConvTranspose2d
+
+ACTIVATIONS = ("relu", "leaky_relu")
+NORMS = (None, "batch")
+
+
+def _activation(name: str, negative_slope: float) -> nn.Module:
+    return nn.ReLU(inplace=True) if name == "relu" else nn.LeakyReLU(negative_slope, inplace=True)
+
+
+class DoubleConv(nn.Sequential):
+    """3x3 convolution, norm, activation, twice. `padding=0` makes the output 4 smaller than the input."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        padding: int = 1,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__()
+        for index, channels in enumerate((in_channels, out_channels), start=1):
+            # Batch norm has a shift of its own.
+            conv = nn.Conv2d(channels, out_channels, 3, padding=padding, bias=norm is None)
+            self.add_module(f"conv{index}", conv)
+            if norm == "batch":
+                self.add_module(f"norm{index}", nn.BatchNorm2d(out_channels))
+            self.add_module(f"activation{index}", _activation(activation, negative_slope))
+
+
+class DecoderBlock(nn.Module):
+    """2x2 up-convolution, concatenation with the encoder's skip, `DoubleConv`."""
+
+    def __init__(self, in_channels: int, out_channels: int, **conv_options: Any) -> None:
+        super().__init__()
+        self.up = ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.conv = DoubleConv(2 * out_channels, out_channels, **conv_options)
+
+    def forward(self, input: Tensor, skip: Tensor) -> Tensor:
+        return self.conv(up_concat(input, skip, self.up.weight, self.up.bias, stride=2))
+
+
+class UNet(nn.Module):
+    """U-Net for images of any size.
+
+    Padded, the output has the input's height and width, odd or even: an up-convolution whose output is one short of its
+    skip is made skip-sized, and an input with a side below `2**depth` is zero-padded to it and the output cut back.
+    Unpadded (the paper's: 572x572 -> 388x388), skips are centre-cropped and the output is `margin` smaller on each side.
+
+    Args:
+        in_channels: channels of the image.
+        num_classes: channels of the output: class scores (logits), or real values to regress.
+        width: channels of the first level; each level down has twice as many.
+        depth: number of poolings, at least 1.
+        padded: pad the 3x3 convolutions.
+        activation: "relu" or "leaky_relu".
+        negative_slope: of "leaky_relu".
+        norm: None (the paper's) or "batch"; the 3x3 convolutions then have no bias.
+
+    Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H', W']`.
+
+    Raises:
+        ValueError: an option out of its range; an input that is not 4-D; an unpadded input too small for one output pixel.
+
+    >>> UNet(width=4)(torch.zeros(1, 1, 37, 50)).shape
+    torch.Size([1, 2, 37, 50])
+    >>> UNet(width=4, padded=False)(torch.zeros(1, 1, 572, 572)).shape
+    torch.Size([1, 2, 388, 388])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        *,
+        width: int = 64,
+        depth: int = 4,
+        padded: bool = True,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("num_classes", num_classes),
+            ("width", width),
+            ("depth", depth),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+        self.config = {
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "width": width,
+            "depth": depth,
+            "padded": padded,
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "norm": norm,
+        }
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.depth = depth
+        self.padded = padded
+        options = {
+            "padding": 1 if padded else 0,
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "norm": norm,
+        }
+        channels = [width * 2**level for level in range(depth + 1)]
+        inputs = [in_channels, *channels]
+        self.encoder = nn.ModuleList(DoubleConv(inputs[i], channels[i], **options) for i in range(depth))
+        self.pool = nn.MaxPool2d(2)
+        self.bottleneck = DoubleConv(channels[-2], channels[-1], **options)
+        self.decoder = nn.ModuleList(
+            DecoderBlock(channels[i + 1], channels[i], **options) for i in reversed(range(depth))
+        )
+        self.head = nn.Conv2d(width, num_classes, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gaussian weights of standard deviation sqrt(2/N) before an activation, N inputs a unit (section 3), else sqrt(1/N)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                # A 2x2 up-convolution of stride 2 gives each output pixel one tap of each input channel.
+                taps = module.weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
+                gain = 2 if taps > 1 else 1
+                nn.init.normal_(module.weight, std=math.sqrt(gain / (module.in_channels * taps)))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+
+    @property
+    def size_divisor(self) -> int:
+        """Pixels of the input that become one at the bottleneck."""
+        return 2**self.depth
+
+    @property
+    def margin(self) -> int:
+        """Pixels that the unpadded network loses on each side (92 at depth 4)."""
+        return 6 * 2**self.depth - 4
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of this size; not positive where there is none."""
+        return self._output_length(height), self._output_length(width)
+
+    def _output_length(self, length: int) -> int:
+        if self.padded:
+            return length
+        for _ in range(self.depth):
+            length = (length - 4) // 2
+        length -= 4
+        for _ in range(self.depth):
+            length = 2 * length - 4
+        return length
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4:
+            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        height, width = input.shape[-2:]
+        if not self.padded:
+            self._check_size(height, width)
+        elif height < self.size_divisor or width < self.size_divisor:
+            short = (0, max(0, self.size_divisor - width), 0, max(0, self.size_divisor - height))
+            return self._forward(F.pad(input, short))[..., :height, :width]
+        return self._forward(input)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for block in self.encoder:
+            x = block(x)
+            skips.append(x)
+            x = self.pool(x)
+        x = self.bottleneck(x)
+        for block, skip in zip(self.decoder, reversed(skips), strict=True):
+            x = block(x, skip)
+        return self.head(x)
+
+    def _check_size(self, height: int, width: int) -> None:
+        if min(self.output_size(height, width)) < 1:
+            smallest = next(n for n in range(1, 16 * self.size_divisor) if self._output_length(n) >= 1)
+            raise ValueError(
+                f"input is {height}x{width}; unpadded and {self.depth} levels deep the smallest is {smallest}x{smallest}"
+            )
+
+    def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `segfast.models.remap_state_dict`."""
+        from ._milesial import remap
+
+        return remap(state_dict, self)

@@ -1,0 +1,43 @@
+"""What `segfast.optimize` may replace: each family's file in this folder lists its rules in `RULES`."""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from segfast.ops import FAMILIES
+
+
+def _nothing_against(module: nn.Module) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers of exactly the class `source` may become `target` by a change of class.
+
+    Args:
+        source: the class replaced; a subclass is left alone, for its forward may be its own.
+        target: a subclass of `source` that keeps its parameters and its state_dict.
+        attributes: what `target.forward` reads and `source` lacks, at the values for which both compute the same.
+        reason_not: None, or why this one layer of class `source` is not replaced.
+        related: classes a user might expect to see replaced, each with the reason why they are not.
+        functional: the name in torch.nn.functional that computes this layer; calls of it are only pointed out.
+    """
+
+    source: type[nn.Module]
+    target: type[nn.Module]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    reason_not: Callable[[nn.Module], str | None] = _nothing_against
+    related: Mapping[type[nn.Module], str] = field(default_factory=dict)
+    functional: str | None = None
+
+
+@functools.cache
+def all_rules() -> tuple[Rule, ...]:
+    """The rules of every family, in the order of `segfast.ops.FAMILIES`."""
+    modules = [importlib.import_module(f"segfast.nn.{family}") for family in FAMILIES]
+    return tuple(rule for module in modules for rule in module.RULES)

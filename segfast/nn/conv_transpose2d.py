@@ -1,0 +1,60 @@
+"""`torch.nn.ConvTranspose2d` on our operator, and the modules people build around it."""
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..ops._epilogue import check_activation
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with a fused activation: same constructor, same state_dict, same results.
+
+    Args:
+        activation: None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "hardswish" or
+            "hardsigmoid".
+        negative_slope: leaky_relu's.
+
+    Shapes: [N, C_in, H, W] or [C_in, H, W] to [N, C_out, H_out, W_out] or [C_out, H_out, W_out].
+
+    Raises:
+        ValueError: an unknown activation.
+
+    Example:
+        >>> import torch, segfast
+        >>> up = segfast.nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1)
+        >>> up(torch.randn(1, 8, 5, 5), output_size=[10, 10]).shape
+        torch.Size([1, 4, 10, 10])
+    """
+
+    # Class attributes, so that a torch module becomes one of these by changing its class alone.
+    activation: str | None = None
+    negative_slope: float = 0.01
+
+    def __init__(self, *args, activation: str | None = None, negative_slope: float = 0.01, **kwargs):
+        check_activation(activation)
+        super().__init__(*args, **kwargs)
+        if activation is not None:
+            self.activation = activation
+            self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = tuple(
+                self._output_padding(
+                    input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+                )
+            )
+        return F.conv_transpose2d(
+            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
+            activation=self.activation, negative_slope=self.negative_slope,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        extra = super().extra_repr()
+        if self.activation is not None:
+            extra += f", activation={self.activation}"
+        if self.activation == "leaky_relu":
+            extra += f", negative_slope={self.negative_slope}"
+        return extra

@@ -1,0 +1,138 @@
+"""The fused epilogue, act(scale * (conv + bias) + shift + residual), in ATen operations, and its gradient.
+
+Scale and shift are 1-D over output channels, residual has the output's shape. Evaluated in fp32 and rounded once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
+    None: lambda z, slope: z,
+    "relu": lambda z, slope: F.relu(z),
+    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
+    "relu6": lambda z, slope: F.relu6(z),
+    "gelu": lambda z, slope: F.gelu(z),
+    "gelu_tanh": lambda z, slope: F.gelu(z, approximate="tanh"),
+    "silu": lambda z, slope: F.silu(z),
+    "sigmoid": lambda z, slope: torch.sigmoid(z),
+    "hardswish": lambda z, slope: F.hardswish(z),
+    "hardsigmoid": lambda z, slope: F.hardsigmoid(z),
+}
+
+# Gradients from the output y, where the output tells; from the pre-activation z, which is computed again, otherwise.
+_FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "relu": lambda g, y, slope: _aten.threshold_backward(g, y, 0),
+    "leaky_relu": lambda g, y, slope: _aten.leaky_relu_backward(g, y, slope, True),
+    "relu6": lambda g, y, slope: _aten.hardtanh_backward(g, y, 0, 6),
+    "sigmoid": lambda g, y, slope: _aten.sigmoid_backward(g, y),
+}
+_FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda g, z: _aten.gelu_backward(g, z),
+    "gelu_tanh": lambda g, z: _aten.gelu_backward(g, z, approximate="tanh"),
+    "silu": lambda g, z: _aten.silu_backward(g, z),
+    "hardswish": lambda g, z: _aten.hardswish_backward(g, z),
+    "hardsigmoid": lambda g, z: _aten.hardsigmoid_backward(g, z),
+}
+
+
+def keeps_output(activation: str | None, negative_slope: float) -> bool:
+    """Whether the gradient is taken from the output. A negative slope of zero or less hides the sign: then it is not."""
+    return activation in _FROM_OUTPUT and not (activation == "leaky_relu" and negative_slope <= 0)
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ValueError for a name no epilogue knows."""
+    if activation not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation must be one of {names}, got {activation!r}")
+
+
+def check_epilogue(
+    channels: int, shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, residual: Tensor | None
+) -> None:
+    """Raise for operands of the epilogue that do not fit an output of `shape` with `channels` channels."""
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None and tuple(vector.shape) != (channels,):
+            raise RuntimeError(f"{name} must have shape [{channels}] (output channels), got {list(vector.shape)}")
+    if residual is not None and tuple(residual.shape) != tuple(shape):
+        raise RuntimeError(f"residual must have the output's shape {list(shape)}, got {list(residual.shape)}")
+
+
+def apply_epilogue(
+    conv: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """The epilogue in ATen operations, on a convolution [N, C, H, W] (or [C, H, W]) that already has its bias."""
+    if scale is None and shift is None and residual is None:
+        return conv if activation is None else ACTIVATIONS[activation](conv, negative_slope)
+    z = conv.float() if conv.dtype in (torch.float16, torch.bfloat16) else conv
+    if scale is not None:
+        z = z * scale[:, None, None].to(z.dtype)
+    if shift is not None:
+        z = z + shift[:, None, None].to(z.dtype)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    return ACTIVATIONS[activation](z, negative_slope).to(conv.dtype)
+
+
+class EpilogueGradients(NamedTuple):
+    """What the epilogue hands on: gradients of the convolution's result, bias, scale, shift and residual."""
+
+    conv: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    residual: Tensor | None
+
+
+def epilogue_backward(
+    grad: Tensor,
+    output: Tensor | None,
+    recompute: Callable[..., Tensor],
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> EpilogueGradients:
+    """Gradients through the epilogue, in differentiable ATen operations, so that double backward follows by itself.
+
+    `recompute(bias, scale, shift, residual)` computes the layer again without its activation; it is called only where
+    the output does not tell the gradient, or where `scale` needs one. `needs` says which of (bias, scale, shift, residual) do.
+    """
+    if activation is None:
+        grad_z = grad
+    elif output is not None:
+        grad_z = _FROM_OUTPUT[activation](grad, output, negative_slope)
+    else:
+        z = recompute(bias, scale, shift, residual)
+        if activation == "leaky_relu":
+            grad_z = _aten.leaky_relu_backward(grad, z, negative_slope, False)
+        else:
+            grad_z = _FROM_INPUT[activation](grad, z)
+    need_bias, need_scale, need_shift, need_residual = needs
+    grad_scale = grad_shift = grad_bias = None
+    if need_shift and shift is not None:
+        grad_shift = grad_z.sum((0, 2, 3)).to(shift.dtype)
+    if need_scale and scale is not None:
+        conv = recompute(bias, None, None, None)
+        grad_scale = (grad_z.float() * conv.float()).sum((0, 2, 3)).to(scale.dtype)
+    grad_conv = grad_z
+    if scale is not None:
+        grad_conv = (grad_z * scale[:, None, None]).to(grad_z.dtype)
+    if need_bias and bias is not None:
+        grad_bias = grad_conv.sum((0, 2, 3)).to(bias.dtype)
+    grad_residual = grad_z.to(residual.dtype) if need_residual and residual is not None else None
+    return EpilogueGradients(grad_conv, grad_bias, grad_scale, grad_shift, grad_residual)

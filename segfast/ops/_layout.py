@@ -1,0 +1,45 @@
+"""The one place that reasons about strides. Called only inside registered implementations and fakes.
+
+A stride asked for inside an autograd Function would be wrong under vmap, and would break it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether the strides of [N, C, H, W] say channels_last and cannot be read as contiguous: torch's own rule."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        size, stride = t.shape[axis], t.stride(axis)
+        if size == 0 or stride < least:
+            return False
+        # [N, 1, 1, 1] and the like fit both formats.
+        if axis == 0 and least == t.stride(1):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format of a convolution's result: channels_last if the input or the weight is, as torch has it."""
+    return torch.channels_last if is_channels_last(input) or is_channels_last(weight) else torch.contiguous_format
+
+
+def channels_innermost(t: Tensor) -> Tensor:
+    """`t` itself if its channels lie side by side, whatever its other strides; otherwise a channels_last copy."""
+    if t.stride(1) == 1 or t.shape[1] == 1:
+        return t
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """The weight dense in channels_last, `[first, KH, KW, second]` in memory: free if it is already so."""
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """A 1-D operand of the epilogue, contiguous."""
+    return None if t is None else t.contiguous()

@@ -1,0 +1,135 @@
+"""Registering operators: the one place that talks to torch.library, and the one form autograd takes.
+
+An operator here is opaque: `torch.compile`, `export`, fake tensors, `vmap` and the FLOP counter see one node. Its
+implementation runs our kernels; on a CPU outside Triton's interpreter, the family's ATen reference, so that an exported
+program stays usable there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._backend import _INTERPRETING
+
+_LIBRARY = torch.library.Library("segfast", "DEF")
+OPERATORS: dict[str, "Operator"] = {}
+
+
+class Operator:
+    """A registered operator, `torch.ops.segfast.<name>`; calling it takes the shortest way to its implementation.
+
+    Args:
+        schema: "name(Tensor x, ...) -> Tensor".
+        kernels: the implementation on a GPU, and on CPU tensors under Triton's interpreter.
+        reference: the same in ATen operations.
+        fake: the result's shape, dtype and strides; shares its shape function with `kernels`.
+        flops: floating-point operations, from shapes: torch's FLOP-formula signature.
+        per_sample: positions of the tensor arguments whose dimension 0 is the batch; where only those are vmapped, the
+            mapped dimension joins the batch. Otherwise the calls are made one by one.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        kernels: Callable[..., Tensor],
+        reference: Callable[..., Tensor],
+        fake: Callable[..., Tensor],
+        flops: Callable[..., int],
+        per_sample: Sequence[int] = (),
+    ):
+        self.name = schema.partition("(")[0]
+        self._kernels = kernels
+        self._per_sample = frozenset(per_sample)
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, kernels, "CUDA")
+        _LIBRARY.impl(self.name, kernels if _INTERPRETING else reference, "CPU")
+        qualified = f"segfast::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+        torch.library.register_vmap(qualified, self._vmap, lib=_LIBRARY)
+        self.packet = getattr(torch.ops.segfast, self.name)
+        self._overload = self.packet.default
+        register_flop_formula(self.packet)(flops)
+        OPERATORS[self.name] = self
+
+    def __call__(self, *args: Any) -> Tensor:
+        # The dispatcher costs 5 us; nothing but our implementation waits behind it unless one of these listens.
+        if _nobody_listens() and type(args[0]) in _PLAIN and args[0].is_cuda | _INTERPRETING:
+            return self._kernels(*args)
+        return self._overload(*args)
+
+    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+        mapped = [i for i, dim in enumerate(in_dims) if dim is not None and isinstance(args[i], Tensor)]
+        size = info.batch_size
+        args_list = list(args)
+        if self._per_sample and all(isinstance(args[i], Tensor) for i in mapped) and set(mapped) == {
+            i for i in self._per_sample if isinstance(args[i], Tensor)
+        }:
+            for i in mapped:
+                args_list[i] = args[i].movedim(in_dims[i], 0).flatten(0, 1)
+            return self._overload(*args_list).unflatten(0, (size, -1)), 0
+        results = []
+        for sample in range(size):
+            for i in mapped:
+                args_list[i] = args[i].select(in_dims[i], sample)
+            results.append(self._overload(*args_list))
+        return torch.stack(results), 0
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch._C._autograd._profiler_enabled
+_tracing = torch._C._get_tracing_state
+
+
+def _nobody_listens() -> bool:
+    """No transform, tensor mode, compiler, tracer or profiler would miss seeing the operator."""
+    return not (
+        torch.compiler.is_compiling()
+        or _functorch_active()
+        or _dispatch_modes()
+        or _profiling()
+        or _tracing() is not None
+    )
+
+
+class Differentiable(torch.autograd.Function):
+    """An autograd Function called through `call`, which pays for functorch and the compiler only when they are there.
+
+    `Function.apply` binds the signature on every call (30 to 60 us); the C function below it does not (10 us), and is
+    right whenever no functorch transform is active and nothing is being traced. Positional arguments only. Subclasses define
+    `forward` without ctx, `setup_context` and `backward`.
+    """
+
+    generate_vmap_rule = True
+    _apply: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._apply = super(torch.autograd.Function, cls).apply
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """Apply the Function."""
+        if torch.compiler.is_compiling() or _functorch_active():
+            return cls.apply(*args)
+        return cls._apply(*args)
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether the call must go through its autograd Function: a gradient, a transform or forward-mode AD asks for it."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype autocast wants on `input`'s device, None if it is off. (`custom_fwd` does not go with `setup_context`.)"""
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.get_autocast_dtype(kind)
+    return None

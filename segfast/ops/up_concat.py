@@ -1,0 +1,194 @@
+"""Up-convolution and concatenation in one operator: the decoder step of a U-Net, `cat([skip', up], 1)`.
+
+The up-convolution writes into its channels of the result, the same launch copies the skip into the others. One operator
+returns the whole buffer: an autograd Function that writes into a view loses gradients silently.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import use_triton
+from ._epilogue import check_activation, epilogue_backward, keeps_output
+from ._layout import channels_innermost, dense, output_format, packed_weight
+from ._registry import Differentiable, Operator, autocast_dtype, needs_autograd
+from .conv_transpose2d import (
+    Pair,
+    _empty,
+    _flops,
+    _kernels,
+    can_use_triton,
+    check_conv_transpose2d,
+    conv_transpose2d,
+    forward,
+    grad_of_input,
+    grad_of_weight,
+    output_size,
+    pair,
+)
+
+
+def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pair, Pair]:
+    """(output_padding, crop, size): how the up-convolution is made as large as the skip, or the skip cropped to it.
+
+    Raises:
+        ValueError: the up-convolution is larger than the skip.
+    """
+    size = output_size(input, weight, stride, padding, (0, 0), (1, 1))
+    extra, crop, final = [], [], []
+    for axis, up, have, s in zip(("height", "width"), size, skip.shape[-2:], stride, strict=True):
+        if up > have:
+            raise ValueError(
+                f"up_concat: the up-convolution's {axis} {up} is larger than the skip's {have}; pad the network's input "
+                f"or give a larger skip (input {list(input.shape)}, skip {list(skip.shape)}, stride {s})"
+            )
+        missing = have - up
+        grows = missing < s
+        extra.append(missing if grows else 0)
+        crop.append(0 if grows else missing // 2)
+        final.append(have if grows else up)
+    return (extra[0], extra[1]), (crop[0], crop[1]), (final[0], final[1])
+
+
+def _up_concat_fake(input, skip, weight, bias, stride, padding, activation, negative_slope):
+    _, _, size = geometry(input, skip, weight, stride, padding)
+    channels = skip.shape[1] + weight.shape[1]
+    return _empty((input.shape[0], channels, *size), input, output_format(input, weight))
+
+
+def _up_concat_kernels(input, skip, weight, bias, stride, padding, activation, negative_slope):
+    _, crop, size = geometry(input, skip, weight, stride, padding)
+    out = _empty((input.shape[0], skip.shape[1] + weight.shape[1], *size), input)
+    _kernels().conv_transpose2d_forward(
+        channels_innermost(input), packed_weight(weight), dense(bias), None, None, None, channels_innermost(skip), out,
+        tuple(stride), tuple(padding), (1, 1), 1, crop, activation, negative_slope,
+    )  # fmt: skip
+    return out.contiguous(memory_format=output_format(input, weight))
+
+
+def _up_concat_reference(input, skip, weight, bias, stride, padding, activation, negative_slope):
+    result = _up_concat_aten(input, skip, weight, bias, tuple(stride), tuple(padding), activation, negative_slope)
+    return result.contiguous(memory_format=output_format(input, weight))
+
+
+def _up_concat_aten(input, skip, weight, bias, stride, padding, activation, negative_slope):
+    extra, crop, size = geometry(input, skip, weight, stride, padding)
+    up = conv_transpose2d(
+        input, weight, bias, stride, padding, extra, activation=activation, negative_slope=negative_slope
+    )
+    skip = skip[:, :, crop[0] : crop[0] + size[0], crop[1] : crop[1] + size[1]]
+    return torch.cat([skip.to(up.dtype), up], 1)
+
+
+UP_CONCAT = Operator(
+    "up_concat(Tensor input, Tensor skip, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
+    "str? activation, float negative_slope) -> Tensor",
+    kernels=_up_concat_kernels, reference=_up_concat_reference, fake=_up_concat_fake, per_sample=(0, 1),
+    flops=lambda input, skip, weight, *_, **__: _flops(input, weight),
+)  # fmt: skip
+
+
+class _UpConcat(Differentiable):
+    @staticmethod
+    def forward(*args):
+        return UP_CONCAT(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, skip, weight, bias, *ctx.options = inputs
+        ctx.skip_shape = skip.shape
+        ctx.sizes = geometry(input, skip, weight, *ctx.options[:2])
+        ctx.save_for_backward(input, weight, bias, output if keeps_output(*ctx.options[2:]) else None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, bias, output = ctx.saved_tensors
+        stride, padding, activation, negative_slope = ctx.options
+        extra, crop, size = ctx.sizes
+        skip_channels, skip_h, skip_w = ctx.skip_shape[1:]
+
+        def recompute(bias, *_):
+            return forward(input, weight, bias, None, None, None, stride, padding, extra, 1, (1, 1), None, 0.0)
+
+        # Views of the gradient: the operators read them where they lie.
+        grads = epilogue_backward(
+            grad[:, skip_channels:], None if output is None else output[:, skip_channels:], recompute, bias, None, None,
+            None, activation, negative_slope, (ctx.needs_input_grad[3], False, False, False),
+        )  # fmt: skip
+        grad_input = grad_skip = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad_of_input(grads.conv, weight, *input.shape[2:], stride, padding, 1, (1, 1))
+        if ctx.needs_input_grad[1]:
+            grad_skip = grad[:, :skip_channels]
+            if (skip_h, skip_w) != size:
+                below, right = skip_h - size[0] - crop[0], skip_w - size[1] - crop[1]
+                grad_skip = F.pad(grad_skip, (crop[1], right, crop[0], below))
+        if ctx.needs_input_grad[2]:
+            grad_weight = grad_of_weight(grads.conv, input, weight, stride, padding, 1, (1, 1))
+        return (grad_input, grad_skip, grad_weight, grads.bias, None, None, None, None)
+
+
+def up_concat(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 2,
+    padding: int | Pair = 0,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """`cat([skip', up], 1)` with up = act(convT(x, weight) + bias): a U-Net decoder's step, with one copy of the skip.
+
+    Where up is smaller than the skip by less than the stride, it is made as large as the skip, as `output_size=` of
+    `torch.nn.ConvTranspose2d` would (odd sizes: 7 -> 3 -> 7). Where it is smaller by more, the skip is cropped at the
+    centre, at `(H_skip - H_up) // 2`. Height and width are treated each by itself.
+
+    Args:
+        x: [N, C_in, H, W].
+        skip: [N, C_skip, H_skip, W_skip], same dtype and device.
+        weight: [C_in, C_up, kH, kW].
+        bias: [C_up].
+        activation, negative_slope: as in `conv_transpose2d`; on `up` only.
+
+    Returns:
+        [N, C_skip + C_up, H_out, W_out].
+
+    Raises:
+        ValueError: up is larger than the skip, or an unknown activation.
+        RuntimeError: shapes, dtypes or devices that do not go together.
+        NotImplementedError: backend "triton" was asked for and cannot serve the call.
+
+    Source: Ronneberger, Fischer and Brox, "U-Net" (2015), figure 1.
+
+    Example:
+        >>> import torch, segfast
+        >>> x, skip, w = torch.randn(1, 8, 3, 3), torch.randn(1, 4, 7, 7), torch.randn(8, 4, 2, 2)
+        >>> segfast.functional.up_concat(x, skip, w).shape
+        torch.Size([1, 8, 7, 7])
+    """
+    check_activation(activation)
+    if x.dim() != 4 or skip.dim() != 4 or weight.dim() != 4:
+        raise RuntimeError(
+            f"up_concat: x, skip and weight must be 4-D, got {list(x.shape)}, {list(skip.shape)}, {list(weight.shape)}"
+        )
+    if x.shape[0] != skip.shape[0]:
+        raise RuntimeError(f"up_concat: x and skip must have the same batch size, got {x.shape[0]} and {skip.shape[0]}")
+    if x.device != skip.device:
+        raise RuntimeError(f"up_concat: x and skip must be on the same device, got {x.device} and {skip.device}")
+    dtype = autocast_dtype(x)
+    if dtype is None and x.dtype != skip.dtype:
+        raise RuntimeError(f"up_concat: x and skip must have the same dtype, got {x.dtype} and {skip.dtype}")
+    stride, padding = pair(stride, "stride"), pair(padding, "padding")
+    check_conv_transpose2d(x, weight, bias, stride, padding, (0, 0), 1, (1, 1), dtype)
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not use_triton("up_concat", can_use_triton, x, weight, dtype, 1, differentiates):
+        return _up_concat_aten(x, skip, weight, bias, stride, padding, activation, negative_slope)
+    geometry(x, skip, weight, stride, padding)
+    if dtype is not None:
+        x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if needs_autograd(x, skip, weight, bias):
+        return _UpConcat.call(x, skip, weight, bias, stride, padding, activation, negative_slope)
+    return UP_CONCAT(x, skip, weight, bias, stride, padding, activation, negative_slope)

@@ -1,0 +1,117 @@
+"""The reference training loop: pixel-wise cross-entropy, AdamW or SGD with momentum, a cosine schedule."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segfast.data import IGNORE_INDEX, Sample
+
+from ._augment import centre_crop
+from ._metrics import Scores, confusion_matrix, scores
+from ._predict import predict
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+class Options(NamedTuple):
+    """How `fit` trains.
+
+    `lr` rises linearly over the first `warmup` share of the steps and falls to 0 along a cosine (Loshchilov and Hutter,
+    ICLR 2017). `momentum` is SGD's only; `weight_decay` is decoupled under AdamW (Loshchilov and Hutter, ICLR 2019).
+    """
+
+    steps: int = 350
+    optimizer: str = "adamw"
+    lr: float = 3e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    warmup: float = 0.05
+    class_weights: tuple[float, ...] | None = None
+
+
+def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """The optimizer of `options`.
+
+    Raises:
+        ValueError: `options.optimizer` is not one of "adamw", "sgd".
+    """
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+    raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {options.optimizer!r}")
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """The learning rate of step `step`, counted from 0.
+
+    >>> options = Options(steps=100, lr=1.0, warmup=0.1)
+    >>> learning_rate(0, options), learning_rate(9, options), round(learning_rate(99, options), 3)
+    (0.1, 1.0, 0.0)
+    """
+    warmup = max(1, round(options.warmup * options.steps))
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    progress = (step + 1 - warmup) / max(1, options.steps - warmup)
+    return options.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def fit(
+    model: nn.Module,
+    sampler: Callable[[], tuple[Tensor, Tensor]],
+    options: Options | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train `model` in place; it is left in training mode.
+
+    Works as it stands on a model wrapped in `DistributedDataParallel`: give each rank's sampler its own seed.
+
+    Args:
+        model: `[N, C, H, W]` -> `[N, K, H', W']`; targets are centre-cropped to a smaller output.
+        sampler: returns a batch, float32 `[N, C, H, W]` and int64 `[N, H, W]`, on any device.
+        options: see `Options`.
+        on_step: called after every step with its number, counted from 0, and its loss.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    options = options or Options()
+    device = next(model.parameters()).device
+    weight = None if options.class_weights is None else torch.tensor(options.class_weights, device=device)
+    optimizer = make_optimizer(model, options)
+    model.train()
+    losses = []
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        images, targets = (tensor.to(device, non_blocking=True) for tensor in sampler())
+        output = model(images)
+        loss = F.cross_entropy(
+            output, centre_crop(targets, output.shape[-2:]), weight=weight, ignore_index=IGNORE_INDEX
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} at step {step + 1}; a smaller learning rate may help")
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return losses
+
+
+def evaluate(model: nn.Module, samples: Iterable[Sample], num_classes: int) -> Scores:
+    """IoU per class and their mean over all pixels of `samples`, each predicted whole (see `predict`)."""
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for image, target in samples:
+        confusion += confusion_matrix(predict(model, image), target, num_classes)
+    return scores(confusion)
