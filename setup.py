@@ -1,19 +1,13 @@
 """Packaging: the repository's `kernels/` folder is installed as `segfast.kernels`."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    # An explicit list: `segfast/kernels` is a link to `kernels`, and discovery would find that folder twice.
+    # `segfast/kernels` is a link to `kernels`: leave it out, or that folder is found twice.
     packages=[
-        "segfast",
-        "segfast.data",
+        *find_packages(include=["segfast", "segfast.*"], exclude=["segfast.kernels", "segfast.kernels.*"]),
         "segfast.kernels",
-        "segfast.kernels.configs",
-        "segfast.kernels.conv_transpose2d",
-        "segfast.models",
-        "segfast.nn",
-        "segfast.ops",
-        "segfast.train",
+        *(f"segfast.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"segfast": "segfast", "segfast.kernels": "kernels"},
     package_data={

@@ -19,6 +19,20 @@ def _double_conv(c_in: int, c_out: int, padding: int) -> nn.Sequential:
     )
 
 
+class _Up(nn.Module):
+    def __init__(self, c_in: int, c_out: int, padding: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(c_in, c_out, 2, stride=2)
+        self.conv = _double_conv(2 * c_out, c_out, padding)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        rows, columns = skip.shape[2] - y.shape[2], skip.shape[3] - y.shape[3]
+        if 0 <= rows < 2 and 0 <= columns < 2:
+            y = F.pad(y, (0, columns, 0, rows))
+        return self.conv(torch.cat([crop_to(skip, *y.shape[2:]), y], 1))
+
+
 class UNet(nn.Module):
     """Ronneberger, Fischer, Brox 2015: unpadded as in the paper, or padded to keep the input's size."""
 
@@ -28,13 +42,10 @@ class UNet(nn.Module):
         super().__init__()
         padding = int(padded)
         self.inc = _double_conv(in_channels, width, padding)
-        self.downs, self.ups, self.convs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for level in range(depth):
-            self.downs.append(_double_conv(width << level, width << (level + 1), padding))
-        for level in reversed(range(depth)):
-            c = width << level
-            self.ups.append(nn.ConvTranspose2d(2 * c, c, 2, stride=2))
-            self.convs.append(_double_conv(2 * c, c, padding))
+        widths = [width << level for level in range(depth + 1)]
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.downs = nn.ModuleList(_double_conv(narrow, wide, padding) for narrow, wide in pairs)
+        self.ups = nn.ModuleList(_Up(wide, narrow, padding) for narrow, wide in reversed(pairs))
         self.outc = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,12 +53,8 @@ class UNet(nn.Module):
         for down in self.downs:
             skips.append(down(F.max_pool2d(skips[-1], 2)))
         y = skips.pop()
-        for up, conv in zip(self.ups, self.convs, strict=True):
-            y, skip = up(y), skips.pop()
-            rows, columns = skip.shape[2] - y.shape[2], skip.shape[3] - y.shape[3]
-            if 0 <= rows < 2 and 0 <= columns < 2:
-                y = F.pad(y, (0, columns, 0, rows))
-            y = conv(torch.cat([crop_to(skip, *y.shape[2:]), y], 1))
+        for up in self.ups:
+            y = up(y, skips.pop())
         return self.outc(y)
 
 

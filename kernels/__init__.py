@@ -4,14 +4,17 @@ Needs torch and triton only, and imports nothing of segfast.
 """
 
 if __name__ == "kernels":
-    # With the repository's root on sys.path, `import kernels` finds this folder instead of Hugging Face's package of
-    # that name, which transformers imports unguarded. Offer nothing, so that such an import fails as if it were absent.
+    # With the repository's root on sys.path, `import kernels` finds this folder instead of Hugging Face's
+    # package of that name, which transformers imports unguarded. Offer nothing, so that such an import fails
+    # as if it were absent.
     def __getattr__(name: str):
-        raise AttributeError(f"this folder is segfast's: import segfast.kernels, not kernels (asked for {name!r})")
+        raise AttributeError(
+            f"this folder is segfast's: import segfast.kernels, not kernels (asked for {name!r})"
+        )
 else:
     from ._configs import Config, candidates, choose_config, override_config
-    from ._device import architecture, gpu_slug, interpreting, pretend_architecture
-    from ._launch import compile_offline, record_launches
+    from ._device import architecture, dot_precision, gpu_slug, interpreting, pretend_architecture
+    from ._launch import compile_offline, layout_key, recall, record_launches, remember
     from .conv_transpose2d import (
         conv_transpose2d_forward,
         conv_transpose2d_grad_input,
@@ -27,9 +30,13 @@ else:
         "conv_transpose2d_forward",
         "conv_transpose2d_grad_input",
         "conv_transpose2d_grad_weight",
+        "dot_precision",
         "gpu_slug",
         "interpreting",
+        "layout_key",
         "override_config",
         "pretend_architecture",
+        "recall",
         "record_launches",
+        "remember",
     ]

@@ -1,7 +1,8 @@
 """Which tile sizes a kernel runs with, which kernels are proven on which GPU, and what was measured there.
 
-`choose_config` is a pure function of the problem: the user's cache, then this GPU's committed table, then a table of
-the same architecture, then the family's heuristic; always pruned by the shared memory the device really has.
+`choose_config` is a pure function of the problem: the user's cache, then this GPU's committed table, then a
+table of the same architecture, then the family's heuristic; always pruned by the shared memory the device
+really has.
 """
 
 import contextlib
@@ -69,9 +70,11 @@ def log2(n: int) -> int:
     return max(n, 1).bit_length() - 1
 
 
-# Each family registers, per operation, a function (Problem, architecture) -> list of Config, best guess first.
+# Each family registers, per operation, a function (Problem, architecture) -> list of Config, best guess
+# first.
 _CANDIDATES: dict[str, Callable[[Problem, str], list[Config]]] = {}
 _overrides: dict[str, Config] = {}
+_asked: list[Problem] | None = None
 
 
 def register_candidates(operation: str, function: Callable[[Problem, str], list[Config]]) -> None:
@@ -100,6 +103,8 @@ def candidates(problem: Problem, arch: str, shared_limit: int | None = None) -> 
 
 def choose_config(problem: Problem, device: torch.device) -> Config:
     """The configuration to run `problem` with on `device`."""
+    if _asked is not None:
+        _asked.append(problem)
     if problem.operation in _overrides:
         return _overrides[problem.operation]
     row = None
@@ -140,7 +145,20 @@ def override_config(operation: str, config: Config) -> Iterator[None]:
         forget_plans()
 
 
-# --- measured tables and proofs -------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def record_problems() -> Iterator[list[Problem]]:
+    """Collect the problems a configuration is chosen for: how the tuner learns what a call consists of."""
+    global _asked
+    previous, _asked = _asked, []
+    forget_plans()
+    try:
+        yield _asked
+    finally:
+        _asked = previous
+
+
+# --- measured tables and proofs
+# -------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -205,8 +223,8 @@ def source_digest(operation: str) -> str:
 def proven_entries(arch: str) -> frozenset[str]:
     """The "operation.dtype" pairs proven right on a GPU of architecture `arch`: committed, or in the user's cache.
 
-    A proof is {arch: {"operation.dtype": {"source": digest, "gpu": ..., "torch": ..., "triton": ..., "date": ...}}};
-    one made with other device code than today's does not count.
+    A proof is {arch: {"operation.dtype": {"source": digest, "gpu": ..., "torch": ..., "triton": ..., "date":
+    ...}}}; one made with other device code than today's does not count.
     """
     found = set()
     for path in (_FOLDER / "proven.json", cache_folder() / "proven.json"):

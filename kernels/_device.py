@@ -76,9 +76,8 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "tf32"  # not looked at for 16-bit operands
     # Not torch.backends.cudnn.allow_tf32: reading it raises once the newer knob has been set.
-    precision = torch.backends.cudnn.conv.fp32_precision
-    if precision == "none":
-        precision = torch.backends.cudnn.fp32_precision
+    # This is torch.backends.cudnn.conv.fp32_precision, in a tenth of the time.
+    precision = torch._C._get_fp32_precision_getter("cuda", "conv")
     # Three tf32 products recover fp32's accuracy and stay on the matrix units; AMD's have plain fp32.
     exact = "ieee" if torch.version.hip else "tf32x3"
     return "tf32" if precision == "tf32" else exact

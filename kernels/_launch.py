@@ -1,8 +1,9 @@
 """Launching a compiled kernel without Triton's JIT binder, which costs about 11 us a call.
 
-A launcher works out everything that follows from shapes, strides and options once, and keeps it as a `Plan`: the grid,
-the integer arguments, the constants and, after the first call, the compiled kernel. The next call with the same key
-only passes pointers. Triton specialises on the alignment of pointers, so the alignment belongs to the key.
+A launcher works out everything that follows from shapes, strides and options once, and keeps it as a `Plan`:
+the grid, the integer arguments, the constants and, after the first call, the compiled kernel. The next call
+with the same key only passes pointers. Triton specialises on the alignment of pointers, so the alignment
+belongs to the key.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from triton import knobs
 if TYPE_CHECKING:
     from ._configs import Config
 
-_PLANS: dict[Hashable, "Plan"] = {}
+_PLANS: dict[Hashable, Any] = {}
 _MOST_PLANS = 4096
 _recorder: list[tuple["Plan", tuple[torch.Tensor | None, ...]]] | None = None
 
@@ -73,10 +74,20 @@ def planned(key: Hashable, make: Callable[[], Plan]) -> Plan:
     """The plan kept under `key`, made by `make` if there is none."""
     plan = _PLANS.get(key)
     if plan is None:
-        if len(_PLANS) >= _MOST_PLANS:
-            _PLANS.clear()
-        plan = _PLANS[key] = make()
+        plan = remember(key, make())
     return plan
+
+
+def remember(key: Hashable, value: Any) -> Any:
+    """Keep `value`, which rests on plans, until plans are forgotten; `recall(key)` returns it, or None."""
+    if len(_PLANS) >= _MOST_PLANS:
+        _PLANS.clear()
+    _PLANS[key] = value
+    return value
+
+
+# The dictionary's own method: this is on the way of every call.
+recall = _PLANS.get
 
 
 def forget_plans() -> None:
@@ -84,9 +95,11 @@ def forget_plans() -> None:
     _PLANS.clear()
 
 
-def alignment(*tensors: torch.Tensor | None) -> tuple[bool, ...]:
-    """Which of the tensors start on 16 bytes."""
-    return tuple([t is None or t.data_ptr() % 16 == 0 for t in tensors])
+def layout_key(*tensors: torch.Tensor | None) -> tuple:
+    """All that a plan may depend on in its tensors: shape, strides, dtype, and whether they start on 16 bytes."""
+    return tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    )
 
 
 def image_strides(t: torch.Tensor | None) -> tuple[int, int, int]:
@@ -130,11 +143,13 @@ def record_launches() -> Iterator[list[tuple[Plan, tuple[torch.Tensor | None, ..
         _recorder = previous
 
 
-def compile_offline(plan: Plan, pointers: Sequence[torch.Tensor | None], target) -> "triton.compiler.CompiledKernel":
+def compile_offline(
+    plan: Plan, pointers: Sequence[torch.Tensor | None], target
+) -> "triton.compiler.CompiledKernel":
     """Compile a recorded launch for `target` (a `triton.backends.compiler.GPUTarget`), without a GPU.
 
-    The signature and the specialisation (integers equal to 1 or divisible by 16, aligned pointers) are those the
-    launch itself would have.
+    The signature and the specialisation (integers equal to 1 or divisible by 16, aligned pointers) are those
+    the launch itself would have.
     """
     from triton.compiler import ASTSource
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ._configs import Config
-from ._launch import Plan, alignment, planned
+from ._launch import Plan, layout_key, planned
 
 
 @triton.jit
@@ -22,10 +22,16 @@ def _reduce_partials_kernel(partials_ptr, out_ptr, numel, SPLIT: tl.constexpr, B
 
 def reduce_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     """out = partials.sum(0): partials [SPLIT, ...] fp32, out dense in memory, in the order of partials[0]."""
-    key = ("reduce_partials", partials.shape[0], out.numel(), out.dtype, out.device, alignment(partials, out))
+    key = ("reduce_partials", out.device, layout_key(partials, out))
 
     def make() -> Plan:
         constants = {"SPLIT": partials.shape[0], "BLOCK": 512}
-        return Plan(_reduce_partials_kernel, (triton.cdiv(out.numel(), 512),), (out.numel(),), constants, Config(1, 512, 1, 4, 2))
+        return Plan(
+            _reduce_partials_kernel,
+            (triton.cdiv(out.numel(), 512),),
+            (out.numel(),),
+            constants,
+            Config(1, 512, 1, 4, 2),
+        )
 
     planned(key, make)(partials, out)

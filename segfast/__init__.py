@@ -30,7 +30,7 @@ if not (Path(__file__).parent / "kernels" / "__init__.py").exists():
     sys.meta_path.append(_CheckoutFinder())
 
 from . import functional, nn  # noqa: E402
-# from ._optimize import optimize, report, restore  # noqa: E402
+from ._optimize import optimize, report, restore  # noqa: E402
 from .ops import backend, explain, get_backend  # noqa: E402
 
-__all__ = ["backend", "explain", "functional", "get_backend", "nn"]
+__all__ = ["backend", "explain", "functional", "get_backend", "nn", "optimize", "report", "restore"]

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from segfast.nn._rules import Rule, all_rules
-from segfast.ops._backend import _KERNEL_DTYPES
-
 from ._table import format_table
+from .nn._rules import Rule, all_rules
+from .ops._backend import _KERNEL_DTYPES
 
 # Kept in a replaced or left-out layer's __dict__: survives deepcopy and pickle, is no part of the state_dict.
 _RECORD = "_segfast_optimize"
-# Where weights are made channels_last, the layout the kernels read without a copy. On a CPU that is the user's choice.
+# Where weights are made channels_last, the layout the kernels read without a copy.
 _LAYOUT_DEVICES = ("cuda",)
 
 
@@ -26,7 +25,7 @@ _LAYOUT_DEVICES = ("cuda",)
 class Row:
     """One layer that `optimize` considered.
 
-    `name` is its path in the model ("" for the model itself), `shared` the other paths that lead to the same layer.
+    `name` is its path in the model ("" for the model itself), `shared` its other paths if it has any.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Report:
         return [row.name for row in self.rows if row.replaced]
 
     def __str__(self) -> str:
-        note = "A functional call inside a forward method is not replaced, and seen only where it is named there."
+        note = "A functional call in a forward method is not replaced, and seen only where it is named there."
         if not self.rows:
             return f"No layer of a kind that segfast serves.\n{note}"
         cells = [
@@ -70,10 +69,11 @@ def optimize(
 ) -> nn.Module:
     """Replace every layer that segfast serves; `report` says which, `restore` undoes it.
 
-    A layer is replaced by a change of its class: parameters, buffers, hooks, state_dict keys and the links of an
-    optimizer stay. Subclasses, parametrized, quantized and scripted layers are left alone. If anything was replaced,
-    4-D parameters and buffers on a GPU become channels_last, except under DistributedDataParallel, whose buckets are
-    laid out already. Optimize before `torch.compile` and before wrapping for data-parallel training.
+    A layer is replaced by a change of its class: parameters, buffers, hooks, state_dict keys and the links of
+    an optimizer stay. Subclasses, parametrized, quantized and scripted layers are left alone. If anything was
+    replaced, 4-D parameters and buffers on a GPU become channels_last, except under DistributedDataParallel,
+    whose buckets are laid out already. Optimize before `torch.compile` and before wrapping for data-parallel
+    training.
 
     Args:
         model: any module; one layer will do.
@@ -95,10 +95,10 @@ def optimize(
     """
     _check_model(model)
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is scripted: its code is compiled already; optimize the Python module, then script it")
+        raise TypeError("model is scripted: its code is compiled already; optimize before scripting")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable, got {type(filter_fn).__name__}")
-    # Judged on the caller's own modules, so that filter_fn may go by identity; nothing has changed if it raises.
+    # Judged on the caller's own modules: filter_fn may go by identity, and nothing has changed if it raises.
     chosen: dict[str, Rule] = {}
     left_out = []
     for name, module in model.named_modules():
@@ -113,10 +113,12 @@ def optimize(
         model = _copied(model)
     modules = dict(model.named_modules())
     for name in left_out:
-        vars(modules[name])[_RECORD] = {"left_out": "filter_fn"}
+        _record(modules[name])["left_out"] = True
     for name, rule in chosen.items():
         module = modules[name]
-        vars(module)[_RECORD] = {"rule": (rule.source, rule.target)}
+        record = _record(module)
+        record.pop("left_out", None)
+        record["rule"] = (rule.source, rule.target)
         vars(module).update(rule.attributes)
         module.__class__ = rule.target
     if chosen and not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values()):
@@ -131,8 +133,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a replaced layer has since been given something torch's own class cannot hold (an activation, a
-            parametrization); nothing has been changed.
+        ValueError: a replaced layer has since been given something torch's own class cannot hold (an
+            activation, a parametrization); nothing has been changed.
 
     Example:
         >>> import torch, segfast
@@ -194,11 +196,11 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise RuntimeError(f"the model cannot be deep-copied ({error}); use optimize(model, inplace=True)") from error
+        raise RuntimeError(f"the model cannot be deep-copied ({error}); use inplace=True") from error
 
 
 def _judge(module: nn.Module) -> tuple[Rule | None, str | None]:
-    """The rule that replaces `module`, or None and why not; (None, None) for a layer that is no family's business."""
+    """The rule that replaces `module`, or None and why not; (None, None) for a layer no family is about."""
     reasons = []
     for rule in all_rules():
         if type(module) is rule.source:
@@ -218,15 +220,16 @@ def _common_reason_not(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     weight = getattr(module, "weight", None)
     # A plain tensor where torch.nn.utils.weight_norm and the like put the weight together before each call.
-    if type(weight) not in (nn.Parameter, torch.Tensor):
-        return f"its weight is a {type(weight).__name__}, not a plain tensor; optimize before sharding or quantizing"
+    if weight is None or type(weight) not in (nn.Parameter, torch.Tensor):
+        return f"its weight is a {type(weight).__name__}; optimize before sharding or quantizing"
     if weight.dtype not in _KERNEL_DTYPES:
-        return f"no kernels for {str(weight.dtype).removeprefix('torch.')} (float16, bfloat16 and float32 have them)"
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"no kernels for {dtype} (float16, bfloat16 and float32 have them)"
     return None
 
 
 def _other_reason_not(module: nn.Module, rule: Rule) -> str | None:
-    """Why a layer that is not of class `rule.source` but looks like it is not replaced; None if it does not."""
+    """Why a layer that only resembles `rule.source` is not replaced; None if it does not resemble it."""
     kind, source = type(module), rule.source.__name__
     if kind is rule.target:
         return "replaced" if "rule" in vars(module).get(_RECORD, {}) else "segfast's own already"
@@ -235,7 +238,7 @@ def _other_reason_not(module: nn.Module, rule: Rule) -> str | None:
         return "scripted: its code is compiled already; optimize before scripting" if scripted else None
     if isinstance(module, rule.source):
         if parametrize.is_parametrized(module):
-            names = ", ".join(module.parametrizations)
+            names = ", ".join(name for name, _ in module.get_submodule("parametrizations").named_children())
             return f"parametrized ({names}); remove the parametrization or parametrize after optimize"
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             return "lazy: its shapes are not known before the first call; run one batch, then optimize"
@@ -278,6 +281,10 @@ def _names(code: CodeType) -> set[str]:
     return found
 
 
+def _record(module: nn.Module) -> dict[str, Any]:
+    return vars(module).setdefault(_RECORD, {})
+
+
 def _rule(record: dict[str, Any]) -> Rule:
     source, target = record["rule"]
     return next(rule for rule in all_rules() if (rule.source, rule.target) == (source, target))
@@ -291,9 +298,10 @@ def _check_restorable(name: str, module: nn.Module) -> None:
     if type(module) is not rule.target:
         raise ValueError(f"layer {name!r} became a {type(module).__name__} after optimize; undo that first")
     for key, neutral in rule.attributes.items():
-        if getattr(module, key) != neutral:
+        value = getattr(module, key)
+        if value != neutral:
             raise ValueError(
-                f"layer {name!r} has {key}={getattr(module, key)!r}, set after optimize, which {rule.source.__name__} "
+                f"layer {name!r} has {key}={value!r}, set after optimize, which {rule.source.__name__} "
                 f"cannot hold; set it back to {neutral!r} first"
             )
 
@@ -314,7 +322,8 @@ def _to_channels_last(modules: Any) -> None:
         )
         if names:
             _set_layout(module, names, torch.channels_last)
-            vars(module).setdefault(_RECORD, {})["contiguous"] = names
+            record = _record(module)
+            record["contiguous"] = (*record.get("contiguous", ()), *names)
 
 
 def _set_layout(module: nn.Module, names: tuple[str, ...], memory_format: torch.memory_format) -> None:

@@ -11,13 +11,19 @@ __all__ = ["UserError", "main"]
 
 # Each module has add_arguments(parser) and run(args) -> exit code.
 COMMANDS = {
-    "demo": ("segfast._demo", "train a small U-Net on real nuclei, predict a held-out region, draw and measure"),
+    "demo": (
+        "segfast._demo",
+        "train a small U-Net on real nuclei, predict a held-out region, draw and measure",
+    ),
     "train": ("segfast.train._train_command", "train a U-Net on your images, or on the ones shipped"),
     "predict": ("segfast.train._predict_command", "segment images with a trained checkpoint"),
     "check": ("segfast._check", "run a model before and after optimize: error, time, memory"),
     "doctor": ("segfast._doctor", "versions, GPU, what is proven and tuned on it, where caches are"),
     "tune": ("segfast._tune", "time tile sizes beside cuDNN on this GPU and keep the best"),
-    "compile-report": ("segfast._compile_report", "registers, spills, shared memory of every kernel, without a GPU"),
+    "compile-report": (
+        "segfast._compile_report",
+        "registers, spills, shared memory of every kernel, without a GPU",
+    ),
 }
 
 

@@ -2,8 +2,7 @@
 
 import torch
 
-from .ops.conv_transpose2d import conv_transpose2d
-from .ops.up_concat import up_concat
+from .ops.conv_transpose2d import conv_transpose2d, up_concat
 
 __all__ = ["conv_transpose2d", "up_concat"]
 

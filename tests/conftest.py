@@ -13,7 +13,8 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "interpreter: runs Triton kernels on CPU tensors; needs TRITON_INTERPRET=1 set before the start"
+        "markers",
+        "interpreter: runs Triton kernels on CPU tensors; needs TRITON_INTERPRET=1 set before the start",
     )
 
 

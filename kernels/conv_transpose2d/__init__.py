@@ -1,8 +1,9 @@
 """Transposed convolution: y[n, c, oh, ow] = sum of x[n, k, ih, iw] w[k, c, kh, kw] over oh + pad = stride ih + dilation kh.
 
 Everything is channels_last in memory: x [N, H, W, CI], y [N, OH, OW, CO], and the weight, a channels_last
-[CI, CO/groups, KH, KW], is the matrix [CI, KH * KW * CO/groups] that every GEMM here wants. Only the channel stride has
-to be 1; images, rows and pixels may lie anywhere. No atomics: each output is written once, by one program.
+[CI, CO/groups, KH, KW], is the matrix [CI, KH * KW * CO/groups] that every GEMM here wants. Only the channel
+stride has to be 1; images, rows and pixels may lie anywhere. No atomics: each output is written once, by one
+program.
 """
 
 from .forward import conv_transpose2d_forward

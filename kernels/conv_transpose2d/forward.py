@@ -1,21 +1,20 @@
 """Forward by sub-pixel phases: output pixels with equal (oh + pad) mod stride use the same taps of the kernel.
 
-Two GEMMs, both with input positions as rows and channels as depth. `_wide` (kernel divisible by stride, dilation 1)
-puts all phases side by side in its columns and reads the input once for them; with kernel == stride it is one plain
-matrix product whose rows are scattered. `_phase` serves everything else: a program belongs to one phase, walks the taps
-of that phase only and multiplies no zeros.
+Two GEMMs, both with input positions as rows and channels as depth. `_wide` (kernel divisible by stride,
+dilation 1) puts all phases side by side in its columns and reads the input once for them; with kernel ==
+stride it is one plain matrix product whose rows are scattered. `_phase` serves everything else: a program
+belongs to one phase, walks the taps of that phase only and multiplies no zeros.
 """
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
 from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import dot_precision
 from .._epilogue import _activate, _affine
-from .._launch import Plan, alignment, image_strides, needs_wide_index, pixel_alignment, planned
+from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 
 
 @triton.jit
@@ -74,16 +73,21 @@ def _conv_transpose2d_forward_phase_kernel(
         ow = i_w * STRIDE_W + phase_w
         row_ok = (m < M) & (oh < OH) & (ow < OW)
 
-        # Taps with (kh * dilation) = (phase + pad) mod stride: first, first + step, ... ; none if the gcd of stride and
-        # dilation does not divide the right side. INVERSE is that of dilation / gcd modulo step = stride / gcd.
+        # Taps with (kh * dilation) = (phase + pad) mod stride: first, first + step, ... ; none if the gcd of
+        # stride and dilation does not divide the right side. INVERSE is that of dilation / gcd modulo step =
+        # stride / gcd.
         STEP_H: tl.constexpr = STRIDE_H // GCD_H
         STEP_W: tl.constexpr = STRIDE_W // GCD_W
         shifted_h = phase_h + PAD_H
         shifted_w = phase_w + PAD_W
         first_h = (shifted_h // GCD_H * INVERSE_H) % STEP_H
         first_w = (shifted_w // GCD_W * INVERSE_W) % STEP_W
-        taps_h = tl.where(shifted_h % GCD_H == 0, tl.maximum((KERNEL_H - first_h + STEP_H - 1) // STEP_H, 0), 0)
-        taps_w = tl.where(shifted_w % GCD_W == 0, tl.maximum((KERNEL_W - first_w + STEP_W - 1) // STEP_W, 0), 0)
+        taps_h = tl.where(
+            shifted_h % GCD_H == 0, tl.maximum((KERNEL_H - first_h + STEP_H - 1) // STEP_H, 0), 0
+        )
+        taps_w = tl.where(
+            shifted_w % GCD_W == 0, tl.maximum((KERNEL_W - first_w + STEP_W - 1) // STEP_W, 0), 0
+        )
         # Exact divisions where there are taps; a tap further on reads dilation / gcd input pixels back.
         top_h = i_h + (shifted_h - first_h * DILATION_H) // STRIDE_H
         top_w = i_w + (shifted_w - first_w * DILATION_W) // STRIDE_W
@@ -116,7 +120,9 @@ def _conv_transpose2d_forward_phase_kernel(
         ok = row_ok[:, None] & channel_ok[None, :]
         if residual_ptr is not None:
             offsets = tl.multiple_of(n * stride_rn + oh * stride_rh + ow * stride_rw, ALIGN)
-            y += tl.load(residual_ptr + offsets[:, None] + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+            y += tl.load(residual_ptr + offsets[:, None] + channel[None, :], mask=ok, other=0.0).to(
+                tl.float32
+            )
         y = _activate(y, negative_slope, ACTIVATION)
         offsets = tl.multiple_of(n * stride_yn + oh * stride_yh + ow * stride_yw, ALIGN)
         tl.store(y_ptr + offsets[:, None] + (SKIP + channel)[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
@@ -134,8 +140,9 @@ def _conv_transpose2d_forward_wide_kernel(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Row (n, j_h, j_w) stands for the output pixels stride * j - pad + phase, all phases of it; M = N * GRID_H * GRID_W.
-    # Column (phase_h, phase_w, c). Tap t of a phase reads input pixel j - t, whatever the phase.
+    # Row (n, j_h, j_w) stands for the output pixels stride * j - pad + phase, all phases of it; M = N *
+    # GRID_H * GRID_W. Column (phase_h, phase_w, c). Tap t of a phase reads input pixel j - t, whatever the
+    # phase.
     pid = tl.program_id(0)
     group = tl.program_id(1)
     if WIDE_INDEX:
@@ -147,8 +154,8 @@ def _conv_transpose2d_forward_wide_kernel(
     else:
         COLUMNS: tl.constexpr = STRIDE_H * STRIDE_W * CO
         if CO % BLOCK_N == 0:
-            # One phase a tile. Written so that the channel stays a plain range: its contiguity is what the 16-byte
-            # stores come from.
+            # One phase a tile. Written so that the channel stays a plain range: its contiguity is what the
+            # 16-byte stores come from.
             BLOCKS: tl.constexpr = CO // BLOCK_N
             tile_n = pid % (COLUMNS // BLOCK_N)
             tile_m = pid // (COLUMNS // BLOCK_N)
@@ -178,7 +185,12 @@ def _conv_transpose2d_forward_wide_kernel(
         DEPTH_TILES: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
         k = tl.arange(0, BLOCK_K)
         x_rows = x_ptr + tl.multiple_of(n * stride_xn, ALIGN) + group * CI
-        w_columns = w_ptr + group.to(tl.int64) * (CI * KERNEL_H * KERNEL_W * CO) + (phase_h * KERNEL_W + phase_w) * CO + c
+        w_columns = (
+            w_ptr
+            + group.to(tl.int64) * (CI * KERNEL_H * KERNEL_W * CO)
+            + (phase_h * KERNEL_W + phase_w) * CO
+            + c
+        )
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(0, TAPS_H * TAPS_W * DEPTH_TILES):
             tap = step // DEPTH_TILES
@@ -254,7 +266,9 @@ def _grid_of_phases(out: int, stride: int, padding: int) -> int:
     return (out - 1 + padding) // stride - padding // stride + 1
 
 
-def _make(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation, slope) -> Plan:
+def _make(
+    x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation, slope
+) -> Plan:
     batch, channels_in, height, width = x.shape
     channels_out, kernel = w.shape[1], w.shape[2:]
     skip_channels = 0 if skip is None else skip.shape[1]
@@ -290,7 +304,11 @@ def _make(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilati
         "PAD_H": padding[0], "PAD_W": padding[1],
     }  # fmt: skip
     if wide:
-        exact = tuple(kernel) == tuple(stride) and tuple(grid_size) == (height, width) and tuple(padding) == (0, 0)
+        exact = (
+            tuple(kernel) == tuple(stride)
+            and tuple(grid_size) == (height, width)
+            and tuple(padding) == (0, 0)
+        )
         exact = exact and tuple(out_size) == (height * stride[0], width * stride[1])
         constants["EXACT"] = exact
         function = _conv_transpose2d_forward_wide_kernel
@@ -311,20 +329,19 @@ def _make(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilati
 
 
 def conv_transpose2d_forward(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop,
-                             activation, negative_slope) -> None:  # fmt: skip
+                             activation, negative_slope) -> Plan:  # fmt: skip
     """out = cat([skip[crop:], act(scale * (convT(x, w) + bias) + shift + residual)], 1).
 
     x [N, CI, H, W], residual and out [N, SKIP + CO, OH, OW], skip: any strides with a channel stride of 1. w
-    [CI, CO/groups, KH, KW] dense in channels_last. bias, scale, shift [CO] dense. With a skip there is one group and no residual.
+    [CI, CO/groups, KH, KW] dense in channels_last. bias, scale, shift [CO] dense. With a skip there is one
+    group and no residual. Returns the plan, which the caller may call again with other pointers of the same
+    layout and alignment.
     """
     key = (
-        "conv_transpose2d_forward", x.shape, x.stride(), w.shape, out.shape, out.stride(), x.dtype, x.device,
-        None if residual is None else residual.stride(),
-        None if skip is None else (skip.shape, skip.stride()),
-        alignment(x, w, bias, scale, shift, residual, skip, out),
-        bias is None, scale is None, shift is None, scale is not None and scale.dtype, shift is not None and shift.dtype,
-        stride, padding, dilation, groups, crop, activation, negative_slope, dot_precision(x.dtype),
+        "conv_transpose2d_forward", layout_key(x, w, bias, scale, shift, residual, skip, out), x.device, stride, padding,
+        dilation, groups, crop, activation, negative_slope, dot_precision(x.dtype),
     )  # fmt: skip
     plan = planned(key, lambda: _make(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups,
                                       crop, activation, negative_slope))  # fmt: skip
     plan(x, w, bias, scale, shift, residual, skip, out)
+    return plan

@@ -1,17 +1,16 @@
 """Gradient of the input: a strided convolution of the output's gradient, as an implicit GEMM.
 
-gx[n, k, ih, iw] = sum over taps and c of gy[n, c, stride ih - pad + dilation kh, ...] w[k, c, kh, kw]. Rows are input
-pixels, columns input channels, depth is (tap, output channel): the weight's own order in memory, so that few channels
-(21 classes) fill the depth tiles without padding.
+gx[n, k, ih, iw] = sum over taps and c of gy[n, c, stride ih - pad + dilation kh, ...] w[k, c, kh, kw]. Rows
+are input pixels, columns input channels, depth is (tap, output channel): the weight's own order in memory, so
+that few channels (21 classes) fill the depth tiles without padding.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import dot_precision
-from .._launch import Plan, alignment, image_strides, needs_wide_index, pixel_alignment, planned
+from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 
 
 @triton.jit
@@ -62,7 +61,9 @@ def _conv_transpose2d_grad_input_kernel(
             ow = row_w[:, None] + (tap % KERNEL_W * DILATION_W)[None, :]
             ok = row_ok[:, None] & (depth < DEPTH)[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
             offsets = tl.multiple_of(row_h * stride_gh + row_w * stride_gw, ALIGN)
-            taps = tl.multiple_of(tap // KERNEL_W * DILATION_H * stride_gh + tap % KERNEL_W * DILATION_W * stride_gw, ALIGN)
+            taps = tl.multiple_of(
+                tap // KERNEL_W * DILATION_H * stride_gh + tap % KERNEL_W * DILATION_W * stride_gw, ALIGN
+            )
             a = tl.load((g_rows + offsets)[:, None] + (taps + depth % CO)[None, :], mask=ok, other=0.0)
         b = tl.load(w_columns[None, :] + depth[:, None],
                     mask=(depth < DEPTH)[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
@@ -120,10 +121,11 @@ def _make(gy, w, out, stride, padding, dilation, groups) -> Plan:
 def conv_transpose2d_grad_input(gy, w, out, stride, padding, dilation, groups) -> None:
     """out = gradient of the transposed convolution's input.
 
-    gy [N, CO, OH, OW] and out [N, CI, H, W]: any strides with a channel stride of 1. w [CI, CO/groups, KH, KW] dense in channels_last.
+    gy [N, CO, OH, OW] and out [N, CI, H, W]: any strides with a channel stride of 1. w [CI, CO/groups, KH,
+    KW] dense in channels_last.
     """
     key = (
-        "conv_transpose2d_grad_input", gy.shape, gy.stride(), w.shape, out.shape, out.stride(), gy.dtype, gy.device,
-        alignment(gy, w, out), stride, padding, dilation, groups, dot_precision(gy.dtype),
+        "conv_transpose2d_grad_input", layout_key(gy, w, out), gy.device, stride, padding, dilation, groups,
+        dot_precision(gy.dtype),
     )  # fmt: skip
     planned(key, lambda: _make(gy, w, out, stride, padding, dilation, groups))(gy, w, out)

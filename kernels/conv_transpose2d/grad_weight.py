@@ -1,8 +1,8 @@
 """Gradient of the weight: x transposed times the output's gradient, the pixels of the whole batch as depth.
 
-gw[k, (kh, kw, c)] = sum over (n, ih, iw) of x[n, k, ih, iw] gy[n, c, stride ih - pad + dilation kh, ...]. Columns run
-over (tap, channel), the weight's own order. The depth is long and the matrix small, so it is cut into SPLIT parts whose
-fp32 results go to a workspace and are summed in a fixed order.
+gw[k, (kh, kw, c)] = sum over (n, ih, iw) of x[n, k, ih, iw] gy[n, c, stride ih - pad + dilation kh, ...].
+Columns run over (tap, channel), the weight's own order. The depth is long and the matrix small, so it is cut
+into SPLIT parts whose fp32 results go to a workspace and are summed in a fixed order.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import dot_precision
-from .._launch import Plan, alignment, image_strides, needs_wide_index, pixel_alignment, planned
+from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from .._reduce import reduce_partials
 
 
@@ -67,7 +67,14 @@ def _conv_transpose2d_grad_weight_kernel(
         else:
             oh = (ih * STRIDE_H)[:, None] + tap_h[None, :]
             ow = (iw * STRIDE_W)[:, None] + tap_w[None, :]
-            ok = pixel_ok[:, None] & (column < COLUMNS)[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            ok = (
+                pixel_ok[:, None]
+                & (column < COLUMNS)[None, :]
+                & (oh >= 0)
+                & (oh < OH)
+                & (ow >= 0)
+                & (ow < OW)
+            )
         b = tl.load(g_columns[None, :] + g_rows[:, None], mask=ok, other=0.0)  # [BLOCK_K, BLOCK_N]
         accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
 
@@ -89,12 +96,18 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
             tiles.append(Config(128, 256, depth, 8, 3))
     found = []
     for tile in tiles:
-        programs = triton.cdiv(problem.rows, tile.block_m) * triton.cdiv(problem.columns, tile.block_n) * problem.groups
+        programs = (
+            triton.cdiv(problem.rows, tile.block_m)
+            * triton.cdiv(problem.columns, tile.block_n)
+            * problem.groups
+        )
         # Two waves of programs on 132 processors, but at least eight steps for each.
         most = max(1, problem.depth // (8 * tile.block_k))
         for waves in (264, 528):
             split = min(triton.cdiv(waves, programs), most, 128)
-            found.append(Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, split))
+            found.append(
+                Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, split)
+            )
     return found
 
 
@@ -104,7 +117,11 @@ register_candidates("conv_transpose2d_grad_weight", _candidates)
 def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
     batch, channels_in, height, width = x.shape
     channels_out, kernel = w_shape[1], w_shape[2:]
-    rows, columns, pixels = channels_in // groups, kernel[0] * kernel[1] * channels_out, batch * height * width
+    rows, columns, pixels = (
+        channels_in // groups,
+        kernel[0] * kernel[1] * channels_out,
+        batch * height * width,
+    )
     problem = Problem(
         "conv_transpose2d_grad_weight", channels_in, channels_out * groups, kernel[0] * kernel[1], groups, x.dtype,
         pixels, rows, columns, pixels,
@@ -126,12 +143,12 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
 def conv_transpose2d_grad_weight(x, gy, out, stride, padding, dilation, groups) -> None:
     """out = gradient of the transposed convolution's weight.
 
-    x [N, CI, H, W] and gy [N, CO, OH, OW]: any strides with a channel stride of 1. out [CI, CO/groups, KH, KW] dense in
-    channels_last.
+    x [N, CI, H, W] and gy [N, CO, OH, OW]: any strides with a channel stride of 1. out [CI, CO/groups, KH,
+    KW] dense in channels_last.
     """
     key = (
-        "conv_transpose2d_grad_weight", x.shape, x.stride(), gy.shape, gy.stride(), out.shape, out.dtype, x.dtype,
-        x.device, alignment(x, gy, out), stride, padding, dilation, groups, dot_precision(x.dtype),
+        "conv_transpose2d_grad_weight", layout_key(x, gy, out), x.device, stride, padding, dilation, groups,
+        dot_precision(x.dtype),
     )  # fmt: skip
     plan = planned(key, lambda: _make(x, gy, out.shape, stride, padding, dilation, groups))
     if plan.config.split_k == 1:

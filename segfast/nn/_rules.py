@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from segfast.ops import FAMILIES
+from ..ops import FAMILIES
 
 
 def _nothing_against(module: nn.Module) -> str | None:
@@ -22,10 +22,10 @@ class Rule:
     Args:
         source: the class replaced; a subclass is left alone, for its forward may be its own.
         target: a subclass of `source` that keeps its parameters and its state_dict.
-        attributes: what `target.forward` reads and `source` lacks, at the values for which both compute the same.
+        attributes: what `target` reads and `source` lacks, at the values for which both compute the same.
         reason_not: None, or why this one layer of class `source` is not replaced.
         related: classes a user might expect to see replaced, each with the reason why they are not.
-        functional: the name in torch.nn.functional that computes this layer; calls of it are only pointed out.
+        functional: the name in torch.nn.functional that computes this layer; its calls are pointed out.
     """
 
     source: type[nn.Module]
@@ -39,5 +39,5 @@ class Rule:
 @functools.cache
 def all_rules() -> tuple[Rule, ...]:
     """The rules of every family, in the order of `segfast.ops.FAMILIES`."""
-    modules = [importlib.import_module(f"segfast.nn.{family}") for family in FAMILIES]
+    modules = [importlib.import_module(f"{__package__}.{family}") for family in FAMILIES]
     return tuple(rule for module in modules for rule in module.RULES)

@@ -5,14 +5,15 @@ from torch import Tensor
 
 from .. import functional as F
 from ..ops._epilogue import check_activation
+from ._rules import Rule
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with a fused activation: same constructor, same state_dict, same results.
 
     Args:
-        activation: None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "hardswish" or
-            "hardsigmoid".
+        activation: None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "hardswish"
+            or "hardsigmoid".
         negative_slope: leaky_relu's.
 
     Shapes: [N, C_in, H, W] or [C_in, H, W] to [N, C_out, H_out, W_out] or [C_out, H_out, W_out].
@@ -47,9 +48,17 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
                 )
             )
         return F.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
-            activation=self.activation, negative_slope=self.negative_slope,
-        )  # fmt: skip
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+        )
 
     def extra_repr(self) -> str:
         extra = super().extra_repr()
@@ -58,3 +67,17 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         if self.activation == "leaky_relu":
             extra += f", negative_slope={self.negative_slope}"
         return extra
+
+
+RULES = [
+    Rule(
+        source=torch.nn.ConvTranspose2d,
+        target=ConvTranspose2d,
+        attributes={"activation": None, "negative_slope": 0.01},
+        related={
+            torch.nn.ConvTranspose1d: "one-dimensional; the kernels are for images",
+            torch.nn.ConvTranspose3d: "three-dimensional; the kernels are for images",
+        },
+        functional="conv_transpose2d",
+    )
+]

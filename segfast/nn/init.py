@@ -20,7 +20,8 @@ def bilinear_kernel(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def bilinear_(weight: Tensor) -> Tensor:
     """Fill a transposed convolution's weight [C_in, C_out, kH, kW], in place, with bilinear interpolation of each channel.
 
-    Zero off the channel diagonal. With groups == channels the weight is [C, 1, kH, kW] and every filter is bilinear.
+    Zero off the channel diagonal. With groups == channels the weight is [C, 1, kH, kW] and every filter is
+    bilinear.
 
     Raises:
         ValueError: the weight is not 4-D, or neither square in its channels nor one filter a channel.
@@ -49,8 +50,8 @@ def bilinear_(weight: Tensor) -> Tensor:
 def icnr_(weight: Tensor, stride: int, init=torch.nn.init.kaiming_normal_) -> Tensor:
     """Fill a transposed convolution's weight [C_in, C_out, k, k], k a multiple of stride, without a checkerboard, in place.
 
-    Every sub-pixel phase gets the same filter, so that at the start the layer is a nearest-neighbour upsampling of a
-    convolution. `init` fills the small weight [C_in, C_out, k/stride, k/stride].
+    Every sub-pixel phase gets the same filter, so that at the start the layer is a nearest-neighbour
+    upsampling of a convolution. `init` fills the small weight [C_in, C_out, k/stride, k/stride].
 
     Raises:
         ValueError: the kernel's sides are not multiples of the stride.

@@ -10,15 +10,17 @@ from .init import bilinear_kernel
 class BilinearUpsample(torch.nn.Module):
     """The transposed convolution with fixed bilinear weights (FCN's `learnable=False`), as two 1-D matrix products.
 
-    The same result as `ConvTranspose2d(channels, channels, kernel_size, stride, padding, output_padding)` with weights
-    from `segfast.nn.init.bilinear_`, for any number of channels, and with nothing to learn or to save.
+    The same result as `ConvTranspose2d(channels, channels, kernel_size, stride, padding, output_padding)`
+    with weights from `segfast.nn.init.bilinear_`, for any number of channels, and with nothing to learn or to
+    save.
 
     Args:
         stride: the upsampling factor.
         kernel_size: side of the kernel; 2 * stride - stride % 2 by default, as FCN has it.
         padding, output_padding: as in `torch.nn.ConvTranspose2d`.
 
-    Shapes: [N, C, H, W] to [N, C, H_out, W_out], H_out = (H - 1) stride - 2 padding + kernel_size + output_padding.
+    Shapes: [N, C, H, W] to [N, C, H_out, W_out], H_out = (H - 1) stride - 2 padding + kernel_size +
+    output_padding.
 
     Raises:
         ValueError: a stride or kernel size below 1, negative padding.
@@ -31,7 +33,9 @@ class BilinearUpsample(torch.nn.Module):
         torch.Size([1, 21, 160, 160])
     """
 
-    def __init__(self, stride: int, kernel_size: int | None = None, padding: int = 0, output_padding: int = 0):
+    def __init__(
+        self, stride: int, kernel_size: int | None = None, padding: int = 0, output_padding: int = 0
+    ):
         super().__init__()
         if kernel_size is None:
             kernel_size = 2 * stride - stride % 2
@@ -40,7 +44,12 @@ class BilinearUpsample(torch.nn.Module):
                 "stride and kernel_size must be at least 1, padding and output_padding at least 0, got "
                 f"{stride}, {kernel_size}, {padding}, {output_padding}"
             )
-        self.stride, self.kernel_size, self.padding, self.output_padding = stride, kernel_size, padding, output_padding
+        self.stride, self.kernel_size, self.padding, self.output_padding = (
+            stride,
+            kernel_size,
+            padding,
+            output_padding,
+        )
         # Not in the state_dict: it follows from the arguments.
         self.register_buffer("kernel", bilinear_kernel(kernel_size)[None], persistent=False)
 
@@ -59,7 +68,8 @@ class BilinearUpsample(torch.nn.Module):
 class UpsampleConv2d(torch.nn.Module):
     """Upsample (nearest or bilinear), then convolve: the learnable upsampling that leaves no checkerboard.
 
-    The convolution pads by `kernel_size // 2`, so that an odd kernel gives exactly `scale_factor` times the input.
+    The convolution pads by `kernel_size // 2`, so that an odd kernel gives exactly `scale_factor` times the
+    input.
 
     Args:
         in_channels, out_channels, kernel_size, bias: the convolution's.
@@ -79,8 +89,17 @@ class UpsampleConv2d(torch.nn.Module):
         torch.Size([1, 4, 10, 10])
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, scale_factor: int = 2,
-                 mode: str = "nearest", bias: bool = True, device=None, dtype=None):  # fmt: skip
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        scale_factor: int = 2,
+        mode: str = "nearest",
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         if mode not in ("nearest", "bilinear"):
             raise ValueError(f"mode must be 'nearest' or 'bilinear', got {mode!r}")
@@ -88,7 +107,13 @@ class UpsampleConv2d(torch.nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.scale_factor, self.mode = scale_factor, mode
         self.conv = torch.nn.Conv2d(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias, device=device, dtype=dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """The registered operators: checks, shapes, autograd, choice of backend. Users call `segfast.functional`."""
 
-from . import conv_transpose2d, up_concat
+from . import conv_transpose2d
 from ._backend import backend, explain, get_backend
 from ._registry import OPERATORS
 
 # Operator families bear the same file name in kernels/, segfast/ops/, segfast/nn/, tests/ and benchmarks/.
 FAMILIES = ("conv_transpose2d",)
 
-__all__ = ["FAMILIES", "OPERATORS", "backend", "conv_transpose2d", "explain", "get_backend", "up_concat"]
+__all__ = ["FAMILIES", "OPERATORS", "backend", "conv_transpose2d", "explain", "get_backend"]

@@ -47,8 +47,8 @@ class backend:
     """Choose the backend for the calling thread, at once; as a context manager, until the block ends.
 
     Args:
-        name: "auto" (a kernel of ours where it is proven on this GPU and measured faster, else ATen), "triton" (our
-            kernels or an error), or "aten" (cuDNN on a GPU, oneDNN on a CPU).
+        name: "auto" (a kernel of ours where it is proven on this GPU and measured faster, else ATen),
+            "triton" (our kernels or an error), or "aten" (cuDNN on a GPU, oneDNN on a CPU).
 
     Raises:
         ValueError: another name.
@@ -79,8 +79,9 @@ def get_backend() -> str:
 def use_triton(operation: str, reason_not: Callable[..., str | None], *args: Any) -> bool:
     """Whether `operation` runs our kernels for these arguments.
 
-    `reason_not(*args)` is the family's predicate: None, or why its kernels cannot serve the call. Under "auto" a kernel
-    must moreover be proven on this GPU and measured faster (the predicate's caller passes that in `args`).
+    `reason_not(*args)` is the family's predicate: None, or why its kernels cannot serve the call. Under
+    "auto" a kernel must moreover be proven on this GPU and measured faster (the predicate's caller passes
+    that in `args`).
 
     Raises:
         NotImplementedError: "triton" was asked for by name and the kernels cannot serve the call.
@@ -90,7 +91,9 @@ def use_triton(operation: str, reason_not: Callable[..., str | None], *args: Any
         return _decided(operation, "aten", "asked for by name", False)
     reason = reason_not(choice, *args)
     if reason is None:
-        return _decided(operation, "triton", "asked for by name" if choice == "triton" else "proven, faster", True)
+        return _decided(
+            operation, "triton", "asked for by name" if choice == "triton" else "proven, faster", True
+        )
     if choice == "triton":
         raise NotImplementedError(f'{operation}: backend "triton" cannot serve this call: {reason}')
     return _decided(operation, "aten", reason, False)
@@ -122,26 +125,34 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Dec
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_gpu_reasons: dict[int | None, str | None] = {}
 
 
 def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None = None) -> str | None:
     """What every family asks of a tensor before its kernels may run: device, architecture, dtype (or autocast's)."""
-    device = input.device
     dtype = autocast or input.dtype
-    if device.type == "cpu":
-        if not _INTERPRETING:
-            return "the tensors are on a CPU"
-        if choice != "triton":
-            return "the tensors are on a CPU; the interpreter runs only what is asked for by name"
-        if dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly"
-    elif device.type != "cuda":
-        return f"no kernels for device {device.type!r}"
+    if input.is_cuda:
+        reason = _gpu_reason_not(input.device.index)
+        if reason is not None:
+            return reason
+    elif not input.is_cpu:
+        return f"no kernels for device {input.device.type!r}"
+    elif not _INTERPRETING:
+        return "the tensors are on a CPU"
+    elif choice != "triton":
+        return "the tensors are on a CPU; the interpreter runs only what is asked for by name"
+    elif dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
     if dtype not in _KERNEL_DTYPES:
         return f"no kernels for {str(dtype).removeprefix('torch.')} (float16, bfloat16 and float32 have them)"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU's compute capability is below 8.0"
     return None
+
+
+def _gpu_reason_not(index: int | None) -> str | None:
+    if index not in _gpu_reasons:
+        old = torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
+        _gpu_reasons[index] = "the GPU's compute capability is below 8.0" if old else None
+    return _gpu_reasons[index]
 
 
 def measured_reason_not(
@@ -163,9 +174,15 @@ def measured_reason_not(
 
 @functools.lru_cache(maxsize=4096)
 def _look_up(
-    operations: tuple[str, ...], dtype: torch.dtype, index: int, channels_in: int, channels_out: int, taps: int,
-    groups: int, log2_pixels: int,
-) -> str | None:  # fmt: skip
+    operations: tuple[str, ...],
+    dtype: torch.dtype,
+    index: int,
+    channels_in: int,
+    channels_out: int,
+    taps: int,
+    groups: int,
+    log2_pixels: int,
+) -> str | None:
     from segfast.kernels import _configs, _device
 
     device = torch.device("cuda", index if index >= 0 else None)
@@ -192,8 +209,10 @@ def _measured_reason_not(operations, dtype, index, channels_in, channels_out, ta
     return _look_up(operations, dtype, index, channels_in, channels_out, taps, groups, log2_pixels)
 
 
-# torch.compile calls it while tracing and keeps the answer (`torch.compiler.assume_constant_result`, without its import).
+# torch.compile calls it while tracing and keeps the answer (`torch.compiler.assume_constant_result`, without
+# its import).
 _measured_reason_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_gpu_reason_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget_decisions() -> None:

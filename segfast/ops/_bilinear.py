@@ -1,7 +1,8 @@
 """Transposed convolution with channelwise separable weights (FCN's bilinear upsampling) as two 1-D matrix products.
 
-A weight that is zero off the channel diagonal and an outer product on it upsamples each channel alone, rows and columns
-one after the other. A 64x64 kernel at stride 32 then costs 2 multiply-adds a tap and axis instead of 64 * 64 * channels.
+A weight that is zero off the channel diagonal and an outer product on it upsamples each channel alone, rows
+and columns one after the other. A 64x64 kernel at stride 32 then costs 2 multiply-adds a tap and axis instead
+of 64 * 64 * channels.
 """
 
 from typing import NamedTuple
@@ -22,15 +23,30 @@ class Factors(NamedTuple):
 def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dilation) -> Factors | None:
     """The factors of `weight` if it is channelwise and separable, on a CPU, where looking pays; otherwise None.
 
-    Looked for where C_in == C_out, groups == 1, dilation == 1, every stride is at least 8 and the weight needs no gradient.
+    Looked for where C_in == C_out, groups == 1, dilation == 1, every stride is at least 8 and the weight
+    needs no gradient.
     """
     if input.device.type != "cpu" or (stride if isinstance(stride, int) else min(stride)) < _LEAST_STRIDE:
         return None
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return None  # the answer depends on values
-    if groups != 1 or dilation not in (1, (1, 1)) or not weight.is_floating_point() or input.dtype != weight.dtype:
+    if (
+        groups != 1
+        or dilation not in (1, (1, 1))
+        or not weight.is_floating_point()
+        or input.dtype != weight.dtype
+    ):
         return None
-    if weight.dim() != 4 or weight.shape[0] != weight.shape[1] or weight.numel() == 0 or input.shape[-3] != weight.shape[0]:
+    if (
+        weight.dim() != 4
+        or weight.shape[0] != weight.shape[1]
+        or weight.numel() == 0
+        or input.shape[-3] != weight.shape[0]
+    ):
         return None
     if torch.is_grad_enabled() and weight.requires_grad:
         return None
@@ -54,20 +70,34 @@ def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dila
 
 def _spread(kernel: Tensor, size: int, out: int, stride: int, padding: int) -> Tensor:
     """[C, out, size] with entry (o, i) = kernel[o + padding - stride * i], zero outside the kernel."""
-    tap = torch.arange(out, device=kernel.device)[:, None] + padding - stride * torch.arange(size, device=kernel.device)
+    tap = (
+        torch.arange(out, device=kernel.device)[:, None]
+        + padding
+        - stride * torch.arange(size, device=kernel.device)
+    )
     inside = (tap >= 0) & (tap < kernel.shape[1])
-    return torch.where(inside, kernel[:, tap.clamp(0, kernel.shape[1] - 1)], torch.zeros((), dtype=kernel.dtype, device=kernel.device))
+    return torch.where(
+        inside,
+        kernel[:, tap.clamp(0, kernel.shape[1] - 1)],
+        torch.zeros((), dtype=kernel.dtype, device=kernel.device),
+    )
 
 
-def upsample_separable(input: Tensor, factors: Factors, stride, padding, output_padding, bias: Tensor | None) -> Tensor:
+def upsample_separable(
+    input: Tensor, factors: Factors, stride, padding, output_padding, bias: Tensor | None
+) -> Tensor:
     """The transposed convolution of [N, C, H, W] with the weight that `factors` stand for."""
     matrices = []
     for axis, kernel in zip((2, 3), factors, strict=True):
-        s, p, o = (v if isinstance(v, int) else v[(axis - 2) % len(v)] for v in (stride, padding, output_padding))
+        s, p, o = (
+            v if isinstance(v, int) else v[(axis - 2) % len(v)] for v in (stride, padding, output_padding)
+        )
         size = input.shape[axis]
         out = (size - 1) * s - 2 * p + kernel.shape[1] + o
         if out < 1:
-            raise RuntimeError(f"calculated output size {out} along axis {axis} is too small, for input {list(input.shape)}")
+            raise RuntimeError(
+                f"calculated output size {out} along axis {axis} is too small, for input {list(input.shape)}"
+            )
         if (kernel == kernel[:1]).all():
             kernel = kernel[:1]  # one matrix for all channels: one large product instead of many small ones
         matrices.append(_spread(kernel, size, out, s, p).to(input.dtype))

@@ -1,6 +1,7 @@
 """The fused epilogue, act(scale * (conv + bias) + shift + residual), in ATen operations, and its gradient.
 
-Scale and shift are 1-D over output channels, residual has the output's shape. Evaluated in fp32 and rounded once.
+Scale and shift are 1-D over output channels, residual has the output's shape. Evaluated in fp32 and rounded
+once.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,16 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     "hardsigmoid": lambda z, slope: F.hardsigmoid(z),
 }
 
-# Gradients from the output y, where the output tells; from the pre-activation z, which is computed again, otherwise.
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.silu_backward(grad, z)
+    sigmoid = torch.sigmoid(z)  # ATen's own has no derivative
+    return grad * sigmoid * (1 + z * (1 - sigmoid))
+
+
+# Gradients from the output y, where the output tells; from the pre-activation z, which is computed again,
+# otherwise.
 _FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "relu": lambda g, y, slope: _aten.threshold_backward(g, y, 0),
     "leaky_relu": lambda g, y, slope: _aten.leaky_relu_backward(g, y, slope, True),
@@ -35,7 +45,7 @@ _FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 _FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda g, z: _aten.gelu_backward(g, z),
     "gelu_tanh": lambda g, z: _aten.gelu_backward(g, z, approximate="tanh"),
-    "silu": lambda g, z: _aten.silu_backward(g, z),
+    "silu": lambda g, z: _silu_backward(g, z),
     "hardswish": lambda g, z: _aten.hardswish_backward(g, z),
     "hardsigmoid": lambda g, z: _aten.hardsigmoid_backward(g, z),
 }
@@ -54,12 +64,15 @@ def check_activation(activation: str | None) -> None:
 
 
 def check_epilogue(
-    channels: int, shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, residual: Tensor | None
+    shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, residual: Tensor | None
 ) -> None:
-    """Raise for operands of the epilogue that do not fit an output of `shape` with `channels` channels."""
+    """Raise for operands of the epilogue that do not fit an output of `shape`, [N, C, H, W] or [C, H, W]."""
+    channels = shape[-3]
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and tuple(vector.shape) != (channels,):
-            raise RuntimeError(f"{name} must have shape [{channels}] (output channels), got {list(vector.shape)}")
+            raise RuntimeError(
+                f"{name} must have shape [{channels}] (output channels), got {list(vector.shape)}"
+            )
     if residual is not None and tuple(residual.shape) != tuple(shape):
         raise RuntimeError(f"residual must have the output's shape {list(shape)}, got {list(residual.shape)}")
 
@@ -109,8 +122,9 @@ def epilogue_backward(
 ) -> EpilogueGradients:
     """Gradients through the epilogue, in differentiable ATen operations, so that double backward follows by itself.
 
-    `recompute(bias, scale, shift, residual)` computes the layer again without its activation; it is called only where
-    the output does not tell the gradient, or where `scale` needs one. `needs` says which of (bias, scale, shift, residual) do.
+    `recompute(bias, scale, shift, residual)` computes the layer again without its activation; it is called
+    only where the output does not tell the gradient, or where `scale` needs one. `needs` says which of (bias,
+    scale, shift, residual) do.
     """
     if activation is None:
         grad_z = grad

@@ -25,7 +25,11 @@ def is_channels_last(t: Tensor) -> bool:
 
 def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format of a convolution's result: channels_last if the input or the weight is, as torch has it."""
-    return torch.channels_last if is_channels_last(input) or is_channels_last(weight) else torch.contiguous_format
+    return (
+        torch.channels_last
+        if is_channels_last(input) or is_channels_last(weight)
+        else torch.contiguous_format
+    )
 
 
 def channels_innermost(t: Tensor) -> Tensor:
@@ -40,6 +44,18 @@ def packed_weight(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-def dense(t: Tensor | None) -> Tensor | None:
-    """A 1-D operand of the epilogue, contiguous."""
-    return None if t is None else t.contiguous()
+def fit_layout(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The operands of a fused convolution as its kernel takes them: themselves where they fit, copies where not."""
+    return (
+        channels_innermost(input),
+        packed_weight(weight),
+        *[None if vector is None else vector.contiguous() for vector in (bias, scale, shift)],
+        None if residual is None else channels_innermost(residual),
+    )

@@ -1,8 +1,8 @@
 """Registering operators: the one place that talks to torch.library, and the one form autograd takes.
 
-An operator here is opaque: `torch.compile`, `export`, fake tensors, `vmap` and the FLOP counter see one node. Its
-implementation runs our kernels; on a CPU outside Triton's interpreter, the family's ATen reference, so that an exported
-program stays usable there.
+An operator here is opaque: `torch.compile`, `export`, fake tensors, `vmap` and the FLOP counter see one node.
+Its implementation runs our kernels; on a CPU outside Triton's interpreter, the family's ATen reference, so
+that an exported program stays usable there.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ class Operator:
         reference: the same in ATen operations.
         fake: the result's shape, dtype and strides; shares its shape function with `kernels`.
         flops: floating-point operations, from shapes: torch's FLOP-formula signature.
-        per_sample: positions of the tensor arguments whose dimension 0 is the batch; where only those are vmapped, the
-            mapped dimension joins the batch. Otherwise the calls are made one by one.
+        per_sample: positions of the tensor arguments whose dimension 0 is the batch; where only those are
+            vmapped, the mapped dimension joins the batch. Otherwise the calls are made one by one.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class Operator:
         OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Tensor:
-        # The dispatcher costs 5 us; nothing but our implementation waits behind it unless one of these listens.
+        # The dispatcher costs 5 us; nothing but our implementation waits behind it unless one of these
+        # listens.
         if _nobody_listens() and type(args[0]) in _PLAIN and args[0].is_cuda | _INTERPRETING:
             return self._kernels(*args)
         return self._overload(*args)
@@ -65,9 +66,11 @@ class Operator:
         mapped = [i for i, dim in enumerate(in_dims) if dim is not None and isinstance(args[i], Tensor)]
         size = info.batch_size
         args_list = list(args)
-        if self._per_sample and all(isinstance(args[i], Tensor) for i in mapped) and set(mapped) == {
-            i for i in self._per_sample if isinstance(args[i], Tensor)
-        }:
+        if (
+            self._per_sample
+            and all(isinstance(args[i], Tensor) for i in mapped)
+            and set(mapped) == {i for i in self._per_sample if isinstance(args[i], Tensor)}
+        ):
             for i in mapped:
                 args_list[i] = args[i].movedim(in_dims[i], 0).flatten(0, 1)
             return self._overload(*args_list).unflatten(0, (size, -1)), 0
@@ -100,9 +103,9 @@ def _nobody_listens() -> bool:
 class Differentiable(torch.autograd.Function):
     """An autograd Function called through `call`, which pays for functorch and the compiler only when they are there.
 
-    `Function.apply` binds the signature on every call (30 to 60 us); the C function below it does not (10 us), and is
-    right whenever no functorch transform is active and nothing is being traced. Positional arguments only. Subclasses define
-    `forward` without ctx, `setup_context` and `backward`.
+    `Function.apply` binds the signature on every call (30 to 60 us); the C function below it does not (10
+    us), and is right whenever no functorch transform is active and nothing is being traced. Positional
+    arguments only. Subclasses define `forward` without ctx, `setup_context` and `backward`.
     """
 
     generate_vmap_rule = True

@@ -1,6 +1,7 @@
 """Up-convolution and concatenation in one operator: the decoder step of a U-Net, `cat([skip', up], 1)`.
 
-The up-convolution writes into its channels of the result, the same launch copies the skip into the others. One operator
+The up-convolution writes into its channels of the result, the same launch copies the skip into the others.
+One operator
 returns the whole buffer: an autograd Function that writes into a view loses gradients silently.
 """
 
@@ -8,21 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import use_triton
-from ._epilogue import check_activation, epilogue_backward, keeps_output
-from ._layout import channels_innermost, dense, output_format, packed_weight
-from ._registry import Differentiable, Operator, autocast_dtype, needs_autograd
-from .conv_transpose2d import (
+from .._backend import use_triton
+from .._epilogue import check_activation, epilogue_backward, keeps_output
+from .._layout import channels_innermost, fit_layout, output_format
+from .._registry import Differentiable, Operator, autocast_dtype, needs_autograd
+from .autograd import forward, grad_of_input, grad_of_weight
+from .functional import can_use_triton, conv_transpose2d
+from .operators import (
     Pair,
-    _empty,
-    _flops,
-    _kernels,
-    can_use_triton,
     check_conv_transpose2d,
-    conv_transpose2d,
-    forward,
-    grad_of_input,
-    grad_of_weight,
+    empty,
+    load_kernels,
+    multiply_add_flops,
     output_size,
     pair,
 )
@@ -50,28 +48,73 @@ def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pa
     return (extra[0], extra[1]), (crop[0], crop[1]), (final[0], final[1])
 
 
+def _result_shape(input, skip, weight, bias, stride, padding) -> tuple[tuple[int, ...], Pair]:
+    """Shape of the result, and where the skip is cropped."""
+    check_conv_transpose2d(input, weight, bias, stride, padding, (0, 0), 1, (1, 1))
+    if input.shape[0] != skip.shape[0]:
+        raise RuntimeError(
+            f"up_concat: x and skip must have the same batch size, got {input.shape[0]} and {skip.shape[0]}"
+        )
+    if input.device != skip.device:
+        raise RuntimeError(
+            f"up_concat: x and skip must be on the same device, got {input.device} and {skip.device}"
+        )
+    if input.dtype != skip.dtype:
+        raise RuntimeError(
+            f"up_concat: x and skip must have the same dtype, got {input.dtype} and {skip.dtype}"
+        )
+    _, crop, size = geometry(input, skip, weight, stride, padding)
+    return (input.shape[0], skip.shape[1] + weight.shape[1], *size), crop
+
+
 def _up_concat_fake(input, skip, weight, bias, stride, padding, activation, negative_slope):
-    _, _, size = geometry(input, skip, weight, stride, padding)
-    channels = skip.shape[1] + weight.shape[1]
-    return _empty((input.shape[0], channels, *size), input, output_format(input, weight))
+    shape, _ = _result_shape(input, skip, weight, bias, stride, padding)
+    return empty(shape, input, output_format(input, weight))
 
 
 def _up_concat_kernels(input, skip, weight, bias, stride, padding, activation, negative_slope):
-    _, crop, size = geometry(input, skip, weight, stride, padding)
-    out = _empty((input.shape[0], skip.shape[1] + weight.shape[1], *size), input)
-    _kernels().conv_transpose2d_forward(
-        channels_innermost(input), packed_weight(weight), dense(bias), None, None, None, channels_innermost(skip), out,
-        tuple(stride), tuple(padding), (1, 1), 1, crop, activation, negative_slope,
-    )  # fmt: skip
-    return out.contiguous(memory_format=output_format(input, weight))
+    kernels = load_kernels()
+    stride, padding = tuple(stride), tuple(padding)
+    key = (
+        "up_concat",
+        kernels.layout_key(input, weight, bias, skip),
+        input.device,
+        stride,
+        padding,
+        activation,
+        negative_slope,
+        kernels.dot_precision(input.dtype),
+    )
+    ready = kernels.recall(key)
+    if ready is not None:
+        shape, plan = ready
+        out = empty(shape, input)
+        plan(input, weight, bias, None, None, None, skip, out)
+        return out
+    shape, crop = _result_shape(input, skip, weight, bias, stride, padding)
+    out = empty(shape, input)
+    fitted, fitted_skip = fit_layout(input, weight, bias), channels_innermost(skip)
+    plan = kernels.conv_transpose2d_forward(
+        *fitted, fitted_skip, out, stride, padding, (1, 1), 1, crop, activation, negative_slope
+    )
+    result = out.contiguous(memory_format=output_format(input, weight))
+    if result is out and all(
+        a is b for a, b in zip((*fitted[:3], fitted_skip), (input, weight, bias, skip), strict=True)
+    ):
+        kernels.remember(key, (shape, plan))
+    return result
 
 
 def _up_concat_reference(input, skip, weight, bias, stride, padding, activation, negative_slope):
-    result = _up_concat_aten(input, skip, weight, bias, tuple(stride), tuple(padding), activation, negative_slope)
+    result = _up_concat_aten(
+        input, skip, weight, bias, tuple(stride), tuple(padding), activation, negative_slope
+    )
     return result.contiguous(memory_format=output_format(input, weight))
 
 
 def _up_concat_aten(input, skip, weight, bias, stride, padding, activation, negative_slope):
+    if not torch.is_autocast_enabled(input.device.type):
+        _result_shape(input, skip, weight, bias, stride, padding)
     extra, crop, size = geometry(input, skip, weight, stride, padding)
     up = conv_transpose2d(
         input, weight, bias, stride, padding, extra, activation=activation, negative_slope=negative_slope
@@ -83,9 +126,12 @@ def _up_concat_aten(input, skip, weight, bias, stride, padding, activation, nega
 UP_CONCAT = Operator(
     "up_concat(Tensor input, Tensor skip, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
     "str? activation, float negative_slope) -> Tensor",
-    kernels=_up_concat_kernels, reference=_up_concat_reference, fake=_up_concat_fake, per_sample=(0, 1),
-    flops=lambda input, skip, weight, *_, **__: _flops(input, weight),
-)  # fmt: skip
+    kernels=_up_concat_kernels,
+    reference=_up_concat_reference,
+    fake=_up_concat_fake,
+    per_sample=(0, 1),
+    flops=lambda input, skip, weight, *_, **__: multiply_add_flops(input, weight),
+)
 
 
 class _UpConcat(Differentiable):
@@ -108,13 +154,23 @@ class _UpConcat(Differentiable):
         skip_channels, skip_h, skip_w = ctx.skip_shape[1:]
 
         def recompute(bias, *_):
-            return forward(input, weight, bias, None, None, None, stride, padding, extra, 1, (1, 1), None, 0.0)
+            return forward(
+                input, weight, bias, None, None, None, stride, padding, extra, 1, (1, 1), None, 0.0
+            )
 
         # Views of the gradient: the operators read them where they lie.
         grads = epilogue_backward(
-            grad[:, skip_channels:], None if output is None else output[:, skip_channels:], recompute, bias, None, None,
-            None, activation, negative_slope, (ctx.needs_input_grad[3], False, False, False),
-        )  # fmt: skip
+            grad[:, skip_channels:],
+            None if output is None else output[:, skip_channels:],
+            recompute,
+            bias,
+            None,
+            None,
+            None,
+            activation,
+            negative_slope,
+            (ctx.needs_input_grad[3], False, False, False),
+        )
         grad_input = grad_skip = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_input = grad_of_input(grads.conv, weight, *input.shape[2:], stride, padding, 1, (1, 1))
@@ -141,9 +197,9 @@ def up_concat(
 ) -> Tensor:
     """`cat([skip', up], 1)` with up = act(convT(x, weight) + bias): a U-Net decoder's step, with one copy of the skip.
 
-    Where up is smaller than the skip by less than the stride, it is made as large as the skip, as `output_size=` of
-    `torch.nn.ConvTranspose2d` would (odd sizes: 7 -> 3 -> 7). Where it is smaller by more, the skip is cropped at the
-    centre, at `(H_skip - H_up) // 2`. Height and width are treated each by itself.
+    Where up is smaller than the skip by less than the stride, it is made as large as the skip, as
+    `output_size=` of `torch.nn.ConvTranspose2d` would (odd sizes: 7 -> 3 -> 7). Where it is smaller by more,
+    the skip is cropped at the centre, at `(H_skip - H_up) // 2`. Height and width are treated each by itself.
 
     Args:
         x: [N, C_in, H, W].
@@ -173,19 +229,11 @@ def up_concat(
         raise RuntimeError(
             f"up_concat: x, skip and weight must be 4-D, got {list(x.shape)}, {list(skip.shape)}, {list(weight.shape)}"
         )
-    if x.shape[0] != skip.shape[0]:
-        raise RuntimeError(f"up_concat: x and skip must have the same batch size, got {x.shape[0]} and {skip.shape[0]}")
-    if x.device != skip.device:
-        raise RuntimeError(f"up_concat: x and skip must be on the same device, got {x.device} and {skip.device}")
     dtype = autocast_dtype(x)
-    if dtype is None and x.dtype != skip.dtype:
-        raise RuntimeError(f"up_concat: x and skip must have the same dtype, got {x.dtype} and {skip.dtype}")
     stride, padding = pair(stride, "stride"), pair(padding, "padding")
-    check_conv_transpose2d(x, weight, bias, stride, padding, (0, 0), 1, (1, 1), dtype)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not use_triton("up_concat", can_use_triton, x, weight, dtype, 1, differentiates):
         return _up_concat_aten(x, skip, weight, bias, stride, padding, activation, negative_slope)
-    geometry(x, skip, weight, stride, padding)
     if dtype is not None:
         x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

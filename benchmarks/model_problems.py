@@ -1,0 +1,125 @@
+"""Whole networks as benchmark problems: the plain twin, its peers, and segfast's model with the same weights."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.baselines import COMPILE_MODE, Peer, compile_note
+from benchmarks.cases import Case
+from benchmarks.plain_models import plain_model
+from benchmarks.problems import reference_precision
+from benchmarks.timing import Candidate, Skipped
+
+TOLERANCE = 5e-2  # of logits after tens of layers, and of a training step's loss, in 16 bits
+
+
+class ModelProblem:
+    """A network with random weights and images; `forward` in the case's dtype, `train` under autocast to it.
+
+    Raises LookupError where this machine has no plain twin of the network.
+    """
+
+    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
+        self.case, self.device = case, device
+        torch.manual_seed(seed)
+        found = plain_model(case["model"], small=case.size == "cpu")
+        if isinstance(found, str):
+            raise LookupError(found)
+        network, channels = found
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.training = case.direction == "train"
+        # Batch norm over one 1x1 map has no variance: a training step takes at least two images.
+        batch = max(2, case["n"]) if self.training else case["n"]
+        images = torch.randn(batch, channels, case["h"], case["w"], device=device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.zeros(0)
+        if self.training:
+            with torch.no_grad():
+                logits = self.network.eval()(self.images[:1])
+            shape = (batch, *logits.shape[2:])
+            self.labels = torch.randint(logits.shape[1], shape, device=device)
+        self.expected = self._reference()
+        self.sample: Callable[[Any], Any] = (lambda output: output) if self.training else (lambda output: output[:1])
+
+    def _reference(self) -> torch.Tensor:
+        with reference_precision():
+            if self.training:
+                return self._step(_trained(self.network), autocast=False)()
+            with torch.no_grad():
+                return self.network.eval()(self.images[:1])
+
+    def reference(self) -> torch.Tensor:
+        """Logits of the first image, or the loss, in fp32."""
+        return self.expected
+
+    def _step(self, network: nn.Module, autocast: bool) -> Callable[[], torch.Tensor]:
+        parameters = [p for p in network.parameters() if p.requires_grad]
+
+        def step() -> torch.Tensor:
+            with torch.autocast(self.device.type, self.case.torch_dtype, enabled=autocast):
+                loss = F.cross_entropy(network(self.images).float(), self.labels)
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+            return loss.detach()
+
+        return step
+
+    def bind(self, network: nn.Module, compiled: bool = False) -> Callable[[], torch.Tensor]:
+        """A call of the network in the case's direction."""
+        sixteen = self.case.torch_dtype != torch.float32
+        if self.training:
+            network = _trained(network)
+            if compiled:
+                network = torch.compile(network, mode=COMPILE_MODE, dynamic=False)
+            return self._step(network, autocast=sixteen)
+        network = network.eval().to(self.case.torch_dtype)
+        images = self.images.to(self.case.torch_dtype)
+        if compiled:
+            network = torch.compile(network, mode=COMPILE_MODE, dynamic=False)
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                return network(images)
+
+        return forward
+
+    def peers(self, compiled: bool = False) -> Iterator[Peer]:
+        """The plain twin, eager and (`compiled`) through torch.compile, channels_last."""
+        run = self.bind(self.network)
+        yield Candidate("eager_nhwc", run, tolerance=TOLERANCE)
+        if compiled:
+            yield Candidate("compile", self.bind(self.network, True), note=compile_note(), tolerance=TOLERANCE)
+
+    def ours(self) -> Iterator[Peer]:
+        """segfast's model of that name with the twin's weights."""
+        network = _segfast_model(self.case, self.network)
+        if network is None:
+            yield Skipped("segfast", f"segfast has no {self.case['model']} yet")
+            return
+        network = network.to(self.device, memory_format=torch.channels_last)
+        yield Candidate("segfast", self.bind(network), ours=True, tolerance=TOLERANCE)
+
+
+def _trained(network: nn.Module) -> nn.Module:
+    """In training mode, dropout aside: the loss would be another in every call."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d)):
+            module.eval()
+    return network.float()
+
+
+def _segfast_model(case: Case, plain: nn.Module) -> nn.Module | None:
+    if case["model"] != "unet":
+        return None
+    from segfast.models.unet import UNet
+
+    weights = list(plain.parameters())
+    network = UNet(1, 2, width=weights[0].shape[0], padded=False)
+    # Both register their layers in the order the data takes, so the parameters correspond one to one.
+    with torch.no_grad():
+        for ours, theirs in zip(network.parameters(), weights, strict=True):
+            ours.copy_(theirs)
+    return network

@@ -1,0 +1,364 @@
+"""`segfast check`: a model before and after `segfast.optimize`; error, time, memory, and whether it pays."""
+
+import argparse
+import collections
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import UserError
+from ._load_model import FORMS, describe, input_channels, load_model, parse_device, parse_dtype, parse_size
+from ._optimize import Report, optimize, report
+from ._table import format_table
+from ._timing import Timing, interleave
+from .kernels._device import dot_precision
+from .ops._backend import Decision, backend, explain
+
+WORTH_IT = 1.05
+MEMORY_KINDS = {
+    "cuda": "torch.cuda.max_memory_allocated, above what was held before the call",
+    "cpu": "torch's own allocations, above what was held before the call; libraries' scratch is not seen",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The largest difference, absolute and relative to the reference's largest value, and where it is."""
+
+    absolute: float
+    relative: float
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckResult:
+    """What `check_model` found: `before` on ATen, `after` optimized. `str()` is a page of text."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    train: bool
+    output: Difference
+    gradient: Difference | None
+    before: Timing
+    after: Timing
+    before_bytes: int
+    after_bytes: int
+    report: Report
+    decisions: tuple[Decision, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Wall time before over wall time after: above 1 is faster."""
+        return self.before.wall_us / self.after.wall_us
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no relative difference is above the square root of the precision's roundoff."""
+        limit = math.sqrt(_roundoff(self.dtype, self.device))
+        return all(d is None or d.relative <= limit for d in (self.output, self.gradient))
+
+    @property
+    def worth_it(self) -> bool:
+        """Faster by 5% at least, beyond the runs' own spread, with outputs that agree."""
+        apart = self.after.wall_p80 < self.before.wall_p20
+        return self.agrees and apart and self.ratio >= WORTH_IT
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        gain = f"{self.ratio:.2f}x"
+        if not self.agrees:
+            return "DIFFERENT: the optimized model does not compute what the original does; please report it."
+        if self.worth_it:
+            return f"Worth it: {gain} faster."
+        if self.ratio >= WORTH_IT:
+            return f"Not worth it: {gain} is within the spread of the runs."
+        return f"Not worth it: {gain}, less than {WORTH_IT} times as fast."
+
+    def __str__(self) -> str:
+        kind = "training step (forward and backward)" if self.train else "inference"
+        rows: list[tuple[str, ...]] = [("wall time, ms", *(_wall(t) for t in (self.before, self.after)))]
+        if self.device.type == "cuda":
+            rows.append(("GPU time, ms", *(f"{t.gpu_us / 1e3:.3f}" for t in (self.before, self.after))))
+        rows.append(
+            ("peak memory, MiB", *(f"{n / 2**20:.2f}" for n in (self.before_bytes, self.after_bytes)))
+        )
+        lines = [
+            f"{kind}, input {list(self.shape)}, {_name(self.dtype)}, {_device_name(self.device)}",
+            "",
+            format_table(["", "before (ATen)", "after (optimized)"], rows),
+            f"Medians of {self.before.runs} runs each, interleaved; p20 to p80 in brackets.",
+            f"Memory: {MEMORY_KINDS[self.device.type]}.",
+            "",
+            _error_line("largest error of the output", self.output),
+        ]
+        if self.gradient is not None:
+            lines.append(_error_line("largest error of a gradient", self.gradient))
+        lines += ["", str(self.report)]
+        counted = collections.Counter(self.decisions)
+        if counted:
+            cells = [(d.operation, d.backend, n, d.reason) for d, n in counted.items()]
+            lines += ["", format_table(["operation", "ran on", "calls", "because"], cells)]
+        return "\n".join([*lines, "", self.verdict])
+
+
+def check_model(
+    model: nn.Module, example: Tensor | tuple[Any, ...], *, train: bool = False, budget_s: float = 5.0
+) -> CheckResult:
+    """Run copies of `model` before and after `segfast.optimize` on `example` and compare them.
+
+    Before is the model on ATen, segfast's own layers in it included; after is the optimized copy under the
+    current backend. Without `train`, in eval mode and without gradients; with it, in train mode, forward and
+    backward from the same random gradient of the outputs. `model` itself, its gradients and the random state
+    stay as they are.
+
+    Args:
+        model: any module.
+        example: its input, or a tuple of its positional arguments, on the model's device.
+        train: compare gradients too and time training steps.
+        budget_s: seconds to spend on timing; five runs of each are made however long they take.
+
+    Raises:
+        UserError: the model cannot be copied, does not accept `example`, or returns no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from segfast._check import check_model
+        >>> result = check_model(torch.nn.ConvTranspose2d(4, 4, 2, 2), torch.rand(1, 4, 8, 8), budget_s=0.01)
+        >>> result.agrees
+        True
+    """
+    inputs = example if isinstance(example, tuple) else (example,)
+    lead = next((t for t in inputs if isinstance(t, Tensor)), None)
+    if lead is None:
+        raise UserError("example must be a tensor or hold one")
+    try:
+        before = copy.deepcopy(model).train(train)
+    except Exception as error:
+        raise UserError(f"the model cannot be deep-copied, which check needs: {describe(error)}") from error
+    if train and not any(p.requires_grad for p in before.parameters()):
+        raise UserError("train: the model has no parameter that requires a gradient")
+    after = optimize(before)
+    devices = [lead.device] if lead.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        plain = _seeded(_on_aten(_Step(before, inputs, train)))
+        ours = _seeded(_Step(after, inputs, train))
+        try:
+            reference = plain()
+        except UserError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
+            what = f"an input of shape {shapes}, {_name(lead.dtype)}"
+            raise UserError(f"the model does not accept {what}: {describe(error)}") from error
+        result = ours()
+        output = _worst(_floating(reference), _floating(result))
+        gradient = _worst(_gradients(before), _gradients(after)) if train else None
+        decisions = tuple(explain(ours))
+        del reference, result
+        plain_bytes, our_bytes = (_peak_bytes(run, lead.device) for run in (plain, ours))
+        times = interleave({"before": plain, "after": ours}, lead.device, budget_s=budget_s)
+    return CheckResult(
+        shape=tuple(lead.shape),
+        dtype=lead.dtype,
+        device=lead.device,
+        train=train,
+        output=output,
+        gradient=gradient,
+        before=times["before"],
+        after=times["after"],
+        before_bytes=plain_bytes,
+        after_bytes=our_bytes,
+        report=report(after),
+        decisions=decisions,
+    )
+
+
+class _Step:
+    """One call of a model, or one forward and backward with the same random gradient each time."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], train: bool):
+        self.model = model
+        self.inputs = inputs
+        self.train = train
+
+    def __call__(self) -> Any:
+        with torch.set_grad_enabled(self.train):
+            self.model.zero_grad(set_to_none=True)
+            outputs = self.model(*self.inputs)
+            if self.train:
+                tensors = [t for t in _floating(outputs).values() if t.requires_grad]
+                if not tensors:
+                    raise UserError("train: no output of the model depends on its parameters")
+                torch.autograd.backward(tensors, [torch.randn_like(t) for t in tensors])
+        return outputs
+
+
+def _seeded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Dropout and the gradients of the outputs must be the same before and after."""
+
+    def seeded() -> Any:
+        torch.manual_seed(0)
+        return run()
+
+    return seeded
+
+
+def _on_aten(run: Callable[[], Any]) -> Callable[[], Any]:
+    def on_aten() -> Any:
+        with backend("aten"):
+            return run()
+
+    return on_aten
+
+
+def _floating(outputs: Any, name: str = "output") -> dict[str, Tensor]:
+    """The floating-point tensors of whatever a model returns, by their path in it."""
+    if isinstance(outputs, Tensor):
+        return {name: outputs} if outputs.is_floating_point() else {}
+    if isinstance(outputs, Mapping):
+        items = [(f"{name}[{key!r}]", value) for key, value in outputs.items()]
+    elif isinstance(outputs, list | tuple):
+        items = [(f"{name}[{i}]", value) for i, value in enumerate(outputs)]
+    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        items = [(f"{name}.{f.name}", getattr(outputs, f.name)) for f in dataclasses.fields(outputs)]
+    else:
+        items = []
+    found: dict[str, Tensor] = {}
+    for path, value in items:
+        found |= _floating(value, path)
+    if not found and name == "output":
+        raise UserError(f"the model returned {type(outputs).__name__} without a floating-point tensor in it")
+    return found
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _worst(reference: dict[str, Tensor], result: dict[str, Tensor]) -> Difference:
+    """The largest relative difference; each tensor's is relative to its own largest value.
+
+    Or to a thousandth of the largest of all: a bias before batch norm has a gradient of rounding alone.
+    """
+    if reference.keys() != result.keys():
+        return Difference(math.nan, math.nan, f"only one has {', '.join(reference.keys() ^ result.keys())}")
+    scales = {name: _largest(t[t.isfinite()]) for name, t in reference.items()}
+    floor = max(scales.values(), default=0.0) / 1000
+    found = []
+    for name, expected in reference.items():
+        actual = result[name]
+        if actual.shape != expected.shape or actual.dtype != expected.dtype:
+            return Difference(
+                math.nan, math.nan, f"{name}: {list(expected.shape)} became {list(actual.shape)}"
+            )
+        same = (expected == actual) | (expected.isnan() & actual.isnan())
+        absolute = _largest((expected.double() - actual.double()).masked_fill(same, 0))
+        scale = max(scales[name], floor)
+        found.append(
+            Difference(absolute, absolute / scale if scale else (math.inf if absolute else 0.0), name)
+        )
+    # NaN first: it compares false with everything.
+    return max(found, key=lambda d: (math.isnan(d.relative), d.relative))
+
+
+def _largest(t: Tensor) -> float:
+    return t.detach().abs().max().item() if t.numel() else 0.0
+
+
+def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most memory held at once during `run`, above what was held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - start
+    from torch.profiler import ProfilerActivity, profile
+
+    with _profiler_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _profiler_silenced() -> Iterator[None]:
+    """libkineto writes its progress to file descriptor 2."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _roundoff(dtype: torch.dtype, device: torch.device) -> float:
+    if dtype == torch.float32 and device.type == "cuda" and dot_precision(dtype) == "tf32":
+        return 2.0**-10  # of tf32
+    return torch.finfo(dtype).eps
+
+
+def _wall(timing: Timing) -> str:
+    return f"{timing.wall_us / 1e3:.3f} ({timing.wall_p20 / 1e3:.3f} to {timing.wall_p80 / 1e3:.3f})"
+
+
+def _error_line(what: str, difference: Difference) -> str:
+    size = f"{difference.absolute:.3g}, {difference.relative:.3g} of the largest value"
+    return f"{what}: {size} ({difference.where})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `segfast check`."""
+    parser.add_argument("model", metavar="MODEL", help=f"one of {FORMS}")
+    parser.add_argument("--size", required=True, metavar="HxW", help="height and width of the input")
+    parser.add_argument("--batch", type=int, default=1, help="images a call (1)")
+    parser.add_argument("--channels", type=int, help="of the input (the first Conv2d's)")
+    parser.add_argument("--train", action="store_true", help="compare gradients, time forward and backward")
+    parser.add_argument("--dtype", default="float32", help="float32, float16, bfloat16 or float64 (float32)")
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time to spend on timing (5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `segfast check`: 0 if the outputs agree, 1 if not."""
+    height, width = parse_size(args.size)
+    dtype, device = parse_dtype(args.dtype), parse_device(args.device)
+    for name in ("batch", "channels"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    torch.manual_seed(0)
+    model = load_model(args.model).to(device, dtype)
+    channels = args.channels or input_channels(model)
+    example = torch.randn(args.batch, channels, height, width, dtype=dtype, device=device)
+    result = check_model(model, example, train=args.train, budget_s=args.seconds)
+    print(f"segfast check {args.model}: {result}")
+    return 0 if result.agrees else 1

@@ -1,0 +1,142 @@
+"""`segfast doctor`: versions, GPU, what is proven and measured on it, where caches are; `--prove` runs the proof."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import torch
+import triton
+
+from . import __version__
+from ._load_model import parse_device
+from ._table import format_table
+from .kernels import _configs
+from .kernels._device import architecture, dot_precision, gpu_slug
+from .ops._backend import _KERNEL_DTYPES, forget_decisions, get_backend
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `segfast doctor`."""
+    parser.add_argument("--device", help="which GPU, e.g. cuda:1 (the first)")
+    parser.add_argument("--prove", action="store_true", help="run every kernel here and record which are right")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `segfast doctor`: 0 on a GPU, 1 if a proof failed, 2 without a GPU."""
+    for title, lines in (("Versions", _versions()), ("Settings", _settings()), ("Folders", _folders())):
+        print(f"{title}\n{_indented(lines)}\n")
+    if not torch.cuda.is_available():
+        print(_no_gpu())
+        return 2
+    device = parse_device(args.device)
+    if device.type != "cuda":
+        print("The kernels run on CUDA GPUs; on a CPU every call takes ATen.")
+        return 2
+    failed = args.prove and not _prove(device)
+    print(_gpu(device))
+    return 1 if failed else 0
+
+
+def _versions() -> list[tuple[str, str]]:
+    cudnn = torch.backends.cudnn.version()
+    return [
+        ("segfast", __version__),
+        ("python", platform.python_version()),
+        ("torch", str(torch.__version__)),
+        ("triton", triton.__version__),
+        ("numpy", importlib.metadata.version("numpy")),
+        ("CUDA", torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "none in this torch")),
+        ("cuDNN", str(cudnn) if cudnn else "none in this torch"),
+        ("driver", _driver()),
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+    ]
+
+
+def _driver() -> str:
+    try:
+        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", _DRIVER_FILE.read_text())
+    except OSError:
+        return "none found"
+    return found.group() if found else "unknown"
+
+
+def _settings() -> list[tuple[str, str]]:
+    lines = [("backend", get_backend())]
+    for name in ("SEGFAST_BACKEND", "TRITON_INTERPRET"):
+        lines.append((name, os.environ.get(name, "not set")))
+    return lines
+
+
+def _folders() -> list[tuple[str, str]]:
+    mine = _configs.cache_folder()
+    held = sorted(path.name for path in mine.glob("*.json"))
+    return [
+        ("segfast's own", f"{mine} ({', '.join(held) or 'empty'})"),
+        ("Triton's compiled kernels", triton.knobs.cache.dir),
+    ]
+
+
+def _no_gpu() -> str:
+    why = "torch sees none" if torch.version.cuda or torch.version.hip else "this torch is a CPU build"
+    return f"No GPU: {why}. The kernels do not run here; every call takes ATen."
+
+
+def _gpu(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    arch, slug = architecture(device), gpu_slug(device)
+    lines = [
+        ("name", properties.name),
+        ("architecture", f"{arch} (compute capability {properties.major}.{properties.minor})"),
+        ("memory", f"{properties.total_memory / 2**30:.1f} GiB"),
+        ("table name", slug),
+        ("fp32 convolutions", dot_precision(torch.float32)),
+    ]
+    if torch.version.hip is None and properties.major < 8:
+        lines.append(("kernels", "none: they need compute capability 8.0; every call takes ATen"))
+        return f"GPU\n{_indented(lines)}"
+    return f"GPU\n{_indented(lines)}\n\n{_proofs(arch, slug)}"
+
+
+def _proofs(arch: str, slug: str) -> str:
+    proven = _configs.proven_entries(arch)
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in _KERNEL_DTYPES]
+    rows = []
+    for operation in _configs.operations():
+        marks = ["proven" if f"{operation}.{dtype}" in proven else "not proven" for dtype in dtypes]
+        shapes = {key for table in _configs.tables(slug, arch) for key in table["operations"].get(operation, {})}
+        rows.append((operation, *marks, len(shapes)))
+    text = format_table(["operation", *dtypes, "shapes measured"], rows)
+    lines = [text, 'Backend "auto" uses a kernel where it is proven and was measured faster than ATen.']
+    if any("not proven" in row for row in rows):
+        lines.append("`segfast doctor --prove` proves what is right on this GPU.")
+    if not all(row[-1] for row in rows):
+        lines.append("`segfast tune` measures.")
+    return "\n".join(lines)
+
+
+def _prove(device: torch.device) -> bool:
+    """Run the proof, row by row on the screen, and record it. Whether every row passed."""
+    from .ops._prove import prove, write_proofs
+
+    start = time.perf_counter()
+    rows = []
+    for row in prove(device):
+        print(row, flush=True)
+        rows.append(row)
+    path = _configs.cache_folder() / "proven.json"
+    write_proofs(rows, device, path)
+    forget_decisions()
+    passed = sum(row.passed for row in rows)
+    print(f"{passed} of {len(rows)} right, in {time.perf_counter() - start:.0f} s; recorded in {path}\n")
+    return passed == len(rows)
+
+
+def _indented(lines: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in lines)

@@ -1,0 +1,175 @@
+"""The arguments of commands that run a model: MODEL by name, size, dtype, device."""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._errors import UserError
+
+FORMS = "segfast:unet, path/to/file.py:factory, torchvision:NAME, smp:NAME, timm:NAME"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def load_model(spec: str) -> nn.Module:
+    """Build the model `spec` names, with weights as its factory leaves them; nothing is downloaded.
+
+    Raises:
+        UserError: no such form, package, file or factory; the factory failed or returned no module.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise UserError(f"MODEL must be one of {FORMS}; got {spec!r}")
+    if source in _LIBRARIES:
+        build: Callable[[], Any] = _LIBRARIES[source](name)
+    elif source.endswith(".py"):
+        build = _factory(Path(source), name)
+    else:
+        raise UserError(f"MODEL must be one of {FORMS}; got {spec!r}")
+    # Whatever the factory raises is its author's to read.
+    try:
+        model = build()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{spec} raised {describe(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of "HxW".
+
+    >>> parse_size("256x320")
+    (256, 320)
+    """
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise UserError(f"--size must be HxW, two positive whole numbers such as 256x320; got {text!r}")
+    return int(height), int(width)
+
+
+def input_channels(model: nn.Module) -> int:
+    """The input channels of the first convolution in `model.modules()`.
+
+    Raises:
+        UserError: it has none.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise UserError("the model has no Conv2d to tell its input channels by; give --channels")
+
+
+def describe(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _segfast(name: str) -> Callable[[], Any]:
+    from . import models
+
+    if name not in models.list_models():
+        raise UserError(f"segfast has no model {name!r}; there are {', '.join(models.list_models())}")
+    return lambda: models.create(name)
+
+
+def _torchvision(name: str) -> Callable[[], Any]:
+    models = _installed("torchvision.models")
+    if name not in models.list_models():
+        raise UserError(f"torchvision has no model {name!r}")
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options["weights_backbone"] = None
+    return lambda: models.get_model(name, **options)
+
+
+def _smp(name: str) -> Callable[[], Any]:
+    smp = _installed("segmentation_models_pytorch")
+    builder = getattr(smp, name, None)
+    if not (isinstance(builder, type) and issubclass(builder, nn.Module)):
+        raise UserError(f"segmentation_models_pytorch has no model {name!r}")
+    return lambda: builder(encoder_weights=None)
+
+
+def _timm(name: str) -> Callable[[], Any]:
+    timm = _installed("timm")
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}")
+    return lambda: timm.create_model(name, pretrained=False)
+
+
+_LIBRARIES = {"segfast": _segfast, "torchvision": _torchvision, "smp": _smp, "timm": _timm}
+
+
+def _installed(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"cannot import {module.partition('.')[0]}: {describe(error)}") from error
+
+
+def _factory(path: Path, name: str) -> Callable[[], Any]:
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(f"_segfast_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    with _importing_from(path.resolve().parent):
+        sys.modules[spec.name] = module  # where pickle and dataclasses look classes up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(f"{path} could not be imported: {describe(error)}") from error
+    if not hasattr(module, name):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{path} has no {name!r}; it has {', '.join(public) or 'nothing callable'}")
+    found = getattr(module, name)
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        raise UserError(f"{path}:{name} is a {type(found).__name__}, neither a factory nor a module")
+    return found
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let the file import its neighbours, and write no bytecode beside it."""
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = written
+        sys.path.remove(str(folder))
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """The floating-point dtype of that name."""
+    if text not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {text!r}")
+    return getattr(torch, text)
+
+
+def parse_device(text: str | None) -> torch.device:
+    """The device of that name; without one, the GPU if there is one, else the CPU."""
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UserError(f"--device: {describe(error)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {text}: there are {torch.cuda.device_count()} CUDA GPUs")
+    return device

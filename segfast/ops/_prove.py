@@ -1,0 +1,126 @@
+"""Proof that the kernels are right on the GPU at hand: every operation and dtype on odd shapes against fp64.
+
+The interpreter and the offline compiler see no race, no misalignment and no bf16 fault; so under "auto" a
+kernel runs only on an architecture where this has passed. Each family's module offers `proofs(device,
+dtype)`.
+"""
+
+import datetime
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Evidence(NamedTuple):
+    """One result of a kernel beside what it should be.
+
+    `reference` and `magnitude` are fp64; `magnitude` is the operation on absolute values, `depth` the terms
+    in a sum.
+    """
+
+    operation: str
+    case: str
+    actual: Tensor
+    reference: Tensor
+    aten: Tensor
+    magnitude: Tensor
+    depth: int
+
+
+class ProofRow(NamedTuple):
+    """What came of one case."""
+
+    operation: str
+    dtype: str
+    case: str
+    error: float
+    allowed: float
+    passed: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "WRONG"
+        return f"{self.operation:36} {self.dtype:9} {self.case:28} {self.error:9.2e} <= {self.allowed:9.2e}  {verdict} {self.note}"
+
+
+def error_and_allowance(
+    actual: Tensor, reference: Tensor, aten: Tensor, magnitude: Tensor, depth: int
+) -> tuple[float, float]:
+    """max|actual - reference| and what it may be.
+
+    Twice ATen's error in the same dtype, plus one rounding of the largest result, plus what fp32 accumulation
+    in another
+    order costs: 2 max|aten - ref| + eps(dtype) max|ref| + 2**-24 sqrt(depth) max(magnitude).
+    """
+    reference = reference.cpu()
+    if reference.numel() == 0:
+        return 0.0, 0.0
+    error = (actual.detach().cpu().double() - reference).abs().max().item()
+    allowed = (
+        2 * (aten.detach().cpu().double() - reference).abs().max().item()
+        + torch.finfo(actual.dtype).eps * reference.abs().max().item()
+        + 2**-24 * depth**0.5 * magnitude.cpu().abs().max().item()
+    )
+    return error, allowed
+
+
+def prove(device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[ProofRow]:
+    """Run every family's cases on `device`, row by row. An exception in a case is a failed row."""
+    from . import FAMILIES
+    from ._backend import backend
+
+    for family in FAMILIES:
+        proofs = importlib.import_module(f"{__package__}.{family}").proofs
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            with backend("triton"):
+                evidence = proofs(device, dtype)
+                while True:
+                    try:
+                        item = next(evidence)
+                    except StopIteration:
+                        break
+                    except Exception as error:
+                        # A generator that raised is finished: the cases it still had are not proven.
+                        for operation in importlib.import_module(f"{__package__}.{family}").OPERATIONS:
+                            yield ProofRow(
+                                operation, name, "raised", float("nan"), 0.0, False, repr(error)[:200]
+                            )
+                        break
+                    error, allowed = error_and_allowance(*item[2:])
+                    yield ProofRow(item.operation, name, item.case, error, allowed, error <= allowed)
+
+
+def write_proofs(rows: list[ProofRow], device: torch.device, path: Path) -> dict[str, dict]:
+    """Merge what `rows` prove into the JSON at `path`, and take out what they disprove. Returns this architecture's part."""
+    import triton
+
+    from segfast._files import atomic_write
+    from segfast.kernels import _configs, _device
+
+    arch = _device.architecture(device)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    part = content.setdefault(arch, {})
+    for key in {(row.operation, row.dtype) for row in rows}:
+        mine = [row for row in rows if (row.operation, row.dtype) == key]
+        name = ".".join(key)
+        part.pop(name, None)
+        if all(row.passed for row in mine):
+            part[name] = {
+                "source": _configs.source_digest(key[0]),
+                "gpu": _device.gpu_slug(device),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                "cases": len(mine),
+            }
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return part

@@ -1,0 +1,22 @@
+"""Transposed convolution: operators, autograd, the functional, and the U-Net step that concatenates its result."""
+
+from .autograd import forward, grad_of_input, grad_of_weight
+from .evidence import proofs
+from .functional import OPERATIONS, can_use_triton, conv_transpose2d
+from .operators import FORWARD, GRAD_INPUT, GRAD_WEIGHT
+from .up_concat import UP_CONCAT, up_concat
+
+__all__ = [
+    "FORWARD",
+    "GRAD_INPUT",
+    "GRAD_WEIGHT",
+    "OPERATIONS",
+    "UP_CONCAT",
+    "can_use_triton",
+    "conv_transpose2d",
+    "forward",
+    "grad_of_input",
+    "grad_of_weight",
+    "proofs",
+    "up_concat",
+]

@@ -1,0 +1,94 @@
+"""The cases that prove the transposed-convolution kernels right on a GPU."""
+
+import torch
+import torch.nn.functional as F
+
+from .._epilogue import apply_epilogue
+from .._prove import Evidence
+from .functional import OPERATIONS, conv_transpose2d
+from .operators import GRAD_INPUT, GRAD_WEIGHT, pair
+
+# (batch, C_in, C_out, height, width, kernel, stride, padding, output_padding, groups, dilation): odd sizes
+# that leave no tile full, and each of the forward kernels' forms.
+_PROOFS = {
+    "k2s2": (2, 40, 24, 13, 11, 2, 2, 0, 0, 1, 1),
+    "k2s2 output_padding": (1, 72, 136, 9, 7, 2, 2, 0, 1, 1, 1),
+    "k4s2p1": (2, 64, 128, 9, 17, 4, 2, 1, 0, 1, 1),
+    "k16s8 21 classes": (1, 21, 21, 7, 5, 16, 8, 4, 0, 1, 1),
+    "k3s2 groups dilation": (2, 24, 48, 8, 9, 3, 2, 1, 1, 3, 2),
+}
+
+
+def proofs(device: torch.device, dtype: torch.dtype):
+    """Evidence for `segfast.ops._prove`: forward with a full epilogue, and both gradients."""
+    for case, (
+        batch,
+        c_in,
+        c_out,
+        height,
+        width,
+        kernel,
+        stride,
+        padding,
+        extra,
+        groups,
+        dilation,
+    ) in _PROOFS.items():
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape, generator=generator):
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        input = draw(batch, c_in, height, width).contiguous(memory_format=torch.channels_last)
+        weight = draw(c_in, c_out // groups, kernel, kernel).contiguous(memory_format=torch.channels_last)
+        scale, shift, bias = draw(c_out), draw(c_out), draw(c_out)
+        geometry = (stride, padding, extra, groups, dilation)
+        wide_input, wide_weight, wide_bias = (t.double() for t in (input, weight, bias))
+        wide_input.requires_grad_()
+        wide_weight.requires_grad_()
+        conv = F.conv_transpose2d(wide_input, wide_weight, wide_bias, *geometry)
+        residual, grad = draw(*conv.shape), draw(*conv.shape)
+        reference = apply_epilogue(conv, scale.double(), shift.double(), residual.double(), "relu", 0.0)
+        magnitude = F.conv_transpose2d(
+            input.double().abs(), weight.double().abs(), bias.double().abs(), *geometry
+        )
+        magnitude = magnitude * scale.double().abs()[:, None, None]
+        inputs = [t.to(device) for t in (input, weight, bias, scale, shift, residual)]
+        plain = F.conv_transpose2d(*inputs[:3], *geometry)
+        aten = apply_epilogue(plain, *inputs[3:], "relu", 0.0)
+        fused = {"scale": inputs[3], "shift": inputs[4], "residual": inputs[5], "activation": "relu"}
+        actual = conv_transpose2d(*inputs[:3], *geometry, **fused)
+        taps = (-(-kernel // stride)) ** 2
+        yield Evidence(
+            OPERATIONS[0], case, actual, reference.detach(), aten, magnitude, taps * c_in // groups
+        )
+
+        options = (pair(stride, "stride"), pair(padding, "padding"), groups, pair(dilation, "dilation"))
+        device_grad = grad.to(device)
+        to_input, to_weight = torch.autograd.grad(conv, (wide_input, wide_weight), grad.double())
+        aten_input, aten_weight = _aten_gradients(device_grad, inputs[0], inputs[1], extra, *options)
+        sizes = (grad.double().abs(), input.double().abs(), weight.double().abs())
+        size_input, size_weight = _aten_gradients(*sizes, extra, *options)
+        actual = GRAD_INPUT(device_grad, inputs[1], height, width, *options)
+        depth = c_out // groups * kernel * kernel
+        yield Evidence(OPERATIONS[1], case, actual, to_input, aten_input, size_input, depth)
+        actual = GRAD_WEIGHT(device_grad, inputs[0], inputs[1], *options)
+        yield Evidence(
+            OPERATIONS[2], case, actual, to_weight, aten_weight, size_weight, batch * height * width
+        )
+
+
+def _aten_gradients(grad, input, weight, output_padding, stride, padding, groups, dilation):
+    return torch.ops.aten.convolution_backward(
+        grad,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        True,
+        pair(output_padding, "output_padding"),
+        groups,
+        (True, True, False),
+    )[:2]

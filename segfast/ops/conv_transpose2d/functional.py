@@ -1,0 +1,139 @@
+"""What users call: `torch.nn.functional.conv_transpose2d` with a fused epilogue, on our kernels or ATen."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import kernel_reason_not, measured_reason_not, use_triton
+from .._bilinear import channelwise_factors, upsample_separable
+from .._epilogue import apply_epilogue, check_activation, check_epilogue
+from .._registry import autocast_dtype
+from .autograd import forward
+from .operators import Pair, pair
+
+OPERATIONS = ("conv_transpose2d_forward", "conv_transpose2d_grad_input", "conv_transpose2d_grad_weight")
+
+
+def can_use_triton(
+    choice: str, input: Tensor, weight: Tensor, dtype: torch.dtype | None, groups: int, differentiates: bool
+):
+    """None if our kernels serve the call, else why not. `dtype` is autocast's, or None."""
+    reason = kernel_reason_not(choice, input, dtype)
+    if reason is None and (input.numel() == 0 or weight.numel() == 0):
+        reason = "a tensor is empty"
+    if reason is not None or choice == "triton":
+        return reason
+    needed = OPERATIONS if differentiates else OPERATIONS[:1]
+    batch, channels_in, height, width = input.shape
+    kernel_h, kernel_w = weight.shape[2:]
+    return measured_reason_not(
+        needed,
+        dtype or input.dtype,
+        input.device,
+        channels_in,
+        weight.shape[1] * groups,
+        kernel_h * kernel_w,
+        groups,
+        batch * height * width,
+    )
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    output_padding: int | Pair = 0,
+    groups: int = 1,
+    dilation: int | Pair = 1,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Transposed convolution with a fused epilogue: `act(scale * (convT(input, weight) + bias) + shift + residual)`.
+
+    The first eight arguments are `torch.nn.functional.conv_transpose2d`'s.
+
+    Args:
+        input: [N, C_in, H, W] or [C_in, H, W]; float16, bfloat16 or float32 on our kernels, any dtype on
+            ATen.
+        weight: [C_in, C_out/groups, kH, kW]. Free of a copy on our kernels if channels_last.
+        bias: [C_out].
+        scale, shift: [C_out], for instance a folded batch norm; evaluated in float32.
+        residual: the output's shape, added before the activation.
+        activation: None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "hardswish"
+            or "hardsigmoid".
+        negative_slope: leaky_relu's.
+
+    Returns:
+        [N, C_out, H_out, W_out], H_out = (H - 1) stride - 2 padding + dilation (kH - 1) + output_padding + 1;
+        channels_last if the input or the weight is.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or sizes that do not go together.
+        ValueError: an unknown activation.
+        NotImplementedError: backend "triton" was asked for and cannot serve the call.
+
+    Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning" (2016), chapter 4.
+
+    Example:
+        >>> import torch, segfast
+        >>> x, w = torch.randn(1, 8, 5, 5), torch.randn(8, 4, 2, 2)
+        >>> segfast.functional.conv_transpose2d(x, w, stride=2, activation="relu").shape
+        torch.Size([1, 4, 10, 10])
+    """
+    if input.dim() == 3:
+        result = conv_transpose2d(
+            input.unsqueeze(0),
+            weight,
+            bias,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            dilation,
+            scale=scale,
+            shift=shift,
+            residual=None if residual is None else residual.unsqueeze(0),
+            activation=activation,
+            negative_slope=negative_slope,
+        )
+        return result.squeeze(0)
+    check_activation(activation)
+    dtype = autocast_dtype(input)
+    differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    if not use_triton("conv_transpose2d", can_use_triton, input, weight, dtype, groups, differentiates):
+        factors = channelwise_factors(input, weight, stride, groups, dilation)
+        if factors is None:
+            y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        else:
+            y = upsample_separable(input, factors, stride, padding, output_padding, bias)
+        if activation is not None or scale is not None or shift is not None or residual is not None:
+            check_epilogue(y.shape, scale, shift, residual)
+            y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)
+        return y
+    if dtype is not None:
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    stride, padding, dilation = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    output_padding = pair(output_padding, "output_padding")
+    return forward(
+        input,
+        weight,
+        bias,
+        scale,
+        shift,
+        residual,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
+        activation,
+        negative_slope,
+    )

@@ -1,0 +1,207 @@
+"""The package as users get it: wheel, sdist, editable, the bare checkout; and what importing it costs.
+
+Python runs with `-S` and an explicit path, so that an editable install in this environment cannot stand in
+for what is tested.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
+NOT_SOURCE = (".git", ".venv", ".*_cache", ".benchmarks", "__pycache__", "*.egg-info", "build", "dist", "out")
+IMPORT = "import segfast, segfast.kernels as k; print(segfast.__file__, k.__file__, sep=chr(10)); k.Config"
+
+
+def run(code: str, *paths: Path, cwd: Path, **environment: str) -> list[str]:
+    """The lines that `code` prints in a fresh interpreter that sees `paths` and torch."""
+    path = os.pathsep.join([*map(str, paths), *SITE])
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("\n")[:-1]
+
+
+def pip(*arguments: str | Path, cwd: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        *map(str, arguments),
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+    ]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the checkout, link included: building writes into the tree."""
+    copy = tmp_path_factory.mktemp("checkout") / "tree"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    assert (copy / "segfast" / "kernels").is_symlink()
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--wheel-dir", folder, tree, cwd=folder)
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory) -> Path:
+    """The sdist's tree: without the link."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    assert not (root / "segfast" / "kernels").exists()
+    return root
+
+
+def assert_importable_from(target: Path, elsewhere: Path) -> None:
+    package, kernels = run(IMPORT, target, cwd=elsewhere)
+    assert Path(package) == target / "segfast" / "__init__.py"
+    assert Path(kernels) == target / "segfast" / "kernels" / "__init__.py"
+
+
+def sources(pattern: str = "*.py") -> set[str]:
+    """Installed names of the files that both packages hold."""
+    ours = {p.relative_to(ROOT) for p in (ROOT / "segfast").rglob(pattern)}
+    kernels = {Path("segfast") / p.relative_to(ROOT) for p in (ROOT / "kernels").rglob(pattern)}
+    return {str(p) for p in ours | kernels if "__pycache__" not in p.parts}
+
+
+def test_wheel_holds_every_module_and_the_data_once(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.startswith("torch_segfast-")
+    assert len(names) == len(set(names))
+    wanted = sources() | sources("*.json") | sources("*.npz") | sources("py.typed")
+    assert {"segfast/data/nuclei.npz", "segfast/py.typed", "segfast/kernels/configs/proven.json"} <= wanted
+    assert wanted <= set(names)
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"segfast"}
+
+
+def test_wheel_installs_and_imports_from_elsewhere(wheel, tmp_path):
+    pip("install", "--target", tmp_path / "site", wheel, cwd=tmp_path)
+    assert_importable_from(tmp_path / "site", tmp_path)
+
+
+def test_sdist_installs_and_imports_from_elsewhere(sdist, tmp_path):
+    pip("install", "--target", tmp_path / "site", sdist, cwd=tmp_path)
+    assert_importable_from(tmp_path / "site", tmp_path)
+
+
+def test_sdist_carries_what_testing_and_benchmarks_need(unpacked):
+    wanted = [
+        "conftest.py", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md", "benchmarks/cases.py",
+        "segfast/data/nuclei.npz", "kernels/configs/proven.json", "docs/adding-an-operator.md",
+    ]  # fmt: skip
+    assert [name for name in wanted if not (unpacked / name).is_file()] == []
+
+
+def test_editable_install_imports_the_tree(tree, tmp_path):
+    pip("install", "--target", tmp_path / "site", "-e", tree, cwd=tmp_path)
+    # A .pth file counts only in a site directory.
+    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); {IMPORT}"
+    package, kernels = run(code, cwd=tmp_path)
+    assert Path(package) == tree / "segfast" / "__init__.py"
+    assert Path(kernels).resolve() == tree / "kernels" / "__init__.py"
+
+
+def test_uninstalled_tree_imports(tree):
+    package, kernels = run(IMPORT, cwd=tree)
+    assert Path(package) == tree / "segfast" / "__init__.py"
+    assert Path(kernels).resolve() == tree / "kernels" / "__init__.py"
+
+
+def test_tree_without_the_link_imports(unpacked):
+    package, kernels = run(IMPORT, cwd=unpacked)
+    assert Path(package) == unpacked / "segfast" / "__init__.py"
+    assert Path(kernels) == unpacked / "kernels" / "__init__.py"
+
+
+def test_bare_import_of_kernels_offers_nothing():
+    # As transformers does with Hugging Face's package of that name: import it, then look for its attributes.
+    code = """
+import kernels, sys
+print([name for name in vars(kernels) if not name.startswith("__")])
+print("triton" in sys.modules)
+try:
+    kernels.get_kernel
+except AttributeError as error:
+    print(error)
+try:
+    from kernels import LayerRepository
+except ImportError:
+    print("ImportError")
+"""
+    names, triton, message, missing = run(code, cwd=ROOT)
+    assert (names, triton, missing) == ("[]", "False", "ImportError")
+    assert "import segfast.kernels" in message
+
+
+def test_import_touches_no_driver_compiler_or_network(tmp_path):
+    # torch.utils.flop_counter imports triton; loading its driver or compiling would come later.
+    code = """
+import sys, torch
+def refuse(event, arguments):
+    driver = "dlopen" in event and any(name in str(arguments) for name in ("cuda", "nvidia", "nvml", "hip"))
+    if driver or event.startswith(("socket.", "subprocess.", "os.system", "os.posix_spawn")):
+        raise RuntimeError(f"import segfast: {event} {arguments}")
+sys.addaudithook(refuse)
+import segfast
+print(torch.cuda.is_initialized())
+print("segfast.kernels" in sys.modules)
+print("triton" in sys.modules and sys.modules["triton"].runtime.driver._active is not None)
+"""
+    cache = tmp_path / "triton"
+    lines = run(code, ROOT, cwd=tmp_path, TRITON_CACHE_DIR=str(cache))
+    assert lines == ["False", "False", "False"]
+    assert not cache.exists()
+
+
+def test_import_costs_under_half_of_torch_more(tmp_path):
+    code = """
+import time
+start = time.perf_counter(); import torch
+middle = time.perf_counter(); import segfast
+print((time.perf_counter() - start) / (middle - start))
+"""
+    ratios = [float(run(code, ROOT, cwd=tmp_path)[0]) for _ in range(5)]
+    assert min(ratios) < 1.5, ratios
+
+
+def test_documentation_never_installs_the_other_segfast():
+    """PyPI's `segfast` is another project; ours is `torch-segfast`."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "segfast").rglob("*.py")]
+    wrong = re.compile(r"pip3? install [^`\n]*(?<![-\w/.])segfast")
+    assert len(pages) > 5
+    assert [str(p.relative_to(ROOT)) for p in pages if wrong.search(p.read_text())] == []
