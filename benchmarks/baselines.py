@@ -108,8 +108,6 @@ def _pydensecrf(problem: Problem) -> torch.Tensor:
     crf.setUnaryEnergy(numpy.ascontiguousarray(unary.reshape(labels, -1), dtype=numpy.float32))
     crf.addPairwiseGaussian(sxy=case["gamma"], compat=case["gaussian_weight"])
     rgb = numpy.ascontiguousarray(image.transpose(1, 2, 0)).astype(numpy.uint8)
-    crf.addPairwiseBilateral(
-        sxy=case["alpha"], srgb=case["beta"], rgbim=rgb, compat=case["bilateral_weight"]
-    )
+    crf.addPairwiseBilateral(sxy=case["alpha"], srgb=case["beta"], rgbim=rgb, compat=case["bilateral_weight"])
     q = numpy.array(crf.inference(case["iterations"]))
     return torch.from_numpy(q).reshape(labels, height, width).to(problem.device)

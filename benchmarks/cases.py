@@ -180,7 +180,14 @@ def _gemm_width(case: Case) -> int:
 def _up(name, layer, n, ci, co, size, k, s, p=0, *, small, epilogue=("bias",), headline=True) -> Case:
     params = {"n": n, "ci": ci, "co": co, "h": size, "w": size, "k": k, "s": s, "p": p}
     return Case(
-        name, "conv_transpose2d", "conv_transpose2d", layer, params, small, epilogue=epilogue, headline=headline
+        name,
+        "conv_transpose2d",
+        "conv_transpose2d",
+        layer,
+        params,
+        small,
+        epilogue=epilogue,
+        headline=headline,
     )
 
 
@@ -243,9 +250,7 @@ def _crf(name, layer, h, w, alpha, beta, weight, *, gamma, gaussian_weight) -> C
 
 def _model(name, layer, model, size, gflop, *, small, n=8, direction="forward") -> Case:
     params = {"n": n, "model": model, "h": size, "w": size, "full_h": size, "full_w": size, "gflop": gflop}
-    return Case(
-        name, "models", "model", layer, params, {"n": 1, "h": small, "w": small}, direction=direction
-    )
+    return Case(name, "models", "model", layer, params, {"n": 1, "h": small, "w": small}, direction=direction)
 
 
 _SMALL_FCN = {"n": 1, "h": 16, "w": 16}

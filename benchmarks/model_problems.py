@@ -42,7 +42,9 @@ class ModelProblem:
             shape = (batch, *logits.shape[2:])
             self.labels = torch.randint(logits.shape[1], shape, device=device)
         self.expected = self._reference()
-        self.sample: Callable[[Any], Any] = (lambda output: output) if self.training else (lambda output: output[:1])
+        self.sample: Callable[[Any], Any] = (
+            (lambda output: output) if self.training else (lambda output: output[:1])
+        )
 
     def _reference(self) -> torch.Tensor:
         with reference_precision():
@@ -90,7 +92,9 @@ class ModelProblem:
         run = self.bind(self.network)
         yield Candidate("eager_nhwc", run, tolerance=TOLERANCE)
         if compiled:
-            yield Candidate("compile", self.bind(self.network, True), note=compile_note(), tolerance=TOLERANCE)
+            yield Candidate(
+                "compile", self.bind(self.network, True), note=compile_note(), tolerance=TOLERANCE
+            )
 
     def ours(self) -> Iterator[Peer]:
         """segfast's model of that name with the twin's weights."""

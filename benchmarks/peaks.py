@@ -107,7 +107,9 @@ def _l2_read(device: torch.device) -> float:
     out = torch.empty(programs, device=device)
 
     def run() -> None:
-        _peak_kernels.l2_read[(programs,)](data, out, data.numel() // block, L2_ROUNDS, BLOCK=block, num_warps=4)
+        _peak_kernels.l2_read[(programs,)](
+            data, out, data.numel() // block, L2_ROUNDS, BLOCK=block, num_warps=4
+        )
 
     return 1e-9 * programs * L2_ROUNDS * block * 4 / _seconds(run, device)
 

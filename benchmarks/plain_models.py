@@ -37,7 +37,12 @@ class UNet(nn.Module):
     """Ronneberger, Fischer, Brox 2015: unpadded as in the paper, or padded to keep the input's size."""
 
     def __init__(
-        self, in_channels: int = 1, num_classes: int = 2, width: int = 64, depth: int = 4, padded: bool = False
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        width: int = 64,
+        depth: int = 4,
+        padded: bool = False,
     ) -> None:
         super().__init__()
         padding = int(padded)

@@ -34,7 +34,9 @@ def tasks(cases: Sequence[Case], directions: Sequence[str], all_candidates: bool
         slices = range(PROOF_SLICES)
         work += [("proof", family, name, i) for family in FAMILIES for name in names for i in slices]
     work += [
-        ("case", case.name, direction, case.dtype, all_candidates) for case in cases for direction in directions
+        ("case", case.name, direction, case.dtype, all_candidates)
+        for case in cases
+        for direction in directions
     ]
     return work
 

@@ -178,7 +178,11 @@ class Problem:
         if self.case.direction == "grad_input":
             return ["x"]
         names = [name for name in tensors if not name.endswith(CONSTANT)]
-        return [name for name in names if name not in ("x", "skip")] if self.case.direction == "grad_weight" else names
+        return (
+            [name for name in names if name not in ("x", "skip")]
+            if self.case.direction == "grad_weight"
+            else names
+        )
 
     def bind(self, function: Formula, tensors: Tensors | None = None) -> Callable[[], Any]:
         """A call of `function` on `tensors` in the case's direction; gradients come in the order of `wanted`."""

@@ -103,7 +103,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a file with other columns.
     """
-    numbers = FIELDS[FIELDS.index("error") : FIELDS.index("runs") + 1] + ["gflop", "min_mb", "floor_us", "fraction"]
+    numbers = FIELDS[FIELDS.index("error") : FIELDS.index("runs") + 1] + [
+        "gflop",
+        "min_mb",
+        "floor_us",
+        "fraction",
+    ]
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != FIELDS:

@@ -31,6 +31,16 @@ if not (Path(__file__).parent / "kernels" / "__init__.py").exists():
 
 from . import functional, nn  # noqa: E402
 from ._optimize import optimize, report, restore  # noqa: E402
-from .ops import backend, explain, get_backend  # noqa: E402
+from .ops import backend, decompositions, explain, get_backend  # noqa: E402
 
-__all__ = ["backend", "explain", "functional", "get_backend", "nn", "optimize", "report", "restore"]
+__all__ = [
+    "backend",
+    "decompositions",
+    "explain",
+    "functional",
+    "get_backend",
+    "nn",
+    "optimize",
+    "report",
+    "restore",
+]

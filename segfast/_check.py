@@ -70,7 +70,12 @@ class CheckResult:
     def worth_it(self) -> bool:
         """Faster by 5% at least, beyond the runs' own spread, with outputs that agree."""
         apart = self.after.wall_p80 < self.before.wall_p20
-        return self.agrees and apart and self.ratio >= WORTH_IT
+        return self.agrees and self.concerns_us and apart and self.ratio >= WORTH_IT
+
+    @property
+    def concerns_us(self) -> bool:
+        """Whether any layer was replaced, or any operation of ours ran."""
+        return bool(self.report.replaced or self.decisions)
 
     @property
     def verdict(self) -> str:
@@ -78,6 +83,8 @@ class CheckResult:
         gain = f"{self.ratio:.2f}x"
         if not self.agrees:
             return "DIFFERENT: the optimized model does not compute what the original does; please report it."
+        if not self.concerns_us:
+            return "Not worth it: nothing in the model is segfast's, before or after."
         if self.worth_it:
             return f"Worth it: {gain} faster."
         if self.ratio >= WORTH_IT:
@@ -221,24 +228,26 @@ def _on_aten(run: Callable[[], Any]) -> Callable[[], Any]:
     return on_aten
 
 
-def _floating(outputs: Any, name: str = "output") -> dict[str, Tensor]:
+def _floating(outputs: Any) -> dict[str, Tensor]:
     """The floating-point tensors of whatever a model returns, by their path in it."""
-    if isinstance(outputs, Tensor):
-        return {name: outputs} if outputs.is_floating_point() else {}
-    if isinstance(outputs, Mapping):
-        items = [(f"{name}[{key!r}]", value) for key, value in outputs.items()]
-    elif isinstance(outputs, list | tuple):
-        items = [(f"{name}[{i}]", value) for i, value in enumerate(outputs)]
-    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
-        items = [(f"{name}.{f.name}", getattr(outputs, f.name)) for f in dataclasses.fields(outputs)]
-    else:
-        items = []
-    found: dict[str, Tensor] = {}
-    for path, value in items:
-        found |= _floating(value, path)
-    if not found and name == "output":
+    found = {path: tensor for path, tensor in _tensors(outputs, "output") if tensor.is_floating_point()}
+    if not found:
         raise UserError(f"the model returned {type(outputs).__name__} without a floating-point tensor in it")
     return found
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{path}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name), f"{path}.{field.name}")
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -257,16 +266,14 @@ def _worst(reference: dict[str, Tensor], result: dict[str, Tensor]) -> Differenc
     found = []
     for name, expected in reference.items():
         actual = result[name]
-        if actual.shape != expected.shape or actual.dtype != expected.dtype:
-            return Difference(
-                math.nan, math.nan, f"{name}: {list(expected.shape)} became {list(actual.shape)}"
-            )
+        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+            was, became = (f"{list(t.shape)} {_name(t.dtype)}" for t in (expected, actual))
+            return Difference(math.nan, math.nan, f"{name}: {was} became {became}")
         same = (expected == actual) | (expected.isnan() & actual.isnan())
         absolute = _largest((expected.double() - actual.double()).masked_fill(same, 0))
         scale = max(scales[name], floor)
-        found.append(
-            Difference(absolute, absolute / scale if scale else (math.inf if absolute else 0.0), name)
-        )
+        relative = absolute / scale if scale else math.inf if absolute else 0.0
+        found.append(Difference(absolute, relative, name))
     # NaN first: it compares false with everything.
     return max(found, key=lambda d: (math.isnan(d.relative), d.relative))
 

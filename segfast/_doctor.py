@@ -1,4 +1,4 @@
-"""`segfast doctor`: versions, GPU, what is proven and measured on it, where caches are; `--prove` runs the proof."""
+"""`segfast doctor`: versions, GPU, what is proven and measured on it, folders; `--prove` runs the proof."""
 
 import argparse
 import importlib.metadata
@@ -24,7 +24,9 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `segfast doctor`."""
     parser.add_argument("--device", help="which GPU, e.g. cuda:1 (the first)")
-    parser.add_argument("--prove", action="store_true", help="run every kernel here and record which are right")
+    parser.add_argument(
+        "--prove", action="store_true", help="run every kernel here and record which are right"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +53,11 @@ def _versions() -> list[tuple[str, str]]:
         ("torch", str(torch.__version__)),
         ("triton", triton.__version__),
         ("numpy", importlib.metadata.version("numpy")),
-        ("CUDA", torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "none in this torch")),
+        (
+            "CUDA",
+            torch.version.cuda
+            or (f"ROCm {torch.version.hip}" if torch.version.hip else "none in this torch"),
+        ),
         ("cuDNN", str(cudnn) if cudnn else "none in this torch"),
         ("driver", _driver()),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
@@ -109,7 +115,9 @@ def _proofs(arch: str, slug: str) -> str:
     rows = []
     for operation in _configs.operations():
         marks = ["proven" if f"{operation}.{dtype}" in proven else "not proven" for dtype in dtypes]
-        shapes = {key for table in _configs.tables(slug, arch) for key in table["operations"].get(operation, {})}
+        shapes = {
+            key for table in _configs.tables(slug, arch) for key in table["operations"].get(operation, {})
+        }
         rows.append((operation, *marks, len(shapes)))
     text = format_table(["operation", *dtypes, "shapes measured"], rows)
     lines = [text, 'Backend "auto" uses a kernel where it is proven and was measured faster than ATen.']

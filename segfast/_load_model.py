@@ -114,7 +114,7 @@ _LIBRARIES = {"segfast": _segfast, "torchvision": _torchvision, "smp": _smp, "ti
 def _installed(module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # also a RuntimeError, where a compiled library does not go with this torch
         raise UserError(f"cannot import {module.partition('.')[0]}: {describe(error)}") from error
 
 

@@ -153,8 +153,9 @@ def _calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dir
                     return function(x, weight, None, stride, padding)
 
             return forward
-        leaves = x.detach().requires_grad_(direction == "grad_input"), weight.detach().requires_grad_(
-            direction == "grad_weight"
+        leaves = (
+            x.detach().requires_grad_(direction == "grad_input"),
+            weight.detach().requires_grad_(direction == "grad_weight"),
         )
         wanted = leaves[0] if direction == "grad_input" else leaves[1]
         output = function(*leaves, None, stride, padding)

@@ -258,7 +258,7 @@ def test_old_weight_norm_keeps_working(image):
     with pytest.warns(FutureWarning):
         model = nn.Sequential(torch.nn.utils.weight_norm(up()))
     expected = model(image)
-    with pytest.raises(RuntimeError, match="cannot be deep-copied.*inplace=True"):
+    with pytest.raises(RuntimeError, match=r"cannot be deep-copied.*inplace=True"):
         segfast.optimize(model)
     segfast.optimize(model, inplace=True)
     assert rows(model)["0"].replaced

@@ -19,10 +19,11 @@ class Sample(NamedTuple):
 
 
 def read_folder(folder: str | os.PathLike, channels: int = 1, foreground: bool = False) -> list[Sample]:
-    """Read `folder/images/NAME.*` with `folder/masks/NAME.*`, in order of name (see `read_image`, `read_mask`).
+    """Read `folder/images/NAME.*` with `folder/masks/NAME.*`, in order of name.
 
     Raises:
-        UserError: a folder is missing or empty, an image has no mask, the sizes of a pair differ, or a file is bad.
+        UserError: a folder is missing or empty, an image has no mask, the sizes of a pair differ, or a file
+            is bad (see `read_image`, `read_mask`).
     """
     images, masks = _by_stem(Path(folder) / "images"), _by_stem(Path(folder) / "masks")
     samples = []
@@ -31,7 +32,9 @@ def read_folder(folder: str | os.PathLike, channels: int = 1, foreground: bool =
             raise UserError(f"{path}: no mask named {stem}.* in {Path(folder) / 'masks'}")
         sample = Sample(read_image(path, channels), read_mask(masks[stem], foreground))
         if sample.image.shape[1:] != sample.target.shape:
-            size, mask_size = (f"{shape[0]}x{shape[1]}" for shape in (sample.image.shape[1:], sample.target.shape))
+            size, mask_size = (
+                f"{shape[0]}x{shape[1]}" for shape in (sample.image.shape[1:], sample.target.shape)
+            )
             raise UserError(f"{masks[stem]}: the mask is {mask_size}, its image {path} is {size}")
         samples.append(sample)
     return samples
@@ -49,7 +52,9 @@ def split_columns(samples: list[Sample], holdout: float = 0.25) -> tuple[list[Sa
     for image, target in samples:
         column = round(target.shape[1] * (1 - holdout))
         if not 0 < column < target.shape[1]:
-            raise UserError(f"--holdout {holdout}: an image {target.shape[1]} columns wide cannot be split so")
+            raise UserError(
+                f"--holdout {holdout}: an image {target.shape[1]} columns wide cannot be split so"
+            )
         train.append(Sample(image[..., :column], target[..., :column]))
         test.append(Sample(image[..., column:], target[..., column:]))
     return train, test
@@ -57,7 +62,9 @@ def split_columns(samples: list[Sample], holdout: float = 0.25) -> tuple[list[Sa
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected FOLDER/images and FOLDER/masks with files of equal names")
+        raise UserError(
+            f"{folder}: no such folder; expected FOLDER/images and FOLDER/masks with files of equal names"
+        )
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):

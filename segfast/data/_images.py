@@ -13,8 +13,33 @@ from segfast._files import atomic_write
 IGNORE_INDEX = 255
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npz")
 
-# What a viewer shows for class 0, 1, 2, ... of a mask.
-PALETTE = [0, 0, 0, 255, 255, 255, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0]
+# What a viewer shows for class 0, 1, 2, ... of a mask: black, white, then the colours of Okabe and Ito.
+PALETTE = [
+    0,
+    0,
+    0,
+    255,
+    255,
+    255,
+    230,
+    159,
+    0,
+    86,
+    180,
+    233,
+    0,
+    158,
+    115,
+    240,
+    228,
+    66,
+    0,
+    114,
+    178,
+    213,
+    94,
+    0,
+]
 
 
 def normalize(image: np.ndarray) -> Tensor:
@@ -36,10 +61,12 @@ def read_image(path: str | os.PathLike, channels: int = 1) -> Tensor:
     """Read an image as `[channels, H, W]` float32 in [0, 1] (see `normalize`).
 
     Grey images are repeated to three channels, colour images are averaged (ITU-R 601 luma) to one;
-    an alpha channel is dropped. Of an `.npz` the array named `image`, or the only one, is taken, `[H, W]` or `[C, H, W]`.
+    an alpha channel is dropped. Of an `.npz` the array named `image`, or the only one, is taken, `[H, W]`
+    or `[C, H, W]`.
 
     Raises:
-        UserError: no such file, not an image, several pages, empty, not finite, or no way to `channels` channels.
+        UserError: no such file, not an image, several pages, empty, not finite, or no way to `channels`
+            channels.
     """
     array = _read_array(path, "image")
     if array.ndim == 2:
@@ -69,7 +96,7 @@ def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
         foreground: take the mask as instances, or as 0/255: every value above 0 is class 1.
 
     Raises:
-        UserError: as `read_image`; also for colour images, negative or fractional values, and values above 255.
+        UserError: as `read_image`; also for colour images, negative or fractional values, values above 255.
     """
     array = _read_array(path, "labels", mask=True)
     if array.ndim == 3 and len(array) == 1:
@@ -96,13 +123,16 @@ def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
 
 
 def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
-    """Write class indices `[H, W]` (0 to 255) as a palette PNG: a viewer shows colours, a reader gets the indices."""
+    """Write class indices `[H, W]` (0 to 255) as a palette PNG: colours to a viewer, indices to a reader."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     image = Image.fromarray(labels.to(torch.uint8).cpu().numpy())
     image.putpalette(PALETTE)
+    text = PngInfo()
+    text.add_text("Software", "segfast")  # see segfast._output
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
 
 
 def _read_array(path: str | os.PathLike, name: str, mask: bool = False) -> np.ndarray:
@@ -117,23 +147,31 @@ def _read_array(path: str | os.PathLike, name: str, mask: bool = False) -> np.nd
     try:
         from PIL import Image
     except ImportError as error:
-        raise UserError(f"{path}: reading images needs the package pillow (the extra 'demo' has it)") from error
+        raise UserError(
+            f"{path}: reading images needs the package pillow (the extra 'demo' has it)"
+        ) from error
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError(f"{path}: the file has {image.n_frames} pages, expected one")
-            # A palette holds the classes of a mask, and the colours of an image.
-            if image.mode in ("P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV") and not (mask and image.mode == "P"):
-                image = image.convert("RGB")
-            elif image.mode == "LA":
-                image = image.convert("L")
-            array = np.array(image)
+            pages = getattr(image, "n_frames", 1)
+            if pages > 1:
+                raise UserError(f"{path}: the file has {pages} pages, expected one")
+            array = np.array(image.convert(_plain_mode(image.mode, mask)))
     except UserError:
         raise
     except Exception as error:  # pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from error
     return array if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def _plain_mode(mode: str, mask: bool) -> str:
+    """The pillow mode to read an image of mode `mode` as: grey or RGB, of any depth."""
+    if mode == "LA":
+        return "L"
+    # A palette's indices are the classes of a mask, its colours an image.
+    if mode in ("PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV") or (mode == "P" and not mask):
+        return "RGB"
+    return mode
 
 
 def _read_npz(path: Path, name: str) -> np.ndarray:

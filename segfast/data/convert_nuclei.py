@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     with zipfile.ZipFile(args.wheel) as wheel:
         image, labels = read_tif(wheel, IMAGE), read_tif(wheel, LABELS)
     if image.dtype != np.uint16 or image.shape != (512, 512) or labels.shape != image.shape:
-        raise SystemExit(f"{args.wheel}: expected two 512x512 images, uint16, got {image.dtype} {image.shape}")
+        raise SystemExit(
+            f"{args.wheel}: expected two 512x512 images, uint16, got {image.dtype} {image.shape}"
+        )
     with atomic_write(args.output) as path:
         np.savez_compressed(path, image=image, labels=labels.astype(np.uint8))
     print(f"{args.output}: {labels.max()} is the largest label, {len(np.unique(labels)) - 1} nuclei")

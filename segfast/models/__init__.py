@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._base import SegmentationModel
 from .unet import UNet
 
-__all__ = ["UNet", "create", "list_models", "remap_state_dict"]
+__all__ = ["SegmentationModel", "UNet", "create", "list_models", "remap_state_dict"]
 
-_MODELS: dict[str, type[nn.Module]] = {"unet": UNet}
+_MODELS: dict[str, type[SegmentationModel]] = {"unet": UNet}
 
 
 def list_models() -> list[str]:
@@ -21,7 +22,7 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
-def create(name: str, **kwargs: Any) -> nn.Module:
+def create(name: str, **kwargs: Any) -> SegmentationModel:
     """Build the model of that name; `kwargs` go to its constructor.
 
     Raises:
@@ -48,15 +49,16 @@ def model_name(model: nn.Module) -> str:
 
 
 def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the keys of another code base's checkpoint to those of `model`; `model.load_state_dict` takes the result.
+    """Rename the keys of another code base's checkpoint to those of `model`, for `model.load_state_dict`.
 
-    For `UNet`: the layout of `milesial/Pytorch-UNet` (`inc.double_conv.0.weight`, ..., `outc.conv.bias`) with or without
-    `module.` in front; entries that are not tensors are dropped. Outputs agree wherever the input's sides are
-    multiples of `2**depth`; elsewhere that code pads the up-convolution with zeros, this one lets it run on.
-    Keys that already are the model's own come back unchanged.
+    For `UNet`: the layout of `milesial/Pytorch-UNet` (`inc.double_conv.0.weight`, ..., `outc.conv.bias`)
+    with or without `module.` in front; entries that are not tensors are dropped. Outputs agree where the
+    input's sides are multiples of `2**depth`; elsewhere that code pads the up-convolution's output with
+    zeros, this one lets it run on. Keys that already are the model's own come back unchanged.
 
     Raises:
-        ValueError: the bilinear variant (it has no up-convolution), unknown keys, or other sizes than the model's.
+        ValueError: the bilinear variant (it has no up-convolution), unknown keys, or other sizes than the
+            model's.
         TypeError: the model has no foreign layout to read.
     """
     remap = getattr(model, "remap_state_dict", None)

@@ -1,6 +1,7 @@
-"""Checkpoints in the key layout of the widely used `milesial/Pytorch-UNet`. Only its key names are matched here.
+"""Checkpoints in the key layout of the widely used `milesial/Pytorch-UNet`. Only key names are matched here.
 
-`inc.double_conv.{0,1,3,4}`, `downI.maxpool_conv.1.double_conv.*`, `upI.up`, `upI.conv.double_conv.*`, `outc.conv`.
+`inc.double_conv.{0,1,3,4}`, `downI.maxpool_conv.1.double_conv.*`, `upI.up`, `upI.conv.double_conv.*`,
+`outc.conv`.
 """
 
 import re
@@ -28,13 +29,15 @@ def is_milesial(state_dict: Mapping[str, Any]) -> bool:
 def remap(state_dict: Mapping[str, Any], model: "UNet") -> dict[str, Tensor]:
     """Rename the keys to those of `model` (see `segfast.models.remap_state_dict`).
 
-    A bias before a batch norm, which older checkpoints have, is folded into the running mean: the norm subtracts
-    the mean, so `conv + bias - mean` is `conv - (mean - bias)`, in training too.
+    A bias before a batch norm, which older checkpoints have, is folded into the running mean:
+    `conv + bias - mean` is `conv - (mean - bias)`, and in training the norm subtracts the bias anyway.
 
     Raises:
         ValueError: the bilinear variant, another architecture, or sizes that are not those of `model`.
     """
-    state = {key.removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    state = {
+        key.removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)
+    }
     own = model.state_dict()
     if state.keys() == own.keys():
         return state
@@ -45,25 +48,27 @@ def remap(state_dict: Mapping[str, Any], model: "UNet") -> dict[str, Tensor]:
         )
     if not any(_UP_KEY.fullmatch(key) for key in state):
         raise ValueError(
-            "the checkpoint is of the bilinear variant: it has no up-convolution weights (up1.up.weight), it upsamples by "
-            "interpolation and its decoder has half the channels, so there is nothing to put into the up-convolutions; "
-            "train or fetch the variant with bilinear=False"
+            "the checkpoint is of the bilinear variant: it upsamples by interpolation and has no weights for "
+            "the up-convolutions (up1.up.weight); use a checkpoint made with bilinear=False"
         )
     _check_config(state, model)
     renamed = {_rename(key, model.depth): value for key, value in state.items()}
     for key in [key for key in renamed if key.endswith((".conv1.bias", ".conv2.bias"))]:
         mean = key.replace(".conv1.bias", ".norm1.running_mean").replace(".conv2.bias", ".norm2.running_mean")
-        renamed[mean] = renamed[mean] - renamed.pop(key)
+        if mean in renamed:
+            renamed[mean] = renamed[mean] - renamed.pop(key)
     for key, value in own.items():
         if key not in renamed:
             raise ValueError(f"the checkpoint has nothing for {key}")
         if renamed[key].shape != value.shape:
-            raise ValueError(f"{key}: the checkpoint has {list(renamed[key].shape)}, the model {list(value.shape)}")
+            raise ValueError(
+                f"{key}: the checkpoint has {list(renamed[key].shape)}, the model {list(value.shape)}"
+            )
     return renamed
 
 
 def _check_config(state: Mapping[str, Tensor], model: "UNet") -> None:
-    """Compare what the checkpoint was built as with what `model` is, and say it in the constructor's terms."""
+    """Say in the constructor's terms where the checkpoint's network differs from `model`."""
     first, last = state["inc.double_conv.0.weight"], state.get("outc.conv.weight")
     if last is None:
         raise ValueError("the checkpoint has nothing for head.weight (outc.conv.weight)")

@@ -1,15 +1,19 @@
-"""U-Net (Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015)."""
+"""U-Net.
+
+Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015.
+"""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.functional import up_concat
 from segfast.nn import ConvTranspose2d
+
+from ._base import SegmentationModel
 
 ACTIVATIONS = ("relu", "leaky_relu")
 NORMS = (None, "batch")
@@ -54,12 +58,13 @@ class DecoderBlock(nn.Module):
         return self.conv(up_concat(input, skip, self.up.weight, self.up.bias, stride=2))
 
 
-class UNet(nn.Module):
+class UNet(SegmentationModel):
     """U-Net for images of any size.
 
-    Padded, the output has the input's height and width, odd or even: an up-convolution whose output is one short of its
-    skip is made skip-sized, and an input with a side below `2**depth` is zero-padded to it and the output cut back.
-    Unpadded (the paper's: 572x572 -> 388x388), skips are centre-cropped and the output is `margin` smaller on each side.
+    Padded, the output has the input's height and width, odd or even: an up-convolution whose output is one
+    short of its skip is made skip-sized, and an input with a side below `2**depth` is zero-padded to that
+    and the output cut back. Unpadded (the paper's: 572x572 -> 388x388), skips are centre-cropped and the
+    output is `margin` smaller on each side where every pooling halves an even size.
 
     Args:
         in_channels: channels of the image.
@@ -74,8 +79,9 @@ class UNet(nn.Module):
     Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H', W']`.
 
     Raises:
-        ValueError: an option out of its range; an input that is not 4-D; an unpadded input too small for one output pixel.
+        ValueError: an option out of range; an input that is not 4-D, or too small for the unpadded network.
 
+    >>> import torch
     >>> UNet(width=4)(torch.zeros(1, 1, 37, 50)).shape
     torch.Size([1, 2, 37, 50])
     >>> UNet(width=4, padded=False)(torch.zeros(1, 1, 572, 572)).shape
@@ -121,7 +127,7 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         self.depth = depth
         self.padded = padded
-        options = {
+        options: dict[str, Any] = {
             "padding": 1 if padded else 0,
             "activation": activation,
             "negative_slope": negative_slope,
@@ -139,7 +145,7 @@ class UNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gaussian weights of standard deviation sqrt(2/N) before an activation, N inputs a unit (section 3), else sqrt(1/N)."""
+        """Gaussian weights of variance 2/N before an activation (the paper, section 3), else 1/N."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 # A 2x2 up-convolution of stride 2 gives each output pixel one tap of each input channel.
@@ -179,9 +185,8 @@ class UNet(nn.Module):
         if input.dim() != 4:
             raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
         height, width = input.shape[-2:]
-        if not self.padded:
-            self._check_size(height, width)
-        elif height < self.size_divisor or width < self.size_divisor:
+        self.check_size(height, width)
+        if self.padded and (height < self.size_divisor or width < self.size_divisor):
             short = (0, max(0, self.size_divisor - width), 0, max(0, self.size_divisor - height))
             return self._forward(F.pad(input, short))[..., :height, :width]
         return self._forward(input)
@@ -197,11 +202,13 @@ class UNet(nn.Module):
             x = block(x, skip)
         return self.head(x)
 
-    def _check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError if an input of this size has no output."""
         if min(self.output_size(height, width)) < 1:
             smallest = next(n for n in range(1, 16 * self.size_divisor) if self._output_length(n) >= 1)
             raise ValueError(
-                f"input is {height}x{width}; unpadded and {self.depth} levels deep the smallest is {smallest}x{smallest}"
+                f"input is {height}x{width}; an unpadded UNet of depth {self.depth} needs "
+                f"at least {smallest}x{smallest}"
             )
 
     def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

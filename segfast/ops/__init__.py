@@ -2,9 +2,9 @@
 
 from . import conv_transpose2d
 from ._backend import backend, explain, get_backend
-from ._registry import OPERATORS
+from ._registry import OPERATORS, decompositions
 
 # Operator families bear the same file name in kernels/, segfast/ops/, segfast/nn/, tests/ and benchmarks/.
 FAMILIES = ("conv_transpose2d",)
 
-__all__ = ["FAMILIES", "OPERATORS", "backend", "conv_transpose2d", "explain", "get_backend"]
+__all__ = ["FAMILIES", "OPERATORS", "backend", "conv_transpose2d", "decompositions", "explain", "get_backend"]

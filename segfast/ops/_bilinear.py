@@ -1,4 +1,4 @@
-"""Transposed convolution with channelwise separable weights (FCN's bilinear upsampling) as two 1-D matrix products.
+"""Transposed convolution with channelwise separable weights (FCN's bilinear upsampling), one axis at a time.
 
 A weight that is zero off the channel diagonal and an outer product on it upsamples each channel alone, rows
 and columns one after the other. A 64x64 kernel at stride 32 then costs 2 multiply-adds a tap and axis instead
@@ -8,7 +8,10 @@ of 64 * 64 * channels.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ._layout import is_channels_last
 
 _LEAST_STRIDE = 8
 
@@ -65,47 +68,51 @@ def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dila
     product = rows[:, :, None] * columns[:, None, :]
     if ((product - diagonal).abs() > 8 * torch.finfo(weight.dtype).eps * value.abs()[..., None]).any():
         return None
+    if (rows == rows[:1]).all() and (columns == columns[:1]).all():
+        rows, columns = rows[:1], columns[:1]
     return Factors(rows, columns)
 
 
-def _spread(kernel: Tensor, size: int, out: int, stride: int, padding: int) -> Tensor:
-    """[C, out, size] with entry (o, i) = kernel[o + padding - stride * i], zero outside the kernel."""
-    tap = (
-        torch.arange(out, device=kernel.device)[:, None]
-        + padding
-        - stride * torch.arange(size, device=kernel.device)
-    )
-    inside = (tap >= 0) & (tap < kernel.shape[1])
-    return torch.where(
-        inside,
-        kernel[:, tap.clamp(0, kernel.shape[1] - 1)],
-        torch.zeros((), dtype=kernel.dtype, device=kernel.device),
-    )
+def _upsample_rows(x: Tensor, kernel: Tensor, stride: int, padding: int, out: int) -> Tensor:
+    """The 1-D transposed convolution along the second to last dimension: [..., H, R] to [..., out, R].
+
+    Output stride * j + phase is the sum over t of x[j - t] kernel[phase + t * stride]: one small matrix [stride, taps] for
+    all j. `kernel` [F, k] holds one filter for all, or one for each index of the third to last dimension.
+    """
+    size, length = x.shape[-2], kernel.shape[-1]
+    taps = -(-length // stride)
+    steps = -(-(padding + out) // stride)
+    windows = F.pad(x, (0, 0, taps - 1, steps - size)).unfold(-2, taps, 1).transpose(-1, -2)  # [..., j, taps, R]
+    filters = F.pad(kernel, (0, taps * stride - length)).unflatten(-1, (taps, stride))
+    matrix = filters.flip(-2).transpose(-1, -2)  # [F, stride, taps], oldest input first as in the windows
+    matrix = matrix[0] if kernel.shape[0] == 1 else matrix[:, None]
+    y = (matrix @ windows).flatten(-3, -2)  # [..., j * stride, R]
+    return y.narrow(-2, padding, out)
 
 
 def upsample_separable(
     input: Tensor, factors: Factors, stride, padding, output_padding, bias: Tensor | None
 ) -> Tensor:
-    """The transposed convolution of [N, C, H, W] with the weight that `factors` stand for."""
-    matrices = []
-    for axis, kernel in zip((2, 3), factors, strict=True):
-        s, p, o = (
-            v if isinstance(v, int) else v[(axis - 2) % len(v)] for v in (stride, padding, output_padding)
-        )
-        size = input.shape[axis]
-        out = (size - 1) * s - 2 * p + kernel.shape[1] + o
+    """The transposed convolution of [N, C, H, W] or [C, H, W] with the weight that `factors` stand for.
+
+    Along the columns first: the intermediate then has the small height. In the input's own memory format.
+    """
+    geometry = []
+    for axis, kernel in ((-2, factors.rows), (-1, factors.columns)):
+        s, p, o = (v if isinstance(v, int) else v[axis % len(v)] for v in (stride, padding, output_padding))
+        out = (input.shape[axis] - 1) * s - 2 * p + kernel.shape[1] + o
         if out < 1:
             raise RuntimeError(
                 f"calculated output size {out} along axis {axis} is too small, for input {list(input.shape)}"
             )
-        if (kernel == kernel[:1]).all():
-            kernel = kernel[:1]  # one matrix for all channels: one large product instead of many small ones
-        matrices.append(_spread(kernel, size, out, s, p).to(input.dtype))
-    rows, columns = matrices
-    # Columns first: the intermediate has the small height.
-    y = rows @ (input @ columns.transpose(1, 2))
-    if bias is not None:
-        y = y + bias[:, None, None]
-    if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+        geometry.append((s, p, out))
+    rows, columns = (kernel.to(input.dtype) for kernel in factors)
+    if input.dim() == 4 and rows.shape[0] == columns.shape[0] == 1 and is_channels_last(input):
+        y = _upsample_rows(input.permute(0, 2, 3, 1), columns, *geometry[1])  # [N, H, W_out, C]
+        y = _upsample_rows(y.flatten(2), rows, *geometry[0]).unflatten(-1, y.shape[-2:]).permute(0, 3, 1, 2)
         y = y.contiguous(memory_format=torch.channels_last)
-    return y
+    else:
+        y = _upsample_rows(input.transpose(-1, -2), columns, *geometry[1]).transpose(-1, -2)
+        y = _upsample_rows(y.contiguous(), rows, *geometry[0])
+        y = y.contiguous(memory_format=torch.channels_last if is_channels_last(input) else torch.contiguous_format)
+    return y if bias is None else y + bias[:, None, None]

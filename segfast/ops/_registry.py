@@ -42,6 +42,7 @@ class Operator:
         per_sample: Sequence[int] = (),
     ):
         self.name = schema.partition("(")[0]
+        self.reference = reference
         self._kernels = kernels
         self._per_sample = frozenset(per_sample)
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,7 +52,7 @@ class Operator:
         torch.library.register_fake(qualified, fake, lib=_LIBRARY)
         torch.library.register_vmap(qualified, self._vmap, lib=_LIBRARY)
         self.packet = getattr(torch.ops.segfast, self.name)
-        self._overload = self.packet.default
+        self.overload = self.packet.default
         register_flop_formula(self.packet)(flops)
         OPERATORS[self.name] = self
 
@@ -60,7 +61,7 @@ class Operator:
         # listens.
         if _nobody_listens() and type(args[0]) in _PLAIN and args[0].is_cuda | _INTERPRETING:
             return self._kernels(*args)
-        return self._overload(*args)
+        return self.overload(*args)
 
     def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
         mapped = [i for i, dim in enumerate(in_dims) if dim is not None and isinstance(args[i], Tensor)]
@@ -73,13 +74,25 @@ class Operator:
         ):
             for i in mapped:
                 args_list[i] = args[i].movedim(in_dims[i], 0).flatten(0, 1)
-            return self._overload(*args_list).unflatten(0, (size, -1)), 0
+            return self.overload(*args_list).unflatten(0, (size, -1)), 0
         results = []
         for sample in range(size):
             for i in mapped:
                 args_list[i] = args[i].select(in_dims[i], sample)
-            results.append(self._overload(*args_list))
+            results.append(self.overload(*args_list))
         return torch.stack(results), 0
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+    """Every segfast operator in ATen operations, for back ends that know only those.
+
+    Example:
+        >>> import torch, segfast
+        >>> up = segfast.nn.ConvTranspose2d(4, 2, 2, stride=2).eval()
+        >>> program = torch.export.export(up, (torch.randn(1, 4, 3, 3),))
+        >>> program = program.run_decompositions(segfast.decompositions())
+    """
+    return {operator.overload: operator.reference for operator in OPERATORS.values()}
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,4 +1,4 @@
-"""Random crops with flips, rotation, elastic deformation and intensity changes, by one resampling of the image."""
+"""Random crops with flips, rotation, elastic deformation and intensity changes."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segfast.data import Sample
 
-# How far a node of the coarse displacement grid moves (standard deviation, pixels) and the nodes' distance (pixels).
+# Of the coarse displacement grid, in pixels: standard deviation of a node's move, distance of the nodes.
 ELASTIC_SIGMA = 4.0
 ELASTIC_SPACING = 32
 
@@ -17,10 +17,10 @@ ELASTIC_SPACING = 32
 class PatchSampler:
     """Draws augmented batches from a list of samples; equal seeds draw equal batches.
 
-    A patch is read through a grid: a random centre, a rotation by any angle, a flip, a scale of 0.8 to 1.25, and smooth
-    displacements interpolated from a coarse grid (Ronneberger et al. 2015, section 3.1; Simard et al., ICDAR 2003).
-    The image is read bilinearly, the classes to the nearest pixel, beyond the border by reflection.
-    Then gain, offset and gamma of the intensities are changed and noise is added.
+    A patch is read through a grid: a random centre, a rotation by any angle, a flip, a scale of 0.8 to 1.25,
+    and smooth displacements interpolated from a coarse grid (Ronneberger et al. 2015, section 3.1). The
+    image is read bilinearly, the classes to the nearest pixel, beyond the border by reflection. Then gain,
+    offset and gamma of the intensities are changed and noise is added.
 
     Args:
         samples: images `[C, H, W]` in [0, 1] with classes `[H, W]`, of any sizes.
@@ -31,7 +31,12 @@ class PatchSampler:
     """
 
     def __init__(
-        self, samples: Sequence[Sample], size: int = 128, batch_size: int = 4, seed: int = 0, augment: bool = True
+        self,
+        samples: Sequence[Sample],
+        size: int = 128,
+        batch_size: int = 4,
+        seed: int = 0,
+        augment: bool = True,
     ) -> None:
         self.samples = list(samples)
         self.size = size
@@ -51,10 +56,9 @@ class PatchSampler:
         index = int(torch.randint(len(self.samples), (), generator=self.generator))
         image, target = self.samples[index]
         grid = self._grid(*target.shape)[None]
-        options = {"padding_mode": "reflection", "align_corners": False}
+        patch = _read(image, grid, "bilinear")
         # Classes as floating point: exact up to 2**24.
-        patch = F.grid_sample(image[None].float(), grid, mode="bilinear", **options)[0]
-        classes = F.grid_sample(target[None, None].float(), grid, mode="nearest", **options)[0, 0].long()
+        classes = _read(target[None].float(), grid, "nearest")[0].long()
         return Sample(self._intensity(patch) if self.augment else patch, classes)
 
     def _grid(self, height: int, width: int) -> Tensor:
@@ -73,7 +77,7 @@ class PatchSampler:
         return torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
 
     def _centre(self, length: int) -> float:
-        """A centre in pixels that keeps an unrotated patch inside, on whole pixels; the middle where it does not fit."""
+        """A centre that keeps an unrotated patch inside, on whole pixels; the middle if it does not fit."""
         half = (self.size - 1) / 2
         room = length - self.size
         if room <= 0:
@@ -86,14 +90,20 @@ class PatchSampler:
         return F.interpolate(coarse, size=(self.size, self.size), mode="bicubic", align_corners=True)[0]
 
     def _intensity(self, patch: Tensor) -> Tensor:
-        gain, offset, gamma = self._uniform(0.8, 1.25), self._uniform(-0.05, 0.05), 2 ** self._uniform(-0.5, 0.5)
+        gain, offset, gamma = (
+            self._uniform(0.8, 1.25),
+            self._uniform(-0.05, 0.05),
+            2 ** self._uniform(-0.5, 0.5),
+        )
         noise = self._uniform(0, 0.03) * torch.randn(patch.shape, generator=self.generator)
         return gain * patch.clamp(0, 1) ** gamma + offset + noise
+
+
+def _read(image: Tensor, grid: Tensor, mode: str) -> Tensor:
+    return F.grid_sample(image[None], grid, mode=mode, padding_mode="reflection", align_corners=False)[0]
 
 
 def centre_crop(target: Tensor, size: Sequence[int]) -> Tensor:
     """The middle `size` of the last two dimensions: the classes of an unpadded network's output."""
     top, left = ((have - want) // 2 for have, want in zip(target.shape[-2:], size, strict=True))
     return target[..., top : top + size[0], left : left + size[1]]
-
-

@@ -1,47 +1,47 @@
-"""A trained model in one safetensors file: its weights, and in the header its name and constructor arguments."""
+"""A trained model in one safetensors file: weights, and in the header its name and constructor arguments."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from segfast._errors import UserError
 from segfast._files import atomic_write
-from segfast.models import create, model_name
+from segfast.models import SegmentationModel, create, model_name
 
 FORMAT = "segfast-1"
 
 
-def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
+def save_checkpoint(model: SegmentationModel, path: str | os.PathLike) -> None:
     """Write `model` to `path`, whole or not at all.
 
     Raises:
         ValueError: `model` is not one of `segfast.models`.
         UserError: the package safetensors is missing, or the file cannot be written.
     """
-    save_file = _safetensors("save_file")
+    safetensors = _safetensors()
     metadata = {"format": FORMAT, "model": model_name(model), "config": json.dumps(model.config)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
         with atomic_write(path) as temporary:
-            save_file(state, temporary, metadata=metadata)
+            safetensors.torch.save_file(state, temporary, metadata=metadata)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> SegmentationModel:
     """The model that `save_checkpoint` wrote, in evaluation mode on `device`.
 
     Raises:
         UserError: no such file, not a checkpoint of ours, or damaged.
     """
-    safe_open = _safetensors("safe_open")
+    safetensors = _safetensors()
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # SafetensorError, OSError
@@ -52,14 +52,15 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         model = create(metadata["model"], **json.loads(metadata["config"]))
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the weights do not fit the model in the header ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: the weights do not fit the model in the header ({str(error).splitlines()[0]})"
+        ) from error
     return model.eval().to(device)
 
 
-def _safetensors(name: str):
+def _safetensors() -> Any:
     try:
-        import safetensors
         import safetensors.torch
     except ImportError as error:
         raise UserError("checkpoints need the package safetensors (the extra 'demo' has it)") from error
-    return getattr(safetensors if name == "safe_open" else safetensors.torch, name)
+    return safetensors

@@ -20,8 +20,8 @@ OPTIMIZERS = ("adamw", "sgd")
 class Options(NamedTuple):
     """How `fit` trains.
 
-    `lr` rises linearly over the first `warmup` share of the steps and falls to 0 along a cosine (Loshchilov and Hutter,
-    ICLR 2017). `momentum` is SGD's only; `weight_decay` is decoupled under AdamW (Loshchilov and Hutter, ICLR 2019).
+    `lr` rises linearly over the first `warmup` share of the steps and falls to 0 along a cosine (Loshchilov
+    and Hutter, ICLR 2017). `momentum` is SGD's only; AdamW's `weight_decay` is decoupled (ICLR 2019).
     """
 
     steps: int = 350
@@ -98,12 +98,14 @@ def fit(
         loss = F.cross_entropy(
             output, centre_crop(targets, output.shape[-2:]), weight=weight, ignore_index=IGNORE_INDEX
         )
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the loss is {losses[-1]} at step {step + 1}; a smaller learning rate may help"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step + 1}; a smaller learning rate may help")
         if on_step is not None:
             on_step(step, losses[-1])
     return losses

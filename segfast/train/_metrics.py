@@ -9,14 +9,14 @@ from segfast.data import IGNORE_INDEX
 
 
 class Scores(NamedTuple):
-    """IoU of each class, float64 `[K]` (NaN where a class is neither present nor predicted), and their mean."""
+    """IoU of each class, float64 `[K]` (NaN: neither present nor predicted), and the mean of the others."""
 
     iou: Tensor
     miou: float
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Counts, int64 `[K, K]`: row = true class, column = predicted class; pixels whose target is 255 are left out."""
+    """Counts, int64 `[K, K]`: row = true class, column = predicted; pixels of target 255 are left out."""
     scored = target != IGNORE_INDEX
     index = num_classes * target[scored] + prediction[scored]
     return torch.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)

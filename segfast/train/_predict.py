@@ -1,19 +1,24 @@
 """Whole images through a network, of any size, in overlapping tiles where they are large."""
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segfast.models import UNet
+
 MAX_TILE = 1024
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @torch.no_grad()
 def predict_scores(model: nn.Module, image: Tensor, tile: int = MAX_TILE) -> Tensor:
     """Class scores of one image, float32 `[K, H, W]`, on the CPU; the model is left in the mode it was in.
 
-    An unpadded `UNet` sees the image mirrored beyond its border (Ronneberger et al. 2015, figure 2). Images larger
-    than `tile` go through in tiles whose overlap covers what an output pixel looks at, so the result is that of the
-    whole image up to rounding; models that do not say how far they look (`margin`, `size_divisor`) are run whole.
+    An unpadded `UNet` sees the image mirrored beyond its border (Ronneberger et al. 2015, figure 2). Images
+    larger than `tile` go through in tiles whose overlap covers what an output pixel looks at, so the result
+    is that of the whole image up to rounding; models other than `UNet` are run whole.
 
     Args:
         model: `[N, C, H, W]` -> `[N, K, H, W]`, or an unpadded `UNet`.
@@ -23,11 +28,10 @@ def predict_scores(model: nn.Module, image: Tensor, tile: int = MAX_TILE) -> Ten
     training = model.training
     model.eval()
     try:
-        if not getattr(model, "padded", True):
-            return _tiles(model, _mirror(model, image), image.shape[-2:], tile)
-        if max(image.shape[-2:]) <= tile or not hasattr(model, "margin"):
+        if not isinstance(model, UNet):
             return _run(model, image)
-        return _tiles(model, image, image.shape[-2:], tile)
+        source = image if model.padded else _mirror(model, image)
+        return _tiles(model, source, image.shape[-2:], tile)
     finally:
         model.train(training)
 
@@ -37,12 +41,17 @@ def predict(model: nn.Module, image: Tensor, tile: int = MAX_TILE) -> Tensor:
     return predict_scores(model, image, tile).argmax(0)
 
 
+def channels_last(model: Module) -> Module:
+    """The model with its weights in channels_last, which its activations then follow."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def _run(model: nn.Module, image: Tensor) -> Tensor:
     device = next(model.parameters()).device
     return model(image[None].to(device))[0].float().cpu()
 
 
-def _mirror(model: nn.Module, image: Tensor) -> Tensor:
+def _mirror(model: UNet, image: Tensor) -> Tensor:
     """The image with its mirror images around it: `margin` and whatever makes every pooling come out even."""
     margin, divisor = model.margin, model.size_divisor
     pads = [(0, 0)]
@@ -53,14 +62,16 @@ def _mirror(model: nn.Module, image: Tensor) -> Tensor:
     return torch.from_numpy(np.pad(image.cpu().numpy(), pads, mode="symmetric"))
 
 
-def _tiles(model: nn.Module, source: Tensor, size: torch.Size, tile: int) -> Tensor:
-    """Fill `[K, *size]` tile by tile. A padded network's `source` is the image, an unpadded one's has its margin around."""
+def _tiles(model: UNet, source: Tensor, size: torch.Size, tile: int) -> Tensor:
+    """Fill `[K, *size]` tile by tile; around an unpadded network's `source` lies its margin."""
     divisor = model.size_divisor
     step = max(divisor, tile // divisor * divisor)
     output: Tensor | None = None
     for top in range(0, size[0], step):
         for left in range(0, size[1], step):
-            region = tuple(slice(start, min(start + step, n)) for start, n in zip((top, left), size, strict=True))
+            region = tuple(
+                slice(start, min(start + step, n)) for start, n in zip((top, left), size, strict=True)
+            )
             scores = _tile(model, source, size, region)
             if output is None:
                 output = scores.new_empty(len(scores), *size)
@@ -69,7 +80,7 @@ def _tiles(model: nn.Module, source: Tensor, size: torch.Size, tile: int) -> Ten
     return output
 
 
-def _tile(model: nn.Module, source: Tensor, size: torch.Size, region: tuple[slice, ...]) -> Tensor:
+def _tile(model: UNet, source: Tensor, size: torch.Size, region: tuple[slice, ...]) -> Tensor:
     divisor, margin = model.size_divisor, model.margin
     window, inner = [], []
     for span, length, stored in zip(region, size, source.shape[-2:], strict=True):

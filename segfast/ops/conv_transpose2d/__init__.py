@@ -4,6 +4,7 @@ from .autograd import forward, grad_of_input, grad_of_weight
 from .evidence import proofs
 from .functional import OPERATIONS, can_use_triton, conv_transpose2d
 from .operators import FORWARD, GRAD_INPUT, GRAD_WEIGHT
+from .specimens import specimens
 from .up_concat import UP_CONCAT, up_concat
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "grad_of_input",
     "grad_of_weight",
     "proofs",
+    "specimens",
     "up_concat",
 ]

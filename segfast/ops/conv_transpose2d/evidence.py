@@ -7,6 +7,7 @@ from .._epilogue import apply_epilogue
 from .._prove import Evidence
 from .functional import OPERATIONS, conv_transpose2d
 from .operators import GRAD_INPUT, GRAD_WEIGHT, pair
+from .up_concat import up_concat
 
 # (batch, C_in, C_out, height, width, kernel, stride, padding, output_padding, groups, dilation): odd sizes
 # that leave no tile full, and each of the forward kernels' forms.
@@ -76,6 +77,27 @@ def proofs(device: torch.device, dtype: torch.dtype):
         yield Evidence(
             OPERATIONS[2], case, actual, to_weight, aten_weight, size_weight, batch * height * width
         )
+    yield _up_concat_evidence(device, dtype)
+
+
+def _up_concat_evidence(device: torch.device, dtype: torch.dtype) -> Evidence:
+    """The same forward kernel with its copy of a cropped skip, which must be exact."""
+    generator = torch.Generator().manual_seed(1)
+    x, skip, weight = (
+        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((2, 24, 9, 7), (2, 40, 25, 15), (24, 48, 2, 2))
+    )
+    up = F.conv_transpose2d(x.double(), weight.double(), stride=2, output_padding=(0, 1))
+    size = F.conv_transpose2d(x.double().abs(), weight.double().abs(), stride=2, output_padding=(0, 1))
+    cropped = skip.double()[:, :, 3:21]
+    on_device = [t.to(device) for t in (x, skip, weight)]
+    aten_up = F.conv_transpose2d(on_device[0], on_device[2], stride=2, output_padding=(0, 1))
+    aten = torch.cat([on_device[1][:, :, 3:21], aten_up], 1)
+    actual = up_concat(*on_device)
+    reference = torch.cat([cropped, up], 1)
+    if not torch.equal(actual[:, :40].cpu(), skip[:, :, 3:21]):
+        raise AssertionError("up_concat: the copied skip differs")
+    return Evidence(OPERATIONS[0], "up_concat crop", actual, reference, aten, size, 24)
 
 
 def _aten_gradients(grad, input, weight, output_padding, stride, padding, groups, dilation):

@@ -1,0 +1,248 @@
+"""The report: one self-contained HTML page (tables, inline PNG plots), and the same as text and Markdown.
+
+Every measured row is in it, those where a peer wins too. Ratios are within one run, against the fastest peer.
+"""
+
+import base64
+import collections
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import time_us
+from segfast._files import atomic_write
+
+Row = Mapping[str, Any]
+NO_GPU = "no GPU figure was taken"
+COLOURS = {"ours": "#1b6ca8", "peer": "#b8b8b8", "floor": "#d1495b"}
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em}img{max-width:100%}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;white-space:nowrap}
+td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child,td.t{text-align:left}tr.ours td{font-weight:600;background:#eef5fb}
+p.note{background:#fff6e0;border-left:4px solid #e0a800;padding:.5em 1em}
+"""
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each (case, dtype, direction, size, candidate): a repeated run replaces an earlier one."""
+    names = ("case", "dtype", "direction", "size", "candidate")
+    kept = {tuple(row[name] for name in names): row for row in rows}
+    return list(kept.values())
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """Rows by (case, dtype, direction, size), fastest first, those without a time last."""
+    groups = collections.defaultdict(list)
+    for row in latest(rows):
+        groups[row["case"], row["dtype"], row["direction"], row["size"]].append(row)
+    for members in groups.values():
+        members.sort(key=lambda row: time_us(row) if row["status"] == "ok" else math.inf)
+    return dict(groups)
+
+
+def best(members: Sequence[Row], ours: bool) -> Row | None:
+    """The fastest measured row of ours, or of the peers; the plain peer where `wall_us` is all there is too."""
+    timed = [row for row in members if row["status"] == "ok" and row["ours"] == ours and time_us(row) > 0]
+    return min(timed, key=time_us, default=None)
+
+
+def ratio(members: Sequence[Row]) -> float:
+    """Time of the fastest peer over ours: above 1, ours is faster; NaN where one of them is missing."""
+    mine, theirs = best(members, True), best(members, False)
+    return time_us(theirs) / time_us(mine) if mine and theirs else math.nan
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    known = [value for value in values if value > 0]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known else math.nan
+
+
+def _figure(value: float, digits: int = 3) -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A short table for a terminal: one line a case."""
+    from segfast._table import format_table
+
+    lines = []
+    for (case, dtype, direction, _), members in grouped(rows).items():
+        mine, theirs = best(members, True), best(members, False)
+        floor = members[0]["floor_us"]
+        lines.append(
+            (
+                case,
+                dtype,
+                direction,
+                _figure(floor),
+                f"{_figure(time_us(theirs))} {theirs['candidate']}" if theirs else members[-1]["status"],
+                _figure(time_us(mine)) if mine else "",
+                _figure(ratio(members)),
+            )
+        )
+    headers = ("case", "dtype", "direction", "floor us", "fastest peer us", "segfast us", "ratio")
+    text = format_table(headers, lines)
+    mean = geometric_mean([ratio(members) for members in grouped(rows).values()])
+    if not math.isnan(mean):
+        text += f"\ngeometric mean of the ratios: {mean:.3g}"
+    return text + "\n" + caveat(rows)
+
+
+def caveat(rows: Sequence[Row]) -> str:
+    """What the figures are, in a sentence."""
+    if any(row["dry_run"] for row in rows):
+        return f"Dry run on a CPU: the control flow was walked, {NO_GPU}."
+    devices = sorted({row["gpu"] for row in rows if row["gpu"]})
+    if devices == ["cpu"]:
+        return f"CPU figures (batch 1, fp32, small sizes): {NO_GPU}."
+    return f"Measured on {', '.join(devices)}."
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of all rows as Markdown."""
+    headers = [header for header, _ in COLUMNS]
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    for members in grouped(rows).values():
+        lines += ["| " + " | ".join(cell(row) for _, cell in COLUMNS) + " |" for row in members]
+    return "\n".join(lines) + "\n"
+
+
+COLUMNS = (
+    ("candidate", lambda row: row["candidate"] or "(case)"),
+    ("case", lambda row: f"{row['case']} {row['dtype']} {row['direction']}"),
+    ("gpu us", lambda row: _figure(row["gpu_us"])),
+    ("p20", lambda row: _figure(row["gpu_p20"] if row["gpu_us"] > 0 else row["wall_p20"])),
+    ("p80", lambda row: _figure(row["gpu_p80"] if row["gpu_us"] > 0 else row["wall_p80"])),
+    ("wall us", lambda row: _figure(row["wall_us"])),
+    ("graph us", lambda row: _figure(row["graph_us"])),
+    ("floor us", lambda row: f"{_figure(row['floor_us'])} {row['floor_by']}".strip()),
+    ("of floor", lambda row: "" if math.isnan(row["fraction"]) else f"{100 * row['fraction']:.0f} %"),
+    ("error", lambda row: "" if math.isnan(row["error"]) else f"{row['error']:.1e}"),
+    ("peak MB", lambda row: _figure(row["peak_mb"])),
+    ("first call ms", lambda row: _figure(row["cold_ms"])),
+    ("status", lambda row: " ".join(filter(None, [row["status"], row["note"]]))),
+)
+_TEXT = ("candidate", "case", "status")
+
+
+def _case_table(rows: Sequence[Row]) -> str:
+    # Columns in which no row has a figure (device times on a CPU) are left out.
+    columns = [
+        (header, cell)
+        for header, cell in COLUMNS
+        if header != "case" and (header in _TEXT or any(cell(row) for row in rows))
+    ]
+    head = "".join(f"<th>{html.escape(header)}</th>" for header, _ in columns)
+    body = []
+    for row in rows:
+        cells = "".join(
+            f"<td{' class=t' if header in _TEXT else ''}>{html.escape(cell(row))}</td>"
+            for header, cell in columns
+        )
+        body.append(f"<tr{' class=ours' if row['ours'] else ''}>{cells}</tr>")
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def _overview(groups: Mapping[tuple, Sequence[Row]]) -> str:
+    head = "<th>case</th><th>dtype</th><th>direction</th><th>floor us</th><th>fastest peer</th><th>us</th>"
+    head += "<th>segfast us</th><th>ratio</th>"
+    body = []
+    for (case, dtype, direction, _), members in groups.items():
+        mine, theirs = best(members, True), best(members, False)
+        cells = [
+            (case, True),
+            (dtype, True),
+            (direction, True),
+            (_figure(members[0]["floor_us"]), False),
+            (theirs["candidate"] if theirs else members[-1]["status"], True),
+            (_figure(time_us(theirs)) if theirs else "", False),
+            (_figure(time_us(mine)) if mine else "", False),
+            (_figure(ratio(members)), False),
+        ]
+        body.append(
+            "<tr>"
+            + "".join(f"<td{' class=t' if left else ''}>{html.escape(text)}</td>" for text, left in cells)
+            + "</tr>"
+        )
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def plot(groups: Mapping[tuple, Sequence[Row]], family: str) -> bytes:
+    """A PNG of one family: a bar for each candidate's time, with the floor where there is one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars = []  # (label, time, low, high, ours, floor)
+    for (case, dtype, direction, _), members in groups.items():
+        timed = [row for row in members if row["status"] == "ok" and time_us(row) > 0]
+        for i, row in enumerate(timed):
+            clock = "gpu" if row["gpu_us"] > 0 else "wall"
+            label = f"{case}, {dtype}, {direction}: {row['candidate']}" if i == 0 else row["candidate"]
+            spread = [row[f"{clock}_p20"], row[f"{clock}_p80"]]
+            bars.append((label, time_us(row), spread, row["ours"], row["floor_us"]))
+    figure = Figure(figsize=(10, 0.9 + 0.24 * max(1, len(bars))))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, (_, value, (low, high), ours, floor) in enumerate(bars):
+        axes.barh(i, value, color=COLOURS["ours" if ours else "peer"])
+        if not math.isnan(low):
+            axes.plot([low, high], [i, i], color="#444", linewidth=1)
+        if not math.isnan(floor):
+            axes.plot([floor, floor], [i - 0.4, i + 0.4], color=COLOURS["floor"], linewidth=2)
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("microseconds, log scale (blue: segfast, red: floor, line: p20 to p80)")
+    axes.set_title(family)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
+
+
+def html_page(rows: Sequence[Row], title: str = "segfast benchmark") -> str:
+    """The whole report as one page without outside references."""
+    groups = grouped(rows)
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p class=note>{html.escape(caveat(rows))}</p>"]
+    if rows:
+        last = rows[-1]
+        versions = ("gpu", "torch", "triton", "cudnn", "cuda", "driver", "python", "commit", "date")
+        parts.append("<p>" + html.escape(", ".join(f"{n} {last[n]}" for n in versions if last[n])) + "</p>")
+    parts.append(
+        "<p>Times are medians. The ratio is the fastest peer's time over ours, within one run: above 1, ours is faster. "
+        "The floor is the largest of FLOPs, bytes, L2 reads and exponentials over ceilings measured in the same run.</p>"
+    )
+    mean = geometric_mean([ratio(members) for members in groups.values()])
+    if not math.isnan(mean):
+        parts.append(f"<p>Geometric mean of the ratios: {mean:.3g}.</p>")
+    parts.append(_overview(groups))
+    for family in dict.fromkeys(row["family"] for row in latest(rows)):
+        mine = {key: members for key, members in groups.items() if members[0]["family"] == family}
+        parts.append(f"<h2>{html.escape(family or 'died')}</h2>")
+        if any(row["status"] == "ok" and time_us(row) > 0 for members in mine.values() for row in members):
+            image = base64.b64encode(plot(mine, family)).decode()
+            parts.append(f'<img alt="times of {html.escape(family)}" src="data:image/png;base64,{image}">')
+        for (case, dtype, direction, size), members in mine.items():
+            layer = members[0]["layer"]
+            parts.append(f"<h3>{html.escape(f'{case}: {layer} ({dtype}, {direction}, {size})')}</h3>")
+            parts.append(_case_table(members))
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def write_report(rows: Sequence[Row], path: Path, title: str = "segfast benchmark") -> None:
+    """Write the HTML page, whole or not at all."""
+    page = html_page(rows, title)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")

@@ -1,0 +1,348 @@
+"""The tiers of a GPU run, each useful alone: a worker process runs one of them and appends rows as they come."""
+
+import dataclasses
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import peaks
+from benchmarks.baselines import Peer, peers
+from benchmarks.cases import BLOCKS, CASES, OPERATORS, Case, find, headline
+from benchmarks.environment import dry_run, environment
+from benchmarks.model_problems import ModelProblem
+from benchmarks.problems import Problem
+from benchmarks.rows import append_rows, make_row
+from benchmarks.timing import Measurement, Skipped, measure
+
+STICKY = 75  # exit code of a worker whose CUDA context is lost: the rest of the tier needs another process
+CASE_SECONDS = 1.5  # of timing, of an operator case; a tier with less time for each takes less
+DTYPES = ("float16", "tf32", "float32")
+
+
+def log(text: str) -> None:
+    """For the log only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """For the log and the terminal."""
+    print(text, flush=True)
+
+
+@dataclasses.dataclass
+class Session:
+    """One worker: where it writes, until when it may run, and what an earlier worker has begun already."""
+
+    tier: str
+    out: Path
+    budget_s: float
+    family: str | None = None
+    names: Sequence[str] = ()
+    begun: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.dry = dry_run()
+        self.device = torch.device("cpu") if self.dry else torch.device("cuda", torch.cuda.current_device())
+        self.deadline = time.monotonic() + self.budget_s
+        self.environment = environment(self.device)
+        self.ceilings: Mapping[str, float] = {}
+        if not self.dry:
+            torch.backends.cudnn.benchmark = True
+        else:
+            torch.set_num_threads(min(2, torch.get_num_threads()))
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def selected(self, cases: Sequence[Case]) -> list[Case]:
+        """Those of the asked-for family and names, in the size this machine runs."""
+        wanted = [
+            case
+            for case in cases
+            if self.family in (None, case.family) and (not self.names or case.name in self.names)
+        ]
+        return [case.cpu() for case in wanted] if self.dry else wanted
+
+    def measure_ceilings(self, fresh: bool = False) -> None:
+        """The ceilings of this run: measured once, kept in `ceilings.json`."""
+        path = self.out / "ceilings.json"
+        if path.exists() and not fresh:
+            kept = json.loads(path.read_text())
+            if kept["gpu"] == self.environment["gpu"]:
+                self.ceilings = kept["ceilings"]
+                return
+        self.ceilings = peaks.ceilings(self.device)
+        content = {"dry_run": self.dry, **self.environment, "ceilings": self.ceilings}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        for name, value in self.ceilings.items():
+            say(f"  {name:12} {value:10.1f}")
+
+    def run_cases(
+        self, cases: Sequence[Case], *, with_ours: bool, with_peers: bool = True, compiled: bool = False
+    ) -> None:
+        """Measure the cases in order until the time is up."""
+        cases = [case for case in cases if f"{self.tier} {case.key}" not in self.begun]
+        for i, case in enumerate(cases):
+            if self.left() <= 0:
+                say(f"  time is up: {len(cases) - i} of {len(cases)} cases not run")
+                break
+            say(f"begin {self.tier} {case.key}")
+            share = self.left() / (len(cases) - i)
+            budget = min(CASE_SECONDS, 0.5 * share) if not self.dry else 0.02
+            try:
+                results = self._measure(case, budget, with_ours, with_peers, compiled)
+            except Exception as error:
+                log(traceback.format_exc())
+                results = [Measurement("", False, "failed", f"{type(error).__name__}: {error}"[:200])]
+            self.append(case, results)
+            self.check_context()
+
+    def _measure(self, case, budget, with_ours, with_peers, compiled) -> list[Measurement]:
+        model = case.op == "model"
+        try:
+            problem = (ModelProblem if model else Problem)(case, self.device)
+        except LookupError as error:
+            return [Measurement("plain", False, "skipped", str(error.args[0]))]
+        candidates: list[Peer] = []
+        if with_peers:
+            candidates += problem.peers(compiled) if model else peers(problem, compiled=compiled)
+        if with_ours:
+            candidates += self._ours(problem)
+        return measure(
+            case,
+            candidates,
+            problem.reference(),
+            problem.sample,
+            self.device,
+            budget_s=budget,
+            graphs=model and case.direction == "forward",
+            min_rounds=2 if self.dry else 5,
+            log=log,
+        )
+
+    def _ours(self, problem: Problem | ModelProblem) -> Iterator[Peer]:
+        import segfast
+        from benchmarks.ours import ours
+
+        # Measured as asked for by name: whether "auto" would take it is what the figures decide.
+        segfast.backend("aten" if self.dry else "triton")
+        yield from problem.ours() if isinstance(problem, ModelProblem) else ours(problem)
+
+    def append(self, case: Case, results: Sequence[Measurement]) -> None:
+        rows = [
+            make_row(self.tier, case, result, self.ceilings, self.environment, self.dry) for result in results
+        ]
+        append_rows(self.out / "rows.csv", rows)
+        for result in results:
+            figure = f"{result.timing.us:10.1f} us" if result.timing else f"{result.status:>13}"
+            say(f"  {result.candidate:18} {figure}  {result.note}")
+
+    def check_context(self) -> None:
+        """Leave with STICKY if an error has made the CUDA context unusable; else give the case's memory back."""
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        except Exception:
+            log(traceback.format_exc())
+            sys.stderr.flush()
+            raise SystemExit(STICKY) from None
+
+
+def precompile(session: Session) -> None:
+    """Before anything is timed: the kernels of the proofs and of the headline rows."""
+    from benchmarks.precompile import compile_all, tasks
+
+    served = _served(session.selected(headline()))
+    work = tasks(served, ("forward", "train"), all_candidates=False, proofs=True)
+    work = work[:2] if session.dry else work
+    count = compile_all(work, session.budget_s, log)
+    say(f"  {count} kernels compiled in {session.budget_s - session.left():.0f} s")
+
+
+def t0(session: Session) -> None:
+    """Every kernel, dtype and direction on odd shapes against fp64; writes proven.json."""
+    from segfast.ops._prove import DTYPES, prove, write_proofs
+
+    dtypes = (torch.float32,) if session.dry else DTYPES
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        if f"T0 {name}" in session.begun:
+            continue
+        say(f"begin T0 {name}")
+        rows = []
+        for row in prove(session.device, (dtype,)):
+            rows.append(row)
+            log(str(row))
+            if not row.passed:
+                say(f"  {row}")
+        # Dtype by dtype: a crash in the next one leaves these proofs standing.
+        part = write_proofs(rows, session.device, session.out / "proven.json")
+        good = sum(row.passed for row in rows)
+        say(f"  {name}: {good} of {len(rows)} right; {len(part)} operations proven so far")
+        session.check_context()
+
+
+def t1(session: Session) -> None:
+    """The ceilings, and every row against the peers only."""
+    session.measure_ceilings(fresh=True)
+    session.run_cases(session.selected(CASES), with_ours=False)
+
+
+def t2(session: Session) -> None:
+    """The headline rows forward, ours beside the peers."""
+    session.measure_ceilings()
+    session.run_cases(_served(session.selected(headline())), with_ours=True)
+
+
+def t3(session: Session) -> None:
+    """Backward and training step of the same rows."""
+    session.measure_ceilings()
+    cases = _served(session.selected(headline()))
+    directed = [case.replace(direction=direction) for direction in ("backward", "train") for case in cases]
+    session.run_cases(directed, with_ours=True)
+
+
+def t4(session: Session) -> None:
+    """Tile sizes beside cuDNN, for what no table holds yet; writes configs.json."""
+    import segfast
+    from benchmarks.precompile import compile_all, tasks
+    from segfast._tune import DIRECTIONS, merge_table
+
+    segfast.backend("triton")
+    session.measure_ceilings()
+    cases = [case for case in session.selected(OPERATORS) if case.op == "conv_transpose2d"]
+    if session.dry:
+        cases = [_tiny(case) for case in cases[:2]]
+    work = [case.replace(direction=direction, epilogue=()) for direction in DIRECTIONS for case in cases]
+    work = [case for case in work if f"T4 {case.key}" not in session.begun]
+    if not session.dry:
+        compile_all(tasks(cases, DIRECTIONS, all_candidates=True, proofs=False), 0.4 * session.left(), log)
+    for i, case in enumerate(work):
+        if session.left() <= 0:
+            say(f"  time is up: {len(work) - i} of {len(work)} calls not tuned")
+            break
+        say(f"begin T4 {case.key}")
+        try:
+            results, tuned = _tune(case, session, min(2.0, 0.5 * session.left() / (len(work) - i)))
+            session.append(case, results)
+            if tuned is not None:
+                merge_table(session.out / "configs.json", [tuned], session.device)
+        except Exception:
+            log(traceback.format_exc())
+            say("  failed; the log says why")
+        session.check_context()
+
+
+def t5(session: Session) -> None:
+    """Whole models, other dtypes, and torch.compile beside everything."""
+    session.measure_ceilings()
+    models = [case for case in CASES if case.op == "model"]
+    trained = [case.replace(direction="train") for case in models]
+    compiled = not session.dry
+    session.run_cases(session.selected(models + trained), with_ours=True, compiled=compiled)
+    session.run_cases(session.selected(OPERATORS + BLOCKS), with_ours=True, compiled=compiled)
+    for dtype in DTYPES:
+        with fp32_precision(dtype):
+            cases = [case.replace(dtype=dtype) for case in _served(headline())]
+            selected = session.selected(cases)
+            session.run_cases([case.replace(dtype=dtype) for case in selected] if not session.dry else selected,
+                              with_ours=True)  # fmt: skip
+
+
+def bench(session: Session) -> None:
+    """Every row of one family in every direction, ours beside the peers."""
+    session.measure_ceilings()
+    cases = session.selected(CASES)
+    plain = [case for case in cases if case.direction == "forward" and case.op not in ("model", "dense_crf")]
+    directed = [case.replace(direction=direction) for direction in ("backward", "train") for case in plain]
+    session.run_cases(cases + directed, with_ours=True)
+
+
+TIERS: dict[str, Callable[[Session], None]] = {
+    "compile": precompile,
+    "T0": t0,
+    "T1": t1,
+    "T2": t2,
+    "T3": t3,
+    "T4": t4,
+    "T5": t5,
+    "bench": bench,
+}
+
+
+class fp32_precision:
+    """cuDNN's and cuBLAS's own switch for fp32: tf32 for the dtype of that name, full precision for float32."""
+
+    def __init__(self, dtype: str) -> None:
+        self.precision = {"tf32": "tf32", "float32": "ieee"}.get(dtype)
+
+    def __enter__(self) -> None:
+        self.saved = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        if self.precision is not None:
+            torch.backends.cudnn.conv.fp32_precision = self.precision
+            torch.backends.cuda.matmul.fp32_precision = self.precision
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = self.saved
+
+
+def _served(cases: Sequence[Case]) -> list[Case]:
+    """Those of families that have landed: the others' peers are the first tier's."""
+    from segfast.ops import FAMILIES
+
+    return [case for case in cases if case.family in FAMILIES]
+
+
+def _tiny(case: Case) -> Case:
+    """Small enough for Triton's interpreter."""
+    return case.replace(params={**case.params, "ci": 8, "co": 8, "h": 3, "w": 3})
+
+
+def _tune(case: Case, session: Session, budget_s: float):
+    """Rows of ATen and of the best configuration of one call, and what to put into the table."""
+    from benchmarks.ours import ours
+    from segfast._timing import Timing
+    from segfast._tune import tune_call
+
+    problem = Problem(case, session.device)
+    candidate = next(c for c in ours(problem) if not isinstance(c, Skipped))
+    aten = problem.bind(problem.formula)
+    run = candidate.run
+    run()
+    tuned = tune_call(
+        lambda: _first(run()), lambda: _first(aten()), session.device, budget_s=budget_s, log=log
+    )
+    if tuned is None:
+        return [Measurement("segfast", True, "failed", "no configuration works")], None
+    for name, us in tuned.rows:
+        log(f"  {tuned.operation} {tuned.bucket} {name} {us:.1f} us")
+    nan = float("nan")
+
+    def row(name: str, ours_too: bool, us: float, note: str) -> Measurement:
+        measured = (nan,) * 3 if session.dry else (us, nan, nan)
+        wall = (us, nan, nan) if session.dry else (nan,) * 3
+        return Measurement(name, ours_too, "ok", note, timing=Timing(*measured, *wall, 0))
+
+    return [
+        row("aten_nhwc", False, tuned.aten_us, ""),
+        row("segfast_tuned", True, tuned.us, str(tuned.config)),
+    ], tuned
+
+
+def _first(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def run_tier(session: Session) -> None:
+    """One tier in this process."""
+    if session.names:
+        for name in session.names:
+            find(name)
+    TIERS[session.tier](session)

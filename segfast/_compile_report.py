@@ -1,0 +1,254 @@
+"""`segfast compile-report`: compile every kernel for GPUs that need not be here, and look at the machine code.
+
+A row is one kernel with one tile configuration, element type and architecture. It fails where registers spill, shared
+memory does not fit, the matrix instruction expected is missing, or a store is narrower than the channels allow.
+Each family's module in `segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta tensors, store width).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._errors import UserError
+from ._files import atomic_write
+from ._table import format_table
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+# Element types as rows name them; tf32 is float32 where cuDNN's flag allows it.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+_TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
+HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix", "store",
+           "load", "async", "instr", "s", "problem")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one process compiles at a time: a family's specimens in one type for one architecture, or one of them."""
+
+    family: str
+    arch: str
+    dtype: str
+    specimen: str
+    all_candidates: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compiled kernel; widths in bytes, narrowest and widest."""
+
+    arch: str
+    dtype: str
+    specimen: str
+    kernel: str
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    limit: int
+    matrix: str
+    store: tuple[int, int]
+    load: tuple[int, int]
+    async_copy: tuple[int, int]
+    instructions: int
+    seconds: float
+    problems: tuple[str, ...]
+
+    def cells(self) -> tuple:
+        widths = (_span(self.store), _span(self.load), _span(self.async_copy))
+        return (self.arch, self.dtype, self.specimen, self.kernel, self.tile, self.registers, self.spills, self.shared,
+                self.limit, self.matrix or "-", *widths, self.instructions, f"{self.seconds:.1f}",
+                "; ".join(self.problems) or "-")  # fmt: skip
+
+
+def _span(widths: tuple[int, int]) -> str:
+    low, high = widths
+    return "-" if high == 0 else str(low) if low == high else f"{low}..{high}"
+
+
+def tasks(families: Sequence[str], archs: Sequence[str], dtypes: Sequence[str], all_candidates: bool) -> list[Task]:
+    """Every task of a report; AMD has no tf32 but on one generation, so tf32 is NVIDIA's."""
+    found = []
+    for family in families:
+        for dtype in dtypes:
+            names = [name for name, _, _ in _specimens(family, dtype)]
+            for arch in archs:
+                if dtype != "tf32" or arch.startswith("sm"):
+                    found += [Task(family, arch, dtype, name, all_candidates) for name in names]
+    return found
+
+
+def _specimens(family: str, dtype: str) -> Iterator[tuple]:
+    return importlib.import_module(f".ops.{family}", __package__).specimens(DTYPES[dtype])
+
+
+def compile_task(task: Task) -> list[Row]:
+    """Record the launches of one task and compile each."""
+    from .kernels import pretend_architecture, record_launches
+
+    call, store_bytes = next((c, width) for name, c, width in _specimens(task.family, task.dtype) if name == task.specimen)
+    launches: dict[Any, Any] = {}
+    with _precision("tf32" if task.dtype == "tf32" else "ieee"), pretend_architecture(task.arch):
+        for override in _overrides(call) if task.all_candidates else [contextlib.nullcontext()]:
+            with override, record_launches() as recorded:
+                call()
+            launches.update({(plan.kernel.__name__, plan.config): (plan, pointers) for plan, pointers in recorded})
+    return [compile_plan(plan, pointers, task, store_bytes) for plan, pointers in launches.values()]
+
+
+def _overrides(call) -> list[contextlib.AbstractContextManager]:
+    """One override for each configuration that the tuner would try for the operation of `call`."""
+    from .kernels import candidates, override_config, record_launches
+    from .kernels._configs import record_problems
+    from .kernels._device import architecture, shared_memory_limit
+
+    meta = torch.device("meta")
+    with record_problems() as problems, record_launches():
+        call()
+    return [
+        override_config(problem.operation, config)
+        for problem in problems
+        for config in candidates(problem, architecture(meta), shared_memory_limit(meta))
+    ]
+
+
+@contextlib.contextmanager
+def _precision(value: str) -> Iterator[None]:
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, value
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
+    """Compile one recorded launch for `task.arch` and judge it."""
+    from ._machine_code import inspect
+    from .kernels import compile_offline, pretend_architecture
+    from .kernels._device import shared_memory_limit
+
+    start = time.perf_counter()
+    compiled = compile_offline(plan, pointers, gpu_target(task.arch))
+    seconds = time.perf_counter() - start
+    code = inspect(compiled)
+    with pretend_architecture(task.arch):
+        limit = shared_memory_limit(torch.device("meta"))
+    config = plan.config
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    expected = expected_matrix(task, plan) if "tt.dot" in compiled.asm["ttir"] else ("",)
+    # AMD's matrix layout holds four values side by side.
+    least = min(store_bytes, 4 * DTYPES[task.dtype].itemsize) if task.arch.startswith("gfx") else store_bytes
+    problems = []
+    if code.spills:
+        problems.append("spills")
+    if compiled.metadata.shared > limit:
+        problems.append("shared memory")
+    if code.matrix not in expected:
+        problems.append(f"{' or '.join(expected)} expected")
+    if code.store[0] < least:
+        problems.append(f"{code.store[0]}-byte store")
+    name = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel").removeprefix(f"{task.family}_")
+    return Row(task.arch, task.dtype, task.specimen, name, tile, code.registers, code.spills, compiled.metadata.shared,
+               limit, code.matrix, code.store, code.load, code.async_copy, code.instructions, seconds, tuple(problems))  # fmt: skip
+
+
+def expected_matrix(task: Task, plan) -> tuple[str, ...]:
+    """The matrix instructions, any of which a dot must have become."""
+    newest = _TENSOR_CORE.get(task.arch, "HMMA")
+    if newest in ("HGMMA", "tcgen05"):
+        # Both take 64 rows at least; fp32 operands do not always lie as they need them.
+        if plan.config.block_m < 64:
+            return ("HMMA",)
+        if DTYPES[task.dtype] == torch.float32:
+            return (newest, "HMMA")
+    return (newest,)
+
+
+def gpu_target(arch: str):
+    """Triton's target for "sm_90" or "gfx942"."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def compile_report(work: Sequence[Task], processes: int = 2, progress: bool = True) -> list[Row]:
+    """The rows of `work`, in its order. Triton's cache makes a second run quick."""
+    from tqdm import tqdm
+
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        results = pool.imap(compile_task, work)
+        return [row for rows in tqdm(results, total=len(work), disable=not progress, unit="specimen") for row in rows]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `segfast compile-report`."""
+    from .ops import FAMILIES
+
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="default: %(default)s")
+    parser.add_argument("--family", nargs="+", default=list(FAMILIES), help="default: %(default)s")
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), help="default: %(default)s")
+    parser.add_argument("--all-candidates", action="store_true", help="also the configurations that only the tuner tries")
+    parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="write the table here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 1 if a row has a problem."""
+    from .kernels import interpreting
+    from .ops import FAMILIES
+
+    for option, given, known in (("--arch", args.arch, ARCHITECTURES), ("--family", args.family, FAMILIES),
+                                 ("--dtype", args.dtype, DTYPES)):  # fmt: skip
+        for value in given:
+            if value not in known:
+                raise UserError(f"{option} must be among {', '.join(known)}, got {value!r}")
+    if args.processes < 1:
+        raise UserError(f"--processes must be positive, got {args.processes}")
+    if interpreting():
+        return _without_interpreter(args)
+    rows = compile_report(tasks(args.family, args.arch, args.dtype, args.all_candidates), args.processes)
+    bad = sum(bool(row.problems) for row in rows)
+    table = format_table(HEADERS, [row.cells() for row in rows])
+    text = f"{table}\n\n{len(rows)} kernels, {bad} with a problem; store, load and async are bytes a thread, instr the whole program's"
+    print(text)
+    if args.out is not None:
+        with atomic_write(args.out) as temporary:
+            temporary.write_text(text + "\n")
+    return 1 if bad else 0
+
+
+def _without_interpreter(args: argparse.Namespace) -> int:
+    """Run the same command in a process that compiles: under TRITON_INTERPRET=1 this one cannot."""
+    command = [sys.executable, "-m", "segfast._compile_report", "--processes", str(args.processes)]
+    for name in ("arch", "family", "dtype"):
+        command += [f"--{name}", *getattr(args, name)]
+    command += ["--all-candidates"] * args.all_candidates
+    command += [] if args.out is None else ["--out", str(args.out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, env=environment).returncode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m segfast._compile_report`."""
+    parser = argparse.ArgumentParser(prog="python -m segfast._compile_report", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except UserError as error:
+        print(f"segfast: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

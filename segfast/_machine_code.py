@@ -1,0 +1,102 @@
+"""What a kernel compiled offline became: registers, spills, matrix instructions, width of its memory accesses."""
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import triton
+
+# The newest first: the first found is the one a kernel is said to use.
+_MATRIX = {r"UTC\w*MMA": "tcgen05", "HGMMA": "HGMMA", "HMMA": "HMMA", "v_mfma": "mfma", "v_wmma": "wmma"}
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.MULTILINE)
+_AMD = re.compile(r"^\s+([a-z]+_\w+)", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineCode:
+    """Widths are bytes a thread moves at a time, the narrowest and the widest; (0, 0) where there is no such access."""
+
+    registers: int
+    spills: int  # local-memory instructions and stack bytes; 0 is none of either
+    matrix: str  # "HGMMA", "HMMA", "tcgen05", "mfma", "wmma" or ""
+    store: tuple[int, int]
+    load: tuple[int, int]  # into registers
+    async_copy: tuple[int, int]  # into shared memory, past the registers
+    instructions: int
+
+
+def inspect(compiled: "triton.compiler.CompiledKernel") -> MachineCode:
+    """Read the machine code of `compiled`: with the `cuobjdump` of Triton's wheel, or from the AMD assembly."""
+    if "amdgcn" in compiled.asm:
+        return _inspect_amd(compiled.asm["amdgcn"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-sass", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump names no registers: {text[:200]!r}")
+    return from_sass(text, int(usage[1]), int(usage[2]))
+
+
+def from_sass(text: str, registers: int, stack: int) -> MachineCode:
+    """Read NVIDIA's disassembly."""
+    operations = _SASS.findall(text)
+    local = sum(re.match(r"(LDL|STL)\b", op) is not None for op in operations)
+    return MachineCode(
+        registers,
+        stack + local,
+        _matrix(operations),
+        _widths(_sass_bytes(op) for op in operations if re.match(r"STG\b", op)),
+        _widths(_sass_bytes(op) for op in operations if re.match(r"LDG\b", op)),
+        _widths(_sass_bytes(op) for op in operations if re.match(r"LDGSTS\b", op)),
+        len(operations),
+    )
+
+
+def _sass_bytes(operation: str) -> int:
+    for part, size in (("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2), ("16", 2), ("64", 8), ("128", 16), ("256", 32)):
+        if part in operation.split("."):
+            return size
+    return 4
+
+
+def _inspect_amd(text: str) -> MachineCode:
+    def number(name: str) -> int:
+        return sum(map(int, re.findall(rf"\.{name}:\s*(\d+)", text)))
+
+    operations = _AMD.findall(text)
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+    return MachineCode(
+        number("vgpr_count"),
+        spills,
+        _matrix(operations),
+        _widths(_amd_bytes(op) for op in operations if re.match("(global|buffer)_store", op)),
+        _widths(_amd_bytes(op) for op in operations if re.match("(global|buffer)_load", op) and "_lds" not in op),
+        _widths(_amd_bytes(op) for op in operations if re.match("(global|buffer)_load", op) and "_lds" in op),
+        len(operations),
+    )
+
+
+def _amd_bytes(operation: str) -> int:
+    match = re.search(r"dword(?:x(\d))?", operation)
+    if match:
+        return 4 * int(match[1] or 1)
+    return 1 if "byte" in operation else 2
+
+
+def _matrix(operations: list[str]) -> str:
+    for pattern, name in _MATRIX.items():
+        if any(re.match(pattern, op) for op in operations):
+            return name
+    return ""
+
+
+def _widths(sizes: Iterable[int]) -> tuple[int, int]:
+    found = list(sizes)
+    return (min(found), max(found)) if found else (0, 0)

@@ -1,0 +1,62 @@
+"""`segfast predict`: class masks of images, with a network that `segfast train` wrote."""
+
+import argparse
+from pathlib import Path
+
+from segfast._errors import UserError
+from segfast._load_model import parse_device
+from segfast._output import claim
+from segfast._table import format_table
+from segfast.data import read_image, write_mask
+
+from ._checkpoint import load_checkpoint
+from ._predict import MAX_TILE, channels_last, predict
+from ._train_command import DEFAULT_OUTPUT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `segfast predict`."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG or .npz, of any size")
+    parser.add_argument("--checkpoint", default=DEFAULT_OUTPUT, metavar="FILE", help=f"({DEFAULT_OUTPUT})")
+    parser.add_argument("--output", metavar="FILE", help="of a single image (out/NAME.mask.png)")
+    parser.add_argument(
+        "--tile", type=int, default=MAX_TILE, help=f"largest side computed at once ({MAX_TILE})"
+    )
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write one palette PNG for each image: class indices to a reader, colours to a viewer."""
+    if args.tile < 1:
+        raise UserError(f"--tile must be at least 1, got {args.tile}")
+    outputs = _outputs([Path(image) for image in args.images], args.output, args.force)
+    model = channels_last(load_checkpoint(args.checkpoint, parse_device(args.device)))
+    rows = []
+    for path, output in zip(args.images, outputs, strict=True):
+        labels = predict(model, read_image(path, model.in_channels), args.tile)
+        write_mask(output, labels)
+        shares = labels.flatten().bincount(minlength=model.num_classes) / labels.numel()
+        size = f"{labels.shape[0]}x{labels.shape[1]}"
+        rows.append([path, size, " ".join(f"{share:.1%}" for share in shares.tolist()), output])
+    print(format_table(["image", "size", "share of each class", "mask"], rows))
+    return 0
+
+
+def _outputs(images: list[Path], output: str | None, force: bool) -> list[Path]:
+    """Where each mask goes, every one of them checked before the first is computed."""
+    if output is not None:
+        if len(images) > 1:
+            raise UserError(
+                f"--output names one file, there are {len(images)} images; without it each goes to out/"
+            )
+        if Path(output).suffix.lower() != ".png":
+            raise UserError(f"--output {output}: expected a name ending in .png")
+        paths = [Path(output)]
+    else:
+        paths = [Path("out") / f"{image.stem}.mask.png" for image in images]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            first = images[paths.index(path)]
+            raise UserError(f"{images[index]} and {first} would both be written to {path}")
+    return [claim(path, force=force) for path in paths]

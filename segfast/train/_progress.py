@@ -1,0 +1,26 @@
+"""The progress bar of a training run."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from segfast._errors import UserError
+
+
+@contextlib.contextmanager
+def progress(steps: int, shown: bool = True) -> Iterator[Callable[[int, float], None]]:
+    """Yield an `on_step` for `fit` that moves a bar on stderr and shows the loss.
+
+    Raises:
+        UserError: the package tqdm is missing.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise UserError("the progress bar needs the package tqdm (the extra 'demo' has it)") from error
+    with tqdm(total=steps, desc="training", unit="step", disable=not shown, mininterval=0.5) as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+
+        yield on_step

@@ -1,0 +1,98 @@
+"""Holds a fused convolution, values and gradients, to the error rule: shared by the tests of every convolution family."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tolerances import assert_close_to_reference
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "leaky_relu": lambda z: F.leaky_relu(z, 0.2),
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+def draw(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, channels_last: bool = False
+) -> Tensor:
+    """Normal numbers that are exact in `dtype`."""
+    generator = torch.Generator().manual_seed(seed + sum(i * n for i, n in enumerate(shape, 1)))
+    result = torch.randn(shape, generator=generator).to(dtype)
+    return result.contiguous(memory_format=torch.channels_last) if channels_last else result
+
+
+def fused(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The definition, `act(scale * (conv + bias) + shift + residual)`, in the operands' own dtype."""
+
+    def run(
+        input, weight, bias=None, *geometry, scale=None, shift=None, residual=None, activation=None, **options
+    ):
+        z = conv(input, weight, bias, *geometry, **options)
+        if scale is not None:
+            z = z * scale[:, None, None]
+        if shift is not None:
+            z = z + shift[:, None, None]
+        if residual is not None:
+            z = z + residual
+        return ACTIVATIONS[activation](z)
+
+    return run
+
+
+def values_and_gradients(function, tensors: dict[str, Tensor], grad: Callable[[Tensor], Tensor], **options):
+    """{"output": ..., name: gradient}: every tensor a leaf of its own, in its own layout."""
+    leaves = {
+        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for name, t in tensors.items()
+    }
+    output = function(**leaves, **options)
+    output.backward(grad(output))
+    return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def check_fused(
+    function: Callable[..., Tensor],
+    conv: Callable[..., Tensor],
+    tensors: dict[str, Tensor],
+    *,
+    activation: str | None = None,
+    seed: int = 1,
+    **geometry,
+) -> dict[str, Tensor]:
+    """`function(**tensors, activation=..., **geometry)` against fp64 and against ATen in the tensors' own dtype.
+
+    The scale of cancelling terms is taken from the same layer on absolute values, without its activation (whose slope is
+    about one at most). Returns what `function` gave.
+    """
+    dtype = tensors["input"].dtype
+
+    def grad(output):
+        return draw(*output.shape, dtype=dtype, seed=seed).to(output.dtype)
+
+    slope = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
+    definition = fused(conv)
+    wide = {name: t.double() for name, t in tensors.items()}
+    reference = values_and_gradients(definition, wide, grad, activation=activation, **geometry)
+    aten = values_and_gradients(definition, tensors, grad, activation=activation, **geometry)
+    sizes = values_and_gradients(
+        definition, {name: t.abs() for name, t in wide.items()}, lambda y: grad(y).abs(), **geometry
+    )
+    actual = values_and_gradients(function, tensors, grad, activation=activation, **slope, **geometry)
+    weight, output = tensors["weight"], reference["output"]
+    pixels = tensors["input"].numel() // tensors["input"].shape[1]
+    depth = {"output": weight[:, 0].numel(), "input": weight[0].numel(), "weight": pixels, "residual": 1}
+    for name, result in actual.items():
+        assert_close_to_reference(
+            result, reference[name], aten[name], sizes[name], depth.get(name, output[:, 0].numel()), what=name
+        )
+    return actual

@@ -1,0 +1,403 @@
+"""`segfast check` and `check_model`: what it compares, what it says, and what it leaves alone."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import segfast
+from segfast import _check, cli
+from segfast._check import CheckResult, Difference, check_model
+from segfast._errors import UserError
+from segfast._load_model import load_model, parse_size
+from segfast._optimize import Report, Row
+from segfast._timing import Timing
+
+QUICK = {"budget_s": 0.01}
+NAN = math.nan
+
+
+def up(channels=4):
+    return nn.ConvTranspose2d(channels, channels, 2, stride=2)
+
+
+def timing(ms, spread=0.01):
+    us = 1e3 * ms
+    return Timing(NAN, NAN, NAN, us, us * (1 - spread), us * (1 + spread), 9)
+
+
+def result(before, after, relative=0.0, gradient=None, replaced=True):
+    return CheckResult(
+        shape=(1, 1, 8, 8),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        train=gradient is not None,
+        output=Difference(relative, relative, "output"),
+        gradient=gradient,
+        before=before,
+        after=after,
+        before_bytes=2**20,
+        after_bytes=2**20,
+        report=Report((Row("up", "ConvTranspose2d", replaced, "replaced"),)),
+        decisions=(),
+    )
+
+
+class TestVerdict:
+    def test_worth_it(self):
+        assert result(timing(2), timing(1)).verdict == "Worth it: 2.00x faster."
+
+    def test_five_percent_is_the_least(self):
+        assert result(timing(1.04, 0), timing(1, 0)).verdict.startswith("Not worth it: 1.04x")
+        assert result(timing(1.06, 0), timing(1, 0)).worth_it
+
+    def test_a_slowdown_is_not_worth_it(self):
+        assert result(timing(1), timing(2)).verdict.startswith("Not worth it: 0.50x")
+
+    def test_a_gain_within_the_spread_is_not_worth_it(self):
+        verdict = result(timing(1.2, 0.3), timing(1, 0.3)).verdict
+        assert verdict == "Not worth it: 1.20x is within the spread of the runs."
+
+    @pytest.mark.parametrize("relative", [1e-3, math.nan, math.inf])
+    def test_fast_and_wrong_is_not_worth_it(self, relative):
+        wrong = result(timing(2), timing(1), relative)
+        assert not wrong.agrees and not wrong.worth_it and wrong.verdict.startswith("DIFFERENT")
+        wrong = result(timing(2), timing(1), 0.0, Difference(1.0, relative, "weight"))
+        assert wrong.verdict.startswith("DIFFERENT")
+
+    def test_without_a_layer_of_ours_times_say_nothing(self):
+        found = result(timing(2), timing(1), replaced=False)
+        assert not found.worth_it
+        assert found.verdict == "Not worth it: nothing in the model is segfast's, before or after."
+
+    def test_rounding_agrees(self):
+        assert result(timing(2), timing(1), 1e-5).worth_it
+
+
+def test_a_real_gain_is_found():
+    # FCN's upsampling: bilinear weights, recognised by value, become two matrix products.
+    model = nn.ConvTranspose2d(8, 8, 32, stride=16, bias=False)
+    segfast.nn.init.bilinear_(model.weight)
+    found = check_model(model, torch.randn(1, 8, 16, 16), budget_s=0.3)
+    # Several times faster; how steadily depends on what else the machine does.
+    assert found.ratio > 1.5 and found.output.relative < 1e-5
+
+
+def test_the_page_names_everything():
+    found = check_model(nn.Sequential(nn.Conv2d(1, 4, 1), up()), torch.randn(1, 1, 9, 7), train=True, **QUICK)
+    page = str(found)
+    for part in (
+        "training step (forward and backward), input [1, 1, 9, 7], float32, CPU",
+        "before (ATen)",
+        "after (optimized)",
+        "wall time, ms",
+        "peak memory, MiB",
+        "torch's own allocations",
+        "largest error of the output: ",
+        "largest error of a gradient: ",
+        "1 of 1 layers replaced.",
+        "the tensors are on a CPU",
+        found.verdict,
+    ):
+        assert part in page, part
+
+
+def test_a_wrong_layer_is_found(monkeypatch):
+    right = segfast.nn.ConvTranspose2d.forward
+    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", lambda self, x: 1.01 * right(self, x))
+    found = check_model(up(), torch.randn(1, 4, 5, 5), **QUICK)
+    assert found.output.relative == pytest.approx(0.01, rel=1e-3) and not found.agrees
+
+
+def test_a_wrong_gradient_is_found_and_named(monkeypatch):
+    right = segfast.nn.ConvTranspose2d.forward
+
+    def wrong_backward(self, x):
+        self.weight.register_hook(lambda grad: 1.5 * grad)
+        return right(self, x)
+
+    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", wrong_backward)
+    found = check_model(nn.Sequential(up(), nn.Conv2d(4, 1, 1)), torch.randn(1, 4, 5, 5), train=True, **QUICK)
+    assert found.output.relative < 1e-6
+    assert found.gradient.where == "0.weight" and found.gradient.relative == pytest.approx(0.5, rel=1e-3)
+
+
+def test_nan_after_is_a_difference_and_nan_before_and_after_is_none(monkeypatch):
+    class Overflow(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, x / 0])
+
+    both = check_model(nn.Sequential(up(), Overflow()), torch.randn(1, 4, 5, 5), **QUICK)
+    assert both.agrees and math.isfinite(both.output.absolute)
+    right = segfast.nn.ConvTranspose2d.forward
+    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", lambda self, x: right(self, x).fill_(NAN))
+    assert not check_model(up(), torch.randn(1, 4, 5, 5), **QUICK).agrees
+
+
+def test_one_tensor_far_smaller_than_the_others_is_judged_by_the_others():
+    reference = {"weight": torch.tensor([1.0]), "bias": torch.tensor([1e-9])}
+    found = _check._worst(reference, {"weight": torch.tensor([1.0]), "bias": torch.tensor([2e-9])})
+    assert found.relative == pytest.approx(1e-6)
+    missing = _check._worst(reference, {"weight": torch.tensor([1.0])})
+    assert math.isnan(missing.relative) and "bias" in missing.where
+    reshaped = _check._worst({"y": torch.ones(2)}, {"y": torch.ones(3)})
+    assert math.isnan(reshaped.relative) and "[2] float32 became [3] float32" in reshaped.where
+
+
+class Batch(nn.Module):
+    """Batch norm, dropout, two inputs, and a dictionary of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.drop = up(), nn.BatchNorm2d(4), nn.Dropout()
+
+    def forward(self, image, scale):
+        y = self.drop(self.norm(self.up(image)))
+        return {"out": y * scale, "aux": [y.mean()], "labels": y.argmax(1)}
+
+
+def test_the_callers_model_and_random_state_stay(monkeypatch):
+    model = Batch()
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = check_model(model, (torch.randn(2, 4, 5, 5), 3.0), train=True, **QUICK)
+    # Dropout draws the same mask before and after.
+    assert found.agrees and found.output.where in ("output['out']", "output['aux'][0]")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert type(model.up) is nn.ConvTranspose2d and model.training
+    assert torch.equal(model.up.weight.grad, torch.ones_like(model.up.weight))
+    assert not torch.equal(random, torch.get_rng_state())  # the randn above
+    random = torch.get_rng_state()
+    check_model(model, (torch.ones(2, 4, 5, 5), 3.0), **QUICK)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_segfasts_own_layers_are_compared_with_aten(monkeypatch):
+    seen = []
+    forward = segfast.nn.ConvTranspose2d.forward
+
+    def spy(self, x):
+        seen.append(segfast.get_backend())
+        return forward(self, x)
+
+    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", spy)
+    check_model(segfast.nn.ConvTranspose2d(4, 4, 2), torch.randn(1, 4, 5, 5), **QUICK)
+    assert seen[:2] == ["aten", "auto"]
+    assert segfast.get_backend() == "auto"
+
+
+def test_peak_memory_counts_what_lives_together():
+    class Two(nn.Module):
+        def forward(self, x):
+            big = x.repeat(100, 1)
+            return big.sum() + x.repeat(50, 1).sum()
+
+    x = torch.randn(1, 1000)
+    peak = _check._peak_bytes(lambda: Two()(x), torch.device("cpu"))
+    # `big` (400 kB) is alive while the second repeat (200 kB) is.
+    assert 600_000 <= peak < 650_000
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "train", "message"),
+    [
+        (
+            up(),
+            torch.randn(1, 3, 5, 5),
+            False,
+            r"does not accept an input of shape \[1, 3, 5, 5\], float32: Runtime",
+        ),
+        (
+            nn.Identity(),
+            torch.ones(3, dtype=torch.int64),
+            False,
+            "returned Tensor without a floating-point tensor",
+        ),
+        (nn.ReLU(), torch.ones(3), True, "no parameter that requires a gradient"),
+        (up().requires_grad_(False), torch.ones(1, 4, 2, 2), True, "no parameter that requires a gradient"),
+        (up(), "image", False, "example must be a tensor or hold one"),
+    ],
+)
+def test_what_cannot_be_checked(model, example, train, message):
+    with pytest.raises(UserError, match=message):
+        check_model(model, example, train=train, **QUICK)
+
+
+def test_an_output_that_does_not_depend_on_the_parameters():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = up()
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(UserError, match="no output of the model depends on its parameters"):
+        check_model(Constant(), torch.ones(1, 4, 2, 2), train=True, **QUICK)
+
+
+class TestCommand:
+    @pytest.fixture
+    def file(self, tmp_path):
+        (tmp_path / "neighbour.py").write_text("CHANNELS = 3\n")
+        path = tmp_path / "mine.py"
+        path.write_text(
+            "from torch import nn\n"
+            "from neighbour import CHANNELS\n"
+            "def net():\n"
+            "    return nn.Sequential(nn.Conv2d(CHANNELS, 4, 1), nn.ConvTranspose2d(4, 2, 2, 2))\n"
+            "def up_only():\n"
+            "    return nn.ConvTranspose2d(4, 2, 2, 2)\n"
+            "def fails():\n"
+            "    raise ValueError('no weights here\\nsecond line')\n"
+            "def number():\n"
+            "    return 3\n"
+            "built = net()\n"
+            "SIZE = 7\n"
+        )
+        return path
+
+    def check(self, *arguments):
+        return cli.main(["check", *map(str, arguments), "--seconds", "0.01"])
+
+    def test_a_factory_in_a_file(self, file, capsys):
+        assert self.check(f"{file}:net", "--size", "8x6", "--batch", 2) == 0
+        out = capsys.readouterr().out
+        assert "input [2, 3, 8, 6]" in out and "1 of 1 layers replaced" in out and "orth it" in out
+        assert sorted(p.name for p in file.parent.iterdir()) == ["mine.py", "neighbour.py"]
+        assert str(file.parent) not in sys.path
+
+    def test_a_module_in_a_file_training_in_double(self, file, capsys):
+        assert self.check(f"{file}:built", "--size", "8x6", "--train", "--dtype", "float64") == 0
+        out = capsys.readouterr().out
+        assert "training step" in out and "float64" in out and "no kernels for float64" in out
+
+    def test_our_unet(self, capsys):
+        assert self.check("segfast:unet", "--size", "16x16") == 0
+        assert "input [1, 1, 16, 16]" in capsys.readouterr().out
+
+    def test_a_difference_exits_1(self, file, monkeypatch, capsys):
+        right = segfast.nn.ConvTranspose2d.forward
+        monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", lambda self, x: 2 * right(self, x))
+        assert self.check(f"{file}:net", "--size", "4x4") == 1
+        assert "DIFFERENT" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                ["{file}:net", "--size", "8"],
+                "--size must be HxW, two positive whole numbers such as 256x320; got '8'",
+            ),
+            (["{file}:net", "--size", "0x8"], "got '0x8'"),
+            (["{file}:net", "--size", "8x6x4"], "got '8x6x4'"),
+            (["{file}:net", "--size", "8x-6"], "got '8x-6'"),
+            (["{file}:net", "--size", "8x8", "--batch", "0"], "--batch must be at least 1, got 0"),
+            (["{file}:net", "--size", "8x8", "--channels", "0"], "--channels must be at least 1, got 0"),
+            (
+                ["{file}:net", "--size", "8x8", "--channels", "5"],
+                "does not accept an input of shape [1, 5, 8, 8]",
+            ),
+            (["{file}:net", "--size", "8x8", "--dtype", "int8"], "--dtype must be one of float32, float16"),
+            (["{file}:net", "--size", "8x8", "--device", "tpu"], "--device"),
+            (["{file}:net", "--size", "8x8", "--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
+            (["{file}:up_only", "--size", "8x8"], "give --channels"),
+            (
+                ["{file}:missing", "--size", "8x8"],
+                "mine.py has no 'missing'; it has net, up_only, fails, number",
+            ),
+            (["{file}:SIZE", "--size", "8x8"], "is a int, neither a factory nor a module"),
+            (["{file}:fails", "--size", "8x8"], "mine.py:fails raised ValueError: no weights here"),
+            (["{file}:number", "--size", "8x8"], "returned int, not a torch.nn.Module"),
+            (["nowhere.py:net", "--size", "8x8"], "no file nowhere.py"),
+            (["unet", "--size", "8x8"], "MODEL must be one of segfast:unet, path/to/file.py:factory"),
+            (["keras:unet", "--size", "8x8"], "MODEL must be one of"),
+            (["segfast:vnet", "--size", "8x8"], "segfast has no model 'vnet'; there are unet"),
+        ],
+    )
+    def test_mistakes_are_one_line_and_exit_2(self, file, capsys, arguments, message):
+        assert self.check(*(a.format(file=file) for a in arguments)) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1
+        assert captured.err.startswith("segfast: ") and message in captured.err
+
+    def test_a_file_that_cannot_be_imported(self, tmp_path, capsys):
+        path = tmp_path / "broken.py"
+        path.write_text("import no_such_module_anywhere\n")
+        assert self.check(f"{path}:net", "--size", "8x8") == 2
+        assert "broken.py could not be imported: ModuleNotFoundError" in capsys.readouterr().err
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_no_gpu(self, file, capsys):
+        assert self.check(f"{file}:net", "--size", "8x8", "--device", "cuda") == 2
+        assert "--device cuda: there are 0 CUDA GPUs" in capsys.readouterr().err
+
+
+class TestLibraries:
+    """Each library's own way to build a model without weights, on a stand-in for the library."""
+
+    @pytest.mark.parametrize(
+        ("spec", "package"),
+        [("torchvision:x", "torchvision"), ("smp:x", "segmentation_models_pytorch"), ("timm:x", "timm")],
+    )
+    def test_not_installed(self, monkeypatch, spec, package):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=f"cannot import {package}"):
+            load_model(spec)
+
+    def test_torchvision(self, monkeypatch):
+        asked = {}
+
+        def fcn(*, weights="yes", weights_backbone="yes"):
+            return nn.ReLU()
+
+        def get_model(name, **options):
+            asked[name] = options
+            return fcn(**options)
+
+        models = types.ModuleType("torchvision.models")
+        models.list_models, models.get_model_builder, models.get_model = (
+            lambda: ["fcn"],
+            lambda name: fcn,
+            get_model,
+        )
+        package = types.ModuleType("torchvision")
+        package.models = models
+        monkeypatch.setitem(sys.modules, "torchvision", package)
+        monkeypatch.setitem(sys.modules, "torchvision.models", models)
+        assert isinstance(load_model("torchvision:fcn"), nn.ReLU)
+        assert asked == {"fcn": {"weights": None, "weights_backbone": None}}
+        with pytest.raises(UserError, match="torchvision has no model 'gcn'"):
+            load_model("torchvision:gcn")
+
+    def test_smp(self, monkeypatch):
+        class Unet(nn.Module):
+            def __init__(self, encoder_weights="imagenet"):
+                super().__init__()
+                self.encoder_weights = encoder_weights
+
+        smp = types.ModuleType("segmentation_models_pytorch")
+        smp.Unet = Unet
+        monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", smp)
+        assert load_model("smp:Unet").encoder_weights is None
+        with pytest.raises(UserError, match="has no model 'losses'"):
+            load_model("smp:losses")
+
+    def test_timm(self, monkeypatch):
+        timm = types.ModuleType("timm")
+        timm.is_model = lambda name: name == "resnet18"
+        timm.create_model = lambda name, pretrained: nn.ReLU() if not pretrained else None
+        monkeypatch.setitem(sys.modules, "timm", timm)
+        assert isinstance(load_model("timm:resnet18"), nn.ReLU)
+        with pytest.raises(UserError, match="timm has no model 'resnet19'"):
+            load_model("timm:resnet19")
+
+
+@pytest.mark.parametrize("text", ["", "x", "8x", "x8", "8X8 ", "1e2x4", "²x4"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="--size must be HxW"):
+        parse_size(text)
