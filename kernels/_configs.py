@@ -58,7 +58,8 @@ class Problem:
     @property
     def bucket(self) -> str:
         """The key of the measured tables."""
-        return f"{stem(self.channels_in, self.channels_out, self.taps, self.groups, self.dtype)}{log2(self.pixels)}"
+        prefix = stem(self.channels_in, self.channels_out, self.taps, self.groups, self.dtype)
+        return f"{prefix}{log2(self.pixels)}"
 
 
 def stem(channels_in: int, channels_out: int, taps: int, groups: int, dtype: torch.dtype) -> str:
@@ -87,7 +88,7 @@ def operations() -> list[str]:
 
 
 def candidates(problem: Problem, arch: str, shared_limit: int | None = None) -> list[Config]:
-    """The configurations worth timing for `problem`, the heuristic's choice first, those that do not fit left out."""
+    """The configurations worth timing for `problem`: the heuristic's choice first, none that does not fit."""
     limit = shared_limit if shared_limit is not None else math.inf
     itemsize = problem.dtype.itemsize
     found = []
@@ -124,7 +125,8 @@ def choose_config(problem: Problem, device: torch.device) -> Config:
 @functools.cache
 def _warn_untuned(operation: str, arch: str) -> None:
     warnings.warn(
-        f"segfast: no measured configuration for {operation} on {arch}; using a heuristic. `segfast tune` measures.",
+        f"segfast: no measured configuration for {operation} on {arch}, using a heuristic; "
+        "`segfast tune` measures",
         stacklevel=2,
     )
 
@@ -221,7 +223,7 @@ def source_digest(operation: str) -> str:
 
 @functools.cache
 def proven_entries(arch: str) -> frozenset[str]:
-    """The "operation.dtype" pairs proven right on a GPU of architecture `arch`: committed, or in the user's cache.
+    """The "operation.dtype" pairs proven on a GPU of architecture `arch`: committed, or in the user's cache.
 
     A proof is {arch: {"operation.dtype": {"source": digest, "gpu": ..., "torch": ..., "triton": ..., "date":
     ...}}}; one made with other device code than today's does not count.

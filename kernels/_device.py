@@ -1,4 +1,4 @@
-"""What the launchers ask of a device: its architecture, its limits, the precision its matrix units may use."""
+"""What launchers ask of a device: its architecture, its limits, the precision of its matrix units."""
 
 import contextlib
 import functools

@@ -1,21 +1,7 @@
-"""What follows the accumulation in every convolution: act(scale * (conv + bias) + shift + residual), in fp32."""
+"""What follows every accumulation: act(scale * (conv + bias) + shift + residual), in fp32."""
 
 import triton
 import triton.language as tl
-
-# Activations by name. `segfast.ops` takes its list of names from here.
-ACTIVATIONS = (
-    None,
-    "relu",
-    "leaky_relu",
-    "relu6",
-    "gelu",
-    "gelu_tanh",
-    "silu",
-    "sigmoid",
-    "hardswish",
-    "hardsigmoid",
-)
 
 
 @triton.jit

@@ -96,7 +96,7 @@ def forget_plans() -> None:
 
 
 def layout_key(*tensors: torch.Tensor | None) -> tuple:
-    """All that a plan may depend on in its tensors: shape, strides, dtype, and whether they start on 16 bytes."""
+    """All that a plan may depend on in its tensors: shape, strides, dtype, and whether they are aligned."""
     return tuple(
         [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
     )
@@ -108,9 +108,10 @@ def image_strides(t: torch.Tensor | None) -> tuple[int, int, int]:
 
 
 def pixel_alignment(*tensors: torch.Tensor | None) -> int:
-    """The largest power of two, at most 16, that divides the offset of every pixel: what lets accesses be 16 bytes wide.
+    """The largest power of two, at most 16, that divides the offset of every pixel.
 
-    Triton itself sees divisibility by 16 only, so that 24 channels would be read one at a time.
+    It lets accesses be 16 bytes wide; Triton itself sees divisibility by 16 only, and would read 24
+    channels one at a time.
     """
     common = 16
     for t in tensors:

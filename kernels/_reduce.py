@@ -25,13 +25,13 @@ def reduce_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     key = ("reduce_partials", out.device, layout_key(partials, out))
 
     def make() -> Plan:
-        constants = {"SPLIT": partials.shape[0], "BLOCK": 512}
+        constants = {"SPLIT": partials.shape[0], "BLOCK": 1024}
         return Plan(
             _reduce_partials_kernel,
-            (triton.cdiv(out.numel(), 512),),
+            (triton.cdiv(out.numel(), 1024),),
             (out.numel(),),
             constants,
-            Config(1, 512, 1, 4, 2),
+            Config(1, 1024, 1, 4, 2),
         )
 
     planned(key, make)(partials, out)

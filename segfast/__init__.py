@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 class _CheckoutFinder:
-    """Finds `segfast.kernels` in the checkout's `kernels/` where the link `segfast/kernels` was lost (sdist, Windows)."""
+    """Finds `segfast.kernels` in the checkout's `kernels/` where the link to it was lost (sdist, Windows)."""
 
     def find_spec(self, name, path=None, target=None):
         folder = Path(__file__).parent.parent / "kernels"

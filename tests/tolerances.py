@@ -1,4 +1,4 @@
-"""The error rule: a kernel may be off by twice what ATen in the same dtype is, plus what rounding and summation order cost."""
+"""The error rule: twice what ATen in the same dtype is off by, plus what rounding and summation order cost."""
 
 from segfast.ops._prove import error_and_allowance
 

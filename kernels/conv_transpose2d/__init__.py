@@ -1,4 +1,6 @@
-"""Transposed convolution: y[n, c, oh, ow] = sum of x[n, k, ih, iw] w[k, c, kh, kw] over oh + pad = stride ih + dilation kh.
+"""Transposed convolution: y[n, c, oh, ow] sums x[n, k, ih, iw] w[k, c, kh, kw].
+
+The sum is over k and all taps with oh + padding = stride * ih + dilation * kh, and so for the width.
 
 Everything is channels_last in memory: x [N, H, W, CI], y [N, OH, OW, CO], and the weight, a channels_last
 [CI, CO/groups, KH, KW], is the matrix [CI, KH * KW * CO/groups] that every GEMM here wants. Only the channel

@@ -136,7 +136,7 @@ def _conv_transpose2d_forward_wide_kernel(
     SH, SW, top, left, stride_sn, stride_sh, stride_sw,
     CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, EXACT: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, EXACT: tl.constexpr, FOLD: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -152,19 +152,25 @@ def _conv_transpose2d_forward_wide_kernel(
                    stride_yn, stride_yh, stride_yw, SKIP, M=M // GRID_H // GRID_W * OH * OW,
                    ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
-        COLUMNS: tl.constexpr = STRIDE_H * STRIDE_W * CO
-        if CO % BLOCK_N == 0:
-            # One phase a tile. Written so that the channel stays a plain range: its contiguity is what the
-            # 16-byte stores come from.
-            BLOCKS: tl.constexpr = CO // BLOCK_N
-            tile_n = pid % (COLUMNS // BLOCK_N)
-            tile_m = pid // (COLUMNS // BLOCK_N)
+        # Columns whose addresses follow each other: a phase's channels, and with FOLD, where pixels lie side by side, those
+        # of a row of phases, as if the kernel had width TAPS_W and stride 1 and STRIDE_W times the channels.
+        RUN: tl.constexpr = STRIDE_W * CO if FOLD else CO
+        PHASES_W: tl.constexpr = 1 if FOLD else STRIDE_W
+        # One run a tile, or several. Written so that the channel stays a plain range: its contiguity is what the 16-byte
+        # stores come from.
+        ONE_RUN: tl.constexpr = FOLD or CO % BLOCK_N == 0
+        if ONE_RUN:
+            BLOCKS: tl.constexpr = (RUN + BLOCK_N - 1) // BLOCK_N
+            TILES_N: tl.constexpr = STRIDE_H * PHASES_W * BLOCKS
+            tile_n = pid % TILES_N
+            tile_m = pid // TILES_N
             phase = tile_n // BLOCKS
             c = tile_n % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-            column_ok = c < CO
-            phase_h = phase // STRIDE_W
-            phase_w = phase % STRIDE_W
+            column_ok = c < RUN
+            phase_h = phase // PHASES_W
+            phase_w = phase % PHASES_W
         else:
+            COLUMNS: tl.constexpr = STRIDE_H * STRIDE_W * CO
             TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
             tile_n = pid % TILES_N
             tile_m = pid // TILES_N
@@ -211,13 +217,19 @@ def _conv_transpose2d_forward_wide_kernel(
                         mask=(ci < CI)[:, None] & column_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
-        channel = group * CO + c
+        channel = c % CO if FOLD else group * CO + c
         y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, channel, column_ok)
+        channel = group * CO + c
         row_h = j_h * STRIDE_H - PAD_H
         row_w = j_w * STRIDE_W - PAD_W
         ok = row_ok[:, None] & column_ok[None, :]
-        if not EXACT:
-            if CO % BLOCK_N == 0:
+        if FOLD:
+            oh = row_h + phase_h
+            position = tl.multiple_of(row_w * CO, ALIGN)[:, None] + c[None, :]
+            end = tl.multiple_of(OW * CO, ALIGN)
+            ok = ok & ((oh >= 0) & (oh < OH))[:, None] & (position >= 0) & (position < end)
+        elif not EXACT:
+            if ONE_RUN:
                 oh = row_h + phase_h
                 ow = row_w + phase_w
                 ok = ok & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]

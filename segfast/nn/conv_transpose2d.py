@@ -1,5 +1,7 @@
 """`torch.nn.ConvTranspose2d` on our operator, and the modules people build around it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,22 +42,25 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        output_padding = self.output_padding
+        # torch's annotations take these for lists or strings; they are pairs of ints.
+        stride: Any = self.stride
+        padding: Any = self.padding
+        output_padding: Any = self.output_padding
+        dilation: Any = self.dilation
         if output_size is not None:
+            kernel: Any = self.kernel_size
             output_padding = tuple(
-                self._output_padding(
-                    input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-                )
+                self._output_padding(input, output_size, stride, padding, kernel, 2, dilation)
             )
         return F.conv_transpose2d(
             input,
             self.weight,
             self.bias,
-            self.stride,
-            self.padding,
+            stride,
+            padding,
             output_padding,
             self.groups,
-            self.dilation,
+            dilation,
             activation=self.activation,
             negative_slope=self.negative_slope,
         )

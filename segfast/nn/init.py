@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def bilinear_kernel(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The 1-D kernel [size] of bilinear interpolation, as FCN initialises its upsampling (Long et al. 2015, section 4.1).
+    """The 1-D kernel [size] of bilinear interpolation, as FCN initialises its upsampling (Long et al. 2015).
 
     Example:
         >>> bilinear_kernel(4).tolist()
@@ -18,7 +18,7 @@ def bilinear_kernel(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @torch.no_grad()
 def bilinear_(weight: Tensor) -> Tensor:
-    """Fill a transposed convolution's weight [C_in, C_out, kH, kW], in place, with bilinear interpolation of each channel.
+    """Fill a transposed convolution's weight [C_in, C_out, kH, kW], in place, with bilinear interpolation.
 
     Zero off the channel diagonal. With groups == channels the weight is [C, 1, kH, kW] and every filter is
     bilinear.
@@ -35,7 +35,8 @@ def bilinear_(weight: Tensor) -> Tensor:
     """
     if weight.dim() != 4 or weight.shape[1] not in (1, weight.shape[0]):
         raise ValueError(
-            f"weight must be [C, C, kH, kW], or [C, 1, kH, kW] with one filter a channel, got {list(weight.shape)}"
+            "weight must be [C, C, kH, kW], or [C, 1, kH, kW] with one filter a channel, "
+            f"got {list(weight.shape)}"
         )
     rows = bilinear_kernel(weight.shape[2], torch.float64)
     columns = bilinear_kernel(weight.shape[3], torch.float64)
@@ -48,7 +49,9 @@ def bilinear_(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def icnr_(weight: Tensor, stride: int, init=torch.nn.init.kaiming_normal_) -> Tensor:
-    """Fill a transposed convolution's weight [C_in, C_out, k, k], k a multiple of stride, without a checkerboard, in place.
+    """Fill a transposed convolution's weight [C_in, C_out, k, k], in place, without a checkerboard.
+
+    k must be a multiple of the stride.
 
     Every sub-pixel phase gets the same filter, so that at the start the layer is a nearest-neighbour
     upsampling of a convolution. `init` fills the small weight [C_in, C_out, k/stride, k/stride].
@@ -66,7 +69,8 @@ def icnr_(weight: Tensor, stride: int, init=torch.nn.init.kaiming_normal_) -> Te
     """
     if weight.dim() != 4 or stride < 1 or weight.shape[2] % stride or weight.shape[3] % stride:
         raise ValueError(
-            f"weight must be [C_in, C_out, kH, kW] with sides that are multiples of stride {stride}, got {list(weight.shape)}"
+            f"weight must be [C_in, C_out, kH, kW] with sides that are multiples of stride {stride}, "
+            f"got {list(weight.shape)}"
         )
     small = weight.new_empty(*weight.shape[:2], weight.shape[2] // stride, weight.shape[3] // stride)
     init(small)

@@ -1,4 +1,4 @@
-"""Upsampling layers without learnt transposed kernels: FCN's fixed bilinear one, and upsample-then-convolve."""
+"""Upsampling without learnt transposed kernels: FCN's fixed bilinear one, and upsample-then-convolve."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from .init import bilinear_kernel
 
 
 class BilinearUpsample(torch.nn.Module):
-    """The transposed convolution with fixed bilinear weights (FCN's `learnable=False`), as two 1-D matrix products.
+    """The transposed convolution with fixed bilinear weights (FCN's `learnable=False`), one axis at a time.
 
     The same result as `ConvTranspose2d(channels, channels, kernel_size, stride, padding, output_padding)`
     with weights from `segfast.nn.init.bilinear_`, for any number of channels, and with nothing to learn or to
@@ -32,6 +32,8 @@ class BilinearUpsample(torch.nn.Module):
         >>> BilinearUpsample(32)(torch.ones(1, 21, 4, 4)).shape
         torch.Size([1, 21, 160, 160])
     """
+
+    kernel: Tensor
 
     def __init__(
         self, stride: int, kernel_size: int | None = None, padding: int = 0, output_padding: int = 0

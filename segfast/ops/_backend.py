@@ -1,4 +1,7 @@
-"""Which implementation runs: "triton" (our kernels), "aten" (cuDNN, oneDNN) or "auto", decided in Python before any operator."""
+"""Which implementation runs: "triton" (our kernels), "aten" (cuDNN, oneDNN) or "auto".
+
+Decided in Python, before any operator.
+"""
 
 import functools
 import os
@@ -106,7 +109,7 @@ def _decided(operation: str, chosen: str, reason: str, answer: bool) -> bool:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
-    """Run `function(*args, **kwargs)` without gradients and list which backend each segfast operation took, and why.
+    """Run `function(*args, **kwargs)` without gradients and list which backend each operation took, and why.
 
     Example:
         >>> import torch, segfast
@@ -129,7 +132,7 @@ _gpu_reasons: dict[int | None, str | None] = {}
 
 
 def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None = None) -> str | None:
-    """What every family asks of a tensor before its kernels may run: device, architecture, dtype (or autocast's)."""
+    """What every family asks of a tensor for its kernels: device, architecture, dtype (or autocast's)."""
     dtype = autocast or input.dtype
     if input.is_cuda:
         reason = _gpu_reason_not(input.device.index)
@@ -165,7 +168,7 @@ def measured_reason_not(
     groups: int,
     pixels: int,
 ) -> str | None:
-    """Why "auto" keeps ATen for these operations: not proven on this GPU, not measured there, or measured slower."""
+    """Why "auto" keeps ATen for these operations: not proven here, not measured, or measured slower."""
     if torch.compiler.is_compiling():
         pixels = -1  # may be symbolic: decide for all image sizes at once
     index = -1 if device.index is None else device.index
@@ -185,7 +188,7 @@ def _look_up(
 ) -> str | None:
     from segfast.kernels import _configs, _device
 
-    device = torch.device("cuda", index if index >= 0 else None)
+    device = torch.device("cuda", index) if index >= 0 else torch.device("cuda")
     arch, slug = _device.architecture(device), _device.gpu_slug(device)
     name = str(dtype).removeprefix("torch.")
     for operation in operations:

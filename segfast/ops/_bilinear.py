@@ -17,14 +17,14 @@ _LEAST_STRIDE = 8
 
 
 class Factors(NamedTuple):
-    """The 1-D kernels of each channel: rows [C, kH] and columns [C, kW]; weight[c, c] is their outer product."""
+    """1-D kernels, outer product weight[c, c]: rows [C, kH], columns [C, kW]; [1, k] if all are alike."""
 
     rows: Tensor
     columns: Tensor
 
 
 def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dilation) -> Factors | None:
-    """The factors of `weight` if it is channelwise and separable, on a CPU, where looking pays; otherwise None.
+    """The factors of `weight` if it is channelwise and separable, on a CPU, where looking pays; else None.
 
     Looked for where C_in == C_out, groups == 1, dilation == 1, every stride is at least 8 and the weight
     needs no gradient.
@@ -76,13 +76,15 @@ def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dila
 def _upsample_rows(x: Tensor, kernel: Tensor, stride: int, padding: int, out: int) -> Tensor:
     """The 1-D transposed convolution along the second to last dimension: [..., H, R] to [..., out, R].
 
-    Output stride * j + phase is the sum over t of x[j - t] kernel[phase + t * stride]: one small matrix [stride, taps] for
-    all j. `kernel` [F, k] holds one filter for all, or one for each index of the third to last dimension.
+    Output stride * j + phase is the sum over t of x[j - t] kernel[phase + t * stride]: one small matrix
+    [stride, taps] for all j. `kernel` [F, k] holds one filter for all, or one for each index of the third to
+    last dimension.
     """
     size, length = x.shape[-2], kernel.shape[-1]
     taps = -(-length // stride)
     steps = -(-(padding + out) // stride)
-    windows = F.pad(x, (0, 0, taps - 1, steps - size)).unfold(-2, taps, 1).transpose(-1, -2)  # [..., j, taps, R]
+    padded = F.pad(x, (0, 0, taps - 1, steps - size))
+    windows = padded.unfold(-2, taps, 1).transpose(-1, -2)  # [..., j, taps, R]
     filters = F.pad(kernel, (0, taps * stride - length)).unflatten(-1, (taps, stride))
     matrix = filters.flip(-2).transpose(-1, -2)  # [F, stride, taps], oldest input first as in the windows
     matrix = matrix[0] if kernel.shape[0] == 1 else matrix[:, None]
@@ -114,5 +116,6 @@ def upsample_separable(
     else:
         y = _upsample_rows(input.transpose(-1, -2), columns, *geometry[1]).transpose(-1, -2)
         y = _upsample_rows(y.contiguous(), rows, *geometry[0])
-        y = y.contiguous(memory_format=torch.channels_last if is_channels_last(input) else torch.contiguous_format)
+        channels_last = input.dim() == 4 and is_channels_last(input)
+        y = y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return y if bias is None else y + bias[:, None, None]

@@ -52,7 +52,7 @@ _FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def keeps_output(activation: str | None, negative_slope: float) -> bool:
-    """Whether the gradient is taken from the output. A negative slope of zero or less hides the sign: then it is not."""
+    """Whether the gradient follows from the output: not where a slope of zero or less hides the sign."""
     return activation in _FROM_OUTPUT and not (activation == "leaky_relu" and negative_slope <= 0)
 
 
@@ -85,7 +85,7 @@ def apply_epilogue(
     activation: str | None,
     negative_slope: float,
 ) -> Tensor:
-    """The epilogue in ATen operations, on a convolution [N, C, H, W] (or [C, H, W]) that already has its bias."""
+    """The epilogue in ATen operations, on a convolution [N, C, H, W] or [C, H, W] that has its bias."""
     if scale is None and shift is None and residual is None:
         return conv if activation is None else ACTIVATIONS[activation](conv, negative_slope)
     z = conv.float() if conv.dtype in (torch.float16, torch.bfloat16) else conv
@@ -120,7 +120,7 @@ def epilogue_backward(
     negative_slope: float,
     needs: tuple[bool, bool, bool, bool],
 ) -> EpilogueGradients:
-    """Gradients through the epilogue, in differentiable ATen operations, so that double backward follows by itself.
+    """Gradients through the epilogue, in differentiable ATen operations: double backward follows by itself.
 
     `recompute(bias, scale, shift, residual)` computes the layer again without its activation; it is called
     only where the output does not tell the gradient, or where `scale` needs one. `needs` says which of (bias,

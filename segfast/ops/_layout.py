@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """Whether the strides of [N, C, H, W] say channels_last and cannot be read as contiguous: torch's own rule."""
+    """Whether the strides of [N, C, H, W] say channels_last and nothing else: torch's own rule."""
     if t.dim() != 4 or t.stride(1) == 0:
         return False
     least = 0
@@ -24,7 +24,7 @@ def is_channels_last(t: Tensor) -> bool:
 
 
 def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The memory format of a convolution's result: channels_last if the input or the weight is, as torch has it."""
+    """The memory format of a convolution's result: channels_last if input or weight is, as torch has it."""
     return (
         torch.channels_last
         if is_channels_last(input) or is_channels_last(weight)
@@ -33,7 +33,7 @@ def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 def channels_innermost(t: Tensor) -> Tensor:
-    """`t` itself if its channels lie side by side, whatever its other strides; otherwise a channels_last copy."""
+    """`t` itself if its channels lie side by side, whatever its other strides; else a channels_last copy."""
     if t.stride(1) == 1 or t.shape[1] == 1:
         return t
     return t.contiguous(memory_format=torch.channels_last)
@@ -52,7 +52,7 @@ def fit_layout(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The operands of a fused convolution as its kernel takes them: themselves where they fit, copies where not."""
+    """A fused convolution's operands as its kernel takes them: themselves if they fit, else copies."""
     return (
         channels_innermost(input),
         packed_weight(weight),

@@ -47,7 +47,8 @@ class ProofRow(NamedTuple):
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "WRONG"
-        return f"{self.operation:36} {self.dtype:9} {self.case:28} {self.error:9.2e} <= {self.allowed:9.2e}  {verdict} {self.note}"
+        figures = f"{self.error:9.2e} <= {self.allowed:9.2e}"
+        return f"{self.operation:36} {self.dtype:9} {self.case:28} {figures}  {verdict} {self.note}".rstrip()
 
 
 def error_and_allowance(
@@ -87,11 +88,11 @@ def prove(device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Ite
                         item = next(evidence)
                     except StopIteration:
                         break
-                    except Exception as error:
+                    except Exception as raised:
                         # A generator that raised is finished: the cases it still had are not proven.
                         for operation in importlib.import_module(f"{__package__}.{family}").OPERATIONS:
                             yield ProofRow(
-                                operation, name, "raised", float("nan"), 0.0, False, repr(error)[:200]
+                                operation, name, "raised", float("nan"), 0.0, False, repr(raised)[:200]
                             )
                         break
                     error, allowed = error_and_allowance(*item[2:])
@@ -99,7 +100,10 @@ def prove(device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Ite
 
 
 def write_proofs(rows: list[ProofRow], device: torch.device, path: Path) -> dict[str, dict]:
-    """Merge what `rows` prove into the JSON at `path`, and take out what they disprove. Returns this architecture's part."""
+    """Merge what `rows` prove into the JSON at `path`, and take out what they disprove.
+
+    Returns this architecture's part.
+    """
     import triton
 
     from segfast._files import atomic_write

@@ -19,7 +19,7 @@ OPERATORS: dict[str, "Operator"] = {}
 
 
 class Operator:
-    """A registered operator, `torch.ops.segfast.<name>`; calling it takes the shortest way to its implementation.
+    """A registered operator, `torch.ops.segfast.<name>`; a call takes the shortest way to its implementation.
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor".
@@ -114,7 +114,7 @@ def _nobody_listens() -> bool:
 
 
 class Differentiable(torch.autograd.Function):
-    """An autograd Function called through `call`, which pays for functorch and the compiler only when they are there.
+    """An autograd Function whose `call` pays for functorch and the compiler only when they are there.
 
     `Function.apply` binds the signature on every call (30 to 60 us); the C function below it does not (10
     us), and is right whenever no functorch transform is active and nothing is being traced. Positional
@@ -126,7 +126,7 @@ class Differentiable(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls._apply = super(torch.autograd.Function, cls).apply
+        cls._apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 
     @classmethod
     def call(cls, *args: Any) -> Any:
@@ -137,14 +137,17 @@ class Differentiable(torch.autograd.Function):
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether the call must go through its autograd Function: a gradient, a transform or forward-mode AD asks for it."""
+    """Whether a gradient, a transform or forward-mode AD asks for the autograd Function."""
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """The dtype autocast wants on `input`'s device, None if it is off. (`custom_fwd` does not go with `setup_context`.)"""
+    """The dtype autocast wants on `input`'s device, None if it is off.
+
+    Callers cast before the Function: `torch.amp.custom_fwd` does not go with `setup_context`.
+    """
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(kind)

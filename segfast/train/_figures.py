@@ -10,8 +10,8 @@ from torch import Tensor
 from segfast._errors import UserError
 from segfast._files import atomic_write
 
-# Colour-blind safe (Okabe and Ito): missed, invented.
-MISSED, INVENTED = "#0072b2", "#e69f00"
+# Colour-blind safe (Okabe and Ito).
+FALSE_NEGATIVE, FALSE_POSITIVE = "#56b4e9", "#e69f00"
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
@@ -40,18 +40,19 @@ def loss_figure(losses: Sequence[float], title: str) -> Any:
     axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="each step")
     window = max(1, len(losses) // 20)
     mean = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(1)
-    axes.plot(range(window, len(losses) + 1), mean, color=MISSED, label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="cross-entropy", title=title, yscale="log")
+    axes.plot(range(window, len(losses) + 1), mean, color="C0", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="cross-entropy", title=title, ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
 
 
 def errors_rgb(image: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
-    """The image in grey with missed and invented foreground coloured, float32 `[H, W, 3]`."""
+    """The image in grey with wrong pixels coloured, float32 `[H, W, 3]`."""
     from matplotlib.colors import to_rgb
 
     shown = (0.6 * image)[..., None].repeat(1, 1, 3)
-    for mask, colour in (((prediction < target), MISSED), ((prediction > target), INVENTED)):
+    for mask, colour in (((prediction < target), FALSE_NEGATIVE), ((prediction > target), FALSE_POSITIVE)):
         shown[mask] = torch.tensor(to_rgb(colour))
     return shown

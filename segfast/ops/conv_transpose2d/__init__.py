@@ -1,4 +1,4 @@
-"""Transposed convolution: operators, autograd, the functional, and the U-Net step that concatenates its result."""
+"""Transposed convolution: operators, autograd, the functional, and the U-Net step that concatenates."""
 
 from .autograd import forward, grad_of_input, grad_of_weight
 from .evidence import proofs

@@ -1,4 +1,4 @@
-"""Autograd of transposed convolution: three bilinear maps, each the gradient of another, so double backward closes."""
+"""Autograd of transposed convolution: three bilinear maps, each the gradient of another."""
 
 from torch import Tensor
 

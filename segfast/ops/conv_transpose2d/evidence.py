@@ -54,11 +54,9 @@ def proofs(device: torch.device, dtype: torch.dtype):
             input.double().abs(), weight.double().abs(), bias.double().abs(), *geometry
         )
         magnitude = magnitude * scale.double().abs()[:, None, None]
-        inputs = [t.to(device) for t in (input, weight, bias, scale, shift, residual)]
-        plain = F.conv_transpose2d(*inputs[:3], *geometry)
-        aten = apply_epilogue(plain, *inputs[3:], "relu", 0.0)
-        fused = {"scale": inputs[3], "shift": inputs[4], "residual": inputs[5], "activation": "relu"}
-        actual = conv_transpose2d(*inputs[:3], *geometry, **fused)
+        x, w, b, k, s, r = (t.to(device) for t in (input, weight, bias, scale, shift, residual))
+        aten = apply_epilogue(F.conv_transpose2d(x, w, b, *geometry), k, s, r, "relu", 0.0)
+        actual = conv_transpose2d(x, w, b, *geometry, scale=k, shift=s, residual=r, activation="relu")
         taps = (-(-kernel // stride)) ** 2
         yield Evidence(
             OPERATIONS[0], case, actual, reference.detach(), aten, magnitude, taps * c_in // groups
@@ -67,13 +65,13 @@ def proofs(device: torch.device, dtype: torch.dtype):
         options = (pair(stride, "stride"), pair(padding, "padding"), groups, pair(dilation, "dilation"))
         device_grad = grad.to(device)
         to_input, to_weight = torch.autograd.grad(conv, (wide_input, wide_weight), grad.double())
-        aten_input, aten_weight = _aten_gradients(device_grad, inputs[0], inputs[1], extra, *options)
+        aten_input, aten_weight = _aten_gradients(device_grad, x, w, extra, *options)
         sizes = (grad.double().abs(), input.double().abs(), weight.double().abs())
         size_input, size_weight = _aten_gradients(*sizes, extra, *options)
-        actual = GRAD_INPUT(device_grad, inputs[1], height, width, *options)
+        actual = GRAD_INPUT(device_grad, w, height, width, *options)
         depth = c_out // groups * kernel * kernel
         yield Evidence(OPERATIONS[1], case, actual, to_input, aten_input, size_input, depth)
-        actual = GRAD_WEIGHT(device_grad, inputs[0], inputs[1], *options)
+        actual = GRAD_WEIGHT(device_grad, x, w, *options)
         yield Evidence(
             OPERATIONS[2], case, actual, to_weight, aten_weight, size_weight, batch * height * width
         )
@@ -93,7 +91,7 @@ def _up_concat_evidence(device: torch.device, dtype: torch.dtype) -> Evidence:
     on_device = [t.to(device) for t in (x, skip, weight)]
     aten_up = F.conv_transpose2d(on_device[0], on_device[2], stride=2, output_padding=(0, 1))
     aten = torch.cat([on_device[1][:, :, 3:21], aten_up], 1)
-    actual = up_concat(*on_device)
+    actual = up_concat(on_device[0], on_device[1], on_device[2])
     reference = torch.cat([cropped, up], 1)
     if not torch.equal(actual[:, :40].cpu(), skip[:, :, 3:21]):
         raise AssertionError("up_concat: the copied skip differs")

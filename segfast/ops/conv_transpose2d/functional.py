@@ -54,9 +54,10 @@ def conv_transpose2d(
     activation: str | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """Transposed convolution with a fused epilogue: `act(scale * (convT(input, weight) + bias) + shift + residual)`.
+    """Transposed convolution with a fused epilogue.
 
-    The first eight arguments are `torch.nn.functional.conv_transpose2d`'s.
+    `act(scale * (convT(input, weight) + bias) + shift + residual)`, in one pass on our kernels. The
+    first eight arguments are `torch.nn.functional.conv_transpose2d`'s.
 
     Args:
         input: [N, C_in, H, W] or [C_in, H, W]; float16, bfloat16 or float32 on our kernels, any dtype on

@@ -47,30 +47,32 @@ def check_conv_transpose2d(
         )
     if input.dim() != 4:
         raise RuntimeError(
-            f"conv_transpose2d: input must be 3-D [C_in, H, W] or 4-D [N, C_in, H, W], got {list(input.shape)}"
+            f"conv_transpose2d: input must be [C_in, H, W] or [N, C_in, H, W], got {list(input.shape)}"
         )
     if groups < 1 or weight.shape[0] % groups:
         raise RuntimeError(
-            f"conv_transpose2d: groups must be positive and divide weight's {weight.shape[0]} input channels, got {groups}"
+            f"conv_transpose2d: groups must be positive and divide weight's {weight.shape[0]} channels, "
+            f"got {groups}"
         )
     if input.shape[1] != weight.shape[0]:
         raise RuntimeError(
-            f"conv_transpose2d: given weight of size {list(weight.shape)}, expected input{list(input.shape)} to have "
-            f"{weight.shape[0]} channels, but got {input.shape[1]} channels instead"
+            f"conv_transpose2d: given weight of size {list(weight.shape)}, expected input{list(input.shape)} "
+            f"to have {weight.shape[0]} channels, but got {input.shape[1]} channels instead"
         )
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         raise RuntimeError(
-            f"conv_transpose2d: input, weight and bias must have the same dtype, got {input.dtype}, {weight.dtype}"
+            f"conv_transpose2d: input, weight and bias must share a dtype, got {input.dtype}, {weight.dtype}"
             + ("" if bias is None else f" and {bias.dtype}")
         )
     if weight.device != input.device or (bias is not None and bias.device != input.device):
         raise RuntimeError(
-            f"conv_transpose2d: input, weight and bias must be on the same device, got {input.device}, {weight.device}"
+            f"conv_transpose2d: input, weight and bias must share a device: {input.device}, {weight.device}"
             + ("" if bias is None else f" and {bias.device}")
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[1] * groups,):
         raise RuntimeError(
-            f"conv_transpose2d: bias must have shape [{weight.shape[1] * groups}] (output channels), got {list(bias.shape)}"
+            f"conv_transpose2d: bias must have shape [{weight.shape[1] * groups}] (output channels), "
+            f"got {list(bias.shape)}"
         )
     if min(stride) < 1:
         raise RuntimeError(f"conv_transpose2d: stride must be positive, got {stride}")
@@ -82,14 +84,15 @@ def check_conv_transpose2d(
         o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)
     ):
         raise RuntimeError(
-            "conv_transpose2d: output padding must be smaller than either stride or dilation, but got output_padding "
-            f"{output_padding}, stride {stride}, dilation {dilation}"
+            "conv_transpose2d: output padding must be smaller than either stride or dilation, but got "
+            f"output_padding {output_padding}, stride {stride}, dilation {dilation}"
         )
     size = output_size(input, weight, stride, padding, output_padding, dilation)
     if min(size) < 1:
         raise RuntimeError(
-            f"conv_transpose2d: calculated output size {size[0]}x{size[1]} is too small, for input {list(input.shape)}, "
-            f"kernel {list(weight.shape[2:])}, stride {stride}, padding {padding}, dilation {dilation}"
+            f"conv_transpose2d: calculated output size {size[0]}x{size[1]} is too small, for input "
+            f"{list(input.shape)}, kernel {list(weight.shape[2:])}, stride {stride}, padding {padding}, "
+            f"dilation {dilation}"
         )
 
 
@@ -268,7 +271,8 @@ def multiply_add_flops(input_shape, weight_shape) -> int:
 
 _OPTIONS = "SymInt[2] stride, SymInt[2] padding, {}SymInt groups, SymInt[2] dilation"
 FORWARD = Operator(
-    "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "Tensor? residual, "
     + _OPTIONS.format("SymInt[2] output_padding, ")
     + ", str? activation, float negative_slope) -> Tensor",
     kernels=_forward_kernels,

@@ -40,7 +40,18 @@ def _widest(row_bytes: int) -> int:
 def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object], int]]:
     """(name, a call of a launcher, the width in bytes its stores must have), on meta tensors."""
     kernels = load_kernels()
-    for name, (batch, c_in, c_out, height, width, kernel, stride, padding, groups, dilation) in _LAYERS.items():
+    for name, (
+        batch,
+        c_in,
+        c_out,
+        height,
+        width,
+        kernel,
+        stride,
+        padding,
+        groups,
+        dilation,
+    ) in _LAYERS.items():
         strides, paddings, dilations = (stride, stride), (padding, padding), (dilation, dilation)
         x = _tensor(dtype, batch, c_in, height, width)
         weight = _tensor(dtype, c_in, c_out // groups, kernel, kernel)

@@ -27,7 +27,7 @@ from .operators import (
 
 
 def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pair, Pair]:
-    """(output_padding, crop, size): how the up-convolution is made as large as the skip, or the skip cropped to it.
+    """(output_padding, crop, size): how the up-convolution grows to the skip, or the skip is cropped to it.
 
     Raises:
         ValueError: the up-convolution is larger than the skip.
@@ -37,8 +37,9 @@ def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pa
     for axis, up, have, s in zip(("height", "width"), size, skip.shape[-2:], stride, strict=True):
         if up > have:
             raise ValueError(
-                f"up_concat: the up-convolution's {axis} {up} is larger than the skip's {have}; pad the network's input "
-                f"or give a larger skip (input {list(input.shape)}, skip {list(skip.shape)}, stride {s})"
+                f"up_concat: the up-convolution's {axis} {up} is larger than the skip's {have}; pad the "
+                f"network's input or give a larger skip (input {list(input.shape)}, "
+                f"skip {list(skip.shape)}, stride {s})"
             )
         missing = have - up
         grows = missing < s
@@ -195,7 +196,7 @@ def up_concat(
     activation: str | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """`cat([skip', up], 1)` with up = act(convT(x, weight) + bias): a U-Net decoder's step, with one copy of the skip.
+    """`cat([skip', up], 1)` with up = act(convT(x, weight) + bias): a U-Net decoder's step.
 
     Where up is smaller than the skip by less than the stride, it is made as large as the skip, as
     `output_size=` of `torch.nn.ConvTranspose2d` would (odd sizes: 7 -> 3 -> 7). Where it is smaller by more,
@@ -227,7 +228,8 @@ def up_concat(
     check_activation(activation)
     if x.dim() != 4 or skip.dim() != 4 or weight.dim() != 4:
         raise RuntimeError(
-            f"up_concat: x, skip and weight must be 4-D, got {list(x.shape)}, {list(skip.shape)}, {list(weight.shape)}"
+            "up_concat: x, skip and weight must be 4-D, got "
+            f"{list(x.shape)}, {list(skip.shape)}, {list(weight.shape)}"
         )
     dtype = autocast_dtype(x)
     stride, padding = pair(stride, "stride"), pair(padding, "padding")
