@@ -161,7 +161,7 @@ def _bytes(case: Case) -> float:
     x, y = n * pixels * ci, n * out * co
     if case.op == "up_concat":
         # The skip's crop is read and written beside the up-convolution.
-        y += 2 * n * out * case["cs"]
+        y += 2 * n * out * co
     # Forward reads x and the weight, writes y; a gradient reads two of the three and writes the other.
     passes = {"backward": 2 * x + y + 2 * weight, "train": 3 * x + 2 * y + 3 * weight}
     return item * passes.get(case.direction, x + y + weight)
@@ -177,118 +177,109 @@ def _gemm_width(case: Case) -> int:
     return 0
 
 
-def _up(name, layer, n, ci, co, size, k, s, p=0, *, small, epilogue=("bias",), headline=True) -> Case:
+def _small(ci: int, co: int, side: int | None = None, **more: int) -> dict[str, int]:
+    return {"n": 1, "ci": ci, "co": co, **({} if side is None else {"h": side, "w": side}), **more}
+
+
+def _up(name, layer, n, ci, co, size, k, s, p=0, *, small, epilogue=("bias",)) -> Case:
     params = {"n": n, "ci": ci, "co": co, "h": size, "w": size, "k": k, "s": s, "p": p}
-    return Case(
-        name,
-        "conv_transpose2d",
-        "conv_transpose2d",
-        layer,
-        params,
-        small,
-        epilogue=epilogue,
-        headline=headline,
-    )
+    family = op = "conv_transpose2d"
+    return Case(name, family, op, layer, params, small, epilogue=epilogue, headline=True)
 
 
 def _up_concat(name, layer, ci, co, size, skip, *, small, headline=False) -> Case:
-    params = {"n": 16, "ci": ci, "co": co, "cs": co, "h": size, "w": size, "hs": skip, "ws": skip}
-    return Case(
-        name,
-        "conv_transpose2d",
-        "up_concat",
-        layer,
-        {**params, "k": 2, "s": 2, "p": 0},
-        small,
-        epilogue=("bias",),
-        headline=headline,
-    )
+    params = {
+        "n": 16,
+        "ci": ci,
+        "co": co,
+        "h": size,
+        "w": size,
+        "hs": skip,
+        "ws": skip,
+        "k": 2,
+        "s": 2,
+        "p": 0,
+    }
+    fields = {"epilogue": ("bias",), "headline": headline}
+    return Case(name, "conv_transpose2d", "up_concat", layer, params, small, **fields)
 
 
-def _conv(family, name, layer, n, ci, co, size, k, *, small, d=1, p=None, g=1, **fields) -> Case:
-    pad = d * (k - 1) // 2 if p is None else p
-    params = {"n": n, "ci": ci, "co": co, "h": size, "w": size, "k": k, "s": 1, "p": pad, "d": d, "g": g}
+def _conv(family, name, layer, n, channels, size, k, *, small, d=1, p=None, g=1, **fields) -> Case:
+    padding = d * (k - 1) // 2 if p is None else p
+    sizes = {"n": n, "ci": channels, "co": channels, "h": size, "w": size}
+    params = {**sizes, "k": k, "s": 1, "p": padding, "d": d, "g": g}
     return Case(name, family, "conv2d", layer, params, small, **fields)
 
 
 def _separable(name, layer, c, size, *, small, headline=False) -> Case:
     params = {"n": 8, "ci": c, "co": c, "h": size, "w": size, "k": 3, "s": 1, "p": 1, "d": 1}
-    epilogue = ("bn", "relu")
-    return Case(
-        name,
-        "separable_conv2d",
-        "separable_conv2d",
-        layer,
-        params,
-        small,
-        epilogue=epilogue,
-        headline=headline,
-    )
+    family = op = "separable_conv2d"
+    return Case(name, family, op, layer, params, small, epilogue=_BN_RELU, headline=headline)
 
 
 def _aspp(name, layer, n, size, rates, *, small) -> Case:
     params = {"n": n, "ci": 2048, "co": 256, "h": size, "w": size, "rates": rates}
-    return Case(name, "dilated_conv2d", "aspp", layer, params, small, epilogue=("bn", "relu"))
+    return Case(name, "dilated_conv2d", "aspp", layer, params, small, epilogue=_BN_RELU)
 
 
-def _crf(name, layer, h, w, alpha, beta, weight, *, gamma, gaussian_weight) -> Case:
-    params = {
-        "n": 1,
-        "labels": 21,
-        "h": h,
-        "w": w,
-        "iterations": 10,
-        "alpha": alpha,
-        "beta": beta,
-        "bilateral_weight": weight,
-        "gamma": gamma,
-        "gaussian_weight": gaussian_weight,
-    }
+def _crf(name, layer, h, w, alpha, beta, weight) -> Case:
+    params = {"n": 1, "labels": 21, "h": h, "w": w, "iterations": 10, "alpha": alpha, "beta": beta}
+    params |= {"bilateral_weight": weight, "gamma": 3, "gaussian_weight": 3}
     small = {"h": 24, "w": 32, "iterations": 3}
     return Case(name, "dense_crf", "dense_crf", layer, params, small, dtype="float32")
 
 
-def _model(name, layer, model, size, gflop, *, small, n=8, direction="forward") -> Case:
-    params = {"n": n, "model": model, "h": size, "w": size, "full_h": size, "full_w": size, "gflop": gflop}
-    return Case(name, "models", "model", layer, params, {"n": 1, "h": small, "w": small}, direction=direction)
+def _model(name, layer, model, size, gflop, *, small) -> Case:
+    params = {"n": 8, "model": model, "h": size, "w": size, "full_h": size, "full_w": size, "gflop": gflop}
+    return Case(name, "models", "model", layer, params, {"n": 1, "h": small, "w": small})
 
 
-_SMALL_FCN = {"n": 1, "h": 16, "w": 16}
+_BN_RELU = ("bn", "relu")
+_BIAS_RELU = ("bias", "relu")
+_DW, _DILATED = "separable_conv2d", "dilated_conv2d"
 
-# kernels.md section 6, in its order.
+# kernels.md section 6, in its order. `_small(ci, co, side)` is the CPU's size.
 OPERATORS = [
-    _up("unet_up1", "U-Net up 1", 16, 1024, 512, 28, 2, 2, small={"n": 1, "ci": 128, "co": 64}),
-    _up("unet_up2", "U-Net up 2", 16, 512, 256, 52, 2, 2, small={"n": 1, "ci": 64, "co": 32}),
-    _up("unet_up3", "U-Net up 3", 16, 256, 128, 100, 2, 2, small={"n": 1, "ci": 32, "co": 16, "h": 64, "w": 64}),
-    _up("unet_up4", "U-Net up 4", 16, 128, 64, 196, 2, 2, small={"n": 1, "ci": 16, "co": 8, "h": 96, "w": 96}),
-    _up("decoder_up4x4", "4x4 stride 2 decoder", 16, 256, 128, 64, 4, 2, 1, small={"n": 1, "ci": 64, "co": 32, "h": 32, "w": 32}),
-    _up("fcn8s_up8", "FCN-8s final upsampling", 16, 21, 21, 70, 16, 8, 4, small=_SMALL_FCN, epilogue=()),
-    _up("fcn32s_up32", "FCN-32s final upsampling", 16, 21, 21, 16, 64, 32, 16, small=_SMALL_FCN | {"h": 4, "w": 4}, epilogue=()),
-    _aspp("aspp_n1_33", "DeepLabV3 ASPP, 513 pixels, OS16", 1, 33, (6, 12, 18), small={"ci": 64, "co": 16}),
-    _aspp("aspp_n8_33", "DeepLabV3 ASPP, 513 pixels, OS16", 8, 33, (6, 12, 18), small={"n": 1, "ci": 64, "co": 16}),
-    _aspp("aspp_n8_65", "DeepLabV3 ASPP, 513 pixels, OS8", 8, 65, (12, 24, 36), small={"n": 1, "ci": 64, "co": 16, "h": 33, "w": 33}),
-    _conv("dilated_conv2d", "resnet_layer3_d2", "ResNet OS8 layer3 3x3", 8, 256, 256, 65, 3, d=2, small={"n": 1, "ci": 64, "co": 64, "h": 33, "w": 33}, epilogue=("bn", "relu"), headline=True),
-    _conv("dilated_conv2d", "resnet_layer4_d4", "ResNet OS8 layer4 3x3", 8, 512, 512, 65, 3, d=4, small={"n": 1, "ci": 64, "co": 64, "h": 33, "w": 33}, epilogue=("bn", "relu")),
-    _conv("dilated_conv2d", "unet_down1_conv2", "U-Net level 1, second 3x3", 8, 64, 64, 570, 3, p=0, small={"n": 1, "ci": 16, "co": 16, "h": 130, "w": 130}, epilogue=("bias", "relu")),
-    _conv("separable_conv2d", "xception_middle_dw", "Xception65 middle flow", 8, 728, 728, 65, 3, g=728, small={"n": 1, "ci": 64, "co": 64, "g": 64}, epilogue=("bn", "relu"), headline=True),
-    _conv("separable_conv2d", "mobilenetv2_dw144", "MobileNetV2 block 3", 8, 144, 144, 129, 3, g=144, small={"n": 1, "ci": 16, "co": 16, "g": 16}, epilogue=("bn", "relu6"), headline=True),
-    _conv("separable_conv2d", "aspp_dw_d12", "DeepLabV3+ separable ASPP, rate 12", 8, 2048, 2048, 65, 3, d=12, g=2048, small={"n": 1, "ci": 64, "co": 64, "g": 64}),
-    _separable("decoder_sep_256", "DeepLabV3+ decoder", 256, 129, small={"n": 1, "ci": 32, "co": 32, "h": 65, "w": 65}, headline=True),
-    _separable("entry_sep_128", "Xception65 entry flow", 128, 257, small={"n": 1, "ci": 16, "co": 16, "h": 65, "w": 65}),
-    _separable("middle_sep_728", "Xception65 middle flow", 728, 65, small={"n": 1, "ci": 64, "co": 64, "h": 33, "w": 33}),
-    _conv("separable_conv2d", "xception_middle_dw_wgrad", "Xception65 middle flow", 8, 728, 728, 65, 3, g=728, small={"n": 1, "ci": 64, "co": 64, "g": 64}, direction="grad_weight"),
-    _conv("dilated_conv2d", "resnet_layer3_d2_wgrad", "ResNet OS8 layer3 3x3", 8, 256, 256, 65, 3, d=2, small={"n": 1, "ci": 64, "co": 64, "h": 33, "w": 33}, direction="grad_weight"),
-    _crf("crf_512_67_3", "DeepLabV2 CRF", 512, 512, 67, 3, 4, gamma=3, gaussian_weight=3),
-    _crf("crf_321_160_3", "CRF-RNN", 321, 321, 160, 3, 5, gamma=3, gaussian_weight=3),
-    _crf("crf_1024x512_80_13", "pydensecrf README, wide image", 512, 1024, 80, 13, 10, gamma=3, gaussian_weight=3),
+    _up("unet_up1", "U-Net up 1", 16, 1024, 512, 28, 2, 2, small=_small(512, 256)),
+    _up("unet_up2", "U-Net up 2", 16, 512, 256, 52, 2, 2, small=_small(256, 128)),
+    _up("unet_up3", "U-Net up 3", 16, 256, 128, 100, 2, 2, small=_small(128, 64)),
+    _up("unet_up4", "U-Net up 4", 16, 128, 64, 196, 2, 2, small=_small(64, 32)),
+    _up("decoder_up4x4", "4x4 stride 2 decoder", 16, 256, 128, 64, 4, 2, 1, small=_small(128, 64, 32)),
+    _up("fcn8s_up8", "FCN-8s, last upsampling", 16, 21, 21, 70, 16, 8, 4, small=_small(21, 21, 32), epilogue=()),
+    _up("fcn32s_up32", "FCN-32s, upsampling", 16, 21, 21, 16, 64, 32, 16, small=_small(21, 21, 8), epilogue=()),
+    _aspp("aspp_n1_33", "DeepLabV3 ASPP, 513 pixels, OS16", 1, 33, (6, 12, 18), small=_small(256, 64)),
+    _aspp("aspp_n8_33", "DeepLabV3 ASPP, 513 pixels, OS16", 8, 33, (6, 12, 18), small=_small(128, 32)),
+    _aspp("aspp_n8_65", "DeepLabV3 ASPP, 513 pixels, OS8", 8, 65, (12, 24, 36), small=_small(64, 32)),
+    _conv(_DILATED, "resnet_layer3_d2", "ResNet OS8 layer3 3x3", 8, 256, 65, 3, d=2,
+          small=_small(128, 128, 33), epilogue=_BN_RELU, headline=True),
+    _conv(_DILATED, "resnet_layer4_d4", "ResNet OS8 layer4 3x3", 8, 512, 65, 3, d=4,
+          small=_small(128, 128, 33), epilogue=_BN_RELU),
+    _conv(_DILATED, "unet_down1_conv2", "U-Net level 1, second 3x3", 8, 64, 570, 3, p=0,
+          small=_small(32, 32, 190), epilogue=_BIAS_RELU),
+    _conv(_DW, "xception_middle_dw", "Xception65 middle flow", 8, 728, 65, 3, g=728,
+          small=_small(256, 256, g=256), epilogue=_BN_RELU, headline=True),
+    _conv(_DW, "mobilenetv2_dw144", "MobileNetV2 block 3", 8, 144, 129, 3, g=144,
+          small=_small(72, 72, g=72), epilogue=("bn", "relu6"), headline=True),
+    _conv(_DW, "aspp_dw_d12", "DeepLabV3+ separable ASPP, rate 12", 8, 2048, 65, 3, d=12, g=2048,
+          small=_small(256, 256, g=256)),
+    _separable("decoder_sep_256", "DeepLabV3+ decoder", 256, 129, small=_small(64, 64), headline=True),
+    _separable("entry_sep_128", "Xception65 entry flow", 128, 257, small=_small(32, 32, 129)),
+    _separable("middle_sep_728", "Xception65 middle flow", 728, 65, small=_small(182, 182)),
+    _conv(_DW, "xception_middle_dw_wgrad", "Xception65 middle flow", 8, 728, 65, 3, g=728,
+          small=_small(256, 256, g=256), direction="grad_weight"),
+    _conv(_DILATED, "resnet_layer3_d2_wgrad", "ResNet OS8 layer3 3x3", 8, 256, 65, 3, d=2,
+          small=_small(128, 128, 33), direction="grad_weight"),
+    _crf("crf_512_67_3", "DeepLabV2 CRF", 512, 512, 67, 3, 4),
+    _crf("crf_321_160_3", "CRF-RNN", 321, 321, 160, 3, 5),
+    _crf("crf_1024x512_80_13", "pydensecrf README, wide image", 512, 1024, 80, 13, 10),
 ]  # fmt: skip
 
 # Blocks the tables name in their notes: the concatenation, and the loss of a 150-class head.
 BLOCKS = [
-    _up_concat("unet_up1_concat", "U-Net up 1 and skip", 1024, 512, 28, 64, small={"n": 1, "ci": 128, "co": 64, "cs": 64}),
-    _up_concat("unet_up2_concat", "U-Net up 2 and skip", 512, 256, 52, 136, small={"n": 1, "ci": 64, "co": 32, "cs": 32}),
-    _up_concat("unet_up3_concat", "U-Net up 3 and skip", 256, 128, 100, 280, small={"n": 1, "ci": 32, "co": 16, "cs": 16}),
-    _up_concat("unet_up4_concat", "U-Net up 4 and skip", 128, 64, 196, 568, small={"n": 1, "ci": 16, "co": 8, "cs": 8}, headline=True),
+    _up_concat("unet_up1_concat", "U-Net up 1 and skip", 1024, 512, 28, 64, small=_small(512, 256)),
+    _up_concat("unet_up2_concat", "U-Net up 2 and skip", 512, 256, 52, 136, small=_small(256, 128)),
+    _up_concat("unet_up3_concat", "U-Net up 3 and skip", 256, 128, 100, 280, small=_small(128, 64)),
+    _up_concat("unet_up4_concat", "U-Net up 4 and skip", 128, 64, 196, 568, small=_small(64, 32), headline=True),
     Case("ade20k_upsample_loss", "segmentation_head", "upsample_cross_entropy", "ADE20K head, 512 pixels",
          {"n": 16, "classes": 150, "h": 128, "w": 128, "scale": 4}, {"n": 1, "h": 32, "w": 32}, direction="train"),
 ]  # fmt: skip
@@ -296,11 +287,11 @@ BLOCKS = [
 # kernels.md section 7: GFLOP of one image at full size.
 MODELS = [
     _model("unet_572", "U-Net, 572 pixels, unpadded", "unet", 572, 301, small=188),
-    _model("fcn8s_vgg16_500", "FCN-8s, VGG16, 500 pixels", "fcn8s_vgg16", 500, 363, small=32),
-    _model("deeplabv3_r50_513", "DeepLabV3, ResNet-50, OS8, 513 pixels", "deeplabv3_resnet50", 513, 337, small=65),
-    _model("deeplabv3_r50_769", "DeepLabV3, ResNet-50, OS8, 769 pixels", "deeplabv3_resnet50", 769, 751, small=65),
-    _model("deeplabv3plus_xception65_513", "DeepLabV3+, Xception65, 513 pixels", "deeplabv3plus_xception65", 513, 102, small=65),
-    _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2, 513 pixels", "deeplabv3plus_mobilenetv2", 513, 54, small=65),
+    _model("fcn8s_vgg16_500", "FCN-8s, VGG16, 500 pixels", "fcn8s_vgg16", 500, 363, small=64),
+    _model("deeplabv3_r50_513", "DeepLabV3, ResNet-50, OS8", "deeplabv3_resnet50", 513, 337, small=65),
+    _model("deeplabv3_r50_769", "DeepLabV3, ResNet-50, OS8", "deeplabv3_resnet50", 769, 751, small=65),
+    _model("deeplabv3plus_xception65_513", "DeepLabV3+, Xception65", "deeplabv3plus_xception65", 513, 102, small=65),
+    _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2", "deeplabv3plus_mobilenetv2", 513, 54, small=65),
 ]  # fmt: skip
 
 CASES = OPERATORS + BLOCKS + MODELS

@@ -68,10 +68,11 @@ class FCN8sVGG16(nn.Module):
 
     OFFSETS = (5, 9, 31)  # crop offsets of pool4's score, pool3's score and the output
 
-    def __init__(self, num_classes: int = 21) -> None:
+    def __init__(self, num_classes: int = 21, width: int = 64) -> None:
         super().__init__()
         stages, c_in = [], 3
-        for stage, (count, c_out) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
+        for stage, (count, times) in enumerate([(2, 1), (2, 2), (3, 4), (3, 8), (3, 8)]):
+            c_out = width * times
             layers: list[nn.Module] = []
             for i in range(count):
                 padding = 100 if stage == i == 0 else 1
@@ -80,16 +81,16 @@ class FCN8sVGG16(nn.Module):
             stages.append(nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True)))
         self.stages = nn.ModuleList(stages)
         self.head = nn.Sequential(
-            nn.Conv2d(512, 4096, 7),
+            nn.Conv2d(8 * width, 64 * width, 7),
             nn.ReLU(inplace=True),
             nn.Dropout2d(),
-            nn.Conv2d(4096, 4096, 1),
+            nn.Conv2d(64 * width, 64 * width, 1),
             nn.ReLU(inplace=True),
             nn.Dropout2d(),
-            nn.Conv2d(4096, num_classes, 1),
+            nn.Conv2d(64 * width, num_classes, 1),
         )
-        self.score_pool4 = nn.Conv2d(512, num_classes, 1)
-        self.score_pool3 = nn.Conv2d(256, num_classes, 1)
+        self.score_pool4 = nn.Conv2d(8 * width, num_classes, 1)
+        self.score_pool3 = nn.Conv2d(4 * width, num_classes, 1)
         self.up2 = nn.ConvTranspose2d(num_classes, num_classes, 4, stride=2, bias=False)
         self.up4 = nn.ConvTranspose2d(num_classes, num_classes, 4, stride=2, bias=False)
         self.up8 = nn.ConvTranspose2d(num_classes, num_classes, 16, stride=8, bias=False)
@@ -134,10 +135,11 @@ def _torchvision(name: str) -> Callable[..., nn.Module] | None:
 
 def plain_model(name: str, small: bool = False) -> tuple[nn.Module, int] | str:
     """The network a models case names and its input channels, or why there is none to compare with here."""
+    width = 16 if small else 64
     if name == "unet":
-        return UNet(width=16 if small else 64), 1
+        return UNet(width=width), 1
     if name == "fcn8s_vgg16":
-        return FCN8sVGG16(), 3
+        return FCN8sVGG16(width=width), 3
     if name == "deeplabv3_resnet50":
         make = _torchvision(name)
         return "torchvision is not installed" if make is None else (make(), 3)

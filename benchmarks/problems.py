@@ -288,7 +288,7 @@ def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Ten
         tensors["weight"] = normal(co, ci, 1, 1, scale=1 / math.sqrt(ci))
     if case.op == "up_concat":
         height, width = output_size(case)
-        tensors["skip"] = normal(n, case["cs"], max(height, case["hs"]), max(width, case["ws"]))
+        tensors["skip"] = normal(n, co, max(height, case["hs"]), max(width, case["ws"]))
     if case.op == "separable_conv2d":
         tensors["depthwise"] = normal(ci, 1, k, k, scale=1 / k)
         tensors.update(_batch_norm(ci, normal, "depthwise_"))

@@ -69,9 +69,12 @@ def _figure(value: float, digits: int = 3) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A short table for a terminal: one line a case."""
+    """A short table for a terminal: one line a case. A dry run has no figures worth a table."""
     from segfast._table import format_table
 
+    if any(row["dry_run"] for row in rows):
+        counts = collections.Counter(row["status"] for row in latest(rows))
+        return ", ".join(f"{count} {status}" for status, count in counts.items()) + "\n" + caveat(rows)
     lines = []
     for (case, dtype, direction, _), members in grouped(rows).items():
         mine, theirs = best(members, True), best(members, False)
@@ -147,7 +150,9 @@ def _case_table(rows: Sequence[Row]) -> str:
             for header, cell in columns
         )
         body.append(f"<tr{' class=ours' if row['ours'] else ''}>{cells}</tr>")
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    return (
+        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def _overview(groups: Mapping[tuple, Sequence[Row]]) -> str:
@@ -171,7 +176,9 @@ def _overview(groups: Mapping[tuple, Sequence[Row]]) -> str:
             + "".join(f"<td{' class=t' if left else ''}>{html.escape(text)}</td>" for text, left in cells)
             + "</tr>"
         )
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    return (
+        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def plot(groups: Mapping[tuple, Sequence[Row]], family: str) -> bytes:

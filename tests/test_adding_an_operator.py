@@ -154,6 +154,13 @@ def passed(tree) -> tuple[list[str], str]:
     return result.stdout.split(), result.stderr
 
 
+def test_it_compiles_for_a_gpu(tree):
+    command = [sys.executable, "-m", "segfast", "compile-report", "--family", "prelu", "--arch", "sm_90"]
+    result = subprocess.run([*command, "--dtype", "bf16"], cwd=tree, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 kernels, 0 with a problem" in result.stdout
+
+
 def test_the_page_has_a_file_for_every_layer():
     assert list(FILES) == ["kernels/prelu.py", "segfast/ops/prelu.py", "segfast/nn/prelu.py"]
 

@@ -79,11 +79,11 @@ class TestVerdict:
 
 def test_a_real_gain_is_found():
     # FCN's upsampling: bilinear weights, recognised by value, become two matrix products.
-    model = nn.ConvTranspose2d(8, 8, 32, stride=16, bias=False)
+    model = nn.ConvTranspose2d(21, 21, 64, stride=32, bias=False)
     segfast.nn.init.bilinear_(model.weight)
-    found = check_model(model, torch.randn(1, 8, 16, 16), budget_s=0.3)
-    # Several times faster; how steadily depends on what else the machine does.
-    assert found.ratio > 1.5 and found.output.relative < 1e-5
+    found = check_model(model, torch.randn(1, 21, 16, 16), budget_s=0.3)
+    # Some ten times faster; how steadily depends on what else the machine does.
+    assert found.ratio > 2 and found.output.relative < 1e-5
 
 
 def test_the_page_names_everything():

@@ -7,6 +7,7 @@ belongs to one phase, walks the taps of that phase only and multiplies no zeros.
 """
 
 import math
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -15,6 +16,7 @@ from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from ._fold import can_fold, fold_alignment
 
 
 @triton.jit
@@ -137,7 +139,8 @@ def _conv_transpose2d_forward_wide_kernel(
     CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, EXACT: tl.constexpr, FOLD: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Row (n, j_h, j_w) stands for the output pixels stride * j - pad + phase, all phases of it; M = N *
@@ -190,7 +193,7 @@ def _conv_transpose2d_forward_wide_kernel(
         TAPS_W: tl.constexpr = KERNEL_W // STRIDE_W
         DEPTH_TILES: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
         k = tl.arange(0, BLOCK_K)
-        x_rows = x_ptr + tl.multiple_of(n * stride_xn, ALIGN) + group * CI
+        x_rows = x_ptr + tl.multiple_of(n * stride_xn, ALIGN_X) + group * CI
         w_columns = (
             w_ptr
             + group.to(tl.int64) * (CI * KERNEL_H * KERNEL_W * CO)
@@ -209,7 +212,7 @@ def _conv_transpose2d_forward_wide_kernel(
                 ok = row_ok
             else:
                 ok = row_ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-            offsets = tl.multiple_of(ih * stride_xh + iw * stride_xw, ALIGN)
+            offsets = tl.multiple_of(ih * stride_xh + iw * stride_xw, ALIGN_X)
             a = tl.load((x_rows + offsets)[:, None] + ci[None, :],
                         mask=ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]  # fmt: skip
             tap_offset = (tap_h * STRIDE_H * KERNEL_W + tap_w * STRIDE_W) * CO
@@ -217,9 +220,12 @@ def _conv_transpose2d_forward_wide_kernel(
                         mask=(ci < CI)[:, None] & column_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
-        channel = c % CO if FOLD else group * CO + c
-        y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, channel, column_ok)
-        channel = group * CO + c
+        if FOLD:
+            channel = c
+            y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, c % CO, column_ok)
+        else:
+            channel = group * CO + c
+            y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, channel, column_ok)
         row_h = j_h * STRIDE_H - PAD_H
         row_w = j_w * STRIDE_W - PAD_W
         ok = row_ok[:, None] & column_ok[None, :]
@@ -252,7 +258,10 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     if arch.startswith("gfx"):
         return [Config(128, 64, 32, 4, 2), Config(64, 64, 32, 4, 2)]
     depth = 64 if problem.dtype.itemsize == 2 else 32
-    depth = max(16, min(depth, triton.next_power_of_2(problem.channels_in)))
+    depth = max(16, min(depth, triton.next_power_of_2(problem.channels_in // problem.groups)))
+    if problem.channels_out // problem.groups * problem.dtype.itemsize % 16 != 0:
+        # Odd channel counts (21 classes): short rows of columns, and narrow accesses that want few to a thread.
+        return [Config(64, 256, depth, 8, 3), Config(128, 128, depth, 8, 3), Config(128, 64, depth, 8, 3)]
     wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
     found = []
     if wide >= 256:
@@ -297,7 +306,20 @@ def _make(
         batch * height * width, rows, columns, channels_in // groups,
     )  # fmt: skip
     config = choose_config(problem, x.device)
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+    fold = wide and can_fold(channels_out, groups, dilation, out, residual)
+    if fold:
+        align = fold_alignment(channels_out, stride, padding, out, residual)
+    else:
+        align = pixel_alignment(x, residual, skip, out)
+    # Accumulators a thread can hold: a residual or an erf needs registers beside them, so do many narrow accesses.
+    most = 32 if align * x.element_size() < 8 else 64 if residual is not None or activation == "gelu" else 128
+    while config.block_m * config.block_n > most * 32 * config.num_warps and config.block_n > 16:
+        config = replace(config, block_n=config.block_n // 2)
+    if fold:
+        tiles_n = stride[0] * triton.cdiv(stride[1] * channels_out, config.block_n)
+    else:
+        tiles_n = triton.cdiv(columns, config.block_n)
+    tiles = triton.cdiv(rows, config.block_m) * tiles_n
     if not wide:
         tiles *= stride[0] * stride[1]
     copies = 0
@@ -322,7 +344,7 @@ def _make(
             and tuple(padding) == (0, 0)
         )
         exact = exact and tuple(out_size) == (height * stride[0], width * stride[1])
-        constants["EXACT"] = exact
+        constants |= {"EXACT": exact, "FOLD": fold, "ALIGN_X": pixel_alignment(x)}
         function = _conv_transpose2d_forward_wide_kernel
     else:
         for axis, s, d in zip("HW", stride, dilation, strict=True):
@@ -331,8 +353,7 @@ def _make(
                           f"INVERSE_{axis}": pow(d // gcd, -1, s // gcd) if s > gcd else 0}  # fmt: skip
         function = _conv_transpose2d_forward_phase_kernel
     constants |= {
-        "ACTIVATION": activation, "PRECISION": dot_precision(x.dtype),
-        "ALIGN": pixel_alignment(x, residual, skip, out),
+        "ACTIVATION": activation, "PRECISION": dot_precision(x.dtype), "ALIGN": align,
         "WIDE_INDEX": needs_wide_index(x, residual, skip, out),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import dot_precision
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from ._fold import can_fold, fold_alignment
 
 
 @triton.jit
@@ -21,7 +22,8 @@ def _conv_transpose2d_grad_input_kernel(
     CI: tl.constexpr, CO: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI and CO are the channels of one group; M = N * H * W.
@@ -39,37 +41,54 @@ def _conv_transpose2d_grad_input_kernel(
     row_h = ih * STRIDE_H - PAD_H
     row_w = iw * STRIDE_W - PAD_W
 
+    # Depth whose addresses follow each other: a tap's channels, and with FOLD, where pixels lie side by side, those of a
+    # row of taps, as if the kernel had width 1 and KERNEL_W times the channels.
+    RUN: tl.constexpr = KERNEL_W * CO if FOLD else CO
+    TAPS_W: tl.constexpr = 1 if FOLD else KERNEL_W
+    ONE_RUN: tl.constexpr = FOLD or CO % BLOCK_K == 0
+    BLOCKS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
     DEPTH: tl.constexpr = KERNEL_H * KERNEL_W * CO
+    STEPS: tl.constexpr = KERNEL_H * TAPS_W * BLOCKS if ONE_RUN else (DEPTH + BLOCK_K - 1) // BLOCK_K
     k = tl.arange(0, BLOCK_K)
-    g_rows = gy_ptr + tl.multiple_of(n * stride_gn, ALIGN) + group * CO
+    # Not through `group` where there is one: its product with an odd CO would hide the alignment.
+    g_rows = gy_ptr + tl.multiple_of(n * stride_gn, ALIGN) + (0 if FOLD else group * CO)
     w_columns = w_ptr + group.to(tl.int64) * (CI * DEPTH) + ci * DEPTH
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(0, (DEPTH + BLOCK_K - 1) // BLOCK_K):
-        depth = step * BLOCK_K + k
-        if CO % BLOCK_K == 0:
-            # One tap a step: the address is a pixel's, the channels follow.
-            tap = step // (CO // BLOCK_K)
-            oh = row_h + tap // KERNEL_W * DILATION_H
-            ow = row_w + tap % KERNEL_W * DILATION_W
-            ok = row_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+    for step in tl.range(0, STEPS):
+        if ONE_RUN:
+            # One tap, or one row of them, a step: the address is a pixel's, the channels follow.
+            tap = step // BLOCKS
+            channel = step % BLOCKS * BLOCK_K + k
+            depth = tap * RUN + channel
+            depth_ok = channel < RUN
+            oh = row_h + tap // TAPS_W * DILATION_H
+            ow = row_w + tap % TAPS_W * DILATION_W
+            ok = row_ok & (oh >= 0) & (oh < OH)
+            if FOLD:
+                position = tl.multiple_of(row_w * CO, ALIGN)[:, None] + channel[None, :]
+                end = tl.multiple_of(OW * CO, ALIGN)
+                ok = ok[:, None] & (position >= 0) & (position < end) & depth_ok[None, :]
+            else:
+                ok = (ok & (ow >= 0) & (ow < OW))[:, None]
             offsets = tl.multiple_of(oh * stride_gh + ow * stride_gw, ALIGN)
-            channel = step % (CO // BLOCK_K) * BLOCK_K + k
-            a = tl.load((g_rows + offsets)[:, None] + channel[None, :], mask=ok[:, None], other=0.0)
+            a = tl.load((g_rows + offsets)[:, None] + channel[None, :], mask=ok, other=0.0)  # [BLOCK_M, BLOCK_K]
         else:
+            depth = step * BLOCK_K + k
+            depth_ok = depth < DEPTH
             tap = depth // CO
             oh = row_h[:, None] + (tap // KERNEL_W * DILATION_H)[None, :]
             ow = row_w[:, None] + (tap % KERNEL_W * DILATION_W)[None, :]
-            ok = row_ok[:, None] & (depth < DEPTH)[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            ok = row_ok[:, None] & depth_ok[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
             offsets = tl.multiple_of(row_h * stride_gh + row_w * stride_gw, ALIGN)
             taps = tl.multiple_of(
                 tap // KERNEL_W * DILATION_H * stride_gh + tap % KERNEL_W * DILATION_W * stride_gw, ALIGN
             )
             a = tl.load((g_rows + offsets)[:, None] + (taps + depth % CO)[None, :], mask=ok, other=0.0)
         b = tl.load(w_columns[None, :] + depth[:, None],
-                    mask=(depth < DEPTH)[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
+                    mask=depth_ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
-    offsets = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN)
+    offsets = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN_X)
     tl.store(gx_ptr + offsets[:, None] + (group * CI + ci)[None, :], accumulator.to(gx_ptr.dtype.element_ty),
              mask=row_ok[:, None] & (ci < CI)[None, :])  # fmt: skip
 
@@ -106,12 +125,14 @@ def _make(gy, w, out, stride, padding, dilation, groups) -> Plan:
         rows, columns, taps * channels_out,
     )  # fmt: skip
     config = choose_config(problem, gy.device)
+    fold = can_fold(channels_out, groups, dilation, gy)
+    align = fold_alignment(channels_out, stride, padding, gy) if fold else pixel_alignment(gy)
     scalars = (rows, height, width, *gy.shape[2:], *image_strides(gy), *image_strides(out))
     constants = {
         "CI": columns, "CO": channels_out, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
         "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
         "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(gy.dtype),
-        "ALIGN": pixel_alignment(gy, out), "WIDE_INDEX": needs_wide_index(gy, out),
+        "FOLD": fold, "ALIGN": align, "ALIGN_X": pixel_alignment(out), "WIDE_INDEX": needs_wide_index(gy, out),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), groups)

@@ -13,6 +13,7 @@ from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import dot_precision
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from .._reduce import reduce_partials
+from ._fold import can_fold, fold_alignment
 
 
 @triton.jit
@@ -23,7 +24,8 @@ def _conv_transpose2d_grad_weight_kernel(
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # BLOCK_M input channels x BLOCK_N columns, over CHUNK pixels. gw [SPLIT, GROUPS * CI, COLUMNS].
@@ -33,54 +35,80 @@ def _conv_transpose2d_grad_weight_kernel(
     if WIDE_INDEX:
         split = split.to(tl.int64)
     COLUMNS: tl.constexpr = KERNEL_H * KERNEL_W * CO
+    # Columns whose addresses follow each other, as in grad_input: a tap's channels, or with FOLD those of a row of taps.
+    RUN: tl.constexpr = KERNEL_W * CO if FOLD else CO
+    TAPS_W: tl.constexpr = 1 if FOLD else KERNEL_W
+    ONE_RUN: tl.constexpr = FOLD or CO % BLOCK_N == 0
+    BLOCKS: tl.constexpr = (RUN + BLOCK_N - 1) // BLOCK_N
     ci = pid % ((CI + BLOCK_M - 1) // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Columns slowest: the taps of one part share its gradient through L2.
     tile_n = pid // ((CI + BLOCK_M - 1) // BLOCK_M)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if CO % BLOCK_N == 0:
-        tap = tile_n // (CO // BLOCK_N)
-        c = tile_n % (CO // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ONE_RUN:
+        tap = tile_n // BLOCKS
+        c = tile_n % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = tap * RUN + c
+        column_ok = c < RUN
     else:
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        column_ok = column < COLUMNS
         tap = column // CO
         c = column % CO
-    tap_h = tap // KERNEL_W * DILATION_H - PAD_H
-    tap_w = tap % KERNEL_W * DILATION_W - PAD_W
-    g_columns = gy_ptr + tl.multiple_of(tap_h * stride_gh + tap_w * stride_gw, ALIGN) + group * CO + c
+    tap_h = tap // TAPS_W * DILATION_H - PAD_H
+    tap_w = tap % TAPS_W * DILATION_W - PAD_W
+    # Not through `group` where there is one: its product with an odd CO would hide the alignment.
+    g_columns = gy_ptr + tl.multiple_of(tap_h * stride_gh + tap_w * stride_gw, ALIGN) + (0 if FOLD else group * CO) + c
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    k = tl.arange(0, BLOCK_K)
     first = split * CHUNK
+    # Pixels as digits (n, ih, iw): those of a step's first one are carried from step to step, those of the others found
+    # by adding with carry. A division for each pixel would cost more than the matrix product.
+    k = tl.arange(0, BLOCK_K)
+    k_w = k % W
+    k_h = k // W % H
+    k_n = k // W // H
+    first_w = (first % W).to(tl.int32)
+    first_h = (first // W % H).to(tl.int32)
+    first_n = (first // W // H).to(tl.int32)
     for start in tl.range(first, tl.minimum(first + CHUNK, M), BLOCK_K):
-        m = start + k
-        pixel_ok = m < M
-        iw = m % W
-        ih = m // W % H
-        n = (m // W // H).to(tl.int64)
-        x_rows = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN)
+        pixel_ok = start + k < M
+        iw = first_w + k_w
+        carry = iw >= W
+        iw = tl.where(carry, iw - W, iw)
+        ih = first_h + k_h + carry.to(tl.int32)
+        carry = ih >= H
+        ih = tl.where(carry, ih - H, ih)
+        n = (first_n + k_n + carry.to(tl.int32)).to(tl.int64)
+        x_rows = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN_X)
         a = tl.load(x_ptr + x_rows[:, None] + (group * CI + ci)[None, :],
                     mask=pixel_ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]  # fmt: skip
         g_rows = tl.multiple_of(n * stride_gn + ih * STRIDE_H * stride_gh + iw * STRIDE_W * stride_gw, ALIGN)
-        if CO % BLOCK_N == 0:
+        if ONE_RUN:
             oh = ih * STRIDE_H + tap_h
             ow = iw * STRIDE_W + tap_w
-            ok = (pixel_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
+            ok = pixel_ok & (oh >= 0) & (oh < OH)
+            if FOLD:
+                position = tl.multiple_of(ow * CO, ALIGN)[:, None] + c[None, :]
+                end = tl.multiple_of(OW * CO, ALIGN)
+                ok = ok[:, None] & (position >= 0) & (position < end) & column_ok[None, :]
+            else:
+                ok = (ok & (ow >= 0) & (ow < OW))[:, None]
         else:
             oh = (ih * STRIDE_H)[:, None] + tap_h[None, :]
             ow = (iw * STRIDE_W)[:, None] + tap_w[None, :]
-            ok = (
-                pixel_ok[:, None]
-                & (column < COLUMNS)[None, :]
-                & (oh >= 0)
-                & (oh < OH)
-                & (ow >= 0)
-                & (ow < OW)
-            )
+            ok = pixel_ok[:, None] & column_ok[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
         b = tl.load(g_columns[None, :] + g_rows[:, None], mask=ok, other=0.0)  # [BLOCK_K, BLOCK_N]
         accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+        first_w += BLOCK_K % W
+        carry_w = first_w >= W
+        first_w = tl.where(carry_w, first_w - W, first_w)
+        first_h += BLOCK_K // W % H + carry_w.to(tl.int32)
+        carry_h = first_h >= H
+        first_h = tl.where(carry_h, first_h - H, first_h)
+        first_n += BLOCK_K // W // H + carry_h.to(tl.int32)
 
     rows = (split.to(tl.int64) * GROUPS + group) * CI + ci
     tl.store(gw_ptr + rows[:, None] * COLUMNS + column[None, :], accumulator.to(gw_ptr.dtype.element_ty),
-             mask=(ci < CI)[:, None] & (column < COLUMNS)[None, :])  # fmt: skip
+             mask=(ci < CI)[:, None] & column_ok[None, :])  # fmt: skip
 
 
 def _candidates(problem: Problem, arch: str) -> list[Config]:
@@ -127,16 +155,20 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
         pixels, rows, columns, pixels,
     )  # fmt: skip
     config = choose_config(problem, x.device)
+    fold = can_fold(channels_out, groups, dilation, gy)
+    align = fold_alignment(channels_out, stride, padding, gy) if fold else pixel_alignment(gy)
+    runs, run = (kernel[0], kernel[1] * channels_out) if fold else (1, columns)
     chunk = triton.cdiv(triton.cdiv(pixels, config.split_k), config.block_k) * config.block_k
     scalars = (pixels, height, width, *gy.shape[2:], chunk, *image_strides(x), *image_strides(gy))
     constants = {
         "CI": rows, "CO": channels_out, "GROUPS": groups, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
         "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
         "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(x.dtype),
-        "ALIGN": pixel_alignment(x, gy), "WIDE_INDEX": needs_wide_index(x, gy),
+        "FOLD": fold, "ALIGN": align, "ALIGN_X": pixel_alignment(x), "WIDE_INDEX": needs_wide_index(x, gy),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), config.split_k, groups)
+    tiles = triton.cdiv(rows, config.block_m) * runs * triton.cdiv(run, config.block_n)
+    grid = (tiles, config.split_k, groups)
     return Plan(_conv_transpose2d_grad_weight_kernel, grid, scalars, constants, config)
 
 

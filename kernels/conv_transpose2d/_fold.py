@@ -1,0 +1,25 @@
+"""Folding: where pixels lie side by side, a row of them is one run of addresses, and its alignment is the run's.
+
+21 classes are 42 bytes a pixel, which leaves accesses of 2 bytes. The pixels of a row of phases, or of taps, together are
+`8 * 21` or `16 * 21` elements: 8 or 16 bytes at a time, with no division by 21 in an address or a mask.
+"""
+
+import math
+
+import torch
+
+
+def can_fold(channels: int, groups: int, dilation, *images: torch.Tensor | None) -> bool:
+    """Whether to fold images [N, channels, H, W]: their channels alone do not allow 16-byte accesses."""
+    if groups != 1 or dilation[1] != 1:
+        return False
+    present = [t for t in images if t is not None]
+    odd = channels * present[0].element_size() % 16 != 0
+    return odd and all(t.stride(3) == channels for t in present)
+
+
+def fold_alignment(channels: int, stride, padding, *images: torch.Tensor | None) -> int:
+    """The power of two, at most 16, that divides the offset of every run and the length of a row."""
+    present = [t for t in images if t is not None]
+    parts = [t.stride(axis) for t in present for axis in (0, 2)]
+    return math.gcd(16, *parts, *(n * channels for n in (stride[1], padding[1], present[0].shape[3])))

@@ -1,0 +1,273 @@
+"""U-Net: the paper's sizes, equality with plain torch.nn, odd sizes, foreign checkpoints."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import segfast.models.unet
+from segfast.models import UNet, create, remap_state_dict
+from tests.models.tester import ModelTester
+
+
+class TestUNet(ModelTester):
+    name = "unet"
+    options = {"width": 4, "depth": 2}  # noqa: RUF012
+
+
+class TestUNetBatchNorm(ModelTester):
+    name = "unet"
+    options = {"width": 4, "depth": 2, "norm": "batch", "activation": "leaky_relu"}  # noqa: RUF012
+    sizes = ((32, 48), (37, 50), (5, 6))
+    test_compiles_into_one_graph_for_all_sizes = None  # seconds, and nothing new
+
+
+class PlainUNet(nn.Module):
+    """The network again, in torch.nn alone; submodules are declared in the order of `UNet`'s."""
+
+    def __init__(self, in_channels, num_classes, width, depth, padding, slope=0.0, norm=False):
+        super().__init__()
+        widths = [width << level for level in range(depth + 1)]
+
+        def convs(i, o):
+            layers = []
+            for channels in (i, o):
+                layers += [nn.Conv2d(channels, o, 3, padding=padding, bias=not norm)]
+                layers += [nn.BatchNorm2d(o)] * norm
+                layers += [nn.LeakyReLU(slope)]
+            return nn.Sequential(*layers)
+
+        self.down = nn.ModuleList(convs(([in_channels, *widths])[i], widths[i]) for i in range(depth))
+        self.bottom = convs(widths[-2], widths[-1])
+        self.up = nn.ModuleList(
+            nn.ModuleList([nn.ConvTranspose2d(2 * w, w, 2, 2), convs(2 * w, w)]) for w in widths[-2::-1]
+        )
+        self.last = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x):
+        skips = []
+        for block in self.down:
+            skips.append(block(x))
+            x = F.max_pool2d(skips[-1], 2)
+        x = self.bottom(x)
+        for (up, block), skip in zip(self.up, reversed(skips), strict=True):
+            if all(0 <= s - 2 * u < 2 for s, u in zip(skip.shape[2:], x.shape[2:], strict=True)):
+                x = up(x, output_size=skip.shape[2:])
+            else:
+                x = up(x)
+                top, left = ((s - u) // 2 for s, u in zip(skip.shape[2:], x.shape[2:], strict=True))
+                skip = skip[..., top : top + x.shape[2], left : left + x.shape[3]]
+            x = block(torch.cat([skip, x], 1))
+        return self.last(x)
+
+
+def pair(depth=2, width=4, *, padded=True, slope=0.0, norm=False):
+    """Our network and the plain one with the same weights."""
+    torch.manual_seed(0)
+    activation = {"activation": "leaky_relu", "negative_slope": slope} if slope else {}
+    ours = UNet(2, 3, width=width, depth=depth, padded=padded, norm="batch" if norm else None, **activation)
+    plain = PlainUNet(2, 3, width, depth, 1 if padded else 0, slope, norm)
+    values = ours.state_dict().values()
+    plain.load_state_dict(dict(zip(plain.state_dict(), values, strict=True)))
+    return ours, plain
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_as_many_parameters_as_plain_torch(padded, norm):
+    with torch.device("meta"):
+        ours = UNet(padded=padded, norm=norm)
+        plain = PlainUNet(1, 2, 64, 4, 1 if padded else 0, norm=norm is not None)
+    count = sum(p.numel() for p in ours.parameters())
+    assert count == sum(p.numel() for p in plain.parameters())
+    assert norm or count == 31_030_658
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (24, 32)),
+        ({}, (27, 33)),
+        ({"slope": 0.1}, (7, 7)),
+        ({"norm": True}, (21, 22)),
+        ({"padded": False}, (44, 52)),
+        ({"padded": False, "slope": 0.1}, (47, 53)),
+    ],
+)
+def test_computes_what_plain_torch_computes(options, size):
+    ours, plain = pair(**options)
+    images = torch.randn(2, 2, *size)
+    expected, output = plain(images), ours(images)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    gradient = torch.randn_like(output)
+    wanted = torch.autograd.grad(expected, list(plain.parameters()), gradient)
+    found = torch.autograd.grad(output, list(ours.parameters()), gradient)
+    for name, a, b in zip(dict(ours.named_parameters()), found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_papers_sizes_and_crops(monkeypatch):
+    crops = []
+
+    def recorded(x, skip, *args, **kwargs):
+        result = segfast.functional.up_concat(x, skip, *args, **kwargs)
+        crops.append((skip.shape[-1] - result.shape[-1]) / 2)
+        return result
+
+    monkeypatch.setattr(segfast.models.unet, "up_concat", recorded)
+    model = UNet(width=1, padded=False)
+    assert model(torch.zeros(1, 1, 572, 572)).shape == (1, 2, 388, 388)
+    assert crops == [4, 16, 40, 88]
+    assert model.margin == (572 - 388) / 2
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_output_size_and_smallest_unpadded_input(depth):
+    model = UNet(width=1, depth=depth, padded=False)
+    sizes = [n for n in range(1, 120) if model.output_size(n, n)[0] >= 1]
+    for n in (sizes[0], sizes[1], sizes[-1]):
+        assert model(torch.zeros(1, 1, n, sizes[0])).shape[2:] == model.output_size(n, sizes[0])
+    with pytest.raises(ValueError, match=f"{sizes[0] - 1}x50.*at least {sizes[0]}x{sizes[0]}"):
+        model(torch.zeros(1, 1, sizes[0] - 1, 50))
+
+
+def test_small_inputs_are_zero_padded_to_the_divisor():
+    model = UNet(width=2, depth=3)
+    image = torch.randn(1, 1, 5, 9)
+    padded = F.pad(image, (0, 0, 0, 3))
+    torch.testing.assert_close(model(image), model(padded)[:, :, :5])
+    assert model.size_divisor == 8
+
+
+def test_initial_weights_are_the_papers():
+    torch.manual_seed(0)
+    model = UNet(width=64, depth=2)
+    deviation = model.encoder[1].conv2.weight.std().item()
+    assert deviation == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
+    assert model.decoder[0].up.weight.std().item() == pytest.approx((1 / 256) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"width": -3}, "width must be at least 1, got -3"),
+        ({"activation": "gelu"}, "activation must be one of .*'gelu'"),
+        ({"norm": "layer"}, "norm must be one of .*'layer'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**options)
+
+
+def test_create_of_an_unknown_name():
+    with pytest.raises(ValueError, match="no model named 'vnet'; there are .*unet"):
+        create("vnet")
+
+
+def milesial(in_channels=3, num_classes=2, width=4, depth=4, bias=False, bilinear=False):
+    """A network whose state_dict has the keys of milesial/Pytorch-UNet."""
+
+    def double_conv(i, o):
+        block = nn.Module()
+        convs = [nn.Conv2d(i, o, 3, padding=1, bias=bias), nn.Conv2d(o, o, 3, padding=1, bias=bias)]
+        norms = [nn.BatchNorm2d(o), nn.BatchNorm2d(o)]
+        block.double_conv = nn.Sequential(convs[0], norms[0], nn.ReLU(), convs[1], norms[1], nn.ReLU())
+        return block
+
+    torch.manual_seed(3)
+    net = nn.Module()
+    net.depth = depth
+    net.inc = double_conv(in_channels, width)
+    for level in range(depth):
+        down, up = nn.Module(), nn.Module()
+        down.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), double_conv(width << level, width << level + 1))
+        deep = width << depth - level
+        if not bilinear:
+            up.up = nn.ConvTranspose2d(deep, deep // 2, 2, 2)
+        up.conv = double_conv(deep, deep // 2)
+        net.add_module(f"down{level + 1}", down)
+        net.add_module(f"up{level + 1}", up)
+    net.outc = nn.Module()
+    net.outc.conv = nn.Conv2d(width, num_classes, 1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return net
+
+
+def run_milesial(net, x):
+    skips = [net.inc.double_conv(x)]
+    for level in range(1, net.depth + 1):
+        pool, block = getattr(net, f"down{level}").maxpool_conv
+        skips.append(block.double_conv(pool(skips[-1])))
+    x = skips.pop()
+    for level in range(1, net.depth + 1):
+        up = getattr(net, f"up{level}")
+        x = up.conv.double_conv(torch.cat([skips.pop(), up.up(x)], 1))
+    return net.outc.conv(x)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["current", "with conv bias"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_milesial_checkpoint_loads_and_computes_the_same(bias, prefix):
+    theirs = milesial(bias=bias)
+    checkpoint = {prefix + key: value for key, value in theirs.state_dict().items()}
+    checkpoint["mask_values"] = [0, 1]  # their training script adds this
+    model = UNet(3, 2, width=4, norm="batch")
+    model.load_state_dict(remap_state_dict(checkpoint, model))
+    image = torch.randn(2, 3, 32, 48)
+    for train in (False, True, False):  # the training pass moves the running statistics of both
+        expected, output = run_milesial(theirs.train(train), image), model.train(train)(image)
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_milesial_checkpoint_of_another_depth():
+    model = UNet(1, 3, width=2, depth=2, norm="batch")
+    model.load_state_dict(remap_state_dict(milesial(1, 3, 2, depth=2).state_dict(), model))
+
+
+def test_own_keys_pass_unchanged():
+    model = UNet(width=2, depth=1)
+    assert remap_state_dict(model.state_dict(), model).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "message"),
+    [
+        ({"bilinear": True}, {}, "bilinear variant: .*up1.up.weight"),
+        ({"num_classes": 7}, {}, r"needs UNet\(num_classes=7\); the model has num_classes=2"),
+        ({}, {"norm": None}, r"needs UNet\(norm='batch'\); the model has norm=None"),
+        ({"width": 2}, {"depth": 3}, r"needs UNet\(width=2, depth=4\); the model has width=4, depth=3"),
+    ],
+)
+def test_milesial_checkpoint_refused(checkpoint, options, message):
+    model = UNet(3, 2, **{"width": 4, "norm": "batch", **options})
+    with pytest.raises(ValueError, match=message):
+        remap_state_dict(milesial(**checkpoint).state_dict(), model)
+
+
+@pytest.mark.parametrize("change", ["drop", "extra", "shape"])
+def test_damaged_milesial_checkpoint_names_the_key(change):
+    state = milesial().state_dict()
+    key = "down2.maxpool_conv.1.double_conv.3.weight"
+    if change == "drop":
+        del state[key]
+    elif change == "extra":
+        state["attention.weight"] = torch.zeros(1)
+    else:
+        state[key] = state[key][:1]
+    model = UNet(3, 2, width=4, norm="batch")
+    with pytest.raises(ValueError, match="attention.weight" if change == "extra" else "encoder.2.conv2.weight"):
+        remap_state_dict(state, model)
+
+
+def test_alien_checkpoints_and_models():
+    with pytest.raises(ValueError, match=r"neither UNet's own nor of the milesial layout: fc\.weight"):
+        remap_state_dict({"fc.weight": torch.zeros(1)}, UNet(width=2))
+    with pytest.raises(TypeError, match="Linear has no foreign checkpoint layout"):
+        remap_state_dict({}, nn.Linear(1, 1))
