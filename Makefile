@@ -26,8 +26,8 @@ demo: .venv/.installed-demo ## train a small U-Net on a real microscope image, c
 # Two runs: the kernels' tests need TRITON_INTERPRET=1 before triton is imported, everything else must not have it.
 test: .venv/.installed-test ## the whole test suite, the kernels in Triton's interpreter included
 	@status=0; \
-	$(BIN)/python -m pytest -q || status=1; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests || status=1; \
+	$(BIN)/python -m pytest || status=1; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests || status=1; \
 	exit $$status
 
 lint: .venv/.installed-test ## ruff (lint and format) and mypy
@@ -45,4 +45,4 @@ clean: ## remove what make and the tools wrote (out/ stays)
 	rm -rf build dist *.egg-info .venv .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
--include gpu.mk
+include gpu.mk

@@ -1,6 +1,6 @@
 """The peers of every case: what PyTorch, cuDNN and others do with the same layer.
 
-`peers(problem)` yields a Candidate for each that exists on this machine and a Skipped, with the reason, for the rest.
+`peers(problem)` yields a Candidate for each that exists on this machine, else a Skipped with the reason.
 """
 
 import importlib.util

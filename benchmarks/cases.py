@@ -1,7 +1,7 @@
 """Every measured shape, named after the layer of the model it is from.
 
-One list for the benchmarks, the tuner and the tests. Sizes are those of the papers' networks at batch 1, 8 or 16,
-bf16; `case.cpu()` is the same layer small enough for a CPU (batch 1, fp32). Needs torch only.
+One list for the benchmarks, the tuner and the tests. Sizes are those of the papers' networks at batch 1, 8
+or 16, bf16; `case.cpu()` is the same layer small enough for a CPU (batch 1, fp32). Needs torch only.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ TILE_M, TILE_N = 128, 256  # the largest tile an implicit GEMM is expected to ru
 class Case:
     """One operator call, or one whole model.
 
-    `op` names the formula in problems.py, `family` the operator family that serves it, `epilogue` what follows the
-    product (`bias`, `bn` in eval mode, an activation). `small` replaces entries of `params` on a CPU.
+    `op` names the formula in problems.py, `family` the operator family that serves it, `epilogue` what
+    follows the product (`bias`, `bn` in eval mode, an activation). `small` replaces entries of `params` on a
+    CPU.
     """
 
     name: str
@@ -53,6 +54,16 @@ class Case:
     def cpu(self) -> "Case":
         """The same layer at batch 1 in fp32 and small."""
         return self.replace(params={**self.params, **self.small}, dtype="float32", size="cpu")
+
+    def tiny(self) -> "Case":
+        """Smaller still, for a walk through the control flow."""
+        case = self.cpu()
+        most = {"ci": 16, "co": 16, "g": 16, "h": 24, "w": 24, "classes": 16}
+        if case.op == "model":
+            most = {"h": 188, "w": 188}
+        params = {name: min(value, most.get(name, value)) for name, value in case.params.items()
+                  if isinstance(value, int)}  # fmt: skip
+        return case.replace(params={**case.params, **params}, size="tiny")
 
     def replace(self, **changes) -> "Case":
         return dataclasses.replace(self, **changes)
@@ -187,6 +198,13 @@ def _up(name, layer, n, ci, co, size, k, s, p=0, *, small, epilogue=("bias",)) -
     return Case(name, family, op, layer, params, small, epilogue=epilogue, headline=True)
 
 
+def _bilinear(case: Case, side: int) -> Case:
+    """The layer with FCN's fixed weights: bilinear on the channels' diagonal, zero off it."""
+    small = _small(case["ci"], case["co"], side)
+    params = {**case.params, "weight": "bilinear"}
+    return case.replace(name=f"{case.name}_bilinear", params=params, small=small, headline=False)
+
+
 def _up_concat(name, layer, ci, co, size, skip, *, small, headline=False) -> Case:
     params = {
         "n": 16,
@@ -245,8 +263,10 @@ OPERATORS = [
     _up("unet_up3", "U-Net up 3", 16, 256, 128, 100, 2, 2, small=_small(128, 64)),
     _up("unet_up4", "U-Net up 4", 16, 128, 64, 196, 2, 2, small=_small(64, 32)),
     _up("decoder_up4x4", "4x4 stride 2 decoder", 16, 256, 128, 64, 4, 2, 1, small=_small(128, 64, 32)),
-    _up("fcn8s_up8", "FCN-8s, last upsampling", 16, 21, 21, 70, 16, 8, 4, small=_small(21, 21, 32), epilogue=()),
-    _up("fcn32s_up32", "FCN-32s, upsampling", 16, 21, 21, 16, 64, 32, 16, small=_small(21, 21, 8), epilogue=()),
+    _up("fcn8s_up8", "FCN-8s, last upsampling", 16, 21, 21, 70, 16, 8, 4,
+        small=_small(21, 21, 32), epilogue=()),
+    _up("fcn32s_up32", "FCN-32s, upsampling", 16, 21, 21, 16, 64, 32, 16,
+        small=_small(21, 21, 8), epilogue=()),
     _aspp("aspp_n1_33", "DeepLabV3 ASPP, 513 pixels, OS16", 1, 33, (6, 12, 18), small=_small(256, 64)),
     _aspp("aspp_n8_33", "DeepLabV3 ASPP, 513 pixels, OS16", 8, 33, (6, 12, 18), small=_small(128, 32)),
     _aspp("aspp_n8_65", "DeepLabV3 ASPP, 513 pixels, OS8", 8, 65, (12, 24, 36), small=_small(64, 32)),
@@ -274,14 +294,18 @@ OPERATORS = [
     _crf("crf_1024x512_80_13", "pydensecrf README, wide image", 512, 1024, 80, 13, 10),
 ]  # fmt: skip
 
-# Blocks the tables name in their notes: the concatenation, and the loss of a 150-class head.
+# What the tables name in their notes: fixed bilinear weights, the concatenation, a 150-class head's loss.
 BLOCKS = [
+    _bilinear(OPERATORS[5], 16),
+    _bilinear(OPERATORS[6], 16),
     _up_concat("unet_up1_concat", "U-Net up 1 and skip", 1024, 512, 28, 64, small=_small(512, 256)),
     _up_concat("unet_up2_concat", "U-Net up 2 and skip", 512, 256, 52, 136, small=_small(256, 128)),
     _up_concat("unet_up3_concat", "U-Net up 3 and skip", 256, 128, 100, 280, small=_small(128, 64)),
-    _up_concat("unet_up4_concat", "U-Net up 4 and skip", 128, 64, 196, 568, small=_small(64, 32), headline=True),
+    _up_concat("unet_up4_concat", "U-Net up 4 and skip", 128, 64, 196, 568,
+               small=_small(64, 32), headline=True),
     Case("ade20k_upsample_loss", "segmentation_head", "upsample_cross_entropy", "ADE20K head, 512 pixels",
-         {"n": 16, "classes": 150, "h": 128, "w": 128, "scale": 4}, {"n": 1, "h": 32, "w": 32}, direction="train"),
+         {"n": 16, "classes": 150, "h": 128, "w": 128, "scale": 4}, {"n": 1, "h": 32, "w": 32},
+         direction="train"),
 ]  # fmt: skip
 
 # kernels.md section 7: GFLOP of one image at full size.
@@ -290,8 +314,10 @@ MODELS = [
     _model("fcn8s_vgg16_500", "FCN-8s, VGG16, 500 pixels", "fcn8s_vgg16", 500, 363, small=64),
     _model("deeplabv3_r50_513", "DeepLabV3, ResNet-50, OS8", "deeplabv3_resnet50", 513, 337, small=65),
     _model("deeplabv3_r50_769", "DeepLabV3, ResNet-50, OS8", "deeplabv3_resnet50", 769, 751, small=65),
-    _model("deeplabv3plus_xception65_513", "DeepLabV3+, Xception65", "deeplabv3plus_xception65", 513, 102, small=65),
-    _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2", "deeplabv3plus_mobilenetv2", 513, 54, small=65),
+    _model("deeplabv3plus_xception65_513", "DeepLabV3+, Xception65", "deeplabv3plus_xception65", 513, 102,
+           small=65),
+    _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2", "deeplabv3plus_mobilenetv2", 513, 54,
+           small=65),
 ]  # fmt: skip
 
 CASES = OPERATORS + BLOCKS + MODELS

@@ -1,8 +1,8 @@
 """The GPU run: `python -m benchmarks.gpu --tier T0 T1 --out FOLDER`.
 
-Each tier runs in a process of its own, which is replaced if it dies: a kernel's illegal access or a hang costs one case,
-not the run. Everything lands flat in one folder: gpu.log, rows.csv, ceilings.json, configs.json, proven.json,
-report.html. `SEGFAST_DRY_RUN=1` walks the same way on a CPU, with tiny shapes.
+Each tier runs in a process of its own, which is replaced if it dies: a kernel's illegal access or a hang
+costs one case, not the run. Everything lands flat in one folder: gpu.log, rows.csv, ceilings.json,
+configs.json, proven.json, report.html. `SEGFAST_DRY_RUN=1` walks the same way on a CPU, with small shapes.
 """
 
 import argparse

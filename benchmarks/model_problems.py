@@ -1,4 +1,4 @@
-"""Whole networks as benchmark problems: the plain twin, its peers, and segfast's model with the same weights."""
+"""Whole networks as problems: the plain twin, its peers, and segfast's model with the same weights."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+import torch
+
 import segfast.functional
 from benchmarks.baselines import Peer
 from benchmarks.problems import Formula, Problem, Tensors, affine
 from benchmarks.timing import Candidate, Skipped
-
-import torch
+from segfast.nn import BilinearUpsample
 
 
 def ours(problem: Problem) -> Iterator[Peer]:
@@ -16,7 +17,15 @@ def ours(problem: Problem) -> Iterator[Peer]:
     if make is None:
         yield Skipped("segfast", f"segfast has no {problem.case.op} yet")
         return
-    yield Candidate("segfast", problem.bind(make(problem)), ours=True)
+    function = make(problem)
+    yield Candidate("segfast", problem.bind(function), ours=True)
+    if problem.case.params.get("weight") == "bilinear" and problem.case.direction == "forward":
+        case = problem.case
+        module = BilinearUpsample(case["s"], case["k"], case["p"]).to(problem.device)
+        functions = {"segfast": function, "segfast_module": lambda t: module(t["x"])}
+        yield Candidate("segfast_module", problem.bind(functions["segfast_module"]), ours=True)
+        for name, plain in functions.items():
+            yield Candidate(f"{name}_nchw", problem.bind(plain, problem.contiguous()), ours=True)
 
 
 def _conv_transpose2d(problem: Problem) -> Formula:

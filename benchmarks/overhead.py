@@ -1,7 +1,7 @@
 """What a call of segfast costs on the host beyond the plain ATen op, on tiny tensors, in microseconds.
 
-`python -m benchmarks.overhead` prints JSON. Our kernels' launches are recorded instead of made, which works on CPU
-tensors under `TRITON_INTERPRET=1`; without that, the way from "auto" to ATen is measured.
+`python -m benchmarks.overhead` prints JSON. Our kernels' launches are recorded instead of made: so it works
+on CPU tensors under `TRITON_INTERPRET=1`; without that, the way from "auto" to ATen is measured.
 """
 
 import itertools
@@ -18,8 +18,10 @@ from segfast.kernels import interpreting, record_launches
 ROUNDS, CALLS = 150, 40
 
 
-def lowest(runs: dict[str, Callable[[], object]], between: Callable[[], object] = lambda: None) -> dict[str, float]:
-    """Microseconds of a call of each, the lowest of many short blocks: what is left when nothing else runs."""
+def lowest(
+    runs: dict[str, Callable[[], object]], between: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Microseconds of a call of each, the lowest of many short blocks: as if nothing else ran."""
     best = dict.fromkeys(runs, float("inf"))
     for _, (name, run) in itertools.product(range(ROUNDS), runs.items()):
         between()
@@ -32,7 +34,7 @@ def lowest(runs: dict[str, Callable[[], object]], between: Callable[[], object] 
 
 
 def measure() -> dict[str, float]:
-    """`aten`, `segfast` and their difference `over`, each also `_grad` where the weight requires a gradient."""
+    """`aten`, `segfast` and their difference `over`, each also `_grad`: the weight requires a gradient."""
     torch.set_num_threads(1)
     x, weight = (
         t.contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
-"""The ceilings of the device at hand, measured: copy, matrix product, L2 reads, exp2, and the clock under load.
+"""The ceilings of the device at hand, measured: copy, matrix product, L2 reads, exp2, clock under load.
 
-On a CPU (a dry run) the same names come from small torch calls, so that what follows has numbers to divide by.
+On a CPU (a dry run) the same names come from small torch calls, so that the rest has numbers to divide by.
 """
 
 import statistics

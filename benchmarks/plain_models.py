@@ -1,6 +1,7 @@
 """Whole networks in plain torch.nn: what segfast's models are measured against."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -48,7 +49,7 @@ class UNet(nn.Module):
         padding = int(padded)
         self.inc = _double_conv(in_channels, width, padding)
         widths = [width << level for level in range(depth + 1)]
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.downs = nn.ModuleList(_double_conv(narrow, wide, padding) for narrow, wide in pairs)
         self.ups = nn.ModuleList(_Up(wide, narrow, padding) for narrow, wide in reversed(pairs))
         self.outc = nn.Conv2d(width, num_classes, 1)
@@ -64,7 +65,7 @@ class UNet(nn.Module):
 
 
 class FCN8sVGG16(nn.Module):
-    """Long, Shelhamer, Darrell 2015: VGG16 with its first padding of 100, skips summed, cropped to the input."""
+    """Long, Shelhamer, Darrell 2015: VGG16 with a first padding of 100, skips summed, cropped back."""
 
     OFFSETS = (5, 9, 31)  # crop offsets of pool4's score, pool3's score and the output
 

@@ -1,7 +1,7 @@
-"""Compile every kernel a run will launch, in parallel processes, so that no compilation falls into a timed loop.
+"""Compile every kernel a run will launch, in parallel processes: none is compiled inside a timed loop.
 
-Each process goes through its share of the calls with launches recorded instead of made, and compiles what was recorded;
-Triton's cache on disk hands the results to the processes that measure.
+Each process goes through its share of the calls with launches recorded instead of made, and compiles what was
+recorded; Triton's cache on disk hands the results to the processes that measure.
 """
 
 import importlib
@@ -42,7 +42,7 @@ def tasks(cases: Sequence[Case], directions: Sequence[str], all_candidates: bool
 
 
 def compile_all(work: Sequence[Task], budget_s: float, log: Callable[[str], None]) -> int:
-    """Run the tasks over as many processes as there are cores and memory; returns how many kernels were compiled."""
+    """Run the tasks in as many processes as there are cores and memory; returns the kernels compiled."""
     workers = 2
     if torch.cuda.is_available() and not dry_run():
         free = torch.cuda.mem_get_info()[0]

@@ -113,9 +113,10 @@ def mean_field(
     spatial: tuple[float, float],
     chunk: int = 1 << 24,
 ) -> torch.Tensor:
-    """Exact dense-CRF mean field, all pairs, with pydensecrf's symmetric normalisation and Potts compatibility.
+    """Exact dense-CRF mean field, all pairs, with pydensecrf's symmetric normalisation and Potts weights.
 
-    `unary` [labels, H, W] are negative log probabilities, `image` [3, H, W] in 0..255. Kraehenbuehl, Koltun 2011.
+    `unary` [labels, H, W] are negative log probabilities, `image` [3, H, W] in 0..255. Kraehenbuehl and
+    Koltun, 2011.
     """
     labels, height, width = unary.shape
     rows, columns = torch.meshgrid(
@@ -185,7 +186,7 @@ class Problem:
         )
 
     def bind(self, function: Formula, tensors: Tensors | None = None) -> Callable[[], Any]:
-        """A call of `function` on `tensors` in the case's direction; gradients come in the order of `wanted`."""
+        """A call of `function` on `tensors` in the case's direction; gradients in the order of `wanted`."""
         tensors = dict(self.tensors if tensors is None else tensors)
         direction = self.case.direction
         if direction == "forward":
@@ -226,7 +227,7 @@ class Problem:
         return output
 
     def reference(self) -> Any:
-        """`sample` of the right answer: fp64, and fp32 for whole-batch gradients and large CRFs of 16-bit cases."""
+        """`sample` of the right answer: fp64; fp32 for large CRFs and for gradients of 16-bit cases."""
         exact = self.case.dtype == "float32" and self.case.exponentials < 2e11
         forward = self.case.direction == "forward" and self.case.op != "dense_crf"
         dtype = torch.float64 if exact or forward else torch.float32
@@ -280,7 +281,9 @@ def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Ten
     ci, co, k, groups = case["ci"], case["co"], case.params.get("k", 1), case.params.get("g", 1)
     tensors = {"x": normal(n, ci, h, w)}
     scale = 1 / math.sqrt(ci * k * k / groups)
-    if case.op in ("conv_transpose2d", "up_concat"):
+    if case.params.get("weight") == "bilinear":
+        tensors["weight"] = bilinear_weight(ci, k).to(device, dtype)
+    elif case.op in ("conv_transpose2d", "up_concat"):
         tensors["weight"] = normal(ci, co, k, k, scale=scale * case["s"])
     elif case.op == "conv2d":
         tensors["weight"] = normal(co, ci // groups, k, k, scale=scale)
@@ -303,6 +306,16 @@ def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Ten
     if "bn" in case.epilogue:
         tensors.update(_batch_norm(co, normal))
     return tensors
+
+
+def bilinear_weight(channels: int, k: int) -> torch.Tensor:
+    """FCN's initialisation [C, C, k, k]: each channel interpolates itself (Long, Shelhamer, Darrell 2015)."""
+    factor = (k + 1) // 2
+    centre = factor - 1 if k % 2 == 1 else factor - 0.5
+    line = 1 - (torch.arange(k) - centre).abs() / factor
+    weight = torch.zeros(channels, channels, k, k)
+    weight[range(channels), range(channels)] = line[:, None] * line
+    return weight
 
 
 def _batch_norm(channels: int, normal: Callable[..., torch.Tensor], prefix: str = "") -> Tensors:

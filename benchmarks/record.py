@@ -1,7 +1,7 @@
 """File what a GPU run brought back: `python -m benchmarks.record FOLDER` (`make record FROM=FOLDER`).
 
 configs.json goes into kernels/configs/<gpu>.json, proven.json into kernels/configs/proven.json, the rows into
-benchmarks/results/<gpu>/<family>.csv, each merged with what is there. All is checked before anything is written.
+benchmarks/results/<gpu>/<family>.csv, each merged with what is there, all checked before anything is written.
 """
 
 import argparse
@@ -95,7 +95,9 @@ def _configs(path: Path, folder: Path) -> dict[Path, str]:
     names = {field.name for field in dataclasses.fields(Config)}
     for operation, buckets in new.get("operations", {}).items():
         for bucket, row in buckets.items():
-            if not names >= set(row.get("config", {})) or not all(row.get(n, 0) > 0 for n in ("us", "aten_us")):
+            if not names >= set(row.get("config", {})) or not all(
+                row.get(n, 0) > 0 for n in ("us", "aten_us")
+            ):
                 raise Refused(f"{path}: {operation} {bucket} is not a measured configuration: {row}")
     if not new.get("operations"):
         raise Refused(f"{path} holds no operation")

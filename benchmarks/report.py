@@ -8,11 +8,11 @@ import collections
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import time_us
+from benchmarks.rows import VERSIONS, time_us
 from segfast._files import atomic_write
 
 Row = Mapping[str, Any]
@@ -29,7 +29,7 @@ p.note{background:#fff6e0;border-left:4px solid #e0a800;padding:.5em 1em}
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each (case, dtype, direction, size, candidate): a repeated run replaces an earlier one."""
+    """The last row of each case, dtype, direction, size and candidate: a later run replaces an earlier."""
     names = ("case", "dtype", "direction", "size", "candidate")
     kept = {tuple(row[name] for name in names): row for row in rows}
     return list(kept.values())
@@ -46,7 +46,7 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
 
 
 def best(members: Sequence[Row], ours: bool) -> Row | None:
-    """The fastest measured row of ours, or of the peers; the plain peer where `wall_us` is all there is too."""
+    """The fastest measured row of ours, or of the peers; None if there is none."""
     timed = [row for row in members if row["status"] == "ok" and row["ours"] == ours and time_us(row) > 0]
     return min(timed, key=time_us, default=None)
 
@@ -104,7 +104,10 @@ def caveat(rows: Sequence[Row]) -> str:
         return f"Dry run on a CPU: the control flow was walked, {NO_GPU}."
     devices = sorted({row["gpu"] for row in rows if row["gpu"]})
     if devices == ["cpu"]:
-        return f"CPU figures (batch 1, fp32, small sizes): {NO_GPU}."
+        return (
+            f"CPU figures (batch 1, fp32, small sizes, one thread): {NO_GPU}. On a CPU segfast runs ATen, apart "
+            "from bilinear upsampling with fixed weights: elsewhere expect ratios near 1 and the machine's noise."
+        )
     return f"Measured on {', '.join(devices)}."
 
 
@@ -142,40 +145,36 @@ def _case_table(rows: Sequence[Row]) -> str:
         for header, cell in COLUMNS
         if header != "case" and (header in _TEXT or any(cell(row) for row in rows))
     ]
-    head = "".join(f"<th>{html.escape(header)}</th>" for header, _ in columns)
-    body = []
-    for row in rows:
-        cells = "".join(
-            f"<td{' class=t' if header in _TEXT else ''}>{html.escape(cell(row))}</td>"
-            for header, cell in columns
-        )
-        body.append(f"<tr{' class=ours' if row['ours'] else ''}>{cells}</tr>")
-    return (
-        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    lines = [[cell(row) for _, cell in columns] for row in rows]
+    ours = {i for i, row in enumerate(rows) if row["ours"]}
+    return _table([header for header, _ in columns], lines, left=1, marked=ours)
 
 
 def _overview(groups: Mapping[tuple, Sequence[Row]]) -> str:
-    head = "<th>case</th><th>dtype</th><th>direction</th><th>floor us</th><th>fastest peer</th><th>us</th>"
-    head += "<th>segfast us</th><th>ratio</th>"
-    body = []
+    """One line a case: the fastest peer, ours, the ratio."""
+    floors = any(members[0]["floor_us"] > 0 for members in groups.values())
+    columns = ["case", "dtype", "direction", "fastest peer", "us", "segfast us", "ratio"]
+    lines = []
     for (case, dtype, direction, _), members in groups.items():
         mine, theirs = best(members, True), best(members, False)
-        cells = [
-            (case, True),
-            (dtype, True),
-            (direction, True),
-            (_figure(members[0]["floor_us"]), False),
-            (theirs["candidate"] if theirs else members[-1]["status"], True),
-            (_figure(time_us(theirs)) if theirs else "", False),
-            (_figure(time_us(mine)) if mine else "", False),
-            (_figure(ratio(members)), False),
-        ]
-        body.append(
-            "<tr>"
-            + "".join(f"<td{' class=t' if left else ''}>{html.escape(text)}</td>" for text, left in cells)
-            + "</tr>"
-        )
+        line = [case, dtype, direction]
+        line.append(theirs["candidate"] if theirs else members[-1]["status"])
+        line += [_figure(time_us(row)) if row else "" for row in (theirs, mine)]
+        line.append(_figure(ratio(members)))
+        lines.append(line + ([_figure(members[0]["floor_us"])] if floors else []))
+    return _table(columns + ["floor us"] * floors, lines, left=4)
+
+
+def _table(
+    columns: Sequence[str], lines: Sequence[Sequence[str]], left: int, marked: Collection[int] = ()
+) -> str:
+    """An HTML table; the first `left` columns and "status" are text, the lines `marked` are ours."""
+    kinds = [" class=t" if i < left or column == "status" else "" for i, column in enumerate(columns)]
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = []
+    for i, line in enumerate(lines):
+        cells = "".join(f"<td{kind}>{html.escape(text)}</td>" for kind, text in zip(kinds, line, strict=True))
+        body.append(f"<tr{' class=ours' if i in marked else ''}>{cells}</tr>")
     return (
         f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
@@ -186,27 +185,30 @@ def plot(groups: Mapping[tuple, Sequence[Row]], family: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    bars = []  # (label, time, low, high, ours, floor)
+    bars: list[tuple[float, str, Row]] = []
+    place = 0.0
     for (case, dtype, direction, _), members in groups.items():
         timed = [row for row in members if row["status"] == "ok" and time_us(row) > 0]
         for i, row in enumerate(timed):
-            clock = "gpu" if row["gpu_us"] > 0 else "wall"
             label = f"{case}, {dtype}, {direction}: {row['candidate']}" if i == 0 else row["candidate"]
-            spread = [row[f"{clock}_p20"], row[f"{clock}_p80"]]
-            bars.append((label, time_us(row), spread, row["ours"], row["floor_us"]))
-    figure = Figure(figsize=(10, 0.9 + 0.24 * max(1, len(bars))))
+            bars.append((place, label, row))
+            place += 1
+        place += 0.7 if timed else 0
+    figure = Figure(figsize=(10, 1.2 + 0.2 * max(1.0, place)))
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for i, (_, value, (low, high), ours, floor) in enumerate(bars):
-        axes.barh(i, value, color=COLOURS["ours" if ours else "peer"])
+    for y, _, row in bars:
+        clock = "gpu" if row["gpu_us"] > 0 else "wall"
+        low, high, floor = row[f"{clock}_p20"], row[f"{clock}_p80"], row["floor_us"]
+        axes.barh(y, time_us(row), color=COLOURS["ours" if row["ours"] else "peer"])
         if not math.isnan(low):
-            axes.plot([low, high], [i, i], color="#444", linewidth=1)
+            axes.plot([low, high], [y, y], color="#444", linewidth=1)
         if not math.isnan(floor):
-            axes.plot([floor, floor], [i - 0.4, i + 0.4], color=COLOURS["floor"], linewidth=2)
-    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
-    axes.invert_yaxis()
+            axes.plot([floor, floor], [y - 0.45, y + 0.45], color=COLOURS["floor"], linewidth=2)
+    axes.set_yticks([y for y, *_ in bars], [label for _, label, _ in bars], fontsize=8)
+    axes.set_ylim(place, -1)
     axes.set_xscale("log")
-    axes.set_xlabel("microseconds, log scale (blue: segfast, red: floor, line: p20 to p80)")
+    axes.set_xlabel("microseconds, log scale (blue: segfast, grey: peers, line: p20 to p80, red: floor)")
     axes.set_title(family)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -221,11 +223,11 @@ def html_page(rows: Sequence[Row], title: str = "segfast benchmark") -> str:
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p class=note>{html.escape(caveat(rows))}</p>"]
     if rows:
         last = rows[-1]
-        versions = ("gpu", "torch", "triton", "cudnn", "cuda", "driver", "python", "commit", "date")
-        parts.append("<p>" + html.escape(", ".join(f"{n} {last[n]}" for n in versions if last[n])) + "</p>")
+        parts.append("<p>" + html.escape(", ".join(f"{n} {last[n]}" for n in VERSIONS if last[n])) + "</p>")
     parts.append(
-        "<p>Times are medians. The ratio is the fastest peer's time over ours, within one run: above 1, ours is faster. "
-        "The floor is the largest of FLOPs, bytes, L2 reads and exponentials over ceilings measured in the same run.</p>"
+        "<p>Times are medians. The ratio is the fastest peer's time over ours, within one run: above 1, ours "
+        "is faster. The floor is the largest of FLOPs, bytes, L2 reads and exponentials over ceilings "
+        "measured in the same run.</p>"
     )
     mean = geometric_mean([ratio(members) for members in groups.values()])
     if not math.isnan(mean):

@@ -10,19 +10,30 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.timing import Measurement
 
-FIELDS = (
-    "tier case family op layer dtype direction size candidate ours status error gpu_us gpu_p20 gpu_p80 wall_us wall_p20 "
-    "wall_p80 graph_us cold_ms peak_mb runs gflop min_mb floor_us floor_by fraction note dry_run gpu arch torch triton "
-    "cudnn cuda driver python commit date"
-).split()
+NAMES = ("tier", "case", "family", "op", "layer", "dtype", "direction", "size", "candidate", "ours", "status")
+TIMES = ("gpu_us", "gpu_p20", "gpu_p80", "wall_us", "wall_p20", "wall_p80")
+NUMBERS = (
+    "error",
+    *TIMES,
+    "graph_us",
+    "cold_ms",
+    "peak_mb",
+    "runs",
+    "gflop",
+    "min_mb",
+    "floor_us",
+    "fraction",
+)
+VERSIONS = ("gpu", "arch", "torch", "triton", "cudnn", "cuda", "driver", "python", "commit", "date")
+FIELDS = [*NAMES, *NUMBERS, "floor_by", "note", "dry_run", *VERSIONS]
 KEY = ("tier", "case", "dtype", "direction", "size", "candidate")
 
 
 def floor(case: Case, ceilings: Mapping[str, float]) -> tuple[float, str]:
-    """Microseconds no implementation runs much under, and which ceiling sets them; NaN without ceilings (a CPU).
+    """Microseconds no implementation runs much under, and which ceiling sets them; NaN without ceilings.
 
-    The largest of useful FLOPs over the matrix rate, bytes over the copy rate, an implicit GEMM's L2 reads over the
-    L2 rate, and exponentials over the exp2 rate.
+    The largest of useful FLOPs over the matrix rate, bytes over the copy rate, an implicit GEMM's L2 reads
+    over the L2 rate, and exponentials over the exp2 rate.
     """
     rate = ceilings.get({"tf32": "tf32_tflops", "float32": "fp32_tflops"}.get(case.dtype, "bf16_tflops"))
     terms = {
@@ -74,8 +85,7 @@ def make_row(
         **environment,
     }
     if timing is not None:
-        names = ("gpu_us", "gpu_p20", "gpu_p80", "wall_us", "wall_p20", "wall_p80", "runs")
-        row.update({name: getattr(timing, name) for name in names})
+        row.update({name: getattr(timing, name) for name in (*TIMES, "runs")})
         row["fraction"] = floor_us / timing.us
     return row
 
@@ -103,12 +113,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a file with other columns.
     """
-    numbers = FIELDS[FIELDS.index("error") : FIELDS.index("runs") + 1] + [
-        "gflop",
-        "min_mb",
-        "floor_us",
-        "fraction",
-    ]
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != FIELDS:
@@ -117,7 +121,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for row in rows:
         if None in row or None in row.values():
             raise ValueError(f"{path}: a row of {row['case']} has a wrong number of columns")
-        row.update({name: float(row[name] or "nan") for name in numbers})
+        row.update({name: float(row[name] or "nan") for name in NUMBERS})
         row.update({name: row[name] == "1" for name in ("ours", "dry_run")})
     return rows
 

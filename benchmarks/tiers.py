@@ -1,23 +1,22 @@
-"""The tiers of a GPU run, each useful alone: a worker process runs one of them and appends rows as they come."""
+"""The tiers of a GPU run, each useful alone: a worker process runs one, appending rows as they come."""
 
 import dataclasses
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import peaks
-from benchmarks.baselines import Peer, peers
 from benchmarks.cases import BLOCKS, CASES, OPERATORS, Case, find, headline
 from benchmarks.environment import dry_run, environment
-from benchmarks.model_problems import ModelProblem
 from benchmarks.problems import Problem
 from benchmarks.rows import append_rows, make_row
-from benchmarks.timing import Measurement, Skipped, measure
+from benchmarks.suite import candidates, make_problem, measure_problem
+from benchmarks.timing import Measurement, Skipped
 
 STICKY = 75  # exit code of a worker whose CUDA context is lost: the rest of the tier needs another process
 CASE_SECONDS = 1.5  # of timing, of an operator case; a tier with less time for each takes less
@@ -66,7 +65,7 @@ class Session:
             for case in cases
             if self.family in (None, case.family) and (not self.names or case.name in self.names)
         ]
-        return [case.cpu() for case in wanted] if self.dry else wanted
+        return [case.tiny() for case in wanted] if self.dry else wanted
 
     def measure_ceilings(self, fresh: bool = False) -> None:
         """The ceilings of this run: measured once, kept in `ceilings.json`."""
@@ -103,35 +102,17 @@ class Session:
             self.check_context()
 
     def _measure(self, case, budget, with_ours, with_peers, compiled) -> list[Measurement]:
-        model = case.op == "model"
         try:
-            problem = (ModelProblem if model else Problem)(case, self.device)
+            problem = make_problem(case, self.device)
         except LookupError as error:
             return [Measurement("plain", False, "skipped", str(error.args[0]))]
-        candidates: list[Peer] = []
-        if with_peers:
-            candidates += problem.peers(compiled) if model else peers(problem, compiled=compiled)
         if with_ours:
-            candidates += self._ours(problem)
-        return measure(
-            case,
-            candidates,
-            problem.reference(),
-            problem.sample,
-            self.device,
-            budget_s=budget,
-            graphs=model and case.direction == "forward",
-            min_rounds=2 if self.dry else 5,
-            log=log,
-        )
+            import segfast
 
-    def _ours(self, problem: Problem | ModelProblem) -> Iterator[Peer]:
-        import segfast
-        from benchmarks.ours import ours
-
-        # Measured as asked for by name: whether "auto" would take it is what the figures decide.
-        segfast.backend("aten" if self.dry else "triton")
-        yield from problem.ours() if isinstance(problem, ModelProblem) else ours(problem)
+            # Asked for by name: whether "auto" would take it is what the figures decide.
+            segfast.backend("aten" if self.dry else "triton")
+        found = candidates(problem, with_peers=with_peers, with_ours=with_ours, compiled=compiled)
+        return measure_problem(problem, found, budget_s=budget, min_rounds=2 if self.dry else 5, log=log)
 
     def append(self, case: Case, results: Sequence[Measurement]) -> None:
         rows = [
@@ -143,7 +124,7 @@ class Session:
             say(f"  {result.candidate:18} {figure}  {result.note}")
 
     def check_context(self) -> None:
-        """Leave with STICKY if an error has made the CUDA context unusable; else give the case's memory back."""
+        """Leave with STICKY if the CUDA context has become unusable; else give the case's memory back."""
         if self.device.type != "cuda":
             return
         try:
@@ -252,10 +233,8 @@ def t5(session: Session) -> None:
     session.run_cases(session.selected(OPERATORS + BLOCKS), with_ours=True, compiled=compiled)
     for dtype in DTYPES:
         with fp32_precision(dtype):
-            cases = [case.replace(dtype=dtype) for case in _served(headline())]
-            selected = session.selected(cases)
-            session.run_cases([case.replace(dtype=dtype) for case in selected] if not session.dry else selected,
-                              with_ours=True)  # fmt: skip
+            cases = session.selected([case.replace(dtype=dtype) for case in _served(headline())])
+            session.run_cases(cases, with_ours=True)
 
 
 def bench(session: Session) -> None:
@@ -280,7 +259,7 @@ TIERS: dict[str, Callable[[Session], None]] = {
 
 
 class fp32_precision:
-    """cuDNN's and cuBLAS's own switch for fp32: tf32 for the dtype of that name, full precision for float32."""
+    """cuDNN's and cuBLAS's own switch for fp32: tf32 for the dtype of that name, exact for float32."""
 
     def __init__(self, dtype: str) -> None:
         self.precision = {"tf32": "tf32", "float32": "ieee"}.get(dtype)
@@ -304,7 +283,7 @@ def _served(cases: Sequence[Case]) -> list[Case]:
 
 def _tiny(case: Case) -> Case:
     """Small enough for Triton's interpreter."""
-    return case.replace(size="tiny", params={**case.params, "ci": 8, "co": 8, "h": 3, "w": 3})
+    return case.replace(params={**case.params, "ci": 8, "co": 8, "h": 3, "w": 3})
 
 
 def _tune(case: Case, session: Session, budget_s: float):

@@ -101,7 +101,7 @@ def measure(
     min_rounds: int = 5,
     log: Callable[[str], None] = print,
 ) -> list[Measurement]:
-    """Gate each candidate against `reference` on `sample(output)`, then time those that passed, interleaved."""
+    """Gate each candidate against `reference` on `sample(output)`, then time those that pass, interleaved."""
     results, passed = [], {}
     for candidate in candidates:
         if isinstance(candidate, Skipped):

@@ -40,6 +40,16 @@ class Config:
         return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
 
 
+def fit_registers(config: Config, accumulators: int) -> Config:
+    """`config` with more warps (up to 8), then fewer columns, until a thread holds at most so many of its products."""
+    while config.block_m * config.block_n > accumulators * 32 * config.num_warps:
+        if config.num_warps < 8:
+            config = replace(config, num_warps=2 * config.num_warps)
+        else:
+            config = replace(config, block_n=config.block_n // 2)
+    return config
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a configuration may depend on: never on the exact image size."""

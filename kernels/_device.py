@@ -79,5 +79,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     # This is torch.backends.cudnn.conv.fp32_precision, in a tenth of the time.
     precision = torch._C._get_fp32_precision_getter("cuda", "conv")
     # Three tf32 products recover fp32's accuracy and stay on the matrix units; AMD's have plain fp32.
-    exact = "ieee" if torch.version.hip else "tf32x3"
-    return "tf32" if precision == "tf32" else exact
+    amd = torch.version.hip if _pretended is None else _pretended.startswith("gfx")
+    if amd:
+        return "ieee"
+    return "tf32" if precision == "tf32" else "tf32x3"

@@ -148,6 +148,8 @@ def check_model(
     lead = next((t for t in inputs if isinstance(t, Tensor)), None)
     if lead is None:
         raise UserError("example must be a tensor or hold one")
+    if lead.device.type not in MEMORY_KINDS:
+        raise UserError(f"example must be on a CPU or a CUDA GPU, got {lead.device}")
     try:
         before = copy.deepcopy(model).train(train)
     except Exception as error:
@@ -172,6 +174,9 @@ def check_model(
         gradient = _worst(_gradients(before), _gradients(after)) if train else None
         decisions = tuple(explain(ours))
         del reference, result
+        # Gradients left from above would be freed in the call and hide as much of its own memory.
+        before.zero_grad(set_to_none=True)
+        after.zero_grad(set_to_none=True)
         plain_bytes, our_bytes = (_peak_bytes(run, lead.device) for run in (plain, ours))
         times = interleave({"before": plain, "after": ours}, lead.device, budget_s=budget_s)
     return CheckResult(

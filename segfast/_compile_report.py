@@ -76,12 +76,13 @@ def _span(widths: tuple[int, int]) -> str:
     return "-" if high == 0 else str(low) if low == high else f"{low}..{high}"
 
 
-def tasks(families: Sequence[str], archs: Sequence[str], dtypes: Sequence[str], all_candidates: bool) -> list[Task]:
-    """Every task of a report; AMD has no tf32 but on one generation, so tf32 is NVIDIA's."""
+def tasks(families: Sequence[str], archs: Sequence[str], dtypes: Sequence[str], specimens: Sequence[str] = ("",),
+          all_candidates: bool = False) -> list[Task]:  # fmt: skip
+    """The tasks whose specimen's name starts with one of `specimens`; tf32 is NVIDIA's."""
     found = []
     for family in families:
         for dtype in dtypes:
-            names = [name for name, _, _ in _specimens(family, dtype)]
+            names = [name for name, _, _ in _specimens(family, dtype) if name.startswith(tuple(specimens))]
             for arch in archs:
                 if dtype != "tf32" or arch.startswith("sm"):
                     found += [Task(family, arch, dtype, name, all_candidates) for name in names]
@@ -198,6 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="default: %(default)s")
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), help="default: %(default)s")
+    parser.add_argument("--specimen", nargs="+", default=[""], help="only those whose name starts so (default: all)")
     parser.add_argument("--all-candidates", action="store_true", help="also the configurations that only the tuner tries")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the table here too")
@@ -217,7 +219,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--processes must be positive, got {args.processes}")
     if interpreting():
         return _without_interpreter(args)
-    rows = compile_report(tasks(args.family, args.arch, args.dtype, args.all_candidates), args.processes)
+    work = tasks(args.family, args.arch, args.dtype, args.specimen, args.all_candidates)
+    if not work:
+        raise UserError(f"--specimen: no specimen's name starts with {' or '.join(map(repr, args.specimen))}")
+    rows = compile_report(work, args.processes)
     bad = sum(bool(row.problems) for row in rows)
     table = format_table(HEADERS, [row.cells() for row in rows])
     text = f"{table}\n\n{len(rows)} kernels, {bad} with a problem; store, load and async are bytes a thread, instr the whole program's"
@@ -231,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
 def _without_interpreter(args: argparse.Namespace) -> int:
     """Run the same command in a process that compiles: under TRITON_INTERPRET=1 this one cannot."""
     command = [sys.executable, "-m", "segfast._compile_report", "--processes", str(args.processes)]
-    for name in ("arch", "family", "dtype"):
+    for name in ("arch", "family", "dtype", "specimen"):
         command += [f"--{name}", *getattr(args, name)]
     command += ["--all-candidates"] * args.all_candidates
     command += [] if args.out is None else ["--out", str(args.out)]

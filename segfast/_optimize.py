@@ -323,14 +323,14 @@ def _to_channels_last(modules: Any) -> None:
         if names:
             _set_layout(module, names, torch.channels_last)
             record = _record(module)
-            record["contiguous"] = (*record.get("contiguous", ()), *names)
+            record["contiguous"] = tuple({*record.get("contiguous", ()), *names})
 
 
 def _set_layout(module: nn.Module, names: tuple[str, ...], memory_format: torch.memory_format) -> None:
     """Change the layout under the same Parameter objects, as `Module.to(memory_format=...)` does."""
     for name in names:
         tensor = getattr(module, name, None)
-        if tensor is None or tensor.dim() != 4:
+        if tensor is None:
             continue
         tensor.data = tensor.data.contiguous(memory_format=memory_format)
         if tensor.grad is not None:

@@ -1,7 +1,7 @@
 """Timing candidates side by side: warmed up, interleaved A B A B, L2 cold, median with p20 and p80.
 
-`gpu_us` is device time between CUDA events, each call issued behind a short device sleep so that the host's own
-cost stays out of it. `wall_us` is host time a call, back to back, caches warm. On a CPU only `wall_us` exists.
+`gpu_us` is device time between CUDA events, each call issued behind a short device sleep so that the host's
+own cost stays out of it. `wall_us` is host time a call, back to back, caches warm. A CPU has only `wall_us`.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ def _rotated(names: list[str], turn: int) -> list[str]:
 
 
 def graph_us(run: Callable[[], object], device: torch.device, *, rounds: int = 20) -> float:
-    """Median microseconds of a CUDA-graph replay of `run`, host gaps gone; the L2 stays as the graph leaves it."""
+    """Median microseconds of a CUDA-graph replay of `run`: host gaps gone, the L2 as the graph leaves it."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""`segfast tune`: time the tile sizes of each kernel beside ATen on this GPU, within a time budget, and keep the best."""
+"""`segfast tune`: time each kernel's tile sizes beside ATen on this GPU within a budget; keep the best."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ from ._files import atomic_write
 from ._timing import interleave
 
 SHAPE = "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING"
-# U-Net's four up-convolutions, a 4x4 stride 2 decoder, and FCN's two: what is tuned where no --shape is given.
+# U-Net's four up-convolutions, a 4x4 stride 2 decoder, and FCN's two: tuned where no --shape is given.
 SHAPES = (
     (16, 1024, 512, 28, 28, 2, 2, 0),
     (16, 512, 256, 52, 52, 2, 2, 0),
@@ -49,7 +49,7 @@ class Variant:
 
 
 def variants(run: Callable[[], Any], device: torch.device) -> Iterator[Variant]:
-    """Every configuration worth timing of the operations that `run()` launches, nothing being launched yet."""
+    """Every configuration worth timing of the operations in `run()`, recorded, nothing being launched yet."""
     from .kernels import architecture, candidates, override_config, record_launches
     from .kernels._configs import record_problems
     from .kernels._device import shared_memory_limit
@@ -65,7 +65,7 @@ def variants(run: Callable[[], Any], device: torch.device) -> Iterator[Variant]:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What tuning one call found; `rows` are (configuration or "aten", median microseconds), fastest first."""
+    """What tuning one call found; `rows` are (configuration or "aten", median us), fastest first."""
 
     operation: str
     bucket: str
@@ -131,7 +131,9 @@ def merge_table(path: Path, found: list[Tuned], device: torch.device) -> None:
         temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
-def _calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, direction: str):
+def _calls(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, direction: str
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Our call and ATen's for one transposed convolution in one direction."""
     from .functional import conv_transpose2d
 
@@ -204,8 +206,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f"budget of {args.budget:.0f} s spent; {len(work) - i} of {len(work)} calls not tuned")
                 break
             share = left / (len(work) - i)
-            calls = _calls(shape, getattr(torch, args.dtype), device, direction)
-            tuned = tune_call(*calls, device, budget_s=0.5 * share)
+            ours, aten = _calls(shape, getattr(torch, args.dtype), device, direction)
+            tuned = tune_call(ours, aten, device, budget_s=0.5 * share)
             if tuned is not None:
                 found.append(tuned)
                 # Written as it comes: an interrupted run keeps what it measured.

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .tolerances import assert_close_to_reference
 
+# For tests of both backends: each runs in the session that can run it.
+INTERPRETING_ONLY = pytest.mark.interpreter
+BACKENDS = ["aten", pytest.param("triton", marks=INTERPRETING_ONLY)]
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": F.relu,

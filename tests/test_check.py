@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 import types
 
 import pytest
@@ -77,13 +78,18 @@ class TestVerdict:
         assert result(timing(2), timing(1), 1e-5).worth_it
 
 
-def test_a_real_gain_is_found():
-    # FCN's upsampling: bilinear weights, recognised by value, become two matrix products.
-    model = nn.ConvTranspose2d(21, 21, 64, stride=32, bias=False)
-    segfast.nn.init.bilinear_(model.weight)
-    found = check_model(model, torch.randn(1, 21, 16, 16), budget_s=0.3)
-    # Some ten times faster; how steadily depends on what else the machine does.
-    assert found.ratio > 2 and found.output.relative < 1e-5
+@pytest.mark.parametrize(("slow", "worth_it"), [("aten", True), ("auto", False)])
+def test_a_difference_in_time_is_found(monkeypatch, slow, worth_it):
+    right = segfast.nn.ConvTranspose2d.forward
+
+    def sleep_on_one_backend(self, x):
+        time.sleep(0.05 if segfast.get_backend() == slow else 0)
+        return right(self, x)
+
+    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", sleep_on_one_backend)
+    found = check_model(segfast.nn.ConvTranspose2d(4, 4, 2), torch.randn(1, 4, 3, 3), **QUICK)
+    assert found.agrees and found.worth_it is worth_it
+    assert (found.ratio > 2) is worth_it and (found.ratio < 0.5) is not worth_it
 
 
 def test_the_page_names_everything():
@@ -128,11 +134,14 @@ def test_a_wrong_gradient_is_found_and_named(monkeypatch):
 def test_nan_after_is_a_difference_and_nan_before_and_after_is_none(monkeypatch):
     class Overflow(nn.Module):
         def forward(self, x):
-            return torch.cat([x, x / 0])
+            return torch.cat([x, x / 0, 0 * x / 0])
 
     both = check_model(nn.Sequential(up(), Overflow()), torch.randn(1, 4, 5, 5), **QUICK)
     assert both.agrees and math.isfinite(both.output.absolute)
     right = segfast.nn.ConvTranspose2d.forward
+    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", lambda self, x: 1.01 * right(self, x))
+    wrong = check_model(nn.Sequential(up(), Overflow()), torch.randn(1, 4, 5, 5), **QUICK)
+    assert wrong.output.relative == pytest.approx(0.01, rel=1e-3)
     monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", lambda self, x: right(self, x).fill_(NAN))
     assert not check_model(up(), torch.randn(1, 4, 5, 5), **QUICK).agrees
 
@@ -202,6 +211,13 @@ def test_peak_memory_counts_what_lives_together():
     assert 600_000 <= peak < 650_000
 
 
+def test_peak_memory_of_training_holds_the_gradients():
+    model = up(64)
+    found = check_model(model, torch.randn(1, 64, 1, 1), train=True, **QUICK)
+    gradients = sum(p.nbytes for p in model.parameters())
+    assert gradients < found.before_bytes and gradients < found.after_bytes
+
+
 @pytest.mark.parametrize(
     ("model", "example", "train", "message"),
     [
@@ -219,6 +235,7 @@ def test_peak_memory_counts_what_lives_together():
         ),
         (nn.ReLU(), torch.ones(3), True, "no parameter that requires a gradient"),
         (up().requires_grad_(False), torch.ones(1, 4, 2, 2), True, "no parameter that requires a gradient"),
+        (up(), torch.ones(1, 4, 2, 2, device="meta"), False, "must be on a CPU or a CUDA GPU, got meta"),
         (up(), "image", False, "example must be a tensor or hold one"),
     ],
 )

@@ -133,6 +133,7 @@ def test_prove_records_what_is_right(gpu, cache, capsys, monkeypatch, wrong):
         _prove.ProofRow(OPERATION, "float32", "k3 s2", 1e-1 if wrong else 1e-7, 1e-6, not wrong),
     ]
     monkeypatch.setattr(_prove, "prove", lambda device: iter(rows))
+    cli.main(["doctor"])  # reads that nothing is proven yet
     assert cli.main(["doctor", "--prove"]) == (1 if wrong else 0)
     out = capsys.readouterr().out
     assert f"{2 if wrong else 3} of 3 right" in out and str(cache / "proven.json") in out

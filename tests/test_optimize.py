@@ -38,6 +38,14 @@ class Functional(nn.Module):
         return F.conv_transpose2d(x, self.weight, stride=2)
 
 
+class NestedFunctional(Functional):
+    def forward(self, x):
+        def run():
+            return F.conv_transpose2d(x, self.weight, stride=2)
+
+        return run()
+
+
 class OurFunctional(Functional):
     def forward(self, x):
         return segfast.functional.conv_transpose2d(x, self.weight, stride=2)
@@ -167,7 +175,7 @@ def test_filter_fn_sees_names_and_the_callers_own_layers():
     assert type(optimized.up) is nn.ConvTranspose2d and type(optimized.out) is segfast.nn.ConvTranspose2d
     assert rows(optimized)["up"].reason == "left out by filter_fn"
     again = segfast.optimize(optimized, filter_fn=lambda name, module: name == "up")
-    assert segfast.report(again).replaced == ["up", "out"]
+    assert [row.reason for row in segfast.report(again)] == ["replaced", "replaced"]
     assert type(segfast.restore(again).up) is nn.ConvTranspose2d
 
 
@@ -231,6 +239,7 @@ def quantized():
         (with_tensor_subclass_weight, "its weight is a Packed"),
         (quantized, "quantized"),
         (Functional, "its forward calls conv_transpose2d"),
+        (NestedFunctional, "its forward calls conv_transpose2d"),
     ],
 )
 def test_left_alone_with_the_reason(make, reason):
@@ -388,6 +397,17 @@ class TestLayout:
         segfast.optimize(model, inplace=True)
         segfast.restore(model)
         assert all(m.weight.is_contiguous() for m in (model.down, model.up, model.out))
+
+    def test_a_tensor_made_contiguous_in_between(self):
+        layer = up()
+        layer.register_buffer("other", torch.randn(2, 2, 3, 3))
+        segfast.optimize(layer, inplace=True)
+        layer.other = layer.other.contiguous()
+        model = nn.Sequential(layer, up())
+        segfast.optimize(model, inplace=True)
+        assert self.is_channels_last(layer.other)
+        segfast.restore(model)
+        assert layer.other.is_contiguous() and layer.weight.is_contiguous()
 
     def test_nothing_replaced_nothing_changed(self):
         model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv3d(2, 2, 2))

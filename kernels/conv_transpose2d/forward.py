@@ -7,12 +7,11 @@ belongs to one phase, walks the taps of that phase only and multiplies no zeros.
 """
 
 import math
-from dataclasses import replace
 
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
+from .._configs import Config, Problem, choose_config, fit_registers, register_candidates
 from .._device import dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
@@ -30,7 +29,7 @@ def _copy_skip(skip_ptr, y_ptr, tile, H, W, SH, SW, top, left, stride_sn, stride
     ok = (m < M)[:, None] & (c < SKIP)[None, :]
     w = m % W
     h = m // W % H
-    n = (m // W // H).to(tl.int64)
+    n = m // W // H
     source = tl.multiple_of(n * stride_sn + (h + top) * stride_sh + (w + left) * stride_sw, ALIGN)
     target = tl.multiple_of(n * stride_yn + h * stride_yh + w * stride_yw, ALIGN)
     values = tl.load(skip_ptr + source[:, None] + c[None, :], mask=ok, other=0.0)
@@ -70,7 +69,7 @@ def _conv_transpose2d_forward_phase_kernel(
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         i_w = m % PHASE_W
         i_h = m // PHASE_W % PHASE_H
-        n = (m // PHASE_W // PHASE_H).to(tl.int64)
+        n = m // PHASE_W // PHASE_H
         oh = i_h * STRIDE_H + phase_h
         ow = i_w * STRIDE_W + phase_w
         row_ok = (m < M) & (oh < OH) & (ow < OW)
@@ -186,7 +185,7 @@ def _conv_transpose2d_forward_wide_kernel(
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         j_w = m % GRID_W + PAD_W // STRIDE_W
         j_h = m // GRID_W % GRID_H + PAD_H // STRIDE_H
-        n = (m // GRID_W // GRID_H).to(tl.int64)
+        n = m // GRID_W // GRID_H
         row_ok = m < M
 
         TAPS_H: tl.constexpr = KERNEL_H // STRIDE_H
@@ -261,7 +260,8 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     depth = max(16, min(depth, triton.next_power_of_2(problem.channels_in // problem.groups)))
     if problem.channels_out // problem.groups * problem.dtype.itemsize % 16 != 0:
         # Odd channel counts (21 classes): short rows of columns, and narrow accesses that want few to a thread.
-        return [Config(64, 256, depth, 8, 3), Config(128, 128, depth, 8, 3), Config(128, 64, depth, 8, 3)]
+        found = [Config(64, 256, depth, 8, 3), Config(128, 128, depth, 8, 3), Config(128, 64, depth, 8, 3)]
+        return found if problem.dtype.itemsize == 2 else [fit_registers(config, 32) for config in found]
     wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
     found = []
     if wide >= 256:
@@ -277,6 +277,9 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     programs = (problem.columns * problem.rows) // (found[0].block_m * found[0].block_n)
     if programs < 264:
         found.sort(key=lambda config: config.block_m * config.block_n)
+    if problem.dtype.itemsize == 4:
+        # fp32 operands pass through registers.
+        found = [fit_registers(config, 64 if config.num_warps == 8 else 32) for config in found]
     return found
 
 
@@ -311,10 +314,10 @@ def _make(
         align = fold_alignment(channels_out, stride, padding, out, residual)
     else:
         align = pixel_alignment(x, residual, skip, out)
-    # Accumulators a thread can hold: a residual or an erf needs registers beside them, so do many narrow accesses.
-    most = 32 if align * x.element_size() < 8 else 64 if residual is not None or activation == "gelu" else 128
-    while config.block_m * config.block_n > most * 32 * config.num_warps and config.block_n > 16:
-        config = replace(config, block_n=config.block_n // 2)
+    if align * x.element_size() < 8:
+        config = fit_registers(config, 32)  # as many addresses beside them
+    elif residual is not None or activation == "gelu":
+        config = fit_registers(config, 64 if x.element_size() == 2 else 32)
     if fold:
         tiles_n = stride[0] * triton.cdiv(stride[1] * channels_out, config.block_n)
     else:

@@ -5,13 +5,15 @@ are input pixels, columns input channels, depth is (tap, output channel): the we
 that few channels (21 classes) fill the depth tiles without padding.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
+from .._configs import Config, Problem, choose_config, fit_registers, register_candidates
 from .._device import dot_precision
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
-from ._fold import can_fold, fold_alignment
+from ._fold import can_fold, fold_alignment, taps_inside
 
 
 @triton.jit
@@ -22,11 +24,11 @@ def _conv_transpose2d_grad_input_kernel(
     CI: tl.constexpr, CO: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
+    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # CI and CO are the channels of one group; M = N * H * W.
+    # CI and CO are the channels of one group; M = N * H * W. INSIDE: no tap of any pixel leaves the gradient.
     pid = tl.program_id(0)
     group = tl.program_id(1)
     if WIDE_INDEX:
@@ -36,7 +38,7 @@ def _conv_transpose2d_grad_input_kernel(
     ci = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     iw = m % W
     ih = m // W % H
-    n = (m // W // H).to(tl.int64)
+    n = m // W // H
     row_ok = m < M
     row_h = ih * STRIDE_H - PAD_H
     row_w = iw * STRIDE_W - PAD_W
@@ -63,11 +65,13 @@ def _conv_transpose2d_grad_input_kernel(
             depth_ok = channel < RUN
             oh = row_h + tap // TAPS_W * DILATION_H
             ow = row_w + tap % TAPS_W * DILATION_W
-            ok = row_ok & (oh >= 0) & (oh < OH)
+            ok = row_ok if INSIDE else row_ok & (oh >= 0) & (oh < OH)
             if FOLD:
                 position = tl.multiple_of(row_w * CO, ALIGN)[:, None] + channel[None, :]
                 end = tl.multiple_of(OW * CO, ALIGN)
                 ok = ok[:, None] & (position >= 0) & (position < end) & depth_ok[None, :]
+            elif INSIDE:
+                ok = ok[:, None]
             else:
                 ok = (ok & (ow >= 0) & (ow < OW))[:, None]
             offsets = tl.multiple_of(oh * stride_gh + ow * stride_gw, ALIGN)
@@ -78,7 +82,9 @@ def _conv_transpose2d_grad_input_kernel(
             tap = depth // CO
             oh = row_h[:, None] + (tap // KERNEL_W * DILATION_H)[None, :]
             ow = row_w[:, None] + (tap % KERNEL_W * DILATION_W)[None, :]
-            ok = row_ok[:, None] & depth_ok[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            ok = row_ok[:, None] & depth_ok[None, :]
+            if not INSIDE:
+                ok = ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
             offsets = tl.multiple_of(row_h * stride_gh + row_w * stride_gw, ALIGN)
             taps = tl.multiple_of(
                 tap // KERNEL_W * DILATION_H * stride_gh + tap % KERNEL_W * DILATION_W * stride_gw, ALIGN
@@ -109,6 +115,9 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     found += [Config(128, narrow, depth, 4, 4), Config(64, narrow, depth, 4, 4)]
     if problem.columns * problem.rows // (found[0].block_m * found[0].block_n) < 264:
         found.sort(key=lambda config: config.block_m * config.block_n)
+    if problem.dtype.itemsize == 4:
+        # fp32 operands pass through registers.
+        found = [fit_registers(config, 64 if config.num_warps == 8 else 32) for config in found]
     return found
 
 
@@ -127,12 +136,15 @@ def _make(gy, w, out, stride, padding, dilation, groups) -> Plan:
     config = choose_config(problem, gy.device)
     fold = can_fold(channels_out, groups, dilation, gy)
     align = fold_alignment(channels_out, stride, padding, gy) if fold else pixel_alignment(gy)
+    if align * gy.element_size() < 8:
+        config = replace(config, num_warps=8)  # fewer of the many narrow loads to a thread
     scalars = (rows, height, width, *gy.shape[2:], *image_strides(gy), *image_strides(out))
     constants = {
         "CI": columns, "CO": channels_out, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
         "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
         "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(gy.dtype),
-        "FOLD": fold, "ALIGN": align, "ALIGN_X": pixel_alignment(out), "WIDE_INDEX": needs_wide_index(gy, out),
+        "FOLD": fold, "INSIDE": taps_inside((height, width), gy.shape[2:], kernel, stride, padding, dilation),
+        "ALIGN": align, "ALIGN_X": pixel_alignment(out), "WIDE_INDEX": needs_wide_index(gy, out),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), groups)

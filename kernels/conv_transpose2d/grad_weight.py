@@ -5,15 +5,17 @@ Columns run over (tap, channel), the weight's own order. The depth is long and t
 into SPLIT parts whose fp32 results go to a workspace and are summed in a fixed order.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
+from .._configs import Config, Problem, choose_config, fit_registers, register_candidates
 from .._device import dot_precision
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from .._reduce import reduce_partials
-from ._fold import can_fold, fold_alignment
+from ._fold import can_fold, fold_alignment, taps_inside
 
 
 @triton.jit
@@ -24,7 +26,7 @@ def _conv_transpose2d_grad_weight_kernel(
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
+    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -66,9 +68,9 @@ def _conv_transpose2d_grad_weight_kernel(
     k_w = k % W
     k_h = k // W % H
     k_n = k // W // H
-    first_w = (first % W).to(tl.int32)
-    first_h = (first // W % H).to(tl.int32)
-    first_n = (first // W // H).to(tl.int32)
+    first_w = first % W
+    first_h = first // W % H
+    first_n = first // W // H
     for start in tl.range(first, tl.minimum(first + CHUNK, M), BLOCK_K):
         pixel_ok = start + k < M
         iw = first_w + k_w
@@ -77,7 +79,7 @@ def _conv_transpose2d_grad_weight_kernel(
         ih = first_h + k_h + carry.to(tl.int32)
         carry = ih >= H
         ih = tl.where(carry, ih - H, ih)
-        n = (first_n + k_n + carry.to(tl.int32)).to(tl.int64)
+        n = first_n + k_n + carry.to(tl.int32)
         x_rows = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN_X)
         a = tl.load(x_ptr + x_rows[:, None] + (group * CI + ci)[None, :],
                     mask=pixel_ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]  # fmt: skip
@@ -85,17 +87,21 @@ def _conv_transpose2d_grad_weight_kernel(
         if ONE_RUN:
             oh = ih * STRIDE_H + tap_h
             ow = iw * STRIDE_W + tap_w
-            ok = pixel_ok & (oh >= 0) & (oh < OH)
+            ok = pixel_ok if INSIDE else pixel_ok & (oh >= 0) & (oh < OH)
             if FOLD:
                 position = tl.multiple_of(ow * CO, ALIGN)[:, None] + c[None, :]
                 end = tl.multiple_of(OW * CO, ALIGN)
                 ok = ok[:, None] & (position >= 0) & (position < end) & column_ok[None, :]
+            elif INSIDE:
+                ok = ok[:, None]
             else:
                 ok = (ok & (ow >= 0) & (ow < OW))[:, None]
         else:
             oh = (ih * STRIDE_H)[:, None] + tap_h[None, :]
             ow = (iw * STRIDE_W)[:, None] + tap_w[None, :]
-            ok = pixel_ok[:, None] & column_ok[None, :] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            ok = pixel_ok[:, None] & column_ok[None, :]
+            if not INSIDE:
+                ok = ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
         b = tl.load(g_columns[None, :] + g_rows[:, None], mask=ok, other=0.0)  # [BLOCK_K, BLOCK_N]
         accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
         first_w += BLOCK_K % W
@@ -122,6 +128,9 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
         tiles.append(Config(min(rows, 64), min(columns, 128), depth, 4, 4))
         if problem.columns >= 256 and rows == 128 and arch in ("sm_90", "sm_100"):
             tiles.append(Config(128, 256, depth, 8, 3))
+    if problem.dtype.itemsize == 4:
+        # fp32 operands pass through registers.
+        tiles = [fit_registers(tile, 64 if tile.num_warps == 8 else 32) for tile in tiles]
     found = []
     for tile in tiles:
         programs = (
@@ -157,6 +166,8 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
     config = choose_config(problem, x.device)
     fold = can_fold(channels_out, groups, dilation, gy)
     align = fold_alignment(channels_out, stride, padding, gy) if fold else pixel_alignment(gy)
+    if align * gy.element_size() < 8:
+        config = replace(config, num_warps=8)  # fewer of the many narrow loads to a thread
     runs, run = (kernel[0], kernel[1] * channels_out) if fold else (1, columns)
     chunk = triton.cdiv(triton.cdiv(pixels, config.split_k), config.block_k) * config.block_k
     scalars = (pixels, height, width, *gy.shape[2:], chunk, *image_strides(x), *image_strides(gy))
@@ -164,7 +175,8 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
         "CI": rows, "CO": channels_out, "GROUPS": groups, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
         "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
         "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(x.dtype),
-        "FOLD": fold, "ALIGN": align, "ALIGN_X": pixel_alignment(x), "WIDE_INDEX": needs_wide_index(x, gy),
+        "FOLD": fold, "INSIDE": taps_inside((height, width), gy.shape[2:], kernel, stride, padding, dilation),
+        "ALIGN": align, "ALIGN_X": pixel_alignment(x), "WIDE_INDEX": needs_wide_index(x, gy),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     tiles = triton.cdiv(rows, config.block_m) * runs * triton.cdiv(run, config.block_n)

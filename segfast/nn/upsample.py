@@ -23,7 +23,8 @@ class BilinearUpsample(torch.nn.Module):
     output_padding.
 
     Raises:
-        ValueError: a stride or kernel size below 1, negative padding.
+        ValueError: a stride or kernel size below 1, negative padding, output_padding not below the stride.
+        RuntimeError: an input of whole numbers, or too small a result.
 
     Source: Long, Shelhamer and Darrell (2015), section 3.3.
 
@@ -41,10 +42,10 @@ class BilinearUpsample(torch.nn.Module):
         super().__init__()
         if kernel_size is None:
             kernel_size = 2 * stride - stride % 2
-        if stride < 1 or kernel_size < 1 or padding < 0 or output_padding < 0:
+        if stride < 1 or kernel_size < 1 or padding < 0 or not 0 <= output_padding < stride:
             raise ValueError(
-                "stride and kernel_size must be at least 1, padding and output_padding at least 0, got "
-                f"{stride}, {kernel_size}, {padding}, {output_padding}"
+                "stride and kernel_size must be at least 1, padding at least 0, output_padding at least 0 and "
+                f"below stride, got {stride}, {kernel_size}, {padding}, {output_padding}"
             )
         self.stride, self.kernel_size, self.padding, self.output_padding = (
             stride,
@@ -56,6 +57,8 @@ class BilinearUpsample(torch.nn.Module):
         self.register_buffer("kernel", bilinear_kernel(kernel_size)[None], persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point() and not input.is_complex():
+            raise RuntimeError(f"input must be of a floating or complex dtype, got {input.dtype}")
         kernel = self.kernel.to(input.dtype)
         factors = Factors(kernel, kernel)
         return upsample_separable(input, factors, self.stride, self.padding, self.output_padding, None)

@@ -17,10 +17,14 @@ _LEAST_STRIDE = 8
 
 
 class Factors(NamedTuple):
-    """1-D kernels, outer product weight[c, c]: rows [C, kH], columns [C, kW]; [1, k] if all are alike."""
+    """1-D kernels, outer product weight[c, c]: rows [C, kH], columns [C, kW]; [1, k] if all are alike.
+
+    `channels_last`: whether the weight is, and asks for a result that is.
+    """
 
     rows: Tensor
     columns: Tensor
+    channels_last: bool = False
 
 
 def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dilation) -> Factors | None:
@@ -46,9 +50,10 @@ def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dila
         return None
     if (
         weight.dim() != 4
+        or input.dim() != 4
         or weight.shape[0] != weight.shape[1]
         or weight.numel() == 0
-        or input.shape[-3] != weight.shape[0]
+        or input.shape[1] != weight.shape[0]
     ):
         return None
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -66,11 +71,12 @@ def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dila
     if not torch.isfinite(flat).all():
         return None
     product = rows[:, :, None] * columns[:, None, :]
-    if ((product - diagonal).abs() > 8 * torch.finfo(weight.dtype).eps * value.abs()[..., None]).any():
+    # The product of two rounded factors differs from the rounded product by less than 2 eps.
+    if ((product - diagonal).abs() > 2 * torch.finfo(weight.dtype).eps * value.abs()[..., None]).any():
         return None
     if (rows == rows[:1]).all() and (columns == columns[:1]).all():
         rows, columns = rows[:1], columns[:1]
-    return Factors(rows, columns)
+    return Factors(rows, columns, is_channels_last(weight))
 
 
 def _upsample_rows(x: Tensor, kernel: Tensor, stride: int, padding: int, out: int) -> Tensor:
@@ -92,12 +98,17 @@ def _upsample_rows(x: Tensor, kernel: Tensor, stride: int, padding: int, out: in
     return y.narrow(-2, padding, out)
 
 
+def _dense(t: Tensor) -> Tensor:
+    """`t` with exactly its shape's strides: `contiguous` alone leaves those of sizes 1 as they are."""
+    return t.contiguous().flatten().view(t.shape)
+
+
 def upsample_separable(
     input: Tensor, factors: Factors, stride, padding, output_padding, bias: Tensor | None
 ) -> Tensor:
     """The transposed convolution of [N, C, H, W] or [C, H, W] with the weight that `factors` stand for.
 
-    Along the columns first: the intermediate then has the small height. In the input's own memory format.
+    Along the columns first: the intermediate then has the small height. channels_last if input or weight is.
     """
     geometry = []
     for axis, kernel in ((-2, factors.rows), (-1, factors.columns)):
@@ -108,14 +119,15 @@ def upsample_separable(
                 f"calculated output size {out} along axis {axis} is too small, for input {list(input.shape)}"
             )
         geometry.append((s, p, out))
-    rows, columns = (kernel.to(input.dtype) for kernel in factors)
-    if input.dim() == 4 and rows.shape[0] == columns.shape[0] == 1 and is_channels_last(input):
+    rows, columns = factors.rows.to(input.dtype), factors.columns.to(input.dtype)
+    channels_last = input.dim() == 4 and (is_channels_last(input) or factors.channels_last)
+    if channels_last and rows.shape[0] == columns.shape[0] == 1:
         y = _upsample_rows(input.permute(0, 2, 3, 1), columns, *geometry[1])  # [N, H, W_out, C]
         y = _upsample_rows(y.flatten(2), rows, *geometry[0]).unflatten(-1, y.shape[-2:]).permute(0, 3, 1, 2)
-        y = y.contiguous(memory_format=torch.channels_last)
     else:
         y = _upsample_rows(input.transpose(-1, -2), columns, *geometry[1]).transpose(-1, -2)
         y = _upsample_rows(y.contiguous(), rows, *geometry[0])
-        channels_last = input.dim() == 4 and is_channels_last(input)
-        y = y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    return y if bias is None else y + bias[:, None, None]
+    # Not `memory_format=`, which vmap does not know.
+    y = _dense(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if channels_last else _dense(y)
+    # Under autocast the products are narrower than the bias.
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]

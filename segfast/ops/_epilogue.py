@@ -34,6 +34,12 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
     return grad * sigmoid * (1 + z * (1 - sigmoid))
 
 
+def _hardsigmoid_backward(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.hardsigmoid_backward(grad, z)
+    return torch.where((z > -3) & (z < 3), grad / 6, 0)  # ATen's own has no derivative
+
+
 # Gradients from the output y, where the output tells; from the pre-activation z, which is computed again,
 # otherwise.
 _FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -47,7 +53,7 @@ _FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda g, z: _aten.gelu_backward(g, z, approximate="tanh"),
     "silu": lambda g, z: _silu_backward(g, z),
     "hardswish": lambda g, z: _aten.hardswish_backward(g, z),
-    "hardsigmoid": lambda g, z: _aten.hardsigmoid_backward(g, z),
+    "hardsigmoid": lambda g, z: _hardsigmoid_backward(g, z),
 }
 
 

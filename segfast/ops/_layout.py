@@ -32,6 +32,17 @@ def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     )
 
 
+def in_format(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """[N, C, H, W] `t` with exactly `memory_format`'s strides: `contiguous` leaves those of sizes 1 as they are."""
+    t = t.contiguous(memory_format=memory_format)
+    _, channels, height, width = t.shape
+    if memory_format == torch.channels_last:
+        strides = (height * width * channels, 1, width * channels, channels)
+    else:
+        strides = (channels * height * width, height * width, width, 1)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
 def channels_innermost(t: Tensor) -> Tensor:
     """`t` itself if its channels lie side by side, whatever its other strides; else a channels_last copy."""
     if t.stride(1) == 1 or t.shape[1] == 1:

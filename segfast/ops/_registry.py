@@ -59,7 +59,8 @@ class Operator:
     def __call__(self, *args: Any) -> Tensor:
         # The dispatcher costs 5 us; nothing but our implementation waits behind it unless one of these
         # listens.
-        if _nobody_listens() and type(args[0]) in _PLAIN and args[0].is_cuda | _INTERPRETING:
+        plain = type(args[0]) in _PLAIN and type(args[1]) in _PLAIN
+        if plain and _nobody_listens() and args[0].is_cuda | _INTERPRETING:
             return self._kernels(*args)
         return self.overload(*args)
 
@@ -113,6 +114,15 @@ def _nobody_listens() -> bool:
     )
 
 
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """`args` with a view in place of a tensor's second mention: Dynamo refuses a Function given one tensor twice."""
+    result: list[Any] = []
+    for arg in args:
+        repeated = isinstance(arg, Tensor) and any(arg is other for other in result)
+        result.append(arg.view_as(arg) if repeated else arg)
+    return result
+
+
 class Differentiable(torch.autograd.Function):
     """An autograd Function whose `call` pays for functorch and the compiler only when they are there.
 
@@ -131,7 +141,9 @@ class Differentiable(torch.autograd.Function):
     @classmethod
     def call(cls, *args: Any) -> Any:
         """Apply the Function."""
-        if torch.compiler.is_compiling() or _functorch_active():
+        if torch.compiler.is_compiling():
+            return cls.apply(*_distinct(args))
+        if _functorch_active():
             return cls.apply(*args)
         return cls._apply(*args)
 

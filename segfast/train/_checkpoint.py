@@ -11,7 +11,7 @@ from segfast._errors import UserError
 from segfast._files import atomic_write
 from segfast.models import SegmentationModel, create, model_name
 
-FORMAT = "segfast-1"
+HEADER = "segfast"
 
 
 def save_checkpoint(model: SegmentationModel, path: str | os.PathLike) -> None:
@@ -22,7 +22,8 @@ def save_checkpoint(model: SegmentationModel, path: str | os.PathLike) -> None:
         UserError: the package safetensors is missing, or the file cannot be written.
     """
     safetensors = _safetensors()
-    metadata = {"format": FORMAT, "model": model_name(model), "config": json.dumps(model.config)}
+    # One entry: safetensors writes several in random order, and equal models should be equal files.
+    metadata = {HEADER: json.dumps({"model": model_name(model), "config": model.config})}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
         with atomic_write(path) as temporary:
@@ -46,10 +47,11 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # SafetensorError, OSError
         raise UserError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
-    if metadata.get("format") != FORMAT:
+    if HEADER not in metadata:
         raise UserError(f"{path}: no segfast model in the file's header; `segfast train` writes one")
     try:
-        model = create(metadata["model"], **json.loads(metadata["config"]))
+        header = json.loads(metadata[HEADER])
+        model = create(header["model"], **header["config"])
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(

@@ -127,7 +127,7 @@ def test_output_size_and_smallest_unpadded_input(depth):
     sizes = [n for n in range(1, 120) if model.output_size(n, n)[0] >= 1]
     for n in (sizes[0], sizes[1], sizes[-1]):
         assert model(torch.zeros(1, 1, n, sizes[0])).shape[2:] == model.output_size(n, sizes[0])
-    with pytest.raises(ValueError, match=f"{sizes[0] - 1}x50.*at least {sizes[0]}x{sizes[0]}"):
+    with pytest.raises(ValueError, match=rf"{sizes[0] - 1}x50.*at least {sizes[0]}x{sizes[0]}"):
         model(torch.zeros(1, 1, sizes[0] - 1, 50))
 
 
@@ -162,7 +162,7 @@ def test_bad_options(options, message):
 
 
 def test_create_of_an_unknown_name():
-    with pytest.raises(ValueError, match="no model named 'vnet'; there are .*unet"):
+    with pytest.raises(ValueError, match=r"no model named 'vnet'; there are .*unet"):
         create("vnet")
 
 
@@ -239,7 +239,7 @@ def test_own_keys_pass_unchanged():
 @pytest.mark.parametrize(
     ("checkpoint", "options", "message"),
     [
-        ({"bilinear": True}, {}, "bilinear variant: .*up1.up.weight"),
+        ({"bilinear": True}, {}, r"bilinear variant: .*up1\.up\.weight"),
         ({"num_classes": 7}, {}, r"needs UNet\(num_classes=7\); the model has num_classes=2"),
         ({}, {"norm": None}, r"needs UNet\(norm='batch'\); the model has norm=None"),
         ({"width": 2}, {"depth": 3}, r"needs UNet\(width=2, depth=4\); the model has width=4, depth=3"),
@@ -262,7 +262,9 @@ def test_damaged_milesial_checkpoint_names_the_key(change):
     else:
         state[key] = state[key][:1]
     model = UNet(3, 2, width=4, norm="batch")
-    with pytest.raises(ValueError, match="attention.weight" if change == "extra" else "encoder.2.conv2.weight"):
+    with pytest.raises(
+        ValueError, match="attention.weight" if change == "extra" else "encoder.2.conv2.weight"
+    ):
         remap_state_dict(state, model)
 
 

@@ -1,4 +1,4 @@
-"""What every network of `segfast.models` must do: subclass `ModelTester` as `TestMyModel` and fill in the attributes."""
+"""What every network of `segfast.models` must do: subclass `ModelTester`, fill in its attributes."""
 
 import copy
 import pickle

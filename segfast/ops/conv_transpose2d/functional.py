@@ -9,7 +9,7 @@ from .._bilinear import channelwise_factors, upsample_separable
 from .._epilogue import apply_epilogue, check_activation, check_epilogue
 from .._registry import autocast_dtype
 from .autograd import forward
-from .operators import Pair, pair
+from .operators import Pair, check_conv_transpose2d, pair
 
 OPERATIONS = ("conv_transpose2d_forward", "conv_transpose2d_grad_input", "conv_transpose2d_grad_weight")
 
@@ -112,7 +112,12 @@ def conv_transpose2d(
         if factors is None:
             y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
         else:
-            y = upsample_separable(input, factors, stride, padding, output_padding, bias)
+            sizes = [
+                pair(value, name)
+                for value, name in ((stride, "stride"), (padding, "padding"), (output_padding, "output_padding"))
+            ]
+            check_conv_transpose2d(input, weight, bias, *sizes, 1, (1, 1))
+            y = upsample_separable(input, factors, *sizes, bias)
         if activation is not None or scale is not None or shift is not None or residual is not None:
             check_epilogue(y.shape, scale, shift, residual)
             y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._epilogue import apply_epilogue, check_epilogue
-from .._layout import channels_innermost, fit_layout, output_format, packed_weight
+from .._layout import channels_innermost, fit_layout, in_format, output_format, packed_weight
 from .._registry import Operator
 
 Pair = tuple[int, int]
@@ -88,7 +88,7 @@ def check_conv_transpose2d(
             f"output_padding {output_padding}, stride {stride}, dilation {dilation}"
         )
     size = output_size(input, weight, stride, padding, output_padding, dilation)
-    if min(size) < 1:
+    if size[0] < 1 or size[1] < 1:  # not min(): under torch.compile that asks which side is the longer
         raise RuntimeError(
             f"conv_transpose2d: calculated output size {size[0]}x{size[1]} is too small, for input "
             f"{list(input.shape)}, kernel {list(weight.shape[2:])}, stride {stride}, padding {padding}, "
@@ -104,6 +104,15 @@ def load_kernels():
 
 def empty(shape, like: Tensor, memory_format=torch.channels_last) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def kernel_output(shape, like: Tensor, memory_format) -> Tensor:
+    """What a kernel writes into: of `memory_format` where channels lie side by side in it, else channels_last.
+
+    With one channel, or one pixel, both formats have the same order in memory and differ in their strides.
+    """
+    side_by_side = shape[1] == 1 or (shape[2] == 1 and shape[3] == 1)
+    return empty(shape, like, memory_format if side_by_side else torch.channels_last)
 
 
 def _result_shape(
@@ -159,19 +168,20 @@ def _forward_kernels(
     ready = kernels.recall(key)
     if ready is not None:
         # Seen before, found valid, and nothing had to be copied: allocate and launch.
-        shape, plan = ready
-        out = empty(shape, input)
+        shape, memory_format, plan = ready
+        out = empty(shape, input, memory_format)
         plan(input, weight, bias, scale, shift, residual, None, out)
         return out
     shape = _result_shape(*tensors, stride, padding, output_padding, groups, dilation)
-    out = empty(shape, input)
+    memory_format = output_format(input, weight)
+    out = kernel_output(shape, input, memory_format)
     fitted = fit_layout(input, weight, bias, scale, shift, residual)
     plan = kernels.conv_transpose2d_forward(
         *fitted, None, out, stride, padding, dilation, groups, (0, 0), activation, negative_slope
     )
-    result = out.contiguous(memory_format=output_format(input, weight))
+    result = out.contiguous(memory_format=memory_format)
     if result is out and all(a is b for a, b in zip(fitted, tensors, strict=True)):
-        kernels.remember(key, (shape, plan))
+        kernels.remember(key, (shape, memory_format, plan))
     return result
 
 
@@ -195,7 +205,7 @@ def _forward_reference(
     )
     conv = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     y = apply_epilogue(conv, scale, shift, residual, activation, negative_slope)
-    return y.contiguous(memory_format=output_format(input, weight))
+    return in_format(y, output_format(input, weight))
 
 
 def _grad_input_fake(grad, weight, height, width, stride, padding, groups, dilation):
@@ -203,7 +213,8 @@ def _grad_input_fake(grad, weight, height, width, stride, padding, groups, dilat
 
 
 def _grad_input_kernels(grad, weight, height, width, stride, padding, groups, dilation):
-    out = empty((grad.shape[0], weight.shape[0], height, width), grad)
+    memory_format = output_format(grad, weight)
+    out = kernel_output((grad.shape[0], weight.shape[0], height, width), grad, memory_format)
     load_kernels().conv_transpose2d_grad_input(
         channels_innermost(grad),
         packed_weight(weight),
@@ -213,13 +224,13 @@ def _grad_input_kernels(grad, weight, height, width, stride, padding, groups, di
         tuple(dilation),
         groups,
     )
-    return out.contiguous(memory_format=output_format(grad, weight))
+    return out.contiguous(memory_format=memory_format)
 
 
 def _grad_input_reference(grad, weight, height, width, stride, padding, groups, dilation):
     # The output's size names the input's only up to the stride: what conv2d returns beyond it is cut off.
     full = F.conv2d(grad, weight, None, stride, padding, dilation, groups)[:, :, :height, :width]
-    return full.contiguous(memory_format=output_format(grad, weight))
+    return in_format(full, output_format(grad, weight))
 
 
 def _grad_weight_fake(grad, input, weight, stride, padding, groups, dilation):
@@ -227,7 +238,8 @@ def _grad_weight_fake(grad, input, weight, stride, padding, groups, dilation):
 
 
 def _grad_weight_kernels(grad, input, weight, stride, padding, groups, dilation):
-    out = empty(weight.shape, weight)
+    memory_format = output_format(weight, weight)
+    out = kernel_output(weight.shape, weight, memory_format)
     load_kernels().conv_transpose2d_grad_weight(
         channels_innermost(input),
         channels_innermost(grad),
@@ -238,7 +250,7 @@ def _grad_weight_kernels(grad, input, weight, stride, padding, groups, dilation)
         groups,
     )
     # In the weight's own format: what AccumulateGrad and DDP expect of a gradient.
-    return out.contiguous(memory_format=output_format(weight, weight))
+    return out.contiguous(memory_format=memory_format)
 
 
 def _grad_weight_reference(grad, input, weight, stride, padding, groups, dilation):
@@ -255,7 +267,7 @@ def _grad_weight_reference(grad, input, weight, stride, padding, groups, dilatio
         groups,
         (False, True, False),
     )
-    return grad_weight.contiguous(memory_format=output_format(weight, weight))
+    return in_format(grad_weight, output_format(weight, weight))
 
 
 def missing_output_padding(grad, input, weight, stride, padding, dilation) -> Pair:

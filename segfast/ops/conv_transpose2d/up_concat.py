@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._backend import use_triton
 from .._epilogue import check_activation, epilogue_backward, keeps_output
-from .._layout import channels_innermost, fit_layout, output_format
+from .._layout import channels_innermost, fit_layout, in_format, output_format
 from .._registry import Differentiable, Operator, autocast_dtype, needs_autograd
 from .autograd import forward, grad_of_input, grad_of_weight
 from .functional import can_use_triton, conv_transpose2d
@@ -19,6 +19,7 @@ from .operators import (
     Pair,
     check_conv_transpose2d,
     empty,
+    kernel_output,
     load_kernels,
     multiply_add_flops,
     output_size,
@@ -88,21 +89,22 @@ def _up_concat_kernels(input, skip, weight, bias, stride, padding, activation, n
     )
     ready = kernels.recall(key)
     if ready is not None:
-        shape, plan = ready
-        out = empty(shape, input)
+        shape, memory_format, plan = ready
+        out = empty(shape, input, memory_format)
         plan(input, weight, bias, None, None, None, skip, out)
         return out
     shape, crop = _result_shape(input, skip, weight, bias, stride, padding)
-    out = empty(shape, input)
+    memory_format = output_format(input, weight)
+    out = kernel_output(shape, input, memory_format)
     fitted, fitted_skip = fit_layout(input, weight, bias), channels_innermost(skip)
     plan = kernels.conv_transpose2d_forward(
         *fitted, fitted_skip, out, stride, padding, (1, 1), 1, crop, activation, negative_slope
     )
-    result = out.contiguous(memory_format=output_format(input, weight))
+    result = out.contiguous(memory_format=memory_format)
     if result is out and all(
         a is b for a, b in zip((*fitted[:3], fitted_skip), (input, weight, bias, skip), strict=True)
     ):
-        kernels.remember(key, (shape, plan))
+        kernels.remember(key, (shape, memory_format, plan))
     return result
 
 
@@ -110,7 +112,7 @@ def _up_concat_reference(input, skip, weight, bias, stride, padding, activation,
     result = _up_concat_aten(
         input, skip, weight, bias, tuple(stride), tuple(padding), activation, negative_slope
     )
-    return result.contiguous(memory_format=output_format(input, weight))
+    return in_format(result, output_format(input, weight))
 
 
 def _up_concat_aten(input, skip, weight, bias, stride, padding, activation, negative_slope):

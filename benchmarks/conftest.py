@@ -1,0 +1,77 @@
+"""Fixtures of the benchmark suites: cases measured by the harness, rows collected, a report at the end."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.environment import environment
+from benchmarks.rows import make_row
+from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
+from benchmarks.timing import Skipped
+
+SECONDS = 1.0  # of timing, each case
+ROWS = pytest.StashKey[list]()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return timing_device()
+
+
+@pytest.fixture(scope="session")
+def ceilings(request, device):
+    """Measured where the rows get a floor: on a GPU, in a benchmark proper."""
+    if device.type != "cuda" or not request.config.getoption("--benchmark"):
+        return {}
+    from benchmarks import peaks
+
+    return peaks.ceilings(device)
+
+
+@pytest.fixture(scope="session")
+def shared_columns(device):
+    return environment(device)
+
+
+class Comparison:
+    """Measures one case, keeps its rows for the report, and hands our candidate to pytest-benchmark."""
+
+    def __init__(self, request, benchmark, device, ceilings, shared_columns):
+        self.benchmark, self.device = benchmark, device
+        self.ceilings, self.columns = ceilings, shared_columns
+        self.proper = request.config.getoption("--benchmark")
+        self.rows = request.config.stash.setdefault(ROWS, [])
+
+    def __call__(self, case, problem=None, found=None):
+        """The case's measurements; `found` are the candidates, else peers and ours. Ours must be right."""
+        case = case if self.device.type == "cuda" else case.cpu()
+        problem = problem or make_problem(case, self.device)
+        found = found or candidates(problem)
+        effort = {"budget_s": SECONDS, "min_rounds": 5} if self.proper else {"budget_s": 0.0, "min_rounds": 1}
+        results = measure_problem(problem, found, **effort)
+        case = problem.case
+        self.rows += [make_row("pytest", case, m, self.ceilings, self.columns, False) for m in results]
+        self.benchmark.extra_info["case"] = case.key
+        # The fixture times one call a test: ours, or a peer where there is none of ours.
+        runs = [c for c in found if not isinstance(c, Skipped)]
+        self.benchmark.pedantic(next((c for c in runs if c.ours), runs[0]).run, rounds=5, warmup_rounds=1)
+        bad = [m for m in results if m.ours and m.status not in ("ok", "skipped")]
+        assert not bad, bad
+        return results
+
+
+@pytest.fixture
+def compare(request, benchmark, device, ceilings, shared_columns):
+    return Comparison(request, benchmark, device, ceilings, shared_columns)
+
+
+def pytest_sessionstart(session):
+    session.config.stash[ROWS] = []
+
+
+def pytest_sessionfinish(session):
+    rows = session.config.stash.get(ROWS, [])
+    if session.config.getoption("--benchmark") and rows:
+        folder = Path(session.config.rootpath, "out", "benchmark")
+        print(f"\n{write_outputs(rows, folder)}\nreport: {folder / 'report.html'}")

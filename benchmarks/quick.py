@@ -1,0 +1,35 @@
+"""The short form of the report, for `segfast demo`: forward rows, a fraction of a second each.
+
+Needs neither pytest nor a GPU.
+"""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import BLOCKS, MODELS, OPERATORS
+from benchmarks.environment import environment
+from benchmarks.rows import make_row
+from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
+from segfast.ops import FAMILIES
+
+SECONDS = 0.3  # of timing, each case
+
+
+def quick_report(folder: Path) -> Path:
+    """Measure the written families and U-Net beside their peers; write the report into `folder`.
+
+    On the GPU if there is one, in the papers' sizes; else on the CPU, small. Takes about 15 seconds. Returns
+    the report's path.
+    """
+    threads, device = torch.get_num_threads(), timing_device()
+    columns, rows = environment(device), []
+    cases = [case for case in OPERATORS + BLOCKS if case.family in FAMILIES]
+    cases += [case for case in MODELS if case["model"] == "unet"]
+    for case in cases:
+        problem = make_problem(case if device.type == "cuda" else case.cpu(), device)
+        found = measure_problem(problem, candidates(problem), budget_s=SECONDS, min_rounds=5)
+        rows += [make_row("quick", problem.case, result, {}, columns, False) for result in found]
+    torch.set_num_threads(threads)
+    print(write_outputs(rows, folder))
+    return folder / "report.html"

@@ -1,0 +1,99 @@
+"""A case from its inputs to its rows: what the GPU run, the pytest suites and the quick report share."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.cases import Case
+from benchmarks.model_problems import ModelProblem
+from benchmarks.problems import Problem
+from benchmarks.rows import append_rows, read_rows
+from benchmarks.timing import Measurement, measure
+from segfast._files import atomic_write
+
+
+def timing_device() -> torch.device:
+    """The GPU with cuDNN's search on; without one the CPU with one thread.
+
+    Threads that wait for each other on a busy machine time whatever else runs there.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def make_problem(case: Case, device: torch.device) -> Problem | ModelProblem:
+    """Raises LookupError for a model that has no plain twin here."""
+    return ModelProblem(case, device) if case.op == "model" else Problem(case, device)
+
+
+def candidates(
+    problem: Problem | ModelProblem,
+    *,
+    with_peers: bool = True,
+    with_ours: bool = True,
+    compiled: bool = False,
+) -> list[baselines.Peer]:
+    """The peers of a problem, and ours on the backend in force."""
+    found: list[baselines.Peer] = []
+    model = isinstance(problem, ModelProblem)
+    if with_peers:
+        found += problem.peers(compiled) if model else baselines.peers(problem, compiled=compiled)
+    if with_ours:
+        # Imported late: the first GPU run measures peers whether or not our kernels import.
+        from benchmarks.ours import ours
+
+        found += problem.ours() if model else ours(problem)
+    return found
+
+
+def measure_problem(
+    problem: Problem | ModelProblem,
+    found: Sequence[baselines.Peer],
+    *,
+    budget_s: float,
+    min_rounds: int,
+    log: Callable[[str], None] = print,
+) -> list[Measurement]:
+    """Gate and time `found`; whole models forward are replayed from a CUDA graph as well."""
+    case = problem.case
+    return measure(
+        case,
+        found,
+        problem.reference(),
+        problem.sample,
+        problem.device,
+        budget_s=budget_s,
+        min_rounds=min_rounds,
+        graphs=case.op == "model" and case.direction == "forward",
+        log=log,
+    )
+
+
+def write_outputs(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """Write rows.csv, rows.json, report.md and report.html into `folder`; returns the summary."""
+    from benchmarks.report import markdown, summary, write_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "rows.csv") as path:
+        append_rows(path, rows)
+    written = read_rows(folder / "rows.csv")
+    with atomic_write(folder / "rows.json") as path:
+        path.write_text(json.dumps([_plain(row) for row in written], indent=1) + "\n")
+    write_report(written, folder / "report.html")
+    with atomic_write(folder / "report.md") as path:
+        path.write_text(markdown(written))
+    return summary(written)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what was not measured is null."""
+    missing = {name for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
+    return {name: None if name in missing else value for name, value in row.items()}

@@ -1,0 +1,153 @@
+"""Machine code of the kernels, compiled without a GPU for four architectures (SEGFAST_ALL_ARCHITECTURES=1: seven)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from segfast import _compile_report
+from segfast._compile_report import ARCHITECTURES, Task, compile_plan, compile_report, main, tasks
+from segfast._machine_code import from_sass
+from segfast.kernels import Config, override_config, pretend_architecture, record_launches
+
+FAMILY = "conv_transpose2d"
+ARCHS = ARCHITECTURES if os.environ.get("SEGFAST_ALL_ARCHITECTURES") == "1" else ("sm_80", "sm_90", "sm_100", "gfx942")
+# U-Net's up-convolution beside its skip and both gradients; 21 classes; a kernel that the stride does not divide.
+EVERYWHERE = ("unet_up4 up_concat", "unet_up4 grad", "fcn8s_up8 forward")
+ON_HOPPER = (*EVERYWHERE, "unet_up2 forward", "decoder_up4x4", "up3x3 forward", "up24 forward", "past_int32 forward")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    work = [t for arch in ARCHS for t in tasks([FAMILY], [arch], ["bf16"], ON_HOPPER if arch == "sm_90" else EVERYWHERE)]
+    work += tasks([FAMILY], ["sm_90"], ["fp16"], ("unet_up2 forward",))
+    work += tasks([FAMILY], ["sm_90"], ["fp32", "tf32"], ("unet_up4 forward", "unet_up4 grad"))
+    return compile_report(work, processes=2, progress=False)
+
+
+def test_no_row_has_a_problem(rows):
+    assert len(rows) > 30
+    assert [row for row in rows if row.problems] == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rows_of_an_architecture(rows, arch):
+    """The same, asserted figure by figure, so that it does not rest on the report's own judgement."""
+    matrix = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}.get(arch, "HMMA")
+    limit = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}.get(arch, 101376)
+    here = [row for row in rows if row.arch == arch and row.dtype == "bf16"]
+    assert {row.kernel for row in here} >= {"forward_wide", "grad_input", "grad_weight", "reduce_partials"}
+    for row in here:
+        assert row.spills == 0
+        assert row.shared <= limit
+        assert row.matrix == ("" if row.kernel == "reduce_partials" else matrix)
+        if arch.startswith("sm") and "fcn8s" not in row.specimen:
+            assert row.store == (16, 16)
+        if arch.startswith("sm") and row.matrix and "fcn8s" not in row.specimen and "up24 " not in row.specimen:
+            assert row.async_copy == (16, 16)
+
+
+def test_21_classes_are_not_stored_one_by_one(rows):
+    widths = {row.arch: row.store for row in rows if row.specimen == "fcn8s_up8 forward"}
+    assert set(widths) == set(ARCHS)
+    assert all(width[0] >= 8 for arch, width in widths.items())
+
+
+def judged(specimen, arch="sm_90", config=None, store_bytes=16, dtype="bf16"):
+    """The row of one specimen compiled here, with another configuration."""
+    task = Task(FAMILY, arch, dtype, specimen)
+    call = next(c for name, c, _ in _compile_report._specimens(FAMILY, dtype) if name == specimen)
+    with pretend_architecture(arch), record_launches() as launches:
+        if config is None:
+            call()
+        else:
+            with override_config("conv_transpose2d_forward", config):
+                call()
+    return compile_plan(*launches[0], task, store_bytes)
+
+
+def test_a_spill_is_seen():
+    row = judged("unet_up4 forward", config=Config(128, 256, 64, 4, 2))
+    assert row.spills > 0
+    assert "spills" in row.problems
+
+
+def test_too_much_shared_memory_is_seen():
+    row = judged("unet_up4 forward", "sm_86", Config(64, 128, 64, 8, 6))
+    assert row.shared > row.limit
+    assert row.problems == ("shared memory",)
+
+
+def test_a_missing_matrix_instruction_is_seen():
+    row = judged("unet_up4 forward", config=Config(64, 32, 64, 2, 2))
+    assert row.matrix == "HMMA"
+    assert row.problems == ("HGMMA expected",)
+
+
+def test_a_narrow_store_is_seen():
+    row = judged("fcn8s_up8 grad_input")
+    assert row.store == (2, 2)
+    assert row.problems == ("2-byte store",)
+
+
+def test_reading_a_disassembly():
+    text = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;        /* 0x00 */
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+        /*0020*/                   LDG.E.U16 R3, desc[UR4][R6.64] ;
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0040*/              @P1  STL [R1], R5 ;
+        /*0050*/              @P1  STG.E desc[UR4][R8.64], R5 ;
+        /*0060*/                   STG.E.64 desc[UR4][R8.64], R5 ;
+    """
+    code = from_sass(text, registers=255, stack=8)
+    assert (code.registers, code.spills, code.matrix, code.instructions) == (255, 9, "HGMMA", 7)
+    assert (code.store, code.load, code.async_copy) == ((4, 8), (2, 2), (16, 16))
+
+
+def test_command_under_the_interpreter(tmp_path):
+    """The command compiles although TRITON_INTERPRET=1, under which nothing compiles."""
+    out = tmp_path / "table.txt"
+    command = [sys.executable, "-m", "segfast", "compile-report", "--arch", "sm_90", "--dtype", "bf16", "--out", str(out),
+               "--specimen", "unet_up4 forward", "--processes", "1"]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "HGMMA" in done.stdout
+    assert "1 kernels, 0 with a problem" in out.read_text()
+
+
+def test_exit_code_follows_the_problems(monkeypatch, capsys):
+    good, bad = judged("unet_up4 forward"), judged("fcn8s_up8 grad_input")
+    for rows, code in ([good], 0), ([good, bad], 1):
+        monkeypatch.setattr(_compile_report, "compile_report", lambda *_, rows=rows: rows)
+        assert main(["--arch", "sm_90"]) == code
+    assert "2-byte store" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "sm_70"], "--arch must be among sm_80"),
+        (["--family", "conv3d"], "--family must be among conv_transpose2d"),
+        (["--dtype", "int8"], "--dtype must be among bf16"),
+        (["--processes", "0"], "--processes must be positive"),
+        (["--specimen", "resnet"], "no specimen's name starts with 'resnet'"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_specimens_launch_every_kernel(dtype):
+    from segfast.ops.conv_transpose2d import specimens
+
+    with pretend_architecture("sm_90"), record_launches() as launches:
+        for _, call, store_bytes in specimens(dtype):
+            call()
+            assert store_bytes in (2, 4, 8, 16)
+    names = {plan.kernel.__name__ for plan, _ in launches}
+    assert len(names) == 5

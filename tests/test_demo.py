@@ -1,0 +1,91 @@
+"""`segfast demo`, a few steps of it; the full run is `make demo`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from segfast import _demo
+from segfast.cli import main
+from segfast.data import Sample
+from segfast.train import load_checkpoint
+from segfast.train._train_command import nuclei_samples
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_best_threshold_of_the_held_out_region():
+    _, [test] = nuclei_samples()
+    assert test.target.shape == (512, 128)
+    threshold = _demo.best_threshold(test)
+    iou = _demo.foreground_iou((test.image[0] >= threshold).long(), test.target)
+    assert iou == pytest.approx(0.7761521, abs=1e-6)
+    others = test.image[0].unique()[::9]
+    assert all(_demo.foreground_iou((test.image[0] >= t).long(), test.target) <= iou for t in others)
+
+
+def test_best_threshold_with_ties():
+    image = torch.tensor([[[0.5, 0.5, 0.5, 0.2, 0.9]]])
+    target = torch.tensor([[1, 1, 0, 0, 1]])
+    assert _demo.best_threshold(Sample(image, target)) == 0.5  # IoU 3/4; 0.9 gives 1/3, 0.2 gives 3/5
+
+
+def test_a_short_run_misses_the_bar_and_leaves_everything(elsewhere, capsys, monkeypatch):
+    reports = []
+    monkeypatch.setattr(_demo, "write_quick_report", reports.append)
+    assert main(["demo", "--steps", "3"]) == 1
+    output = capsys.readouterr()
+    assert "0.776" in output.out and "required" in output.out and "decoder.0.up" in output.out
+    assert output.err.splitlines()[-1].startswith("FAILED: foreground IoU") and "3/3" in output.err
+    with Image.open("out/demo.png") as picture:
+        assert picture.size[0] > 1000 and picture.size[1] > 1000
+    assert load_checkpoint("out/demo.safetensors").config["width"] == _demo.WIDTH
+    assert reports == [Path("out")]
+
+
+def test_reaching_the_bar_is_exit_0(elsewhere, capsys, monkeypatch):
+    """With a network that cannot fail: it answers with the truth."""
+    _, [test] = nuclei_samples()
+    monkeypatch.setattr(_demo, "write_quick_report", lambda out: None)
+    monkeypatch.setattr(_demo, "check_model", lambda *args, **kwargs: "")
+    monkeypatch.setattr(_demo, "predict", lambda model, image: test.target)
+    assert main(["demo", "--steps", "1"]) == 0
+    assert "1.000" in capsys.readouterr().out
+
+
+def test_quick_report(elsewhere, capsys, monkeypatch):
+    folders = []
+    monkeypatch.setattr("benchmarks.quick.quick_report", lambda folder: folders.append(folder) or "the page")
+    before = list(sys.path)
+    _demo.write_quick_report(Path("out"))
+    assert folders == [Path("out/benchmark/quick")] and "wrote the page" in capsys.readouterr().out
+    assert sys.path == before
+    monkeypatch.setattr(_demo, "__file__", "elsewhere/segfast/_demo.py")
+    _demo.write_quick_report(Path("out"))
+    assert "needs the folder benchmarks/" in capsys.readouterr().out and len(folders) == 1
+
+
+def test_training_is_seeded():
+    train, [test] = nuclei_samples()
+    scores = [_demo.trained_model(train, 2, seed)(test.image[None, :, :32]).detach() for seed in (0, 0, 1)]
+    assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
+
+
+def test_a_file_of_the_user_stops_it_before_training(elsewhere, capsys):
+    Path("out").mkdir()
+    Path("out/demo.png").write_text("mine")
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "segfast: out/demo.png: exists and is not a file that segfast wrote"
+    )
+    assert Path("out/demo.png").read_text() == "mine"
+
+
+def test_bad_steps(elsewhere, capsys):
+    assert main(["demo", "--steps", "0"]) == 2
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
