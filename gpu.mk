@@ -11,8 +11,8 @@ gpu: ## on a GPU: prove, measure the peers, then ours beside them, tune; into OU
 gpu-peers: ## on a GPU: the device's ceilings and every case against the peers only
 	$(RUN_GPU) --tier T1
 
-gpu-test: ## on a GPU: every kernel against fp64; writes proven.json
-	$(RUN_GPU) --tier T0
+gpu-test: ## on a GPU: every kernel against fp64; writes proven.json. FULL=1 adds the long checks
+	$(RUN_GPU) --tier T0 $(if $(FULL),full)
 
 gpu-tune: ## on a GPU: tile sizes beside cuDNN; writes configs.json
 	$(RUN_GPU) --tier T4

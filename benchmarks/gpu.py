@@ -21,9 +21,19 @@ from benchmarks.environment import ROOT, dry_run
 from benchmarks.rows import append_rows, read_rows
 from benchmarks.tiers import STICKY, TIERS, Session, run_tier
 
-BUDGETS = {"compile": 60, "T0": 60, "T1": 120, "T2": 180, "T3": 120, "T4": 120, "T5": 540, "bench": 300}
+BUDGETS = {
+    "compile": 60,
+    "T0": 60,
+    "T1": 120,
+    "T2": 180,
+    "T3": 120,
+    "T4": 120,
+    "T5": 540,
+    "bench": 300,
+    "full": 540,
+}
 DEFAULT = ("T0", "T1", "T2", "T3", "T4")
-INTERPRETED = ("T0", "T4")  # tiers that launch kernels even in a dry run
+INTERPRETED = ("T0", "T4", "full")  # tiers that launch kernels even in a dry run
 GRACE_S = 60  # beyond its budget, before a worker counts as hung
 MOST_WORKERS = 6  # of one tier
 

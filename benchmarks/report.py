@@ -105,8 +105,8 @@ def caveat(rows: Sequence[Row]) -> str:
     devices = sorted({row["gpu"] for row in rows if row["gpu"]})
     if devices == ["cpu"]:
         return (
-            f"CPU figures (batch 1, fp32, small sizes, one thread): {NO_GPU}. On a CPU segfast runs ATen, apart "
-            "from bilinear upsampling with fixed weights: elsewhere expect ratios near 1 and the machine's noise."
+            f"CPU figures (batch 1, fp32, small sizes, one thread): {NO_GPU}. On a CPU segfast runs ATen, "
+            "apart from bilinear upsampling with fixed weights: elsewhere expect ratios near 1 and noise."
         )
     return f"Measured on {', '.join(devices)}."
 

@@ -218,7 +218,11 @@ class _FakeGraph:
 
     def _node(self, kind, **inputs):
         self.nodes.append((kind, inputs))
-        edges = [inputs[name] for name in ("image", "weight", "loss", "filter", "a", "b", "input") if name in inputs]
+        edges = [
+            inputs[name]
+            for name in ("image", "weight", "loss", "filter", "a", "b", "input")
+            if name in inputs
+        ]
         assert edges and all(isinstance(edge, _FakeTensor) for edge in edges)
         return _FakeTensor()
 
@@ -472,18 +476,80 @@ def test_dry_run_cannot_be_filed(dry_run):
         record.record(dry_run[0], ROOT / "out" / "nowhere")
 
 
-def test_dry_run_of_one_family_in_every_direction(tmp_path):
-    done = _run_gpu(tmp_path, "--tier", "bench", "--case", "unet_up3", "unet_up3_concat", SEGFAST_DRY_RUN="1")
-    assert done.returncode == 0, done.stdout
-    with (tmp_path / "rows.csv").open() as file:
-        found = {(row["case"], row["direction"], row["candidate"]) for row in csv.DictReader(file)}
-    directions = ("forward", "backward", "train")
-    assert found == {
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """A worker of a dry run in this process."""
+    import segfast
+    from benchmarks.tiers import Session
+
+    monkeypatch.setenv("SEGFAST_DRY_RUN", "1")
+    threads = torch.get_num_threads()
+
+    def start(tier, *names, **options):
+        return Session(tier, tmp_path, 60.0, None, names, **options)
+
+    with segfast.backend("auto"):
+        yield start
+    torch.set_num_threads(threads)
+
+
+def _cells(folder, *names):
+    with (folder / "rows.csv").open() as file:
+        return {tuple(row[name] for name in names) for row in csv.DictReader(file)}
+
+
+def test_bench_tier_takes_every_direction(session, tmp_path):
+    from benchmarks.tiers import run_tier
+
+    run_tier(session("bench", "unet_up3", "unet_up3_concat"))
+    assert _cells(tmp_path, "case", "direction", "candidate") == {
         (case, direction, candidate)
         for case in ("unet_up3", "unet_up3_concat")
-        for direction in directions
+        for direction in ("forward", "backward", "train")
         for candidate in ("aten_nchw", "aten_nhwc", "segfast")
     }
+
+
+def test_last_tier_takes_models_and_their_training(session, tmp_path):
+    from benchmarks.tiers import run_tier
+
+    run_tier(session("T5", "unet_572", "unet_up3"))
+    assert _cells(tmp_path, "case", "direction", "candidate") == {
+        ("unet_572", "forward", "eager_nhwc"),
+        ("unet_572", "forward", "segfast"),
+        ("unet_572", "train", "eager_nhwc"),
+        ("unet_572", "train", "segfast"),
+        *(("unet_up3", "forward", name) for name in ("aten_nchw", "aten_nhwc", "segfast")),
+    }
+    assert _cells(tmp_path, "status") == {("ok",)}
+
+
+def test_a_worker_that_takes_over_skips_what_was_begun(session, tmp_path):
+    from benchmarks.tiers import run_tier
+
+    begun = frozenset({f"T1 {find('unet_up3').tiny().key}"})
+    run_tier(session("T1", "unet_up3", "unet_up4", begun=begun))
+    assert _cells(tmp_path, "case") == {("unet_up4",)}
+
+
+def test_a_failing_case_does_not_stop_the_tier(session, tmp_path, monkeypatch):
+    from benchmarks import suite
+    from benchmarks.tiers import run_tier
+
+    make = suite.make_problem
+
+    def failing(case, device):
+        if case.name == "unet_up3":
+            raise RuntimeError("planted")
+        return make(case, device)
+
+    monkeypatch.setattr("benchmarks.tiers.make_problem", failing)
+    run_tier(session("T1", "unet_up3", "unet_up4"))
+    found = rows.read_rows(tmp_path / "rows.csv")
+    assert [(row["status"], row["note"]) for row in found if row["case"] == "unet_up3"] == [
+        ("failed", "RuntimeError: planted")
+    ]
+    assert {row["status"] for row in found if row["case"] == "unet_up4"} == {"ok"}
 
 
 def test_a_dead_worker_costs_one_case(tmp_path, monkeypatch):

@@ -19,8 +19,8 @@ from ._fold import can_fold, fold_alignment
 
 
 @triton.jit
-def _copy_skip(skip_ptr, y_ptr, tile, H, W, SH, SW, top, left, stride_sn, stride_sh, stride_sw,
-               stride_yn, stride_yh, stride_yw, SKIP: tl.constexpr, M,
+def _copy_skip(skip_ptr, y_ptr, tile, M, H, W, top, left, stride_sn, stride_sh, stride_sw,
+               stride_yn, stride_yh, stride_yw, SKIP: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     # One [BLOCK_M pixels, BLOCK_N channels] tile of the cropped skip into the first channels of the output.
     TILES_N: tl.constexpr = (SKIP + BLOCK_N - 1) // BLOCK_N
@@ -41,7 +41,7 @@ def _conv_transpose2d_forward_phase_kernel(
     x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, skip_ptr, y_ptr,
     M, H, W, OH, OW, PHASE_H, PHASE_W, tiles, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
-    SH, SW, top, left, stride_sn, stride_sh, stride_sw,
+    skip_pixels, top, left, stride_sn, stride_sh, stride_sw,
     CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -55,9 +55,8 @@ def _conv_transpose2d_forward_phase_kernel(
     if WIDE_INDEX:
         pid = pid.to(tl.int64)
     if SKIP > 0 and pid >= tiles:
-        _copy_skip(skip_ptr, y_ptr, pid - tiles, OH, OW, SH, SW, top, left, stride_sn, stride_sh, stride_sw,
-                   stride_yn, stride_yh, stride_yw, SKIP, M=M // PHASE_H // PHASE_W * OH * OW,
-                   ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left, stride_sn, stride_sh, stride_sw,
+                   stride_yn, stride_yh, stride_yw, SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
         TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
         # Phase fastest, then columns: programs that run together read the same input rows, through L2.
@@ -134,7 +133,7 @@ def _conv_transpose2d_forward_wide_kernel(
     x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, skip_ptr, y_ptr,
     M, H, W, OH, OW, GRID_H, GRID_W, tiles, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
-    SH, SW, top, left, stride_sn, stride_sh, stride_sw,
+    skip_pixels, top, left, stride_sn, stride_sh, stride_sw,
     CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, EXACT: tl.constexpr, FOLD: tl.constexpr,
@@ -150,9 +149,8 @@ def _conv_transpose2d_forward_wide_kernel(
     if WIDE_INDEX:
         pid = pid.to(tl.int64)
     if SKIP > 0 and pid >= tiles:
-        _copy_skip(skip_ptr, y_ptr, pid - tiles, OH, OW, SH, SW, top, left, stride_sn, stride_sh, stride_sw,
-                   stride_yn, stride_yh, stride_yw, SKIP, M=M // GRID_H // GRID_W * OH * OW,
-                   ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left, stride_sn, stride_sh, stride_sw,
+                   stride_yn, stride_yh, stride_yw, SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
         # Columns whose addresses follow each other: a phase's channels, and with FOLD, where pixels lie side by side, those
         # of a row of phases, as if the kernel had width TAPS_W and stride 1 and STRIDE_W times the channels.
@@ -325,15 +323,15 @@ def _make(
     tiles = triton.cdiv(rows, config.block_m) * tiles_n
     if not wide:
         tiles *= stride[0] * stride[1]
-    copies = 0
+    copies = skip_pixels = 0
     if skip is not None:
-        pixels = batch * out_size[0] * out_size[1]
-        copies = triton.cdiv(pixels, config.block_m) * triton.cdiv(skip_channels, config.block_n)
+        skip_pixels = batch * out_size[0] * out_size[1]
+        copies = triton.cdiv(skip_pixels, config.block_m) * triton.cdiv(skip_channels, config.block_n)
 
     scalars = (
         rows, height, width, *out_size, *grid_size, tiles, float(slope),
         *image_strides(x), *image_strides(residual), *image_strides(out),
-        *((0, 0) if skip is None else skip.shape[2:]), *crop, *image_strides(skip),
+        skip_pixels, *crop, *image_strides(skip),
     )  # fmt: skip
     constants = {
         "CI": channels_in // groups, "CO": channels_out, "SKIP": skip_channels,

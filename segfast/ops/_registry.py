@@ -160,6 +160,8 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
 
     Callers cast before the Function: `torch.amp.custom_fwd` does not go with `setup_context`.
     """
+    if input.is_meta:
+        return None  # torch knows no autocast there
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(kind)

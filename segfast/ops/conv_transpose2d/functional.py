@@ -112,12 +112,10 @@ def conv_transpose2d(
         if factors is None:
             y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
         else:
-            sizes = [
-                pair(value, name)
-                for value, name in ((stride, "stride"), (padding, "padding"), (output_padding, "output_padding"))
-            ]
-            check_conv_transpose2d(input, weight, bias, *sizes, 1, (1, 1))
-            y = upsample_separable(input, factors, *sizes, bias)
+            steps, pads = pair(stride, "stride"), pair(padding, "padding")
+            extra = pair(output_padding, "output_padding")
+            check_conv_transpose2d(input, weight, bias, steps, pads, extra, 1, (1, 1))
+            y = upsample_separable(input, factors, steps, pads, extra, bias)
         if activation is not None or scale is not None or shift is not None or residual is not None:
             check_epilogue(y.shape, scale, shift, residual)
             y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)

@@ -116,7 +116,7 @@ def _up_concat_reference(input, skip, weight, bias, stride, padding, activation,
 
 
 def _up_concat_aten(input, skip, weight, bias, stride, padding, activation, negative_slope):
-    if not torch.is_autocast_enabled(input.device.type):
+    if autocast_dtype(input) is None:
         _result_shape(input, skip, weight, bias, stride, padding)
     extra, crop, size = geometry(input, skip, weight, stride, padding)
     up = conv_transpose2d(

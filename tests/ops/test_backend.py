@@ -1,0 +1,187 @@
+"""Which backend runs: by name, under "auto" on a GPU that is not there, per thread, from the environment."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import segfast
+from segfast.kernels import _configs, _device
+from segfast.ops import _backend
+from segfast.ops.conv_transpose2d import OPERATIONS, can_use_triton
+
+X, W = torch.randn(1, 8, 4, 4), torch.randn(8, 4, 2, 2)
+
+
+def up(**options):
+    return segfast.functional.conv_transpose2d(X, W, stride=2, **options)
+
+
+def test_auto_is_the_default_and_takes_aten_on_a_cpu():
+    assert segfast.get_backend() == "auto"
+    (decision,) = segfast.explain(up)
+    assert (decision.operation, decision.backend) == ("conv_transpose2d", "aten")
+    assert "CPU" in decision.reason
+
+
+def test_a_backend_set_at_once_is_restored_by_the_context_manager():
+    choice = segfast.backend("aten")
+    assert segfast.get_backend() == "aten"
+    with segfast.backend("triton"):
+        assert segfast.get_backend() == "triton"
+    assert segfast.get_backend() == "aten"
+    with pytest.raises(KeyError), segfast.backend("triton"):
+        raise KeyError
+    assert segfast.get_backend() == "aten"
+    choice.__exit__()
+    assert segfast.get_backend() == "auto"
+
+
+def test_each_thread_has_its_own_backend():
+    seen = []
+    with segfast.backend("aten"):
+        thread = threading.Thread(target=lambda: seen.append(segfast.get_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_an_unknown_backend_lists_the_three():
+    with pytest.raises(ValueError, match="'auto', 'triton', 'aten', got 'cudnn'"):
+        segfast.backend("cudnn")
+    assert segfast.get_backend() == "auto"
+
+
+@pytest.mark.parametrize(("value", "code"), [("aten", 0), ("cudnn", 1)])
+def test_the_environment_names_the_default(value, code):
+    command = [sys.executable, "-c", "import segfast; print(segfast.get_backend())"]
+    environment = {**os.environ, "SEGFAST_BACKEND": value, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == code
+    if code:
+        assert "SEGFAST_BACKEND must be one of 'auto', 'triton', 'aten', got 'cudnn'" in result.stderr
+    else:
+        assert result.stdout.strip() == "aten"
+
+
+def test_triton_by_name_says_why_it_cannot():
+    with (
+        segfast.backend("triton"),
+        pytest.raises(NotImplementedError, match='"triton" cannot serve this call: the tensors are on a CPU'),
+    ):
+        up()
+
+
+class OnGPU:
+    """What the predicates ask of a tensor on a GPU."""
+
+    is_cuda, is_cpu = True, False
+    device = torch.device("cuda", 0)
+    shape = torch.Size((1, 64, 32, 32))
+
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype = dtype
+
+    def numel(self):
+        return self.shape.numel()
+
+
+WEIGHT = torch.empty(64, 32, 2, 2)
+BUCKET = "ci64-co32-t4-g1-bfloat16-p10"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of sm_90 with chosen proofs and measurements."""
+    proofs, rows = set(), {}
+    monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-test", 232448))
+    monkeypatch.setitem(_backend._gpu_reasons, 0, None)
+    monkeypatch.setattr(_configs, "proven_entries", lambda arch: frozenset(proofs) if arch == "sm_90" else ())
+    monkeypatch.setattr(
+        _configs, "measured", lambda operation, bucket, slug, arch: rows.get((operation, bucket))
+    )
+    _backend._look_up.cache_clear()
+    yield proofs, rows
+    _backend._look_up.cache_clear()
+
+
+def auto(input=None, differentiates=False):
+    _backend._look_up.cache_clear()
+    return can_use_triton("auto", input or OnGPU(), WEIGHT, None, 1, differentiates)
+
+
+def test_auto_needs_a_proof_on_this_architecture(gpu):
+    assert "not proven" in auto()
+    assert can_use_triton("triton", OnGPU(), WEIGHT, None, 1, False) is None  # by name it runs all the same
+
+
+def test_auto_needs_a_measurement_and_takes_the_faster(gpu):
+    proofs, rows = gpu
+    proofs.add("conv_transpose2d_forward.bfloat16")
+    assert "not measured" in auto()
+    rows["conv_transpose2d_forward", BUCKET] = {"us": 30.0, "aten_us": 20.0}
+    assert "measured faster (20 against 30 us)" in auto()
+    rows["conv_transpose2d_forward", BUCKET] = {"us": 10.0, "aten_us": 20.0}
+    assert auto() is None
+    assert "float16 is not proven" in auto(OnGPU(torch.float16))
+
+
+def test_auto_judges_forward_and_gradients_together_where_a_gradient_will_follow(gpu):
+    proofs, rows = gpu
+    proofs.update(f"{operation}.bfloat16" for operation in OPERATIONS[:2])
+    for operation in OPERATIONS:
+        rows[operation, BUCKET] = {"us": 10.0, "aten_us": 20.0}
+    assert "grad_weight in bfloat16 is not proven" in auto(differentiates=True)
+    assert auto() is None
+    proofs.add("conv_transpose2d_grad_weight.bfloat16")
+    assert auto(differentiates=True) is None
+    rows["conv_transpose2d_grad_weight", BUCKET] = {"us": 90.0, "aten_us": 20.0}
+    assert "measured faster (60 against 110 us)" in auto(differentiates=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32])
+def test_dtypes_without_kernels_take_aten(gpu, dtype):
+    assert "no kernels for" in can_use_triton("triton", OnGPU(dtype), WEIGHT, None, 1, False)
+
+
+def test_autocast_decides_the_dtype(gpu):
+    proofs, rows = gpu
+    proofs.add("conv_transpose2d_forward.bfloat16")
+    rows["conv_transpose2d_forward", BUCKET] = {"us": 10.0, "aten_us": 20.0}
+    assert can_use_triton("auto", OnGPU(torch.float32), WEIGHT, torch.bfloat16, 1, False) is None
+
+
+def test_old_gpus_and_empty_tensors_take_aten(gpu, monkeypatch):
+    empty = OnGPU()
+    empty.shape = torch.Size((0, 64, 32, 32))
+    assert "empty" in can_use_triton("triton", empty, WEIGHT, None, 1, False)
+    monkeypatch.setitem(_backend._gpu_reasons, 0, "the GPU's compute capability is below 8.0")
+    assert "below 8.0" in can_use_triton("triton", OnGPU(), WEIGHT, None, 1, False)
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_runs_only_what_is_asked_for_by_name():
+    assert segfast.explain(up)[0].backend == "aten"
+    with segfast.backend("triton"):
+        assert segfast.explain(up)[0].backend == "triton"
+        with pytest.raises(NotImplementedError, match="bfloat16 wrongly"):
+            segfast.functional.conv_transpose2d(X.bfloat16(), W.bfloat16())
+        assert (
+            segfast.explain(segfast.functional.up_concat, X, torch.randn(1, 3, 8, 8), W)[0].backend
+            == "triton"
+        )
+
+
+@pytest.mark.interpreter
+def test_the_backward_keeps_the_choice_of_the_forward():
+    x = X.clone().requires_grad_()
+    with segfast.backend("triton"):
+        y = segfast.functional.conv_transpose2d(x, W, stride=2)
+    assert type(y.grad_fn).__name__ == "_ForwardBackward"
+    with segfast.backend("aten"):
+        y.sum().backward()
+    expected = torch.nn.functional.conv2d(torch.ones_like(y), W, stride=2)
+    assert torch.allclose(x.grad, expected, atol=1e-5)
