@@ -31,6 +31,10 @@ def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
     if case.direction == "forward" and case.op in ("conv2d", "conv_transpose2d"):
         yield from _fused(problem)
     if compiled:
+        from torch._functorch import config
+
+        # A backward timed alone runs many times over one forward's saved tensors.
+        config.donated_buffer = False
         function = torch.compile(problem.formula, mode=COMPILE_MODE, dynamic=False)
         yield Candidate("compile", problem.bind(function), note=compile_note())
 

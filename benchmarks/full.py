@@ -1,6 +1,6 @@
-"""The long checks of a GPU's kernels (`FULL=1 make gpu-test`): fuzzed shapes, offsets past 2**31, graphs, streams.
+"""The long checks of kernels on a GPU (`FULL=1 make gpu-test`): fuzz, offsets past 2**31, graphs, streams.
 
-Each check is a generator of (name, passed, note). compute-sanitizer can refuse a device: a line, not a failure.
+Each check is a generator of (name, passed, note). compute-sanitizer can refuse a device: a line, no failure.
 """
 
 import itertools
@@ -23,7 +23,7 @@ CASES_EACH = 80  # image sizes for each geometry: with 25 geometries, 2,000 case
 
 
 class Geometry(NamedTuple):
-    """What a kernel is compiled for; image sizes vary within it, so that 2,000 cases need few compilations."""
+    """What a kernel is compiled for. Image sizes vary within it: 2,000 cases need few compilations."""
 
     ci: int
     co: int
@@ -102,7 +102,7 @@ def _compare(
 
 
 def large(device: torch.device) -> Iterator[Outcome]:
-    """An output past 2**31 elements: where kernel equals stride, its last rows are those of the last input rows."""
+    """An output past 2**31 elements. Kernel equals stride: its last rows come from the last input rows."""
     free = torch.cuda.mem_get_info(device)[0]
     height, width, channels = 4100, 8192, 16  # 2 * 4100 * 2 * 8192 * 16 = 2.15e9 outputs
     if free < 16 << 30:

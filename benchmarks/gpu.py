@@ -19,7 +19,7 @@ import torch
 from benchmarks.cases import CASES
 from benchmarks.environment import ROOT, dry_run
 from benchmarks.rows import append_rows, read_rows
-from benchmarks.tiers import STICKY, TIERS, Session, run_tier
+from benchmarks.tiers import STICKY, TIERS, WRONG, Session, run_tier
 
 BUDGETS = {
     "compile": 60,
@@ -39,7 +39,7 @@ MOST_WORKERS = 6  # of one tier
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tiers asked for; 0 if every worker ended well, 1 if one had to be given up, 2 without a GPU."""
+    """Run the tiers: 0 if all is well, 1 if a kernel is wrong or a tier gave up, 2 without a GPU."""
     args = _parse(argv)
     if args.worker:
         session = Session(args.tier[0], args.out, args.budget, args.family, args.case, frozenset(args.begun))
@@ -101,8 +101,8 @@ def _run_tier(tier: str, budget_s: float, args: argparse.Namespace, log) -> bool
             return True
         code, seen = _worker(tier, left, begun, args, log)
         begun += seen
-        if code == 0:
-            return True
+        if code in (0, WRONG):
+            return code == 0
         if not seen and code != STICKY:
             _tell(log, f"{tier}: the worker ended with {code} before its first case; see gpu.log")
             return False

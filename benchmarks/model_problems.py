@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.baselines import COMPILE_MODE, Peer, compile_note
 from benchmarks.cases import Case
 from benchmarks.plain_models import plain_model
-from benchmarks.problems import reference_precision
+from benchmarks.problems import no_search
 from benchmarks.timing import Candidate, Skipped
 
 TOLERANCE = 5e-2  # of logits after tens of layers, and of a training step's loss, in 16 bits
@@ -47,7 +47,7 @@ class ModelProblem:
         )
 
     def _reference(self) -> torch.Tensor:
-        with reference_precision():
+        with no_search():
             if self.training:
                 return self._step(_trained(self.network), autocast=False)()
             with torch.no_grad():

@@ -1,13 +1,16 @@
 """The inputs of a case, its formula in plain torch, and what a right answer is."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case, output_size
+
+MOST_IN_FP64 = 2e11  # exponentials of a reference CRF
 
 Tensors = dict[str, torch.Tensor]
 Formula = Callable[[Tensors], torch.Tensor]
@@ -227,16 +230,14 @@ class Problem:
         return output
 
     def reference(self) -> Any:
-        """`sample` of the right answer: fp64; fp32 for large CRFs and for gradients of 16-bit cases."""
-        exact = self.case.dtype == "float32" and self.case.exponentials < 2e11
-        forward = self.case.direction == "forward" and self.case.op != "dense_crf"
-        dtype = torch.float64 if exact or forward else torch.float32
+        """`sample` of the right answer, in fp64; of a CRF with 1e11 pairs and more in fp32."""
+        dtype = torch.float64 if self.case.exponentials < MOST_IN_FP64 else torch.float32
         tensors = {
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in self.tensors.items()
         }
-        with reference_precision():
-            if not forward:
+        with no_search():
+            if self.case.direction != "forward" or self.case.op == "dense_crf":
                 return self.bind(self.formula, tensors)()
             images = self._images()
             batch = {name: tensors[name][images] for name in ("x", "skip") if name in tensors}
@@ -247,18 +248,14 @@ class Problem:
         return sorted({0, self.case["n"] - 1})
 
 
-class reference_precision:
-    """Full fp32 and no algorithm search while a reference is computed."""
-
-    def __enter__(self) -> None:
-        backend = torch.backends.cudnn
-        self.saved = backend.benchmark, backend.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-        backend.benchmark = False
-        backend.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-    def __exit__(self, *_: object) -> None:
-        backend = torch.backends.cudnn
-        backend.benchmark, backend.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = self.saved
+@contextlib.contextmanager
+def no_search() -> Iterator[None]:
+    """No search for cuDNN's fastest algorithm: a reference runs once."""
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searching
 
 
 def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Tensors:

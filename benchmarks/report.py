@@ -93,22 +93,26 @@ def summary(rows: Sequence[Row]) -> str:
     headers = ("case", "dtype", "direction", "floor us", "fastest peer us", "segfast us", "ratio")
     text = format_table(headers, lines)
     mean = geometric_mean([ratio(members) for members in grouped(rows).values()])
-    if not math.isnan(mean):
+    if not math.isnan(mean) and not on_cpu(rows):
         text += f"\ngeometric mean of the ratios: {mean:.3g}"
     return text + "\n" + caveat(rows)
+
+
+def on_cpu(rows: Sequence[Row]) -> bool:
+    """Whether no row was measured on a GPU."""
+    return not any(row["gpu"] not in ("", "cpu") for row in rows)
 
 
 def caveat(rows: Sequence[Row]) -> str:
     """What the figures are, in a sentence."""
     if any(row["dry_run"] for row in rows):
         return f"Dry run on a CPU: the control flow was walked, {NO_GPU}."
-    devices = sorted({row["gpu"] for row in rows if row["gpu"]})
-    if devices == ["cpu"]:
+    if on_cpu(rows):
         return (
             f"CPU figures (batch 1, fp32, small sizes, one thread): {NO_GPU}. On a CPU segfast runs ATen, "
             "apart from bilinear upsampling with fixed weights: elsewhere expect ratios near 1 and noise."
         )
-    return f"Measured on {', '.join(devices)}."
+    return f"Measured on {', '.join(sorted({row['gpu'] for row in rows if row['gpu']}))}."
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -230,7 +234,7 @@ def html_page(rows: Sequence[Row], title: str = "segfast benchmark") -> str:
         "measured in the same run.</p>"
     )
     mean = geometric_mean([ratio(members) for members in groups.values()])
-    if not math.isnan(mean):
+    if not math.isnan(mean) and not on_cpu(rows):
         parts.append(f"<p>Geometric mean of the ratios: {mean:.3g}.</p>")
     parts.append(_overview(groups))
     for family in dict.fromkeys(row["family"] for row in latest(rows)):

@@ -12,9 +12,12 @@ from benchmarks import baselines
 from benchmarks.cases import Case
 from benchmarks.model_problems import ModelProblem
 from benchmarks.problems import Problem
-from benchmarks.rows import append_rows, read_rows
+from benchmarks.rows import FIELDS, append_rows, read_rows
 from benchmarks.timing import Measurement, measure
+from segfast._errors import UserError
 from segfast._files import atomic_write
+
+TITLE = "segfast benchmark"
 
 
 def timing_device() -> torch.device:
@@ -81,16 +84,29 @@ def write_outputs(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
     """Write rows.csv, rows.json, report.md and report.html into `folder`; returns the summary."""
     from benchmarks.report import markdown, summary, write_report
 
-    folder.mkdir(parents=True, exist_ok=True)
+    names = ("rows.csv", "rows.json", "report.md", "report.html")
+    for path in (folder / name for name in names):
+        if not _ours(path):
+            raise UserError(f"{path}: exists and is not a benchmark report of segfast; move it away")
     with atomic_write(folder / "rows.csv") as path:
         append_rows(path, rows)
     written = read_rows(folder / "rows.csv")
     with atomic_write(folder / "rows.json") as path:
-        path.write_text(json.dumps([_plain(row) for row in written], indent=1) + "\n")
-    write_report(written, folder / "report.html")
+        content = {"title": TITLE, "rows": [_plain(row) for row in written]}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    write_report(written, folder / "report.html", TITLE)
     with atomic_write(folder / "report.md") as path:
-        path.write_text(markdown(written))
+        path.write_text(f"# {TITLE}\n\n{markdown(written)}")
     return summary(written)
+
+
+def _ours(path: Path) -> bool:
+    """Whether `path` may be written: it is not there, or an earlier report is."""
+    if not path.exists():
+        return True
+    with path.open(errors="replace") as file:
+        start = file.read(1000)
+    return start.startswith(",".join(FIELDS)) or TITLE in start
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

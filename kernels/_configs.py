@@ -41,13 +41,26 @@ class Config:
 
 
 def fit_registers(config: Config, accumulators: int) -> Config:
-    """`config` with more warps (up to 8), then fewer columns, until a thread holds at most so many of its products."""
+    """`config` with up to 8 warps, then fewer columns, until a thread holds at most so many products."""
     while config.block_m * config.block_n > accumulators * 32 * config.num_warps:
         if config.num_warps < 8:
             config = replace(config, num_warps=2 * config.num_warps)
         else:
             config = replace(config, block_n=config.block_n // 2)
     return config
+
+
+def operands_in_registers(itemsize: int, arch: str) -> int:
+    """How tight registers are: 1 for fp32, whose layout is seldom the matrix unit's, and 1 for mma.sync."""
+    return (itemsize == 4) + (arch in ("sm_80", "sm_86", "sm_89", "sm_120"))
+
+
+def fit_operands(config: Config, itemsize: int, arch: str) -> Config:
+    """`config` with room in its registers for operands that pass through them."""
+    passes = operands_in_registers(itemsize, arch)
+    if passes == 0:
+        return config
+    return fit_registers(config, 64 if passes == 1 and config.num_warps == 8 else 32)
 
 
 @dataclass(frozen=True)

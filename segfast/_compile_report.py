@@ -1,8 +1,9 @@
-"""`segfast compile-report`: compile every kernel for GPUs that need not be here, and look at the machine code.
+"""`segfast compile-report`: compile every kernel for GPUs that need not be here and judge the machine code.
 
-A row is one kernel with one tile configuration, element type and architecture. It fails where registers spill, shared
-memory does not fit, the matrix instruction expected is missing, or a store is narrower than the channels allow.
-Each family's module in `segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta tensors, store width).
+A row is one kernel with one tile configuration, element type and architecture. It fails where registers
+spill, shared memory does not fit, the matrix instruction expected is missing, or a store is narrower than the
+channels allow. Each family's module in `segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta
+tensors, store width).
 """
 
 import argparse
@@ -28,13 +29,13 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 # Element types as rows name them; tf32 is float32 where cuDNN's flag allows it.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
-HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix", "store",
-           "load", "async", "instr", "s", "problem")  # fmt: skip
+HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
+           "store", "load", "async", "instr", "s", "problem")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one process compiles at a time: a family's specimens in one type for one architecture, or one of them."""
+    """What one process compiles at a time: one specimen, in one type, for one architecture."""
 
     family: str
     arch: str
@@ -66,9 +67,9 @@ class Row:
 
     def cells(self) -> tuple:
         widths = (_span(self.store), _span(self.load), _span(self.async_copy))
-        return (self.arch, self.dtype, self.specimen, self.kernel, self.tile, self.registers, self.spills, self.shared,
-                self.limit, self.matrix or "-", *widths, self.instructions, f"{self.seconds:.1f}",
-                "; ".join(self.problems) or "-")  # fmt: skip
+        return (self.arch, self.dtype, self.specimen, self.kernel, self.tile, self.registers, self.spills,
+                self.shared, self.limit, self.matrix or "-", *widths, self.instructions,
+                f"{self.seconds:.1f}", "; ".join(self.problems) or "-")  # fmt: skip
 
 
 def _span(widths: tuple[int, int]) -> str:
@@ -76,8 +77,8 @@ def _span(widths: tuple[int, int]) -> str:
     return "-" if high == 0 else str(low) if low == high else f"{low}..{high}"
 
 
-def tasks(families: Sequence[str], archs: Sequence[str], dtypes: Sequence[str], specimens: Sequence[str] = ("",),
-          all_candidates: bool = False) -> list[Task]:  # fmt: skip
+def tasks(families: Sequence[str], archs: Sequence[str], dtypes: Sequence[str],
+          specimens: Sequence[str] = ("",), all_candidates: bool = False) -> list[Task]:  # fmt: skip
     """The tasks whose specimen's name starts with one of `specimens`; tf32 is NVIDIA's."""
     found = []
     for family in families:
@@ -97,13 +98,17 @@ def compile_task(task: Task) -> list[Row]:
     """Record the launches of one task and compile each."""
     from .kernels import pretend_architecture, record_launches
 
-    call, store_bytes = next((c, width) for name, c, width in _specimens(task.family, task.dtype) if name == task.specimen)
+    call, store_bytes = next(
+        (c, width) for name, c, width in _specimens(task.family, task.dtype) if name == task.specimen
+    )
     launches: dict[Any, Any] = {}
     with _precision("tf32" if task.dtype == "tf32" else "ieee"), pretend_architecture(task.arch):
         for override in _overrides(call) if task.all_candidates else [contextlib.nullcontext()]:
             with override, record_launches() as recorded:
                 call()
-            launches.update({(plan.kernel.__name__, plan.config): (plan, pointers) for plan, pointers in recorded})
+            launches.update(
+                {(plan.kernel.__name__, plan.config): (plan, pointers) for plan, pointers in recorded}
+            )
     return [compile_plan(plan, pointers, task, store_bytes) for plan, pointers in launches.values()]
 
 
@@ -125,7 +130,7 @@ def _overrides(call) -> list[contextlib.AbstractContextManager]:
 
 @contextlib.contextmanager
 def _precision(value: str) -> Iterator[None]:
-    conv = torch.backends.cudnn.conv
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, conv.fp32_precision = conv.fp32_precision, value
     try:
         yield
@@ -160,8 +165,10 @@ def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
     if code.store[0] < least:
         problems.append(f"{code.store[0]}-byte store")
     name = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel").removeprefix(f"{task.family}_")
-    return Row(task.arch, task.dtype, task.specimen, name, tile, code.registers, code.spills, compiled.metadata.shared,
-               limit, code.matrix, code.store, code.load, code.async_copy, code.instructions, seconds, tuple(problems))  # fmt: skip
+    shared = compiled.metadata.shared
+    return Row(task.arch, task.dtype, task.specimen, name, tile, code.registers, code.spills, shared, limit,
+               code.matrix, code.store, code.load, code.async_copy, code.instructions, seconds,
+               tuple(problems))  # fmt: skip
 
 
 def expected_matrix(task: Task, plan) -> tuple[str, ...]:
@@ -189,7 +196,11 @@ def compile_report(work: Sequence[Task], processes: int = 2, progress: bool = Tr
 
     with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
         results = pool.imap(compile_task, work)
-        return [row for rows in tqdm(results, total=len(work), disable=not progress, unit="specimen") for row in rows]
+        return [
+            row
+            for rows in tqdm(results, total=len(work), disable=not progress, unit="specimen")
+            for row in rows
+        ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,8 +210,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="default: %(default)s")
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), help="default: %(default)s")
-    parser.add_argument("--specimen", nargs="+", default=[""], help="only those whose name starts so (default: all)")
-    parser.add_argument("--all-candidates", action="store_true", help="also the configurations that only the tuner tries")
+    parser.add_argument("--specimen", nargs="+", default=[""], help="only those whose names start so")
+    parser.add_argument("--all-candidates", action="store_true", help="also what only the tuner tries")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the table here too")
 
@@ -225,7 +236,8 @@ def run(args: argparse.Namespace) -> int:
     rows = compile_report(work, args.processes)
     bad = sum(bool(row.problems) for row in rows)
     table = format_table(HEADERS, [row.cells() for row in rows])
-    text = f"{table}\n\n{len(rows)} kernels, {bad} with a problem; store, load and async are bytes a thread, instr the whole program's"
+    units = "store, load and async are bytes a thread moves at a time, instr counts the whole program"
+    text = f"{table}\n\n{len(rows)} kernels, {bad} with a problem; {units}"
     print(text)
     if args.out is not None:
         with atomic_write(args.out) as temporary:

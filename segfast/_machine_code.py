@@ -1,4 +1,4 @@
-"""What a kernel compiled offline became: registers, spills, matrix instructions, width of its memory accesses."""
+"""What a kernel compiled offline became: registers, spills, matrix instructions, width of its accesses."""
 
 import dataclasses
 import re
@@ -11,13 +11,14 @@ import triton
 
 # The newest first: the first found is the one a kernel is said to use.
 _MATRIX = {r"UTC\w*MMA": "tcgen05", "HGMMA": "HGMMA", "HMMA": "HMMA", "v_mfma": "mfma", "v_wmma": "wmma"}
+_SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.MULTILINE)
 _AMD = re.compile(r"^\s+([a-z]+_\w+)", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class MachineCode:
-    """Widths are bytes a thread moves at a time, the narrowest and the widest; (0, 0) where there is no such access."""
+    """Widths are bytes a thread moves at a time, the narrowest and the widest; (0, 0) where there is none."""
 
     registers: int
     spills: int  # local-memory instructions and stack bytes; 0 is none of either
@@ -29,7 +30,7 @@ class MachineCode:
 
 
 def inspect(compiled: "triton.compiler.CompiledKernel") -> MachineCode:
-    """Read the machine code of `compiled`: with the `cuobjdump` of Triton's wheel, or from the AMD assembly."""
+    """Read the code of `compiled`, with the `cuobjdump` of Triton's wheel or from the AMD assembly."""
     if "amdgcn" in compiled.asm:
         return _inspect_amd(compiled.asm["amdgcn"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -60,10 +61,7 @@ def from_sass(text: str, registers: int, stack: int) -> MachineCode:
 
 
 def _sass_bytes(operation: str) -> int:
-    for part, size in (("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2), ("16", 2), ("64", 8), ("128", 16), ("256", 32)):
-        if part in operation.split("."):
-            return size
-    return 4
+    return next((_SASS_BYTES[part] for part in operation.split(".") if part in _SASS_BYTES), 4)
 
 
 def _inspect_amd(text: str) -> MachineCode:
@@ -71,14 +69,17 @@ def _inspect_amd(text: str) -> MachineCode:
         return sum(map(int, re.findall(rf"\.{name}:\s*(\d+)", text)))
 
     operations = _AMD.findall(text)
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+    stores = [op for op in operations if re.match("(global|buffer)_store", op)]
+    loads = [op for op in operations if re.match("(global|buffer)_load", op)]
+    # Scalar registers spill into lanes of vector registers, not to memory: not counted.
+    spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     return MachineCode(
         number("vgpr_count"),
         spills,
         _matrix(operations),
-        _widths(_amd_bytes(op) for op in operations if re.match("(global|buffer)_store", op)),
-        _widths(_amd_bytes(op) for op in operations if re.match("(global|buffer)_load", op) and "_lds" not in op),
-        _widths(_amd_bytes(op) for op in operations if re.match("(global|buffer)_load", op) and "_lds" in op),
+        _widths(_amd_bytes(op) for op in stores),
+        _widths(_amd_bytes(op) for op in loads if "_lds" not in op),
+        _widths(_amd_bytes(op) for op in loads if "_lds" in op),
         len(operations),
     )
 

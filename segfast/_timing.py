@@ -15,6 +15,7 @@ import torch
 FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU there is
 SLEEP_HZ = 2.0e9  # torch.cuda._sleep counts clock cycles: an upper estimate of the clock
 MAX_SLEEP_S = 0.02
+SLOW_S = 2.0  # a round longer than this is timed once, if the budget asks for no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _interleave_cuda(runs, device, budget_s, min_rounds, max_rounds) -> dict[str
         issue[name] = time.perf_counter() - start
         torch.cuda.synchronize(device)
         cost += time.perf_counter() - start + issue[name] + 2e-4
-    rounds = max(min_rounds, min(max_rounds, int(0.6 * budget_s / cost)))
+    rounds = _rounds(0.6 * budget_s, cost, min_rounds, max_rounds)
     events: dict[str, list] = {name: [] for name in runs}
     for turn in range(rounds):
         for name in _rotated(list(runs), turn):
@@ -105,7 +106,7 @@ def _wall(runs, budget_s, min_rounds, max_rounds, synchronize) -> dict[str, list
         once = time.perf_counter() - start
         calls[name] = max(1, min(200, int(0.002 / once)))
         cost += once * calls[name]
-    rounds = max(min_rounds, min(max_rounds, int(budget_s / cost)))
+    rounds = _rounds(budget_s, cost, min_rounds, max_rounds)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
         for name in _rotated(list(runs), turn):
@@ -117,6 +118,13 @@ def _wall(runs, budget_s, min_rounds, max_rounds, synchronize) -> dict[str, list
             synchronize()
             samples[name].append(1e6 * (time.perf_counter() - start) / count)
     return samples
+
+
+def _rounds(budget_s: float, cost_s: float, least: int, most: int) -> int:
+    """How often to time everything once, which takes `cost_s`; a round of seconds needs no repeating."""
+    if cost_s > SLOW_S:
+        least = 1
+    return max(least, min(most, int(budget_s / cost_s)))
 
 
 def _rotated(names: list[str], turn: int) -> list[str]:

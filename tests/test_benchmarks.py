@@ -354,6 +354,28 @@ def test_report_of_a_cpu_claims_no_gpu_figure(tmp_path):
     assert "100" not in summary(dry)
 
 
+def test_outputs_replace_only_themselves(tmp_path):
+    from benchmarks.suite import write_outputs
+    from segfast._errors import UserError
+
+    folder = tmp_path / "benchmark"
+    for us in (100.0, 80.0):
+        write_outputs([_row(us=us)], folder)
+    names = {"rows.csv", "rows.json", "report.md", "report.html"}
+    assert {path.name for path in folder.iterdir()} == names
+    content = json.loads((folder / "rows.json").read_text())
+    assert content["rows"][0]["gpu_us"] == 80.0
+    assert content["rows"][0]["graph_us"] is None
+    assert "| aten_nhwc |" in (folder / "report.md").read_text()
+    for name in names:
+        kept = (folder / name).read_text()
+        (folder / name).write_text("a user's own notes")
+        with pytest.raises(UserError, match=name):
+            write_outputs([_row()], folder)
+        assert (folder / name).read_text() == "a user's own notes"
+        (folder / name).write_text(kept)
+
+
 def _configs(gpu="nvidia-h200", **config):
     tile = {"block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3, "split_k": 1}
     row = {"config": tile | config, "us": 50.0, "aten_us": 60.0}
@@ -447,7 +469,7 @@ def _run_gpu(folder, *arguments, **variables):
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
-    done = _run_gpu(folder, SEGFAST_DRY_RUN="1")
+    done = _run_gpu(folder, "--tier", "T0", "full", "T1", "T2", "T3", "T4", SEGFAST_DRY_RUN="1")
     assert done.returncode == 0, done.stdout[-2000:] + (folder / "gpu.log").read_text()[-4000:]
     return folder, done.stdout
 
@@ -464,6 +486,7 @@ def test_dry_run_walks_all_tiers(dry_run):
     assert {row["case"] for row in found if row["tier"] == "T1"} == {case.name for case in CASES}
     assert {row["direction"] for row in found if row["tier"] == "T3"} == {"backward", "train"}
     assert printed.rstrip().endswith("no GPU figure was taken.")
+    assert "2 of 2 checks passed" in printed
     log = (folder / "gpu.log").read_text()
     assert "Traceback" not in log
     assert "WRONG" not in log

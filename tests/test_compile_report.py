@@ -1,4 +1,4 @@
-"""Machine code of the kernels, compiled without a GPU for four architectures (SEGFAST_ALL_ARCHITECTURES=1: seven)."""
+"""The kernels' machine code, compiled for four architectures (all with SEGFAST_ALL_ARCHITECTURES=1)."""
 
 import os
 import subprocess
@@ -13,15 +13,25 @@ from segfast._machine_code import from_sass
 from segfast.kernels import Config, override_config, pretend_architecture, record_launches
 
 FAMILY = "conv_transpose2d"
-ARCHS = ARCHITECTURES if os.environ.get("SEGFAST_ALL_ARCHITECTURES") == "1" else ("sm_80", "sm_90", "sm_100", "gfx942")
-# U-Net's up-convolution beside its skip and both gradients; 21 classes; a kernel that the stride does not divide.
+EVERY = os.environ.get("SEGFAST_ALL_ARCHITECTURES") == "1"
+ARCHS = ARCHITECTURES if EVERY else ("sm_80", "sm_90", "sm_100", "gfx942")
+# U-Net's up-convolution beside its skip and both gradients, and 21 classes.
 EVERYWHERE = ("unet_up4 up_concat", "unet_up4 grad", "fcn8s_up8 forward")
-ON_HOPPER = (*EVERYWHERE, "unet_up2 forward", "decoder_up4x4", "up3x3 forward", "up24 forward", "past_int32 forward")
+ON_HOPPER = (
+    *EVERYWHERE,
+    "unet_up2 forward",
+    "decoder_up4x4",
+    "up3x3 forward",
+    "up24 forward",
+    "past_int32 f",
+)
 
 
 @pytest.fixture(scope="module")
 def rows():
-    work = [t for arch in ARCHS for t in tasks([FAMILY], [arch], ["bf16"], ON_HOPPER if arch == "sm_90" else EVERYWHERE)]
+    work = []
+    for arch in ARCHS:
+        work += tasks([FAMILY], [arch], ["bf16"], ON_HOPPER if arch == "sm_90" else EVERYWHERE)
     work += tasks([FAMILY], ["sm_90"], ["fp16"], ("unet_up2 forward",))
     work += tasks([FAMILY], ["sm_90"], ["fp32", "tf32"], ("unet_up4 forward", "unet_up4 grad"))
     return compile_report(work, processes=2, progress=False)
@@ -45,8 +55,8 @@ def test_rows_of_an_architecture(rows, arch):
         assert row.matrix == ("" if row.kernel == "reduce_partials" else matrix)
         if arch.startswith("sm") and "fcn8s" not in row.specimen:
             assert row.store == (16, 16)
-        if arch.startswith("sm") and row.matrix and "fcn8s" not in row.specimen and "up24 " not in row.specimen:
-            assert row.async_copy == (16, 16)
+            if row.matrix and "up24" not in row.specimen:
+                assert row.async_copy == (16, 16)
 
 
 def test_21_classes_are_not_stored_one_by_one(rows):
@@ -110,9 +120,10 @@ def test_reading_a_disassembly():
 def test_command_under_the_interpreter(tmp_path):
     """The command compiles although TRITON_INTERPRET=1, under which nothing compiles."""
     out = tmp_path / "table.txt"
-    command = [sys.executable, "-m", "segfast", "compile-report", "--arch", "sm_90", "--dtype", "bf16", "--out", str(out),
-               "--specimen", "unet_up4 forward", "--processes", "1"]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "segfast", "compile-report", "--arch", "sm_90", "--dtype", "bf16",
+               "--specimen", "unet_up4 forward", "--processes", "1", "--out", str(out)]  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "HGMMA" in done.stdout
     assert "1 kernels, 0 with a problem" in out.read_text()

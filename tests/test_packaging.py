@@ -129,9 +129,9 @@ def test_sdist_carries_what_testing_and_benchmarks_need(unpacked):
 
 def test_editable_install_imports_the_tree(tree, tmp_path):
     pip("install", "--target", tmp_path / "site", "-e", tree, cwd=tmp_path)
-    # A .pth file counts only in a site directory.
+    # A .pth file counts only in a site directory; the finder it imports may be in this environment's too.
     code = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); {IMPORT}"
-    package, kernels = run(code, cwd=tmp_path)
+    package, kernels = run(code, tmp_path / "site", cwd=tmp_path)
     assert Path(package) == tree / "segfast" / "__init__.py"
     assert Path(kernels).resolve() == tree / "kernels" / "__init__.py"
 
@@ -195,7 +195,10 @@ start = time.perf_counter(); import torch
 middle = time.perf_counter(); import segfast
 print((time.perf_counter() - start) / (middle - start))
 """
-    ratios = [float(run(code, ROOT, cwd=tmp_path)[0]) for _ in range(5)]
+    # The least of several is what it costs; the first low one settles it.
+    ratios: list[float] = []
+    while len(ratios) < 6 and min(ratios, default=2.0) >= 1.5:
+        ratios += [float(line) for line in run(code, ROOT, cwd=tmp_path)]
     assert min(ratios) < 1.5, ratios
 
 

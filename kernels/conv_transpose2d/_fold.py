@@ -1,7 +1,7 @@
-"""Geometry on the host. Folding: where pixels lie side by side, a row of them is one run of addresses, and its alignment is the run's.
+"""Geometry on the host. Folding: where pixels lie side by side, a row of them is one run of addresses.
 
-21 classes are 42 bytes a pixel, which leaves accesses of 2 bytes. The pixels of a row of phases, or of taps, together are
-`8 * 21` or `16 * 21` elements: 8 or 16 bytes at a time, with no division by 21 in an address or a mask.
+21 classes are 42 bytes a pixel, which leaves accesses of 2 bytes. The pixels of a row of phases, or of taps,
+together are `8 * 21` or `16 * 21` elements: 8 or 16 bytes at a time, and no division by 21 in an address.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Forward by sub-pixel phases: output pixels with equal (oh + pad) mod stride use the same taps of the kernel.
+"""Forward by sub-pixel phases: output pixels with equal (oh + pad) mod stride use the same taps.
 
 Two GEMMs, both with input positions as rows and channels as depth. `_wide` (kernel divisible by stride,
 dilation 1) puts all phases side by side in its columns and reads the input once for them; with kernel ==
@@ -11,7 +11,15 @@ import math
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, fit_registers, register_candidates
+from .._configs import (
+    Config,
+    Problem,
+    choose_config,
+    fit_operands,
+    fit_registers,
+    operands_in_registers,
+    register_candidates,
+)
 from .._device import dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
@@ -152,12 +160,12 @@ def _conv_transpose2d_forward_wide_kernel(
         _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left, stride_sn, stride_sh, stride_sw,
                    stride_yn, stride_yh, stride_yw, SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
-        # Columns whose addresses follow each other: a phase's channels, and with FOLD, where pixels lie side by side, those
-        # of a row of phases, as if the kernel had width TAPS_W and stride 1 and STRIDE_W times the channels.
+        # Columns whose addresses follow each other: a phase's channels, and with FOLD, where pixels lie side
+        # by side, those of a row of phases, as if the stride were 1 and the channels STRIDE_W times as many.
         RUN: tl.constexpr = STRIDE_W * CO if FOLD else CO
         PHASES_W: tl.constexpr = 1 if FOLD else STRIDE_W
-        # One run a tile, or several. Written so that the channel stays a plain range: its contiguity is what the 16-byte
-        # stores come from.
+        # One run a tile, or several. Written so that the channel stays a plain range: its contiguity is what
+        # the 16-byte stores come from.
         ONE_RUN: tl.constexpr = FOLD or CO % BLOCK_N == 0
         if ONE_RUN:
             BLOCKS: tl.constexpr = (RUN + BLOCK_N - 1) // BLOCK_N
@@ -254,31 +262,27 @@ def _conv_transpose2d_forward_wide_kernel(
 def _candidates(problem: Problem, arch: str) -> list[Config]:
     if arch.startswith("gfx"):
         return [Config(128, 64, 32, 4, 2), Config(64, 64, 32, 4, 2)]
+    passes = operands_in_registers(problem.dtype.itemsize, arch)
     depth = 64 if problem.dtype.itemsize == 2 else 32
     depth = max(16, min(depth, triton.next_power_of_2(problem.channels_in // problem.groups)))
     if problem.channels_out // problem.groups * problem.dtype.itemsize % 16 != 0:
-        # Odd channel counts (21 classes): short rows of columns, and narrow accesses that want few to a thread.
+        # Odd channel counts (21 classes): short runs, and narrow accesses that want few to a thread.
         found = [Config(64, 256, depth, 8, 3), Config(128, 128, depth, 8, 3), Config(128, 64, depth, 8, 3)]
-        return found if problem.dtype.itemsize == 2 else [fit_registers(config, 32) for config in found]
+        return [fit_registers(config, 32 // passes) for config in found] if passes else found
     wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
     found = []
-    if wide >= 256:
+    if wide >= 256 and not passes:
         found.append(Config(128, 256, depth, 8, 3))
     if wide >= 128:
         found.append(Config(128, 128, depth, 8, 4))
         found.append(Config(64, 128, depth, 4, 4))
     narrow = min(wide, 64)
     found += [Config(128, narrow, depth, 4, 4), Config(64, narrow, depth, 4, 4)]
-    if arch in ("sm_80", "sm_86", "sm_89", "sm_120") and wide >= 256:
-        found = found[1:] + found[:1]  # mma.sync: 128x256 accumulators spill
     # Few rows leave processors idle: prefer small tiles until there are two waves of them on a large GPU.
     programs = (problem.columns * problem.rows) // (found[0].block_m * found[0].block_n)
     if programs < 264:
         found.sort(key=lambda config: config.block_m * config.block_n)
-    if problem.dtype.itemsize == 4:
-        # fp32 operands pass through registers.
-        found = [fit_registers(config, 64 if config.num_warps == 8 else 32) for config in found]
-    return found
+    return [fit_operands(config, problem.dtype.itemsize, arch) for config in found]
 
 
 register_candidates("conv_transpose2d_forward", _candidates)

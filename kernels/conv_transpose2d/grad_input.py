@@ -10,7 +10,14 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, fit_registers, register_candidates
+from .._configs import (
+    Config,
+    Problem,
+    choose_config,
+    fit_operands,
+    operands_in_registers,
+    register_candidates,
+)
 from .._device import dot_precision
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from ._fold import can_fold, fold_alignment, taps_inside
@@ -24,8 +31,8 @@ def _conv_transpose2d_grad_input_kernel(
     CI: tl.constexpr, CO: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
-    WIDE_INDEX: tl.constexpr,
+    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI and CO are the channels of one group; M = N * H * W. INSIDE: no tap of any pixel leaves the gradient.
@@ -43,8 +50,8 @@ def _conv_transpose2d_grad_input_kernel(
     row_h = ih * STRIDE_H - PAD_H
     row_w = iw * STRIDE_W - PAD_W
 
-    # Depth whose addresses follow each other: a tap's channels, and with FOLD, where pixels lie side by side, those of a
-    # row of taps, as if the kernel had width 1 and KERNEL_W times the channels.
+    # Depth whose addresses follow each other: a tap's channels, and with FOLD, where pixels lie side by side,
+    # those of a row of taps, as if the kernel had width 1 and KERNEL_W times the channels.
     RUN: tl.constexpr = KERNEL_W * CO if FOLD else CO
     TAPS_W: tl.constexpr = 1 if FOLD else KERNEL_W
     ONE_RUN: tl.constexpr = FOLD or CO % BLOCK_K == 0
@@ -75,7 +82,9 @@ def _conv_transpose2d_grad_input_kernel(
             else:
                 ok = (ok & (ow >= 0) & (ow < OW))[:, None]
             offsets = tl.multiple_of(oh * stride_gh + ow * stride_gw, ALIGN)
-            a = tl.load((g_rows + offsets)[:, None] + channel[None, :], mask=ok, other=0.0)  # [BLOCK_M, BLOCK_K]
+            a = tl.load(
+                (g_rows + offsets)[:, None] + channel[None, :], mask=ok, other=0.0
+            )  # [BLOCK_M, BLOCK_K]
         else:
             depth = step * BLOCK_K + k
             depth_ok = depth < DEPTH
@@ -106,19 +115,17 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     depth = max(16, min(depth, triton.next_power_of_2(problem.depth)))
     wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
     found = []
-    if wide >= 256 and arch not in ("sm_80", "sm_86", "sm_89", "sm_120"):
+    if wide >= 256 and not operands_in_registers(problem.dtype.itemsize, arch):
         found.append(Config(128, 256, depth, 8, 3))
     if wide >= 128:
         found.append(Config(128, 128, depth, 8, 4))
         found.append(Config(64, 128, depth, 4, 4))
     narrow = min(wide, 64)
-    found += [Config(128, narrow, depth, 4, 4), Config(64, narrow, depth, 4, 4)]
+    # With 4 warps ptxas spills a few words on sm_100.
+    found += [Config(128, narrow, depth, 8 if arch == "sm_100" else 4, 4), Config(64, narrow, depth, 4, 4)]
     if problem.columns * problem.rows // (found[0].block_m * found[0].block_n) < 264:
         found.sort(key=lambda config: config.block_m * config.block_n)
-    if problem.dtype.itemsize == 4:
-        # fp32 operands pass through registers.
-        found = [fit_registers(config, 64 if config.num_warps == 8 else 32) for config in found]
-    return found
+    return [fit_operands(config, problem.dtype.itemsize, arch) for config in found]
 
 
 register_candidates("conv_transpose2d_grad_input", _candidates)

@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, fit_registers, register_candidates
+from .._configs import (
+    Config,
+    Problem,
+    choose_config,
+    fit_operands,
+    operands_in_registers,
+    register_candidates,
+)
 from .._device import dot_precision
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from .._reduce import reduce_partials
@@ -26,8 +33,8 @@ def _conv_transpose2d_grad_weight_kernel(
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
-    WIDE_INDEX: tl.constexpr,
+    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # BLOCK_M input channels x BLOCK_N columns, over CHUNK pixels. gw [SPLIT, GROUPS * CI, COLUMNS].
@@ -37,7 +44,7 @@ def _conv_transpose2d_grad_weight_kernel(
     if WIDE_INDEX:
         split = split.to(tl.int64)
     COLUMNS: tl.constexpr = KERNEL_H * KERNEL_W * CO
-    # Columns whose addresses follow each other, as in grad_input: a tap's channels, or with FOLD those of a row of taps.
+    # Columns whose addresses follow each other, as in grad_input: a tap's channels, with FOLD a row of taps.
     RUN: tl.constexpr = KERNEL_W * CO if FOLD else CO
     TAPS_W: tl.constexpr = 1 if FOLD else KERNEL_W
     ONE_RUN: tl.constexpr = FOLD or CO % BLOCK_N == 0
@@ -58,12 +65,17 @@ def _conv_transpose2d_grad_weight_kernel(
     tap_h = tap // TAPS_W * DILATION_H - PAD_H
     tap_w = tap % TAPS_W * DILATION_W - PAD_W
     # Not through `group` where there is one: its product with an odd CO would hide the alignment.
-    g_columns = gy_ptr + tl.multiple_of(tap_h * stride_gh + tap_w * stride_gw, ALIGN) + (0 if FOLD else group * CO) + c
+    g_columns = (
+        gy_ptr
+        + tl.multiple_of(tap_h * stride_gh + tap_w * stride_gw, ALIGN)
+        + (0 if FOLD else group * CO)
+        + c
+    )
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split * CHUNK
-    # Pixels as digits (n, ih, iw): those of a step's first one are carried from step to step, those of the others found
-    # by adding with carry. A division for each pixel would cost more than the matrix product.
+    # Pixels as digits (n, ih, iw): those of a step's first one are carried from step to step, those of the
+    # others found by adding with carry. A division for each pixel would cost more than the matrix product.
     k = tl.arange(0, BLOCK_K)
     k_w = k % W
     k_h = k // W % H
@@ -126,11 +138,9 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
         columns = max(16, min(128, triton.next_power_of_2(problem.columns)))
         tiles = [Config(rows, columns, depth, 8 if rows * columns >= 128 * 128 else 4, 3)]
         tiles.append(Config(min(rows, 64), min(columns, 128), depth, 4, 4))
-        if problem.columns >= 256 and rows == 128 and arch in ("sm_90", "sm_100"):
+        if problem.columns >= 256 and rows == 128 and not operands_in_registers(problem.dtype.itemsize, arch):
             tiles.append(Config(128, 256, depth, 8, 3))
-    if problem.dtype.itemsize == 4:
-        # fp32 operands pass through registers.
-        tiles = [fit_registers(tile, 64 if tile.num_warps == 8 else 32) for tile in tiles]
+    tiles = [fit_operands(tile, problem.dtype.itemsize, arch) for tile in tiles]
     found = []
     for tile in tiles:
         programs = (

@@ -44,8 +44,8 @@ class BilinearUpsample(torch.nn.Module):
             kernel_size = 2 * stride - stride % 2
         if stride < 1 or kernel_size < 1 or padding < 0 or not 0 <= output_padding < stride:
             raise ValueError(
-                "stride and kernel_size must be at least 1, padding at least 0, output_padding at least 0 and "
-                f"below stride, got {stride}, {kernel_size}, {padding}, {output_padding}"
+                "stride and kernel_size must be at least 1, padding at least 0, output_padding at least 0 "
+                f"and below stride, got {stride}, {kernel_size}, {padding}, {output_padding}"
             )
         self.stride, self.kernel_size, self.padding, self.output_padding = (
             stride,

@@ -120,7 +120,9 @@ def upsample_separable(
             )
         geometry.append((s, p, out))
     rows, columns = factors.rows.to(input.dtype), factors.columns.to(input.dtype)
-    channels_last = input.dim() == 4 and (is_channels_last(input) or factors.channels_last)
+    channels_last = input.dim() == 4 and (
+        is_channels_last(input) or (factors.channels_last and input.numel() > 0)  # as torch has it
+    )
     if channels_last and rows.shape[0] == columns.shape[0] == 1:
         y = _upsample_rows(input.permute(0, 2, 3, 1), columns, *geometry[1])  # [N, H, W_out, C]
         y = _upsample_rows(y.flatten(2), rows, *geometry[0]).unflatten(-1, y.shape[-2:]).permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
 """The transposed-convolution kernels in Triton's interpreter, against fp64."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.runtime.interpreter import TensorHandle
 
 import segfast
 from segfast.functional import conv_transpose2d
@@ -58,6 +60,22 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def checked_hints(monkeypatch):
+    """Holds every `tl.multiple_of` to its word: a broken one is a misaligned access on a GPU. Returns the words."""
+    given = []
+
+    def set_attr(handle, name, value):
+        if name == "tt.divisibility":
+            for divisor in value if isinstance(value, list) else [value]:
+                divisor = getattr(divisor, "value", divisor)
+                given.append(divisor)
+                assert (handle.data % divisor == 0).all(), f"not multiples of {divisor}: {handle.data.ravel()[:8]}"
+
+    monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
+    return given
+
+
 def operands(
     shape, channels_out, kernel=1, groups=1, dtype=torch.float32, bias=True, channels_last=False, **_
 ):
@@ -81,6 +99,25 @@ def check(shape, channels_out, kernel=1, dtype=torch.float32, channels_last=Fals
 def test_values_and_gradients_are_torchs(name, poisoned_empty):
     shape, channels_out, geometry = GEOMETRIES[name]
     check(shape, channels_out, channels_last=len(name) % 2 == 0, **geometry)
+
+
+@pytest.mark.parametrize("channels", [(16, 24), (12, 20), (21, 21), (64, 8)], ids=str)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"kernel": 2, "stride": 2},
+        {"kernel": 4, "stride": 2, "padding": 1},
+        {"kernel": 8, "stride": 4, "padding": 2},
+        {"kernel": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel": 8, "stride": 8},
+    ],
+    ids=lambda g: f"k{g['kernel']}s{g['stride']}",
+)
+def test_alignment_is_promised_and_kept(channels, geometry, poisoned_empty, checked_hints):
+    # Half precision, as the widest accesses have the most to promise: 16 bytes are 8 channels.
+    check((2, channels[0], 2, 3), channels[1], dtype=torch.float16, channels_last=True, **geometry)
+    common = math.gcd(*channels, 16)
+    assert checked_hints and max(checked_hints) >= common
 
 
 @pytest.mark.parametrize(

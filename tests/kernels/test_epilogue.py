@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import segfast
 from segfast.functional import conv_transpose2d
-from segfast.kernels._epilogue import ACTIVATIONS as KERNEL_ACTIVATIONS
+from segfast.ops._epilogue import ACTIVATIONS as OFFERED
 from tests.fused_conv import ACTIVATIONS, check_fused, draw
 
 # NumPy, below the interpreter, remarks on exp(90).
@@ -41,8 +41,8 @@ def check(form, names, dtype=torch.float32, activation=None, groups=1):
         return check_fused(conv_transpose2d, F.conv_transpose2d, tensors, activation=activation, **geometry)
 
 
-def test_kernels_and_reference_know_the_same_activations():
-    assert tuple(ACTIVATIONS) == KERNEL_ACTIVATIONS == tuple(segfast.ops._epilogue.ACTIVATIONS)
+def test_every_activation_that_is_offered_is_tested_here():
+    assert set(ACTIVATIONS) == set(OFFERED)
 
 
 @pytest.mark.interpreter

@@ -122,8 +122,8 @@ def test_the_meta_device_gives_shapes_and_strides():
     ours = ConvTranspose2d(6, 4, 3, stride=2, device="meta", activation="gelu")
     assert ours.weight.device.type == ours.bias.device.type == "meta"
     x = draw(2, 6, 5, 4, channels_last=True)
-    y, real = ours(x.to("meta")), torch.nn.ConvTranspose2d(6, 4, 3, stride=2)(x)
-    assert y.device.type == "meta" and y.shape == real.shape and y.stride() == real.stride()
+    y, torchs = ours(x.to("meta")), torch.nn.ConvTranspose2d(6, 4, 3, stride=2, device="meta")(x.to("meta"))
+    assert y.is_meta and y.shape == (2, 4, 11, 9) and y.stride() == torchs.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -213,7 +213,8 @@ def test_the_module_runs_our_kernels(poisoned_empty):
         assert torch.equal(layer(x), expected)
         with record_launches() as launches:  # instead of running them
             layer(x)
-    assert [plan.kernel.__name__ for plan, _ in launches] == ["_conv_transpose2d_forward_kernel"]
+    ((plan, _),) = launches
+    assert plan.kernel.__name__.startswith("_conv_transpose2d_forward")
 
     theirs, _ = twins(*OPTIONS["groups"])
     ours = ConvTranspose2d(*OPTIONS["groups"], activation="leaky_relu", negative_slope=0.2)

@@ -1,7 +1,8 @@
-"""Launches of the transposed-convolution kernels for `segfast compile-report`: the layers of real networks."""
+"""Launches of the transposed-convolution kernels for `segfast compile-report`: layers of real networks."""
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -37,21 +38,22 @@ def _widest(row_bytes: int) -> int:
     return math.gcd(16, row_bytes)
 
 
+def _forward(
+    x, weight, vector, y, geometry, *, affine=None, residual=None, skip=None, activation=None
+) -> None:
+    channels = y.shape[1] + (0 if skip is None else skip.shape[1])
+    out = _tensor(y.dtype, y.shape[0], channels, *y.shape[2:])
+    crop = (0, 0) if skip is None else (4, 4)
+    load_kernels().conv_transpose2d_forward(
+        x, weight, vector, affine, affine, residual, skip, out, *geometry, crop, activation, 0.01
+    )
+
+
 def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object], int]]:
     """(name, a call of a launcher, the width in bytes its stores must have), on meta tensors."""
     kernels = load_kernels()
-    for name, (
-        batch,
-        c_in,
-        c_out,
-        height,
-        width,
-        kernel,
-        stride,
-        padding,
-        groups,
-        dilation,
-    ) in _LAYERS.items():
+    for name, layer in _LAYERS.items():
+        batch, c_in, c_out, height, width, kernel, stride, padding, groups, dilation = layer
         strides, paddings, dilations = (stride, stride), (padding, padding), (dilation, dilation)
         x = _tensor(dtype, batch, c_in, height, width)
         weight = _tensor(dtype, c_in, c_out // groups, kernel, kernel)
@@ -59,33 +61,18 @@ def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object], i
         y = _tensor(dtype, batch, c_out, *size)
         vector = torch.empty(c_out, dtype=dtype, device="meta")
         geometry = (strides, paddings, dilations, groups)
+        forward = partial(_forward, x, weight, vector, y, geometry)
         pixel = _widest(dtype.itemsize * c_out // groups)
-
-        def forward(affine=None, residual=None, skip=None, activation=None, x=x, weight=weight, vector=vector, y=y,
-                    geometry=geometry):  # fmt: skip
-            channels = y.shape[1] + (0 if skip is None else skip.shape[1])
-            out = _tensor(y.dtype, y.shape[0], channels, *y.shape[2:])
-            crop = (0, 0) if skip is None else (4, 4)
-            kernels.conv_transpose2d_forward(
-                x, weight, vector, affine, affine, residual, skip, out, *geometry, crop, activation, 0.01
-            )
 
         yield f"{name} forward", forward, pixel
         if name in _WITH_SKIP:
             skip = _tensor(dtype, batch, c_out, size[0] + 8, size[1] + 8)
-            yield f"{name} up_concat", lambda f=forward, s=skip: f(skip=s, activation="relu"), pixel
+            yield f"{name} up_concat", partial(forward, skip=skip, activation="relu"), pixel
         if name in _WITH_EPILOGUE:
-            fused = lambda f=forward, v=vector, r=y: f(v, r, None, "gelu")  # noqa: E731
+            fused = partial(forward, affine=vector, residual=y, activation="gelu")
             yield f"{name} scale+residual+gelu", fused, pixel
-        backward = (x, weight, y, *geometry)
-        yield (
-            f"{name} grad_input",
-            lambda b=backward: kernels.conv_transpose2d_grad_input(b[2], b[1], b[0], *b[3:]),
-            _widest(dtype.itemsize * c_in // groups),
-        )
+        grad_input = partial(kernels.conv_transpose2d_grad_input, y, weight, x, *geometry)
+        yield f"{name} grad_input", grad_input, _widest(dtype.itemsize * c_in // groups)
         # Written in fp32 parts, whose rows hold all taps, then summed.
-        yield (
-            f"{name} grad_weight",
-            lambda b=backward: kernels.conv_transpose2d_grad_weight(b[0], b[2], b[1], *b[3:]),
-            _widest(dtype.itemsize * c_out // groups * kernel**2),
-        )
+        grad_weight = partial(kernels.conv_transpose2d_grad_weight, x, y, weight, *geometry)
+        yield f"{name} grad_weight", grad_weight, _widest(dtype.itemsize * c_out // groups * kernel**2)
