@@ -1,4 +1,7 @@
-"""Holds a fused convolution, values and gradients, to the error rule: shared by the tests of every convolution family."""
+"""Holds a fused convolution, values and gradients, to the error rule.
+
+Shared by the tests of every convolution family.
+"""
 
 from collections.abc import Callable
 
@@ -73,10 +76,12 @@ def check_fused(
     seed: int = 1,
     **geometry,
 ) -> dict[str, Tensor]:
-    """`function(**tensors, activation=..., **geometry)` against fp64 and against ATen in the tensors' own dtype.
+    """`function(**tensors, activation=....
 
-    The scale of cancelling terms is taken from the same layer on absolute values, without its activation (whose slope is
-    about one at most). Returns what `function` gave.
+    **geometry)` against fp64 and against ATen in the tensors' own dtype.
+
+    The scale of cancelling terms is taken from the same layer on absolute values, without its activation
+    (whose slope is about one at most). Returns what `function` gave.
     """
     dtype = tensors["input"].dtype
 

@@ -83,8 +83,9 @@ def test_floor_names_its_ceiling():
     assert math.isnan(rows.floor(find("unet_up1"), {})[0])
 
 
-@pytest.mark.parametrize("case", [c for c in OPERATORS if c.op in ("conv2d", "conv_transpose2d")],
-                         ids=lambda case: case.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "case", [c for c in OPERATORS if c.op in ("conv2d", "conv_transpose2d")], ids=lambda case: case.name
+)
 def test_useful_flops_count_the_products_that_are_made(case):
     """Of one channel pair: as many as a convolution of ones with ones sums up."""
     p = {name: case.params.get(name, default) for name, default in (("s", 1), ("p", 0), ("d", 1), ("k", 1))}

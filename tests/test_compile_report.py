@@ -120,8 +120,22 @@ def test_reading_a_disassembly():
 def test_command_under_the_interpreter(tmp_path):
     """The command compiles although TRITON_INTERPRET=1, under which nothing compiles."""
     out = tmp_path / "table.txt"
-    command = [sys.executable, "-m", "segfast", "compile-report", "--arch", "sm_90", "--dtype", "bf16",
-               "--specimen", "unet_up4 forward", "--processes", "1", "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "segfast",
+        "compile-report",
+        "--arch",
+        "sm_90",
+        "--dtype",
+        "bf16",
+        "--specimen",
+        "unet_up4 forward",
+        "--processes",
+        "1",
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -121,9 +121,16 @@ def test_sdist_installs_and_imports_from_elsewhere(sdist, tmp_path):
 
 def test_sdist_carries_what_testing_and_benchmarks_need(unpacked):
     wanted = [
-        "conftest.py", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md", "benchmarks/cases.py",
-        "segfast/data/nuclei.npz", "kernels/configs/proven.json", "docs/adding-an-operator.md",
-    ]  # fmt: skip
+        "conftest.py",
+        "constraints.txt",
+        "Makefile",
+        "LICENSE",
+        "CHANGELOG.md",
+        "benchmarks/cases.py",
+        "segfast/data/nuclei.npz",
+        "kernels/configs/proven.json",
+        "docs/adding-an-operator.md",
+    ]
     assert [name for name in wanted if not (unpacked / name).is_file()] == []
 
 

@@ -1,4 +1,7 @@
-"""The error rule: twice what ATen in the same dtype is off by, plus what rounding and summation order cost."""
+"""The error rule: twice what ATen in the same dtype is off by.
+
+Plus what rounding and summation order cost.
+"""
 
 from segfast.ops._prove import error_and_allowance
 

@@ -63,8 +63,9 @@ def _conv_transpose2d_forward_phase_kernel(
     if WIDE_INDEX:
         pid = pid.to(tl.int64)
     if SKIP > 0 and pid >= tiles:
-        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left, stride_sn, stride_sh, stride_sw,
-                   stride_yn, stride_yh, stride_yw, SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left,
+                   stride_sn, stride_sh, stride_sw, stride_yn, stride_yh, stride_yw,
+                   SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
         TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
         # Phase fastest, then columns: programs that run together read the same input rows, through L2.
@@ -120,7 +121,7 @@ def _conv_transpose2d_forward_phase_kernel(
                         mask=ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]  # fmt: skip
             kernel_tap = (first_h + tap_h * STEP_H) * KERNEL_W + first_w + tap_w * STEP_W
             b = tl.load(w_group + ci[:, None] * (KERNEL_H * KERNEL_W * CO) + kernel_tap * CO + c[None, :],
-                        mask=(ci < CI)[:, None] & channel_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
+                        mask=(ci < CI)[:, None] & channel_ok[None, :], other=0.0)  # fmt: skip
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
         channel = group * CO + c
@@ -157,8 +158,9 @@ def _conv_transpose2d_forward_wide_kernel(
     if WIDE_INDEX:
         pid = pid.to(tl.int64)
     if SKIP > 0 and pid >= tiles:
-        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left, stride_sn, stride_sh, stride_sw,
-                   stride_yn, stride_yh, stride_yw, SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left,
+                   stride_sn, stride_sh, stride_sw, stride_yn, stride_yh, stride_yw,
+                   SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
         # Columns whose addresses follow each other: a phase's channels, and with FOLD, where pixels lie side
         # by side, those of a row of phases, as if the stride were 1 and the channels STRIDE_W times as many.
@@ -222,7 +224,7 @@ def _conv_transpose2d_forward_wide_kernel(
                         mask=ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]  # fmt: skip
             tap_offset = (tap_h * STRIDE_H * KERNEL_W + tap_w * STRIDE_W) * CO
             b = tl.load(w_columns[None, :] + ci[:, None] * (KERNEL_H * KERNEL_W * CO) + tap_offset,
-                        mask=(ci < CI)[:, None] & column_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
+                        mask=(ci < CI)[:, None] & column_ok[None, :], other=0.0)  # fmt: skip
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
         if FOLD:
@@ -307,9 +309,17 @@ def _make(
     rows = batch * grid_size[0] * grid_size[1]
     columns = channels_out * (stride[0] * stride[1] if wide else 1)
     problem = Problem(
-        "conv_transpose2d_forward", channels_in, channels_out * groups, kernel[0] * kernel[1], groups, x.dtype,
-        batch * height * width, rows, columns, channels_in // groups,
-    )  # fmt: skip
+        "conv_transpose2d_forward",
+        channels_in,
+        channels_out * groups,
+        kernel[0] * kernel[1],
+        groups,
+        x.dtype,
+        batch * height * width,
+        rows,
+        columns,
+        channels_in // groups,
+    )
     config = choose_config(problem, x.device)
     fold = wide and can_fold(channels_out, groups, dilation, out, residual)
     if fold:
@@ -333,15 +343,31 @@ def _make(
         copies = triton.cdiv(skip_pixels, config.block_m) * triton.cdiv(skip_channels, config.block_n)
 
     scalars = (
-        rows, height, width, *out_size, *grid_size, tiles, float(slope),
-        *image_strides(x), *image_strides(residual), *image_strides(out),
-        skip_pixels, *crop, *image_strides(skip),
-    )  # fmt: skip
+        rows,
+        height,
+        width,
+        *out_size,
+        *grid_size,
+        tiles,
+        float(slope),
+        *image_strides(x),
+        *image_strides(residual),
+        *image_strides(out),
+        skip_pixels,
+        *crop,
+        *image_strides(skip),
+    )
     constants = {
-        "CI": channels_in // groups, "CO": channels_out, "SKIP": skip_channels,
-        "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
-        "PAD_H": padding[0], "PAD_W": padding[1],
-    }  # fmt: skip
+        "CI": channels_in // groups,
+        "CO": channels_out,
+        "SKIP": skip_channels,
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PAD_H": padding[0],
+        "PAD_W": padding[1],
+    }
     if wide:
         exact = (
             tuple(kernel) == tuple(stride)
@@ -354,20 +380,42 @@ def _make(
     else:
         for axis, s, d in zip("HW", stride, dilation, strict=True):
             gcd = math.gcd(s, d)
-            constants |= {f"DILATION_{axis}": d, f"GCD_{axis}": gcd,
-                          f"INVERSE_{axis}": pow(d // gcd, -1, s // gcd) if s > gcd else 0}  # fmt: skip
+            constants |= {
+                f"DILATION_{axis}": d,
+                f"GCD_{axis}": gcd,
+                f"INVERSE_{axis}": pow(d // gcd, -1, s // gcd) if s > gcd else 0,
+            }
         function = _conv_transpose2d_forward_phase_kernel
     constants |= {
-        "ACTIVATION": activation, "PRECISION": dot_precision(x.dtype), "ALIGN": align,
+        "ACTIVATION": activation,
+        "PRECISION": dot_precision(x.dtype),
+        "ALIGN": align,
         "WIDE_INDEX": needs_wide_index(x, residual, skip, out),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-    }  # fmt: skip
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
     # Groups share the skip: its tiles belong to group 0, which up_concat has alone.
     return Plan(function, (tiles + copies, groups), scalars, constants, config)
 
 
-def conv_transpose2d_forward(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop,
-                             activation, negative_slope) -> Plan:  # fmt: skip
+def conv_transpose2d_forward(
+    x,
+    w,
+    bias,
+    scale,
+    shift,
+    residual,
+    skip,
+    out,
+    stride,
+    padding,
+    dilation,
+    groups,
+    crop,
+    activation,
+    negative_slope,
+) -> Plan:
     """out = cat([skip[crop:], act(scale * (convT(x, w) + bias) + shift + residual)], 1).
 
     x [N, CI, H, W], residual and out [N, SKIP + CO, OH, OW], skip: any strides with a channel stride of 1. w
@@ -376,10 +424,37 @@ def conv_transpose2d_forward(x, w, bias, scale, shift, residual, skip, out, stri
     layout and alignment.
     """
     key = (
-        "conv_transpose2d_forward", layout_key(x, w, bias, scale, shift, residual, skip, out), x.device, stride, padding,
-        dilation, groups, crop, activation, negative_slope, dot_precision(x.dtype),
-    )  # fmt: skip
-    plan = planned(key, lambda: _make(x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups,
-                                      crop, activation, negative_slope))  # fmt: skip
+        "conv_transpose2d_forward",
+        layout_key(x, w, bias, scale, shift, residual, skip, out),
+        x.device,
+        stride,
+        padding,
+        dilation,
+        groups,
+        crop,
+        activation,
+        negative_slope,
+        dot_precision(x.dtype),
+    )
+    plan = planned(
+        key,
+        lambda: _make(
+            x,
+            w,
+            bias,
+            scale,
+            shift,
+            residual,
+            skip,
+            out,
+            stride,
+            padding,
+            dilation,
+            groups,
+            crop,
+            activation,
+            negative_slope,
+        ),
+    )
     plan(x, w, bias, scale, shift, residual, skip, out)
     return plan

@@ -137,9 +137,17 @@ def _make(gy, w, out, stride, padding, dilation, groups) -> Plan:
     taps = kernel[0] * kernel[1]
     rows, columns = batch * height * width, channels_in // groups
     problem = Problem(
-        "conv_transpose2d_grad_input", channels_in, channels_out * groups, taps, groups, gy.dtype, rows,
-        rows, columns, taps * channels_out,
-    )  # fmt: skip
+        "conv_transpose2d_grad_input",
+        channels_in,
+        channels_out * groups,
+        taps,
+        groups,
+        gy.dtype,
+        rows,
+        rows,
+        columns,
+        taps * channels_out,
+    )
     config = choose_config(problem, gy.device)
     fold = can_fold(channels_out, groups, dilation, gy)
     align = fold_alignment(channels_out, stride, padding, gy) if fold else pixel_alignment(gy)
@@ -147,13 +155,26 @@ def _make(gy, w, out, stride, padding, dilation, groups) -> Plan:
         config = replace(config, num_warps=8)  # fewer of the many narrow loads to a thread
     scalars = (rows, height, width, *gy.shape[2:], *image_strides(gy), *image_strides(out))
     constants = {
-        "CI": columns, "CO": channels_out, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
-        "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
-        "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(gy.dtype),
-        "FOLD": fold, "INSIDE": taps_inside((height, width), gy.shape[2:], kernel, stride, padding, dilation),
-        "ALIGN": align, "ALIGN_X": pixel_alignment(out), "WIDE_INDEX": needs_wide_index(gy, out),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-    }  # fmt: skip
+        "CI": columns,
+        "CO": channels_out,
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PAD_H": padding[0],
+        "PAD_W": padding[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+        "PRECISION": dot_precision(gy.dtype),
+        "FOLD": fold,
+        "INSIDE": taps_inside((height, width), gy.shape[2:], kernel, stride, padding, dilation),
+        "ALIGN": align,
+        "ALIGN_X": pixel_alignment(out),
+        "WIDE_INDEX": needs_wide_index(gy, out),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), groups)
     return Plan(_conv_transpose2d_grad_input_kernel, grid, scalars, constants, config)
 
@@ -165,7 +186,13 @@ def conv_transpose2d_grad_input(gy, w, out, stride, padding, dilation, groups) -
     KW] dense in channels_last.
     """
     key = (
-        "conv_transpose2d_grad_input", layout_key(gy, w, out), gy.device, stride, padding, dilation, groups,
+        "conv_transpose2d_grad_input",
+        layout_key(gy, w, out),
+        gy.device,
+        stride,
+        padding,
+        dilation,
+        groups,
         dot_precision(gy.dtype),
-    )  # fmt: skip
+    )
     planned(key, lambda: _make(gy, w, out, stride, padding, dilation, groups))(gy, w, out)

@@ -170,9 +170,17 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
         batch * height * width,
     )
     problem = Problem(
-        "conv_transpose2d_grad_weight", channels_in, channels_out * groups, kernel[0] * kernel[1], groups, x.dtype,
-        pixels, rows, columns, pixels,
-    )  # fmt: skip
+        "conv_transpose2d_grad_weight",
+        channels_in,
+        channels_out * groups,
+        kernel[0] * kernel[1],
+        groups,
+        x.dtype,
+        pixels,
+        rows,
+        columns,
+        pixels,
+    )
     config = choose_config(problem, x.device)
     fold = can_fold(channels_out, groups, dilation, gy)
     align = fold_alignment(channels_out, stride, padding, gy) if fold else pixel_alignment(gy)
@@ -182,13 +190,27 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups) -> Plan:
     chunk = triton.cdiv(triton.cdiv(pixels, config.split_k), config.block_k) * config.block_k
     scalars = (pixels, height, width, *gy.shape[2:], chunk, *image_strides(x), *image_strides(gy))
     constants = {
-        "CI": rows, "CO": channels_out, "GROUPS": groups, "KERNEL_H": kernel[0], "KERNEL_W": kernel[1],
-        "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
-        "DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": dot_precision(x.dtype),
-        "FOLD": fold, "INSIDE": taps_inside((height, width), gy.shape[2:], kernel, stride, padding, dilation),
-        "ALIGN": align, "ALIGN_X": pixel_alignment(x), "WIDE_INDEX": needs_wide_index(x, gy),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-    }  # fmt: skip
+        "CI": rows,
+        "CO": channels_out,
+        "GROUPS": groups,
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PAD_H": padding[0],
+        "PAD_W": padding[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+        "PRECISION": dot_precision(x.dtype),
+        "FOLD": fold,
+        "INSIDE": taps_inside((height, width), gy.shape[2:], kernel, stride, padding, dilation),
+        "ALIGN": align,
+        "ALIGN_X": pixel_alignment(x),
+        "WIDE_INDEX": needs_wide_index(x, gy),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
     tiles = triton.cdiv(rows, config.block_m) * runs * triton.cdiv(run, config.block_n)
     grid = (tiles, config.split_k, groups)
     return Plan(_conv_transpose2d_grad_weight_kernel, grid, scalars, constants, config)
@@ -201,9 +223,15 @@ def conv_transpose2d_grad_weight(x, gy, out, stride, padding, dilation, groups) 
     KW] dense in channels_last.
     """
     key = (
-        "conv_transpose2d_grad_weight", layout_key(x, gy, out), x.device, stride, padding, dilation, groups,
+        "conv_transpose2d_grad_weight",
+        layout_key(x, gy, out),
+        x.device,
+        stride,
+        padding,
+        dilation,
+        groups,
         dot_precision(x.dtype),
-    )  # fmt: skip
+    )
     plan = planned(key, lambda: _make(x, gy, out.shape, stride, padding, dilation, groups))
     if plan.config.split_k == 1:
         plan(x, gy, out)

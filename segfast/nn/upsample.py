@@ -59,8 +59,7 @@ class BilinearUpsample(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point() and not input.is_complex():
             raise RuntimeError(f"input must be of a floating or complex dtype, got {input.dtype}")
-        kernel = self.kernel.to(input.dtype)
-        factors = Factors(kernel, kernel)
+        factors = Factors(self.kernel, self.kernel)
         return upsample_separable(input, factors, self.stride, self.padding, self.output_padding, None)
 
     def extra_repr(self) -> str:

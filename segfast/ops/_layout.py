@@ -33,7 +33,10 @@ def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 def in_format(t: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """[N, C, H, W] `t` with exactly `memory_format`'s strides: `contiguous` leaves those of sizes 1 as they are."""
+    """[N, C, H, W] `t` with exactly `memory_format`'s strides.
+
+    `contiguous` leaves those of sizes 1 as they are.
+    """
     t = t.contiguous(memory_format=memory_format)
     _, channels, height, width = t.shape
     if memory_format == torch.channels_last:

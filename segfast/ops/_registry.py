@@ -115,7 +115,10 @@ def _nobody_listens() -> bool:
 
 
 def _distinct(args: Sequence[Any]) -> list[Any]:
-    """`args` with a view in place of a tensor's second mention: Dynamo refuses a Function given one tensor twice."""
+    """`args` with a view in place of a tensor's second mention.
+
+    Dynamo refuses a Function given one tensor twice.
+    """
     result: list[Any] = []
     for arg in args:
         repeated = isinstance(arg, Tensor) and any(arg is other for other in result)

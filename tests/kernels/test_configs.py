@@ -1,4 +1,7 @@
-"""Which tiles a kernel runs with, what was measured, what is proven: all of it pure, none of it with a GPU."""
+"""Which tiles a kernel runs with, what was measured, what is proven.
+
+All of it pure, none of it with a GPU.
+"""
 
 import json
 import shutil
@@ -17,7 +20,9 @@ DEVICE = torch.device("cuda", 0)
 CONFIG = Config(64, 32, 16, 4, 3)
 
 
-def problem(operation=FORWARD, channels=64, taps=4, groups=1, dtype=torch.float16, pixels=4096, rows=4096, columns=256):
+def problem(
+    operation=FORWARD, channels=64, taps=4, groups=1, dtype=torch.float16, pixels=4096, rows=4096, columns=256
+):
     return Problem(operation, channels, columns // taps, taps, groups, dtype, pixels, rows, columns, channels)
 
 
@@ -128,7 +133,9 @@ def test_every_candidate_fits_the_shared_memory_of_its_architecture(operation, a
 
 def test_sm_86_gets_fewer_stages_where_sm_90_keeps_them():
     given = problem(channels=256, columns=1024, rows=2**16, pixels=2**16)
-    roomy, tight = (kernels.candidates(given, "sm_90", _device._SHARED_MEMORY[arch]) for arch in ("sm_90", "sm_86"))
+    roomy, tight = (
+        kernels.candidates(given, "sm_90", _device._SHARED_MEMORY[arch]) for arch in ("sm_90", "sm_86")
+    )
     assert max(c.shared_memory(2) for c in roomy) > 101376 >= max(c.shared_memory(2) for c in tight)
 
 
@@ -161,15 +168,25 @@ def proof(operation=FORWARD, digest=None):
 
 
 def test_proofs_are_committed_or_the_users_and_hold_for_their_architecture(gpu):
-    gpu("committed", "proven", {"sm_90": {f"{FORWARD}.float16": proof()}, "sm_80": {f"{FORWARD}.float32": proof()}})
+    gpu(
+        "committed",
+        "proven",
+        {"sm_90": {f"{FORWARD}.float16": proof()}, "sm_80": {f"{FORWARD}.float32": proof()}},
+    )
     gpu("cache", "proven", {"sm_90": {f"{FORWARD}.bfloat16": proof()}})
-    proven = [d for d in (torch.float16, torch.bfloat16, torch.float32) if _configs.proven(FORWARD, d, DEVICE)]
+    proven = [
+        d for d in (torch.float16, torch.bfloat16, torch.float32) if _configs.proven(FORWARD, d, DEVICE)
+    ]
     assert proven == [torch.float16, torch.bfloat16]
     assert not _configs.proven("conv_transpose2d_grad_input", torch.float16, DEVICE)
 
 
 def test_a_proof_of_other_device_code_does_not_count(gpu):
-    gpu("committed", "proven", {"sm_90": {f"{FORWARD}.float16": proof(digest="0" * 16), "unknown.float16": proof()}})
+    gpu(
+        "committed",
+        "proven",
+        {"sm_90": {f"{FORWARD}.float16": proof(digest="0" * 16), "unknown.float16": proof()}},
+    )
     assert _configs.proven_entries("sm_90") == frozenset()
 
 

@@ -45,11 +45,27 @@ GEOMETRIES = {
     "kernel smaller than stride, p1": ((1, 3, 4, 3), 2, {"kernel": (1, 2), "stride": 4, "padding": (0, 1)}),
     "d2 s1": ((1, 3, 4, 5), 4, {"kernel": 3, "dilation": 2, "padding": 2}),
     "d2 s2: gcd 2, phases without taps": ((1, 5, 3, 4), 3, {"kernel": 3, "stride": 2, "dilation": 2}),
-    "d2 s2 k2 output_padding": ((1, 5, 3, 4), 3, {"kernel": 2, "stride": 2, "dilation": 2, "output_padding": 1}),
-    "d4 s6: gcd 2": ((1, 2, 3, 2), 3, {"kernel": 4, "stride": 6, "dilation": 4, "padding": 5, "output_padding": 5}),
+    "d2 s2 k2 output_padding": (
+        (1, 5, 3, 4),
+        3,
+        {"kernel": 2, "stride": 2, "dilation": 2, "output_padding": 1},
+    ),
+    "d4 s6: gcd 2": (
+        (1, 2, 3, 2),
+        3,
+        {"kernel": 4, "stride": 6, "dilation": 4, "padding": 5, "output_padding": 5},
+    ),
     "d3 s2: coprime": ((1, 3, 4, 3), 2, {"kernel": 3, "stride": 2, "dilation": 3, "padding": 3}),
-    "d(1,3) s(3,2)": ((1, 3, 3, 3), 4, {"kernel": (3, 2), "stride": (3, 2), "dilation": (1, 3), "padding": 1}),
-    "d3 with output_padding above the stride": ((1, 2, 3, 3), 2, {"kernel": 2, "dilation": 3, "output_padding": 2}),
+    "d(1,3) s(3,2)": (
+        (1, 3, 3, 3),
+        4,
+        {"kernel": (3, 2), "stride": (3, 2), "dilation": (1, 3), "padding": 1},
+    ),
+    "d3 with output_padding above the stride": (
+        (1, 2, 3, 3),
+        2,
+        {"kernel": 2, "dilation": 3, "output_padding": 2},
+    ),
     "groups": ((2, 6, 3, 3), 4, {"kernel": 2, "stride": 2, "groups": 2}),
     "groups k3": ((1, 9, 3, 4), 6, {"kernel": 3, "stride": 2, "padding": 1, "groups": 3}),
     "depthwise k4s2p1": ((1, 5, 3, 4), 5, {"kernel": 4, "stride": 2, "padding": 1, "groups": 5}),
@@ -57,12 +73,15 @@ GEOMETRIES = {
     "kernel larger than the image": ((1, 3, 1, 2), 2, {"kernel": 7, "stride": 2, "padding": 3}),
     "padding cuts all but a pixel": ((1, 3, 3, 3), 2, {"kernel": 3, "stride": 1, "padding": 2}),
     "output of one pixel": ((1, 3, 2, 2), 2, {"kernel": 2, "stride": 1, "padding": 1}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def checked_hints(monkeypatch):
-    """Holds every `tl.multiple_of` to its word: a broken one is a misaligned access on a GPU. Returns the words."""
+    """Holds every `tl.multiple_of` to its word.
+
+    A broken one is a misaligned access on a GPU. Returns the words.
+    """
     given = []
 
     def set_attr(handle, name, value):
@@ -70,7 +89,9 @@ def checked_hints(monkeypatch):
             for divisor in value if isinstance(value, list) else [value]:
                 divisor = getattr(divisor, "value", divisor)
                 given.append(divisor)
-                assert (handle.data % divisor == 0).all(), f"not multiples of {divisor}: {handle.data.ravel()[:8]}"
+                assert (handle.data % divisor == 0).all(), (
+                    f"not multiples of {divisor}: {handle.data.ravel()[:8]}"
+                )
 
     monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
     return given
@@ -227,8 +248,8 @@ def _view(form: str, shape: tuple[int, int, int, int]) -> torch.Tensor:
     }[form]()
 
 
-# In a process of its own, where an offset that wraps kills nothing else. Linux gives memory only for pages that are
-# touched, so that these tensors of 4 to 7 GB cost a few kilobytes.
+# In a process of its own, where an offset that wraps kills nothing else. Linux gives memory only for pages
+# that are touched, so that these tensors of 4 to 7 GB cost a few kilobytes.
 _FAR_APART = textwrap.dedent("""
     import sys
     import torch
@@ -238,16 +259,16 @@ _FAR_APART = textwrap.dedent("""
     kernel, axis = int(sys.argv[1]), int(sys.argv[2])
     options = ((2, 2), (0, 0), (1, 1), 1)
 
-    def far_apart(dense):  # the same values, neighbours along `axis` so far apart that the last begins past 2**31
-        n, c, h, w = dense.shape
+    def far_apart(dense):  # the same values, neighbours along `axis` so far apart that the last begins past
+        2**31 n, c, h, w = dense.shape
         strides = [h * w * c, 1, w * c, c]
         strides[axis] = 2**31 // (dense.shape[axis] - 1) + 64
         numel = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, strides))
         return torch.empty(numel, dtype=dense.dtype).as_strided(dense.shape, strides).copy_(dense)
 
     def same(launcher, inputs, out):
-        near, far = (torch.full(out.shape, torch.nan, dtype=out.dtype).to(memory_format=torch.channels_last) for _ in "ab")
-        far = far_apart(far) if "weight" not in launcher.__name__ else far
+        near, far = (torch.full(out.shape, torch.nan, dtype=out.dtype).to(memory_format=torch.channels_last)
+        for _ in "ab") far = far_apart(far) if "weight" not in launcher.__name__ else far
         launcher(*inputs, near)
         launcher(*[far_apart(t) if t is not None and t.dim() == 4 and t is not w else t for t in inputs], far)
         assert not near.isnan().any() and torch.equal(near, far), launcher
@@ -284,6 +305,9 @@ _FAR_APART = textwrap.dedent("""
 def test_offsets_past_two_to_the_31(kernel, axis):
     result = subprocess.run(
         [sys.executable, "-c", _FAR_APART, str(kernel), str(axis)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert "same" in result.stdout, f"exit code {result.returncode}: {result.stderr[-2000:]}"

@@ -1,12 +1,15 @@
 """The fused epilogue in the kernels: act(scale * (conv + bias) + shift + residual)."""
 
 import itertools
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.backends.compiler import GPUTarget
 
 import segfast
+from segfast import kernels
 from segfast.functional import conv_transpose2d
 from segfast.ops._epilogue import ACTIVATIONS as OFFERED
 from tests.fused_conv import ACTIVATIONS, check_fused, draw
@@ -22,16 +25,36 @@ GEOMETRIES = {
 }
 OPERANDS = ("bias", "scale", "shift", "residual")
 SPECIAL = [
-    float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1e30, -1e30, 1e-30, -1e-30, 0.5, -0.5, 90.0, -90.0,
-]  # fmt: skip
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    0.0,
+    -0.0,
+    3.0,
+    -3.0,
+    6.0,
+    -6.0,
+    1e30,
+    -1e30,
+    1e-30,
+    -1e-30,
+    0.5,
+    -0.5,
+    90.0,
+    -90.0,
+]
 
 
 def check(form, names, dtype=torch.float32, activation=None, groups=1):
     kernel, geometry = GEOMETRIES[form]
     shapes = {
-        "input": (2, 6, 3, 2), "weight": (6, 5, kernel, kernel), "bias": (5,), "scale": (5,), "shift": (5,),
+        "input": (2, 6, 3, 2),
+        "weight": (6, 5, kernel, kernel),
+        "bias": (5,),
+        "scale": (5,),
+        "shift": (5,),
         "residual": (2, 5, 6, 4),
-    }  # fmt: skip
+    }
     tensors = {
         name: draw(*shapes[name], dtype=dtype, seed=i)
         for i, name in enumerate(shapes)
@@ -59,7 +82,9 @@ def test_the_epilogue_is_rounded_once_in_half_precision(activation, poisoned_emp
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("names", [c for n in range(4) for c in itertools.combinations(OPERANDS, n)], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [c for n in range(4) for c in itertools.combinations(OPERANDS, n)], ids="+".join
+)
 def test_any_selection_of_operands(names, poisoned_empty):
     check("exact", names, activation="gelu")
 
@@ -69,9 +94,13 @@ def test_any_selection_of_operands(names, poisoned_empty):
 def test_epilogue_with_groups(form):
     kernel, geometry = GEOMETRIES[form]
     tensors = {
-        "input": draw(2, 6, 3, 2), "weight": draw(6, 2, kernel, kernel), "bias": draw(6), "scale": draw(6, seed=1),
-        "shift": draw(6, seed=2), "residual": draw(2, 6, 6, 4),
-    }  # fmt: skip
+        "input": draw(2, 6, 3, 2),
+        "weight": draw(6, 2, kernel, kernel),
+        "bias": draw(6),
+        "scale": draw(6, seed=1),
+        "shift": draw(6, seed=2),
+        "residual": draw(2, 6, 6, 4),
+    }
     with segfast.backend("triton"):
         check_fused(conv_transpose2d, F.conv_transpose2d, tensors, activation="relu6", groups=3, **geometry)
 
@@ -96,7 +125,8 @@ def test_nan_and_infinity_pass_as_torch_lets_them(activation, dtype):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("slope", [0.3, 0.0, -0.5])
 def test_leaky_relu_with_a_slope_that_hides_the_sign(slope, poisoned_empty):
-    # From a slope of zero down the output no longer tells the input's sign: the gradient needs the input again.
+    # From a slope of zero down the output no longer tells the input's sign: the gradient needs the input
+    # again.
     x, w = draw(1, 3, 3, 4).requires_grad_(), draw(3, 2, 2, 2).requires_grad_()
     g = draw(1, 2, 6, 8)
     expected = torch.autograd.grad(F.leaky_relu(F.conv_transpose2d(x, w, stride=2), slope), (x, w), g)
@@ -120,4 +150,23 @@ def test_scale_and_shift_of_another_dtype_keep_theirs():
     # fp32 inside, one rounding at the end; scale's gradient takes the convolution rounded to fp16.
     assert (y.double() - reference).abs().max() <= 2**-11 * reference.abs().max()
     assert torch.equal(shift.grad, torch.full((3,), 36.0))
-    torch.testing.assert_close(scale.grad.double(), z.sum((0, 2, 3)), atol=2**-11 * z.abs().sum().item(), rtol=0)
+    torch.testing.assert_close(
+        scale.grad.double(), z.sum((0, 2, 3)), atol=2**-11 * z.abs().sum().item(), rtol=0
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish", "hardsigmoid"])
+def test_no_activation_is_a_maximum_that_loses_a_nan(activation):
+    # NumPy's maximum, in the interpreter, keeps a NaN; a GPU's instruction returns the other operand.
+    meta = {"device": "meta", "dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    x, w, y = (
+        torch.empty(1, 64, 8, 8, **meta),
+        torch.empty(64, 64, 2, 2, **meta),
+        torch.empty(1, 64, 16, 16, **meta),
+    )
+    with kernels.pretend_architecture("sm_90"), kernels.record_launches() as launches:
+        kernels.conv_transpose2d_forward(
+            x, w, *[None] * 5, y, (2, 2), (0, 0), (1, 1), 1, (0, 0), activation, 0.0
+        )
+    ptx = kernels.compile_offline(*launches[0], GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert not re.findall(r"\b(?:max|min)\.(?!NaN|[us]\d)[\w.]*f\d+", ptx)

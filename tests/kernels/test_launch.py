@@ -19,8 +19,22 @@ def record(x=None, w=None, out=None, residual=None, skip=None, stride=2, activat
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last) if out is None else out
     with kernels.record_launches() as launches:
         plan = kernels.conv_transpose2d_forward(
-            x, w, None, None, None, residual, skip, out, (stride,) * 2, (0, 0), (1, 1), 1, (0, 0), activation, slope
-        )  # fmt: skip
+            x,
+            w,
+            None,
+            None,
+            None,
+            residual,
+            skip,
+            out,
+            (stride,) * 2,
+            (0, 0),
+            (1, 1),
+            1,
+            (0, 0),
+            activation,
+            slope,
+        )
     assert [p for p, _ in launches] == [plan]
     return plan
 
@@ -97,7 +111,9 @@ def test_pixel_alignment_of_views():
     wide = draw(2, 64, 4, 4, channels_last=True)
     assert _launch.pixel_alignment(wide[:, :21]) == 16  # 21 of 64 channels: the pixels stay 64 apart
     assert _launch.pixel_alignment(wide, None, draw(1, 12, 2, 2, channels_last=True)) == 4
-    assert _launch.pixel_alignment(draw(1, 21, 1, 1, channels_last=True)) == 16  # a single pixel has no neighbour
+    assert (
+        _launch.pixel_alignment(draw(1, 21, 1, 1, channels_last=True)) == 16
+    )  # a single pixel has no neighbour
     assert _launch.pixel_alignment(draw(1, 1, 1, 1).expand(2, 1, 4, 4)) == 16  # strides of zero
 
 
@@ -143,10 +159,14 @@ def test_after_the_first_call_the_compiled_kernel_is_launched_directly(monkeypat
     plan = _launch.Plan(Kernel(), (3, 2), (5,), {"A": 1, "B": 2}, CONFIG)
     x = torch.ones(1)
     plan(x)
-    assert slow == [((3, 2, 1), (x, 5), {"B": 2, "A": 1, "num_warps": 4, "num_stages": 2})] and not compiled.calls
+    assert (
+        slow == [((3, 2, 1), (x, 5), {"B": 2, "A": 1, "num_warps": 4, "num_stages": 2})]
+        and not compiled.calls
+    )
     plan(x)
     plan(x)
-    # Through the binder each call would cost 11 us. Grid, stream, function, metadata, three hooks, then every argument by position: constants in the kernel's own order.
+    # Through the binder each call would cost 11 us. Grid, stream, function, metadata, three hooks, then every
+    # argument by position: constants in the kernel's own order.
     assert len(slow) == 1
     expected = (3, 2, 1, ("stream", None), "function", "metadata", None, None, None, x, 5, 2, 1)
     assert compiled.calls == [expected] * 2
@@ -186,7 +206,11 @@ def test_an_empty_grid_launches_nothing():
 def test_a_recorded_launch_compiles_without_a_gpu(kind):
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     meta = {"device": "meta", "dtype": torch.bfloat16, "memory_format": torch.channels_last}
-    x, w, y = torch.empty(1, 64, 8, 8, **meta), torch.empty(64, 64, 2, 2, **meta), torch.empty(1, 64, 16, 16, **meta)
+    x, w, y = (
+        torch.empty(1, 64, 8, 8, **meta),
+        torch.empty(64, 64, 2, 2, **meta),
+        torch.empty(1, 64, 16, 16, **meta),
+    )
     geometry = ((2, 2), (0, 0), (1, 1), 1)
     with kernels.pretend_architecture("sm_90"), kernels.record_launches() as launches:
         if kind == "forward":

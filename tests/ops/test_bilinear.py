@@ -106,7 +106,7 @@ NOT_FOUND = {
     "only infinities": {"input": x()[:, :1], "weight": torch.full((1, 1, 8, 8), float("inf"))},
     "C_in != C_out": {"weight": torch.cat([bilinear(), torch.zeros(CHANNELS, 1, 16, 16)], 1)},
     "channels that do not fit": {"input": draw(1, 2, 3, 3)},
-    "no batch": {"input": x()[0]},
+    "no batch": {"input": draw(CHANNELS, CHANNELS, 5)},
     "an empty weight": {"input": draw(1, 0, 3, 3), "weight": torch.empty(0, 0, 8, 8)},
     "a device without values": {"input": x().to("meta"), "weight": bilinear().to("meta")},
 }
@@ -185,6 +185,10 @@ LAYERS = {
         (8, 0),
     ),
     "rows alike, columns not": (separable(draw(1, 8).repeat(3, 1), draw(3, 9)), (8, 0)),
+    "columns alike, rows not": (
+        separable(torch.tensor([[1.0, 0.5], [0.5, 1], [1, 0.25]]), draw(1, 9).repeat(3, 1)),
+        (8, 0),
+    ),
     "a zero channel": (separable(torch.tensor([[1.0], [0], [-2]]) * draw(1, 16), draw(3, 16)), (8, 4)),
     "all zero": (torch.zeros(CHANNELS, CHANNELS, 8, 8), (8, 0)),
 }

@@ -24,7 +24,9 @@ class Decoder(torch.nn.Module):
     def forward(self, x, skip):
         y = up_concat(x, skip, self.weight, activation="relu")
         x = self.up(x, output_size=skip.shape[-2:])
-        return torch.cat([y, conv_transpose2d(x, self.up.weight[..., :1, :1], scale=self.scale, residual=x)], 1)
+        return torch.cat(
+            [y, conv_transpose2d(x, self.up.weight[..., :1, :1], scale=self.scale, residual=x)], 1
+        )
 
 
 def decoder(channels_last=False):
@@ -77,7 +79,9 @@ def test_the_compiled_graph_holds_our_operators_and_no_layout_copies():
     torch._dynamo.reset()
     model = decoder(channels_last=True)
     with segfast.backend("triton"):
-        compiled = torch.compile(model, backend=aot_autograd(fw_compiler=boxed, bw_compiler=boxed), fullgraph=True)
+        compiled = torch.compile(
+            model, backend=aot_autograd(fw_compiler=boxed, bw_compiler=boxed), fullgraph=True
+        )
         y, *gradients = train_step(compiled, *inputs(channels_last=True))
     names = [[str(n.target) for n in graph.graph.nodes if n.op == "call_function"] for graph in graphs]
     assert len(names) == 2
@@ -122,7 +126,9 @@ def test_exports_with_dynamic_sizes(backend):
         ours = [n for n in program.graph.nodes if "segfast" in str(n.target)]
         assert len(ours) == (2 if backend == "triton" else 0)
         for size in ((5, 7), (3, 2), (6, 9)):
-            torch.testing.assert_close(program.module()(*inputs(*size, batch=3)), model(*inputs(*size, batch=3)))
+            torch.testing.assert_close(
+                program.module()(*inputs(*size, batch=3)), model(*inputs(*size, batch=3))
+            )
         decomposed = program.run_decompositions(segfast.decompositions())
         assert not [n for n in decomposed.graph.nodes if "segfast" in str(n.target)]
         torch.testing.assert_close(decomposed.module()(*inputs(3, 4)), model(*inputs(3, 4)))
@@ -142,7 +148,9 @@ def test_symbolic_tracing_keeps_the_calls_whole():
             return self.up(x)
 
     traced = torch.fx.symbolic_trace(Step())
-    calls = [n.target for n in traced.graph.nodes if n.op == "call_function" and "segfast" in n.target.__module__]
+    calls = [
+        n.target for n in traced.graph.nodes if n.op == "call_function" and "segfast" in n.target.__module__
+    ]
     assert calls == [conv_transpose2d, up_concat, conv_transpose2d]
     x, skip = draw(1, 4, 3, 3), draw(1, 2, 5, 5)
     torch.testing.assert_close(traced(x, skip), Step()(x, skip))

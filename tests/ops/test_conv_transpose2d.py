@@ -1,4 +1,7 @@
-"""`segfast.functional.conv_transpose2d` against torch's: its own samples, errors, memory formats, gradients."""
+"""`segfast.functional.conv_transpose2d` against torch's.
+
+Its own samples, errors, memory formats, gradients.
+"""
 
 import copy
 import pickle
@@ -98,7 +101,9 @@ ERRORS = {
     "negative padding": ((_x(), _w()), {"padding": -1}, "padding"),
     "output_padding": ((_x(), _w()), {"stride": 2, "output_padding": 2}, "output.padding"),
     "output_padding, one axis": (
-        (_x(), _w()), {"stride": (3, 2), "dilation": (1, 2), "output_padding": (2, 3)}, "output.padding",
+        (_x(), _w()),
+        {"stride": (3, 2), "dilation": (1, 2), "output_padding": (2, 3)},
+        "output.padding",
     ),
     "output size": ((_x(1, 4, 1, 1), _w()), {"padding": 1}, "size"),
     "dtype": ((_x(), _w(dtype=torch.float16)), {}, "dtype|type"),
@@ -109,11 +114,27 @@ ERRORS = {
     "stride length": ((_x(), _w()), {"stride": (1, 2, 3)}, "stride"),
     # On the way of the channelwise detection, which must not lose torch's checks.
     "stride 8, input ndim": ((_x(4, 3), _w(4, 4, 8, 8)), {"stride": 8}, "input"),
-    "stride 8, output_padding": ((_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8)), {"stride": 8, "output_padding": 8}, "output.padding"),
-    "stride 8, negative padding": ((_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8)), {"stride": 8, "padding": -1}, "padding"),
-    "stride 8, bias length": ((_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8), torch.ones(1)), {"stride": 8}, "bias"),
-    "stride 8, bias dtype": ((_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8), torch.ones(4).double()), {"stride": 8}, "dtype|type"),
-}  # fmt: skip
+    "stride 8, output_padding": (
+        (_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8)),
+        {"stride": 8, "output_padding": 8},
+        "output.padding",
+    ),
+    "stride 8, negative padding": (
+        (_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8)),
+        {"stride": 8, "padding": -1},
+        "padding",
+    ),
+    "stride 8, bias length": (
+        (_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8), torch.ones(1)),
+        {"stride": 8},
+        "bias",
+    ),
+    "stride 8, bias dtype": (
+        (_x(), torch.eye(4)[..., None, None].repeat(1, 1, 8, 8), torch.ones(4).double()),
+        {"stride": 8},
+        "dtype|type",
+    ),
+}
 
 
 # What torch refuses on a GPU, but oneDNN lets through.
@@ -161,12 +182,24 @@ def _layouts(*shape):
     yield "channels_last", base.contiguous(memory_format=torch.channels_last)
     yield "permuted", base.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     yield "transposed", base.transpose(2, 3).contiguous().transpose(2, 3)
-    yield "slice of channels_last", torch.cat([base, base], 1).contiguous(memory_format=torch.channels_last)[:, : shape[1]]
+    yield (
+        "slice of channels_last",
+        torch.cat([base, base], 1).contiguous(memory_format=torch.channels_last)[:, : shape[1]],
+    )
     yield "every other column", base.repeat_interleave(2, 3)[..., ::2]
     yield "expanded", base[:1, :1].expand(shape)
 
 
-SHAPES = [(2, 4, 3, 5), (1, 4, 3, 3), (2, 1, 3, 4), (2, 4, 1, 1), (1, 1, 1, 1), (1, 4, 1, 5), (1, 1, 3, 1), (3, 2, 2, 1)]
+SHAPES = [
+    (2, 4, 3, 5),
+    (1, 4, 3, 3),
+    (2, 1, 3, 4),
+    (2, 4, 1, 1),
+    (1, 1, 1, 1),
+    (1, 4, 1, 5),
+    (1, 1, 3, 1),
+    (3, 2, 2, 1),
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -213,10 +246,13 @@ UPSTREAM = {
 @pytest.mark.parametrize("upstream", UPSTREAM)
 def test_upstream_gradients_of_any_strides(upstream, channels_last, backend, poisoned_empty):
     tensors = {
-        "input": draw(2, 5, 3, 4, channels_last=channels_last), "weight": draw(5, 4, 3, 3, channels_last=channels_last),
-        "bias": draw(4), "scale": draw(4, seed=1), "shift": draw(4, seed=2),
+        "input": draw(2, 5, 3, 4, channels_last=channels_last),
+        "weight": draw(5, 4, 3, 3, channels_last=channels_last),
+        "bias": draw(4),
+        "scale": draw(4, seed=1),
+        "shift": draw(4, seed=2),
         "residual": draw(2, 4, 6, 8, channels_last=channels_last),
-    }  # fmt: skip
+    }
     geometry = {"stride": 2, "padding": 1, "output_padding": 1, "activation": "leaky_relu"}
     results = []
     for function, wide, slope in (
@@ -229,7 +265,9 @@ def test_upstream_gradients_of_any_strides(upstream, channels_last, backend, poi
         results.append({name: leaf.grad for name, leaf in leaves.items()})
     for name, reference in results[0].items():
         scale = reference.abs().max().item() + 1
-        torch.testing.assert_close(results[1][name].double(), reference, atol=1e-5 * scale, rtol=1e-5, msg=name)
+        torch.testing.assert_close(
+            results[1][name].double(), reference, atol=1e-5 * scale, rtol=1e-5, msg=name
+        )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -237,9 +275,13 @@ def test_gradcheck_of_the_fused_epilogue(activation):
     slope = 0.2 if activation == "leaky_relu" else 0.01
     wide = {"dtype": torch.float64}
     args = [
-        draw(1, 2, 2, 2, **wide), draw(2, 2, 2, 2, **wide), draw(2, **wide), draw(2, seed=1, **wide),
-        draw(2, seed=2, **wide), draw(1, 2, 3, 3, **wide),
-    ]  # fmt: skip
+        draw(1, 2, 2, 2, **wide),
+        draw(2, 2, 2, 2, **wide),
+        draw(2, **wide),
+        draw(2, seed=1, **wide),
+        draw(2, seed=2, **wide),
+        draw(1, 2, 3, 3, **wide),
+    ]
 
     def run(input, weight, bias, scale, shift, residual):
         options = {"activation": activation, "negative_slope": slope}
@@ -294,7 +336,9 @@ def test_only_the_gradients_asked_for_are_computed(backend):
             with segfast.kernels.record_launches() as launches:
                 y.sum().backward()
             ran = {plan.kernel.__name__ for plan, _ in launches if "conv" in plan.kernel.__name__}
-            expected = {f"_conv_transpose2d_grad_{n}_kernel" for n, a in zip(names[:2], asked, strict=False) if a}
+            expected = {
+                f"_conv_transpose2d_grad_{n}_kernel" for n, a in zip(names[:2], asked, strict=False) if a
+            }
             assert ran == expected, asked
             assert _launch._recorder is None
         else:
@@ -303,7 +347,9 @@ def test_only_the_gradients_asked_for_are_computed(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 2, 2), (3, 2, 2)], ids=["empty", "batch", "unbatched"])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 2, 2), (2, 3, 2, 2), (3, 2, 2)], ids=["empty", "batch", "unbatched"]
+)
 def test_batch_sizes(shape, backend):
     x, w, bias = draw(*shape).requires_grad_(), draw(3, 4, 2, 2).requires_grad_(), draw(4).requires_grad_()
     residual = draw(*shape[:-3], 4, 4, 4) if shape[0] else None
@@ -320,7 +366,9 @@ def test_batch_sizes(shape, backend):
         y.sum().backward()
     torch.testing.assert_close(y, F.relu(expected))
     assert y.stride() == expected.stride() and x.grad.shape == x.shape and w.grad.shape == w.shape
-    torch.testing.assert_close(bias.grad, (expected > 0).sum(tuple(i for i in range(y.dim()) if i != y.dim() - 3)).float())
+    torch.testing.assert_close(
+        bias.grad, (expected > 0).sum(tuple(i for i in range(y.dim()) if i != y.dim() - 3)).float()
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,7 @@
-"""What a registered operator owes torch: opcheck, fakes, FLOPs, transforms; and the short ways around the machinery."""
+"""What a registered operator owes torch.
+
+Opcheck, fakes, FLOPs, transforms; and the short ways around the machinery.
+"""
 
 import itertools
 
@@ -21,7 +24,10 @@ INTERPRETER = pytest.mark.interpreter
 
 
 def operator_calls(channels_last: bool, channels_out: int = 5):
-    """(operator, arguments): each operator with everything and with next to nothing, detached, of odd sizes."""
+    """(operator, arguments).
+
+    Each operator with everything and with next to nothing, detached, of odd sizes.
+    """
 
     def t(*shape, seed=0):
         return draw(*shape, seed=seed, channels_last=channels_last and len(shape) == 4)
@@ -143,12 +149,22 @@ def test_func_grad_and_per_sample_gradients(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "in_dims", [(0, None, None), (None, 0, None), (0, 0, None), (1, None, None), (0, None, 0), (None, None, 1), (2, 1, 0)]
+    "in_dims",
+    [
+        (0, None, None),
+        (None, 0, None),
+        (0, 0, None),
+        (1, None, None),
+        (0, None, 0),
+        (None, None, 1),
+        (2, 1, 0),
+    ],
 )
 def test_vmap_over_any_operand(in_dims, backend):
     shapes = ((2, 3, 2, 3), (3, 4, 2, 2), (2, 4, 4, 6))
     operands = [
-        draw(*shape) if d is None else draw(*shape[:d], 5, *shape[d:]) for shape, d in zip(shapes, in_dims, strict=True)
+        draw(*shape) if d is None else draw(*shape[:d], 5, *shape[d:])
+        for shape, d in zip(shapes, in_dims, strict=True)
     ]
 
     def run(x, w, residual):
@@ -180,10 +196,13 @@ def test_forward_mode_fails_loudly_and_works_on_aten():
         with (
             segfast.backend("triton"),
             forward_ad.dual_level(),
-            pytest.raises((RuntimeError, NotImplementedError), match="(?i)jvp|forward"),
+            pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)jvp|forward"),
         ):
             conv_transpose2d(forward_ad.make_dual(x.clone().requires_grad_(x_grad), x), w, stride=2)
-    with segfast.backend("triton"), pytest.raises((RuntimeError, NotImplementedError), match="(?i)jvp|forward"):
+    with (
+        segfast.backend("triton"),
+        pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)jvp|forward"),
+    ):
         torch.func.jvp(lambda x: conv_transpose2d(x, w, stride=2), (x,), (x,))
     with segfast.backend("aten"):
         _, tangent = torch.func.jvp(lambda x: conv_transpose2d(x, w, stride=2), (x,), (x,))
@@ -220,7 +239,9 @@ def test_the_short_way_into_autograd_is_the_long_one():
 def test_function_apply_is_taken_only_under_a_transform(monkeypatch):
     taken = []
     apply = _Forward.apply
-    monkeypatch.setattr(_Forward, "apply", classmethod(lambda cls, *args: taken.append("apply") or apply(*args)))
+    monkeypatch.setattr(
+        _Forward, "apply", classmethod(lambda cls, *args: taken.append("apply") or apply(*args))
+    )
     x, w = draw(1, 3, 2, 2), draw(3, 2, 2, 2).requires_grad_()
     with segfast.backend("triton"):
         conv_transpose2d(x, w, stride=2).sum().backward()
@@ -262,7 +283,8 @@ def test_the_dispatcher_is_passed_by_unless_somebody_listens(monkeypatch):
 
 @INTERPRETER
 def test_a_remembered_call_computes_anew(poisoned_empty):
-    # The second call of a layout goes straight to the launch: with other values, and through another alignment.
+    # The second call of a layout goes straight to the launch: with other values, and through another
+    # alignment.
     store = draw(400)
     with segfast.backend("triton"):
         for offset in (0, 0, 4, 1, 1, 0):

@@ -11,11 +11,16 @@ from tests.tolerances import assert_close_to_reference
 
 
 def reference(x, skip, weight, bias=None, stride=2, padding=0, activation=None):
-    """Said with torch's own layers: grow up to the skip by less than a stride, else crop the skip's centre."""
+    """Said with torch's own layers.
+
+    Grow up to the skip by less than a stride, else crop the skip's centre.
+    """
     layer = torch.nn.ConvTranspose2d(*weight.shape[:2], weight.shape[2:], stride, padding, device="meta")
     strides = layer.stride
     smallest = F.conv_transpose2d(x, weight, None, stride, padding).shape[2:]
-    size = [have if have - up < s else up for up, have, s in zip(smallest, skip.shape[2:], strides, strict=True)]
+    size = [
+        have if have - up < s else up for up, have, s in zip(smallest, skip.shape[2:], strides, strict=True)
+    ]
     extra = layer._output_padding(x, size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
     up = ACTIVATIONS[activation](F.conv_transpose2d(x, weight, bias, stride, padding, extra))
     top, left = ((have - want) // 2 for have, want in zip(skip.shape[2:], size, strict=True))
@@ -128,11 +133,13 @@ def test_memory_format_follows_input_or_weight(step, backend):
 
 
 def _strided(t, form):
-    n, c, h, w = t.shape
+    _n, c, h, w = t.shape
     if form == "channel slice":
         return torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, :c]
     if form == "spatial slice":
-        return F.pad(t, (1, 2, 2, 1)).contiguous(memory_format=torch.channels_last)[:, :, 2 : 2 + h, 1 : 1 + w]
+        return F.pad(t, (1, 2, 2, 1)).contiguous(memory_format=torch.channels_last)[
+            :, :, 2 : 2 + h, 1 : 1 + w
+        ]
     if form == "every other image":
         return t.repeat_interleave(2, 0)[::2]
     return t.transpose(2, 3).contiguous().transpose(2, 3)
@@ -203,7 +210,10 @@ def test_transforms(backend):
         return function(x, skip, w, bias, **geometry, activation="silu").square().sum()
 
     expected = torch.stack(
-        [torch.func.grad(lambda w, i=i: loss(w, x[i : i + 1], skip[i : i + 1], reference))(w) for i in range(2)]
+        [
+            torch.func.grad(lambda w, i=i: loss(w, x[i : i + 1], skip[i : i + 1], reference))(w)
+            for i in range(2)
+        ]
     )
     with segfast.backend(backend):
         actual = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(w, x[:, None], skip[:, None])
@@ -233,7 +243,12 @@ def _t(*shape, **options):
 
 
 ERRORS = {
-    "up larger": ((_t(1, 4, 3, 3), _t(1, 2, 5, 6), _t(4, 2, 2, 2)), {}, ValueError, "height 6 is larger than the skip's 5"),
+    "up larger": (
+        (_t(1, 4, 3, 3), _t(1, 2, 5, 6), _t(4, 2, 2, 2)),
+        {},
+        ValueError,
+        "height 6 is larger than the skip's 5",
+    ),
     "up wider": ((_t(1, 4, 3, 3), _t(1, 2, 6, 5), _t(4, 2, 2, 2)), {}, ValueError, "width 6"),
     "batch": ((_t(1, 4, 3, 3), _t(2, 2, 6, 6), _t(4, 2, 2, 2)), {}, RuntimeError, "batch"),
     "dtype": ((_t(1, 4, 3, 3), _t(1, 2, 6, 6).half(), _t(4, 2, 2, 2)), {}, RuntimeError, "dtype"),
@@ -244,8 +259,13 @@ ERRORS = {
     "weight ndim": ((_t(1, 4, 3, 3), _t(1, 2, 6, 6), _t(4, 2, 2)), {}, RuntimeError, "4-D"),
     "bias": ((_t(1, 4, 3, 3), _t(1, 2, 6, 6), _t(4, 2, 2, 2), _t(3)), {}, RuntimeError, "bias"),
     "stride": ((_t(1, 4, 3, 3), _t(1, 2, 6, 6), _t(4, 2, 2, 2)), {"stride": 0}, RuntimeError, "stride"),
-    "activation": ((_t(1, 4, 3, 3), _t(1, 2, 6, 6), _t(4, 2, 2, 2)), {"activation": "mish"}, ValueError, "mish"),
-}  # fmt: skip
+    "activation": (
+        (_t(1, 4, 3, 3), _t(1, 2, 6, 6), _t(4, 2, 2, 2)),
+        {"activation": "mish"},
+        ValueError,
+        "mish",
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -262,7 +282,9 @@ def test_one_launch_copies_and_convolves():
     with segfast.backend("triton"), segfast.kernels.record_launches() as launches:
         up_concat(x, skip, w, bias, **geometry, activation="relu")
     ((plan, pointers),) = launches
-    assert plan.constants["SKIP"] == 3 and any(p is skip for p in pointers)  # read where it lies, not copied first
+    assert plan.constants["SKIP"] == 3 and any(
+        p is skip for p in pointers
+    )  # read where it lies, not copied first
 
 
 def test_a_skip_larger_than_needed_gets_zero_gradients_outside_the_crop():

@@ -107,7 +107,9 @@ def empty(shape, like: Tensor, memory_format=torch.channels_last) -> Tensor:
 
 
 def kernel_output(shape, like: Tensor, memory_format) -> Tensor:
-    """What a kernel writes into: of `memory_format` where channels lie side by side in it, else channels_last.
+    """What a kernel writes into.
+
+    Of `memory_format` where channels lie side by side in it, else channels_last.
 
     With one channel, or one pixel, both formats have the same order in memory and differ in their strides.
     """
