@@ -230,8 +230,8 @@ def html_page(rows: Sequence[Row], title: str = "segfast benchmark") -> str:
         parts.append("<p>" + html.escape(", ".join(f"{n} {last[n]}" for n in VERSIONS if last[n])) + "</p>")
     parts.append(
         "<p>Times are medians. The ratio is the fastest peer's time over ours, within one run: above 1, ours "
-        "is faster. The floor is the largest of FLOPs, bytes, L2 reads and exponentials over ceilings "
-        "measured in the same run.</p>"
+        "is faster. The floor is the largest of FLOPs, bytes, L2 reads (as tiles of 128x256 need them) and "
+        "exponentials, over ceilings measured in the same run.</p>"
     )
     mean = geometric_mean([ratio(members) for members in groups.values()])
     if not math.isnan(mean) and not on_cpu(rows):

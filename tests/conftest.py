@@ -7,8 +7,8 @@ import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-# Small machines and parallel runs: more threads than this only fight.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# More threads than one only fight on a small machine that runs something else beside.
+torch.set_num_threads(1)
 
 
 def pytest_configure(config):
