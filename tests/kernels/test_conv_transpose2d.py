@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,18 +260,23 @@ _FAR_APART = textwrap.dedent("""
     kernel, axis = int(sys.argv[1]), int(sys.argv[2])
     options = ((2, 2), (0, 0), (1, 1), 1)
 
-    def far_apart(dense):  # the same values, neighbours along `axis` so far apart that the last begins past
-        2**31 n, c, h, w = dense.shape
+    def far_apart(dense):
+        # The same values, neighbours along `axis` so far apart that the last begins past 2**31.
+        n, c, h, w = dense.shape
         strides = [h * w * c, 1, w * c, c]
         strides[axis] = 2**31 // (dense.shape[axis] - 1) + 64
         numel = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, strides))
         return torch.empty(numel, dtype=dense.dtype).as_strided(dense.shape, strides).copy_(dense)
 
-    def same(launcher, inputs, out):
-        near, far = (torch.full(out.shape, torch.nan, dtype=out.dtype).to(memory_format=torch.channels_last)
-        for _ in "ab") far = far_apart(far) if "weight" not in launcher.__name__ else far
+    def blank(like):
+        return torch.full(like.shape, torch.nan, dtype=like.dtype).to(memory_format=torch.channels_last)
+
+    def same(launcher, inputs, like):
+        near, far = blank(like), blank(like)
+        if launcher is not grad_weight:
+            far = far_apart(far)
         launcher(*inputs, near)
-        launcher(*[far_apart(t) if t is not None and t.dim() == 4 and t is not w else t for t in inputs], far)
+        launcher(*[t if t is None else far_apart(t) for t in inputs], far)
         assert not near.isnan().any() and torch.equal(near, far), launcher
         return near
 
@@ -308,6 +314,7 @@ def test_offsets_past_two_to_the_31(kernel, axis):
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert "same" in result.stdout, f"exit code {result.returncode}: {result.stderr[-2000:]}"

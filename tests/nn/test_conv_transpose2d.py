@@ -98,6 +98,13 @@ def test_output_size(size, shape):
     assert list(actual[0].shape[-2:]) == size[-2:]
 
 
+def test_output_size_of_a_dilated_layer():
+    theirs, ours = twins(6, 4, 3, stride=2, dilation=2)
+    expected, actual = (results(layer, draw(1, 6, 5, 4), [14, 12]) for layer in (theirs, ours))
+    torch.testing.assert_close(actual, expected)
+    assert actual[0].shape == (1, 4, 14, 12)
+
+
 @pytest.mark.parametrize("size", [[8, 7], [9, 9], [9], [1, 2, 3, 9, 7]], ids=str)
 def test_an_output_size_out_of_range_is_torchs_error(size):
     theirs, ours = twins(6, 4, 3, stride=2, padding=1)

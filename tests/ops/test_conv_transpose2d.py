@@ -22,7 +22,9 @@ DTYPES = {
 
 def samples(dtype, requires_grad=False):
     """torch's own samples of the operator; the same twelve for every dtype."""
-    database = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
+    # The import freezes torch.backends' flags; undone on leaving, for the benchmarks that follow set them.
+    with torch.backends.__allow_nonbracketed_mutation():
+        database = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
     (info,) = [op for op in database if op.name == "nn.functional.conv_transpose2d"]
     return list(info.sample_inputs("cpu", dtype, requires_grad=requires_grad))
 

@@ -1,4 +1,4 @@
-"""Bad arguments of `segfast.functional.conv_transpose2d`: what torch raises, and which argument the message names."""
+"""Bad arguments of `segfast.functional.conv_transpose2d`: the type torch raises, the argument named."""
 
 import re
 
