@@ -7,6 +7,7 @@ Example:
     torch.Size([1, 32, 16, 16])
 """
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -44,3 +45,10 @@ __all__ = [
     "report",
     "restore",
 ]
+
+
+def __getattr__(name: str):
+    """`segfast.models` and its like: found without an import of their own, loaded only where used."""
+    if name in ("data", "models", "train"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
