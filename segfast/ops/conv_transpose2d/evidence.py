@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from .._epilogue import apply_epilogue
+from .._operands import pair
 from .._prove import Evidence
 from .functional import OPERATIONS, conv_transpose2d
-from .operators import GRAD_INPUT, GRAD_WEIGHT, pair
+from .operators import GRAD_INPUT, GRAD_WEIGHT
 from .up_concat import up_concat
 
 # (batch, C_in, C_out, height, width, kernel, stride, padding, output_padding, groups, dilation): odd sizes

@@ -7,9 +7,10 @@ from torch import Tensor
 from .._backend import kernel_reason_not, measured_reason_not, use_triton
 from .._bilinear import channelwise_factors, upsample_separable
 from .._epilogue import apply_epilogue, check_activation, check_epilogue
+from .._operands import Pair, pair
 from .._registry import autocast_dtype
 from .autograd import forward
-from .operators import Pair, check_conv_transpose2d, pair
+from .operators import check_conv_transpose2d
 
 OPERATIONS = ("conv_transpose2d_forward", "conv_transpose2d_grad_input", "conv_transpose2d_grad_weight")
 

@@ -1,30 +1,12 @@
 """The three registered operators of transposed convolution: checks, shapes, kernels, and the same in ATen."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .._epilogue import apply_epilogue, check_epilogue
 from .._layout import channels_innermost, fit_layout, in_format, output_format, packed_weight
+from .._operands import Pair, empty, kernel_output, load_kernels
 from .._registry import Operator
-
-Pair = tuple[int, int]
-
-
-def pair(value: Any, name: str) -> Pair:
-    """An int or a sequence of one or two ints as a pair."""
-    if type(value) is tuple and len(value) == 2:
-        return value
-    if isinstance(value, int):
-        return (value, value)
-    values = tuple(value)
-    if len(values) == 1:
-        return values * 2
-    if len(values) != 2:
-        raise RuntimeError(f"{name} must be an int or two ints, got {value!r}")
-    return values
 
 
 def output_size(input, weight, stride: Pair, padding: Pair, output_padding: Pair, dilation: Pair) -> Pair:
@@ -94,27 +76,6 @@ def check_conv_transpose2d(
             f"{list(input.shape)}, kernel {list(weight.shape[2:])}, stride {stride}, padding {padding}, "
             f"dilation {dilation}"
         )
-
-
-def load_kernels():
-    from segfast import kernels
-
-    return kernels
-
-
-def empty(shape, like: Tensor, memory_format=torch.channels_last) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-def kernel_output(shape, like: Tensor, memory_format) -> Tensor:
-    """What a kernel writes into.
-
-    Of `memory_format` where channels lie side by side in it, else channels_last.
-
-    With one channel, or one pixel, both formats have the same order in memory and differ in their strides.
-    """
-    side_by_side = shape[1] == 1 or (shape[2] == 1 and shape[3] == 1)
-    return empty(shape, like, memory_format if side_by_side else torch.channels_last)
 
 
 def _result_shape(

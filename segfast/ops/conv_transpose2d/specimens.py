@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from .operators import load_kernels, output_size
+from .._operands import load_kernels
+from .operators import output_size
 
 # name: (batch, C_in, C_out, height, width, kernel, stride, padding, groups, dilation)
 _LAYERS = {

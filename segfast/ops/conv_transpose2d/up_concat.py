@@ -1,8 +1,7 @@
 """Up-convolution and concatenation in one operator: the decoder step of a U-Net, `cat([skip', up], 1)`.
 
 The up-convolution writes into its channels of the result, the same launch copies the skip into the others.
-One operator
-returns the whole buffer: an autograd Function that writes into a view loses gradients silently.
+One operator returns the whole buffer: an autograd Function that writes into a view loses gradients silently.
 """
 
 import torch
@@ -12,19 +11,11 @@ from torch import Tensor
 from .._backend import use_triton
 from .._epilogue import check_activation, epilogue_backward, keeps_output
 from .._layout import channels_innermost, fit_layout, in_format, output_format
+from .._operands import Pair, empty, kernel_output, load_kernels, pair
 from .._registry import Differentiable, Operator, autocast_dtype, needs_autograd
 from .autograd import forward, grad_of_input, grad_of_weight
 from .functional import can_use_triton, conv_transpose2d
-from .operators import (
-    Pair,
-    check_conv_transpose2d,
-    empty,
-    kernel_output,
-    load_kernels,
-    multiply_add_flops,
-    output_size,
-    pair,
-)
+from .operators import check_conv_transpose2d, multiply_add_flops, output_size
 
 
 def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pair, Pair]:
