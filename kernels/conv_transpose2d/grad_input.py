@@ -115,10 +115,11 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     depth = max(16, min(depth, triton.next_power_of_2(problem.depth)))
     wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
     found = []
-    if wide >= 256 and not operands_in_registers(problem.dtype.itemsize, arch):
+    passes = operands_in_registers(problem.dtype.itemsize, arch)
+    if wide >= 256 and not passes:
         found.append(Config(128, 256, depth, 8, 3))
     if wide >= 128:
-        found.append(Config(128, 128, depth, 8, 4))
+        found += [Config(128, 128, depth, 8, 4)] if passes < 2 else []
         found.append(Config(64, 128, depth, 4, 4))
     narrow = min(wide, 64)
     # With 4 warps ptxas spills a few words on sm_100.

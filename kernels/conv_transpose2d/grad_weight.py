@@ -137,7 +137,7 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
         depth = 64 if problem.dtype.itemsize == 2 else 32 // max(passes, 1)
         rows = max(16, min(128, triton.next_power_of_2(problem.rows)))
         columns = max(16, min(128, triton.next_power_of_2(problem.columns)))
-        tiles = [Config(rows, columns, depth, 8 if rows * columns >= 128 * 128 else 4, 3)]
+        tiles = [Config(rows, columns, depth, 8 if rows * columns >= 128 * 128 or passes == 2 else 4, 3)]
         tiles.append(Config(min(rows, 64), min(columns, 128), depth, 4, 4))
         if problem.columns >= 256 and rows == 128 and not passes:
             tiles.append(Config(128, 256, depth, 8, 3))
