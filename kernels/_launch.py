@@ -1,4 +1,4 @@
-"""Launching a compiled kernel without Triton's JIT binder, which costs about 11 us a call.
+"""Launching a compiled kernel without Triton's JIT binder, which can take longer than a small kernel.
 
 A launcher works out everything that follows from shapes, strides and options once, and keeps it as a `Plan`:
 the grid, the integer arguments, the constants and, after the first call, the compiled kernel. The next call

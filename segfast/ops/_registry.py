@@ -57,8 +57,7 @@ class Operator:
         OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Tensor:
-        # The dispatcher costs 5 us; nothing but our implementation waits behind it unless one of these
-        # listens.
+        # Behind the dispatcher waits nothing but our implementation, unless one of these listens.
         plain = type(args[0]) in _PLAIN and type(args[1]) in _PLAIN
         if plain and _nobody_listens() and args[0].is_cuda | _INTERPRETING:
             return self._kernels(*args)
@@ -129,9 +128,9 @@ def _distinct(args: Sequence[Any]) -> list[Any]:
 class Differentiable(torch.autograd.Function):
     """An autograd Function whose `call` pays for functorch and the compiler only when they are there.
 
-    `Function.apply` binds the signature on every call (30 to 60 us); the C function below it does not (10
-    us), and is right whenever no functorch transform is active and nothing is being traced. Positional
-    arguments only. Subclasses define `forward` without ctx, `setup_context` and `backward`.
+    `Function.apply` binds the signature on every call; the C function below it does not, and is right
+    whenever no functorch transform is active and nothing is being traced. Positional arguments only.
+    Subclasses define `forward` without ctx, `setup_context` and `backward`.
     """
 
     generate_vmap_rule = True
