@@ -122,8 +122,8 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
         found += [Config(128, 128, depth, 8, 4)] if passes < 2 else []
         found.append(Config(64, 128, depth, 4, 4))
     narrow = min(wide, 64)
-    # With 4 warps ptxas spills a few words on sm_100.
-    found += [Config(128, narrow, depth, 8 if arch == "sm_100" else 4, 4), Config(64, narrow, depth, 4, 4)]
+    # With 128 rows ptxas spills a few words on sm_100.
+    found += [Config(rows, narrow, depth, 4, 4) for rows in ((64,) if arch == "sm_100" else (128, 64))]
     if problem.columns * problem.rows // (found[0].block_m * found[0].block_n) < 264:
         found.sort(key=lambda config: config.block_m * config.block_n)
     return [fit_operands(config, problem.dtype.itemsize, arch) for config in found]
