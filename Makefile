@@ -20,7 +20,7 @@ help: ## list the targets
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
-demo: .venv/.installed-demo ## train a small U-Net on a real microscope image, compare, benchmark; out/demo.png
+demo: .venv/.installed-demo ## train a small U-Net (out/demo.png), segment a portrait (out/segment.png), benchmark
 	$(BIN)/segfast demo
 
 # Two runs: the kernels' tests need TRITON_INTERPRET=1 before triton is imported, everything else must not have it.

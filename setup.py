@@ -12,7 +12,7 @@ setup(
     package_dir={"segfast": "segfast", "segfast.kernels": "kernels"},
     package_data={
         "segfast": ["py.typed"],
-        "segfast.data": ["*.npz", "*.md"],
+        "segfast.data": ["*.npz", "*.safetensors", "*.jpg", "*.md"],
         "segfast.kernels": ["py.typed"],
         "segfast.kernels.configs": ["*.json"],
     },

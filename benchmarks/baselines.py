@@ -4,12 +4,14 @@
 """
 
 import importlib.util
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from benchmarks import cudnn_graph
+from benchmarks.cases import is_depthwise
+from benchmarks.environment import dry_run
 from benchmarks.problems import FORMULAS, Problem, Tensors, folded
 from benchmarks.timing import Candidate, Skipped
 
@@ -26,10 +28,12 @@ def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
         return
     yield Candidate("aten_nchw", problem.bind(problem.formula, problem.contiguous()))
     yield Candidate("aten_nhwc", problem.bind(problem.formula))
-    if case.params.get("g", 1) > 1 or case.op == "separable_conv2d":
-        yield from _native_depthwise(problem)
+    if is_depthwise(case) or case.op == "separable_conv2d":
+        yield from _depthwise_kernels(problem)
     if case.direction == "forward" and case.op in ("conv2d", "conv_transpose2d"):
         yield from _fused(problem)
+    elif case.direction == "forward" and case.op == "separable_conv2d" and problem.device.type == "cuda":
+        yield from _cudnn_graph(problem)
     if compiled:
         from torch._functorch import config
 
@@ -43,19 +47,33 @@ def compile_note() -> str:
     return f"torch {torch.__version__} {COMPILE_MODE}, channels_last"
 
 
-def _native_depthwise(problem: Problem) -> Iterator[Peer]:
-    """PyTorch's own depthwise kernels in place of cuDNN's, where this torch can be told to use them."""
-    flags = torch.backends.cudnn.flags
-    if "depthwise_kernel" not in inspect.signature(flags).parameters:
-        yield Skipped("aten_nhwc_native", f"torch {torch.__version__} has no cudnn depthwise_kernel flag")
+def _depthwise_kernels(problem: Problem) -> Iterator[Peer]:
+    """PyTorch's own depthwise kernels, then cuDNN's, where this torch can be told which to use."""
+    if problem.device.type != "cuda" and not dry_run():
         return
+    for kernels in ("native", "cudnn"):
+        if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
+            note = f"torch {torch.__version__} has no cudnn.depthwise_kernel"
+            yield Skipped(f"aten_nhwc_{kernels}", note)
+            continue
+        for layout, tensors in (("nhwc", problem.tensors), ("nchw", problem.contiguous())):
+            run = problem.bind(problem.formula, tensors)
+            yield Candidate(f"aten_{layout}_{kernels}", _with_depthwise(kernels, run))
 
-    def native(t: Tensors) -> torch.Tensor:
-        with flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, depthwise_kernel="native"):
-            return problem.formula(t)
 
-    yield Candidate("aten_nhwc_native", problem.bind(native))
-    yield Candidate("aten_nchw_native", problem.bind(native, problem.contiguous()))
+def _with_depthwise(kernels: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` with cudnn.depthwise_kernel set, the backward pass included."""
+    cudnn: Any = torch.backends.cudnn
+
+    def call() -> Any:
+        # One attribute, not cudnn.flags(): that sets benchmark and fp32's precision as well.
+        before, cudnn.depthwise_kernel = cudnn.depthwise_kernel, kernels
+        try:
+            return run()
+        finally:
+            cudnn.depthwise_kernel = before
+
+    return call
 
 
 def _fused(problem: Problem) -> Iterator[Peer]:
@@ -74,11 +92,15 @@ def _fused(problem: Problem) -> Iterator[Peer]:
             return torch.cudnn_convolution_relu(t["x"], t["weight"], t["bias"], *geometry, case["g"])
 
         yield Candidate("cudnn_conv_relu", problem.bind(convolution_relu, tensors))
+    yield from _cudnn_graph(problem)
+
+
+def _cudnn_graph(problem: Problem) -> Iterator[Peer]:
     if importlib.util.find_spec("cudnn") is None:
         yield Skipped("cudnn_graph", "nvidia-cudnn-frontend is not installed")
         return
     try:
-        function = cudnn_graph.convolution(problem)
+        function = cudnn_graph.layer(problem)
     except Exception as error:
         yield Skipped("cudnn_graph", f"{type(error).__name__}: {error}".splitlines()[0])
         return

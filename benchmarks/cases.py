@@ -1,191 +1,17 @@
 """Every measured shape, named after the layer of the model it is from.
 
-One list for the benchmarks, the tuner and the tests. Sizes are those of the papers' networks at batch 1, 8
-or 16, bf16; `case.cpu()` is the same layer small enough for a CPU (batch 1, fp32). Needs torch only.
+One list for the benchmarks, the tuner and the tests. Sizes are those of the papers' networks at batch 1, 8,
+16 or 32, bf16; `case.cpu()` is the same layer small enough for a CPU (batch 1, fp32). Needs torch only.
 """
 
-import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-import torch
+from benchmarks.case import DIRECTIONS, Case, is_depthwise, is_head, output_size
 
-DIRECTIONS = ("forward", "grad_input", "grad_weight", "backward", "train")
-TILE_M, TILE_N = 128, 256  # the largest tile an implicit GEMM is expected to run with
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One operator call, or one whole model.
-
-    `op` names the formula in problems.py, `family` the operator family that serves it, `epilogue` what
-    follows the product (`bias`, `bn` in eval mode, an activation). `small` replaces entries of `params` on a
-    CPU.
-    """
-
-    name: str
-    family: str
-    op: str
-    layer: str
-    params: Mapping[str, Any] = dataclasses.field(hash=False)
-    small: Mapping[str, Any] = dataclasses.field(hash=False, repr=False)
-    dtype: str = "bfloat16"
-    direction: str = "forward"
-    epilogue: tuple[str, ...] = ()
-    size: str = "full"
-    headline: bool = False
-
-    def __getitem__(self, key: str) -> Any:
-        return self.params[key]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def activation(self) -> str | None:
-        return next((name for name in self.epilogue if name not in ("bias", "bn")), None)
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}/{self.dtype}/{self.direction}/{self.size}"
-
-    def cpu(self) -> "Case":
-        """The same layer at batch 1 in fp32 and small."""
-        return self.replace(params={**self.params, **self.small}, dtype="float32", size="cpu")
-
-    def tiny(self) -> "Case":
-        """Smaller still, for a walk through the control flow."""
-        case = self.cpu()
-        most = {"ci": 16, "co": 16, "g": 16, "h": 24, "w": 24, "classes": 16}
-        if case.op == "model":
-            most = {"h": 188, "w": 188}
-        params = {name: min(value, most.get(name, value)) for name, value in case.params.items()
-                  if isinstance(value, int)}  # fmt: skip
-        return case.replace(params={**case.params, **params}, size="tiny")
-
-    def replace(self, **changes) -> "Case":
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def flops(self) -> float:
-        """Matrix FLOPs as usually counted, padding included; of a separable pair the pointwise half."""
-        return _work(self, useful=False)
-
-    @property
-    def useful_flops(self) -> float:
-        """FLOPs left when products with zero padding, or outside the output, are not made."""
-        return _work(self, useful=True)
-
-    @property
-    def min_bytes(self) -> float:
-        """Bytes of every input read once and every output written once."""
-        return _bytes(self)
-
-    @property
-    def exponentials(self) -> float:
-        """exp2 evaluations of an exact dense CRF: one for each pair of pixels, in each iteration."""
-        return (self["h"] * self["w"]) ** 2 * self["iterations"] if self.op == "dense_crf" else 0.0
-
-    @property
-    def l2_bytes(self) -> float:
-        """What an implicit GEMM with 128 x 256 tiles reads from L2: each input tile again for every tap."""
-        width = _gemm_width(self)
-        if width == 0:
-            return 0.0
-        n = min(TILE_N, 2 ** math.ceil(math.log2(width)))
-        return self.useful_flops * _itemsize(self) / 2 * (TILE_M + n) / (TILE_M * n)
-
-
-def _itemsize(case: Case) -> int:
-    return case.torch_dtype.itemsize
-
-
-def output_size(case: Case) -> tuple[int, int]:
-    """Height and width of the output of a convolution case."""
-    k, s, p, d = (case.params.get(name, value) for name, value in (("k", 1), ("s", 1), ("p", 0), ("d", 1)))
-    reach = d * (k - 1) + 1
-    if case.op in ("conv_transpose2d", "up_concat"):
-        return tuple((case[side] - 1) * s - 2 * p + reach for side in ("h", "w"))  # type: ignore[return-value]
-    return tuple((case[side] + 2 * p - reach) // s + 1 for side in ("h", "w"))  # type: ignore[return-value]
-
-
-def valid_taps(size: int, out: int, k: int, s: int, p: int, d: int, transposed: bool) -> int:
-    """Pairs (position, tap) along one axis whose product is kept: inside the input, or inside the output."""
-    positions, limit = (size, out) if transposed else (out, size)
-    return sum(0 <= i * s - p + t * d < limit for i in range(positions) for t in range(k))
-
-
-def _products(case: Case, useful: bool, k: int, d: int, p: int) -> int:
-    """Position-tap products of one channel pair and one image."""
-    transposed = case.op in ("conv_transpose2d", "up_concat")
-    s = case.params.get("s", 1)
-    sized = case.replace(params={**case.params, "k": k, "d": d, "p": p})
-    total = 1
-    for side, out in zip(("h", "w"), output_size(sized), strict=True):
-        positions = case[side] if transposed else out
-        total *= valid_taps(case[side], out, k, s, p, d, transposed) if useful else positions * k
-    return total
-
-
-def _work(case: Case, useful: bool) -> float:
-    if case.op == "model":
-        times = 3 if case.direction == "train" else 1
-        scale = (case["h"] * case["w"]) / (case["full_h"] * case["full_w"])
-        return case["gflop"] * 1e9 * case["n"] * times * scale
-    if case.op == "dense_crf":
-        # Exponent and filter, each a dot over 32 columns.
-        return 128.0 * case.exponentials
-    if case.op == "upsample_cross_entropy":
-        return 0.0
-    n, ci, co = case["n"], case["ci"], case["co"]
-    if case.op == "separable_conv2d":
-        pixels = math.prod(output_size(case))
-        work = 2.0 * n * pixels * ci * co
-    elif case.op == "aspp":
-        products = sum(_products(case, useful, 3, rate, rate) for rate in case["rates"])
-        pixels = case["h"] * case["w"]
-        branches = len(case["rates"]) + 2
-        work = 2.0 * n * co * (ci * (products + pixels) + pixels * branches * co)
-    else:
-        d, p = case.params.get("d", 1), case.params.get("p", 0)
-        work = 2.0 * n * ci * co / case.params.get("g", 1) * _products(case, useful, case["k"], d, p)
-    return work * {"backward": 2, "train": 3}.get(case.direction, 1)
-
-
-def _bytes(case: Case) -> float:
-    if case.op in ("model", "dense_crf"):
-        return 0.0
-    n, item = case["n"], _itemsize(case)
-    if case.op == "upsample_cross_entropy":
-        pixels = case["h"] * case["w"]
-        return n * (case["classes"] * pixels * item + pixels * case["scale"] ** 2 * 8.0)
-    ci, co, pixels = case["ci"], case["co"], case["h"] * case["w"]
-    out = math.prod(output_size(case)) if case.op != "aspp" else pixels
-    weight = ci * co * case.params.get("k", 1) ** 2 / case.params.get("g", 1)
-    if case.op == "separable_conv2d":
-        weight = ci * case["k"] ** 2 + ci * co
-    if case.op == "aspp":
-        branches = len(case["rates"]) + 2
-        weight = co * (ci * (9 * len(case["rates"]) + 2) + branches * co)
-    x, y = n * pixels * ci, n * out * co
-    if case.op == "up_concat":
-        # The skip's crop is read and written beside the up-convolution.
-        y += 2 * n * out * co
-    # Forward reads x and the weight, writes y; a gradient reads two of the three and writes the other.
-    passes = {"backward": 2 * x + y + 2 * weight, "train": 3 * x + 2 * y + 3 * weight}
-    return item * passes.get(case.direction, x + y + weight)
-
-
-def _gemm_width(case: Case) -> int:
-    """Columns of the matrix product behind a case; 0 where there is none."""
-    if case.op in ("conv_transpose2d", "up_concat"):
-        dense_phase = case["k"] == case["s"]
-        return case["co"] * (case["k"] ** 2 if dense_phase else 1)
-    if case.op in ("conv2d", "aspp", "separable_conv2d"):
-        return case["co"] if case.params.get("g", 1) == 1 or case.op == "separable_conv2d" else 0
-    return 0
+__all__ = [
+    "ALONE", "BLOCKS", "CASES", "DIRECTIONS", "HEADS", "LAYERS", "MODELS", "OPERATORS", "Case", "directions",
+    "find", "headline", "is_depthwise", "is_head", "output_size",
+]  # fmt: skip
 
 
 def _small(ci: int, co: int, side: int | None = None, **more: int) -> dict[str, int]:
@@ -222,11 +48,16 @@ def _up_concat(name, layer, ci, co, size, skip, *, small, headline=False) -> Cas
     return Case(name, "conv_transpose2d", "up_concat", layer, params, small, **fields)
 
 
-def _conv(family, name, layer, n, channels, size, k, *, small, d=1, p=None, g=1, **fields) -> Case:
+def _conv(family, name, layer, n, channels, size, k, *, small, s=1, d=1, p=None, g=1, **fields) -> Case:
     padding = d * (k - 1) // 2 if p is None else p
     sizes = {"n": n, "ci": channels, "co": channels, "h": size, "w": size}
-    params = {**sizes, "k": k, "s": 1, "p": padding, "d": d, "g": g}
+    params = {**sizes, "k": k, "s": s, "p": padding, "d": d, "g": g}
     return Case(name, family, "conv2d", layer, params, small, **fields)
+
+
+def _depthwise(name, layer, channels, size, k=3, *, s=1, small: int, side=None, epilogue) -> Case:
+    sizes = _small(small, small, side, g=small)
+    return _conv(_DW, name, layer, 8, channels, size, k, s=s, g=channels, small=sizes, epilogue=epilogue)
 
 
 def _separable(name, layer, c, size, *, small, headline=False) -> Case:
@@ -235,9 +66,46 @@ def _separable(name, layer, c, size, *, small, headline=False) -> Case:
     return Case(name, family, op, layer, params, small, epilogue=_BN_RELU, headline=headline)
 
 
+def _projected(depthwise: Case, co: int) -> Case:
+    """A depthwise block and MobileNetV2's 1x1 convolution after it, which has no activation of its own."""
+    params = {**depthwise.params, "co": co, "linear": 1}
+    name, small = f"{depthwise.name}_projected", {**depthwise.small, "co": co}
+    return depthwise.replace(name=name, op="separable_conv2d", params=params, small=small)
+
+
+def _alone(block: Case) -> Case:
+    """The layer of `block` without batch norm and activation, which a plain model runs after it."""
+    bias = tuple(name for name in block.epilogue if name == "bias")
+    return block.replace(name=f"{block.name}_layer", epilogue=bias, headline=False)
+
+
+def _batches(block: Case, batches=(1, 8, 32)) -> Iterator[Case]:
+    """`block` at each batch, and beside it its layer alone; at batch 8 under its own name."""
+    for n in batches:
+        name = block.name if n == 8 else f"{block.name}_n{n}"
+        case = block.replace(name=name, params={**block.params, "n": n}, headline=False)
+        if n != 8 or block.name not in _IN_TABLE:
+            yield case
+        if case.op == "conv2d" and case.epilogue not in ((), ("bias",)):
+            yield _alone(case)
+
+
 def _aspp(name, layer, n, size, rates, *, small) -> Case:
     params = {"n": n, "ci": 2048, "co": 256, "h": size, "w": size, "rates": rates}
     return Case(name, "dilated_conv2d", "aspp", layer, params, small, epilogue=_BN_RELU)
+
+
+def _head(name, layer, n, classes, height, width, scale, *, small) -> Iterator[Case]:
+    """The loss forward and in training, the dice loss in training, and the labels."""
+    params = {"n": n, "classes": classes, "h": height, "w": width, "scale": scale}
+    small = {"n": 1, **dict(zip(("h", "w"), small, strict=True))}
+    for op, direction, ending in (
+        ("upsample_cross_entropy", "train", "loss"),
+        ("upsample_cross_entropy", "forward", "loss_forward"),
+        ("upsample_dice", "train", "dice"),
+        ("upsample_argmax", "forward", "argmax"),
+    ):
+        yield Case(f"{name}_{ending}", "segmentation_head", op, layer, params, small, direction=direction)
 
 
 def _crf(name, layer, h, w, alpha, beta, weight) -> Case:
@@ -303,9 +171,40 @@ BLOCKS = [
     _up_concat("unet_up3_concat", "U-Net up 3 and skip", 256, 128, 100, 280, small=_small(128, 64)),
     _up_concat("unet_up4_concat", "U-Net up 4 and skip", 128, 64, 196, 568,
                small=_small(64, 32), headline=True),
-    Case("ade20k_upsample_loss", "segmentation_head", "upsample_cross_entropy", "ADE20K head, 512 pixels",
-         {"n": 16, "classes": 150, "h": 128, "w": 128, "scale": 4}, {"n": 1, "h": 32, "w": 32},
-         direction="train"),
+    next(_head("ade20k_upsample", "ADE20K head, 512 pixels", 16, 150, 128, 128, 4, small=(32, 32))),
+]  # fmt: skip
+
+# More losses and labels of upsampled logits.
+HEADS = [
+    *list(_head("ade20k_upsample", "ADE20K head, 512 pixels", 16, 150, 128, 128, 4, small=(32, 32)))[1:],
+    *_head("ade20k_upsample_os32", "ADE20K head, 512 pixels, OS32", 4, 150, 16, 16, 32, small=(3, 3)),
+    *_head("cityscapes_upsample_n1", "Cityscapes head, 1024x2048, OS8", 1, 19, 128, 256, 8, small=(16, 32)),
+    *_head("cityscapes_upsample_n8", "Cityscapes head, 1024x2048, OS8", 8, 19, 128, 256, 8, small=(8, 16)),
+    *_head("voc_upsample_n1", "PASCAL VOC head, 512 pixels, OS8", 1, 21, 64, 64, 8, small=(16, 16)),
+    *_head("voc_upsample_n8", "PASCAL VOC head, 512 pixels, OS8", 8, 21, 64, 64, 8, small=(12, 12)),
+]
+
+_IN_TABLE = {case.name: case for case in OPERATORS}
+
+# Depthwise layers and blocks: the table's rows and those of four families of networks, at 512 or 513 pixels.
+# The rate-12 row has no batch norm in the table: its block is the one with.
+LAYERS = [
+    *_batches(_IN_TABLE["xception_middle_dw"]),
+    *_batches(_IN_TABLE["mobilenetv2_dw144"]),
+    _IN_TABLE["aspp_dw_d12"].replace(name="aspp_dw_d12_block", epilogue=_BN_RELU),
+    *_batches(_depthwise("mobilenetv2_dw96_s2", "MobileNetV2 block 2", 96, 257, s=2,
+                         small=48, epilogue=("bn", "relu6"))),
+    *_batches(_depthwise("efficientnet_dw144_k5_s2", "EfficientNet-B0 stage 3, first block", 144, 128, 5, s=2,
+                         small=72, epilogue=("bn", "silu"))),
+    *_batches(_depthwise("efficientnet_dw672_k5", "EfficientNet-B0 stage 5", 672, 32, 5,
+                         small=168, epilogue=("bn", "silu"))),
+    *_batches(_depthwise("convnext_dw96_k7", "ConvNeXt-T stage 1", 96, 128, 7,
+                         small=48, side=64, epilogue=("bias",))),
+    *_batches(_depthwise("segformer_dw256", "SegFormer-B2 stage 1, Mix-FFN", 256, 128,
+                         small=64, side=64, epilogue=("bias", "gelu"))),
+    *_batches(_IN_TABLE["decoder_sep_256"]),
+    *_batches(_IN_TABLE["middle_sep_728"]),
+    *_batches(_projected(_IN_TABLE["mobilenetv2_dw144"], 24)),
 ]  # fmt: skip
 
 # kernels.md section 7: GFLOP of one image at full size.
@@ -314,13 +213,30 @@ MODELS = [
     _model("fcn8s_vgg16_500", "FCN-8s, VGG16, 500 pixels", "fcn8s_vgg16", 500, 363, small=64),
     _model("deeplabv3_r50_513", "DeepLabV3, ResNet-50, OS8", "deeplabv3_resnet50", 513, 337, small=65),
     _model("deeplabv3_r50_769", "DeepLabV3, ResNet-50, OS8", "deeplabv3_resnet50", 769, 751, small=65),
-    _model("deeplabv3plus_xception65_513", "DeepLabV3+, Xception65", "deeplabv3plus_xception65", 513, 102,
+    _model("deeplabv3plus_xception65_513", "DeepLabV3+, Xception65", "deeplabv3plus_xception65", 513, 108,
            small=65),
-    _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2", "deeplabv3plus_mobilenetv2", 513, 54,
-           small=65),
+    _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2, dense decoder",
+           "deeplabv3plus_mobilenetv2", 513, 54, small=65),
 ]  # fmt: skip
 
-CASES = OPERATORS + BLOCKS + MODELS
+CASES = OPERATORS + BLOCKS + HEADS + LAYERS + MODELS
+
+
+# Depthwise blocks with batch norm and activation, and the row of the layer alone.
+ALONE = {case.name.removesuffix("_layer"): case.name for case in LAYERS if case.name.endswith("_layer")}
+ALONE["aspp_dw_d12_block"] = "aspp_dw_d12"
+
+
+def directions(case: Case) -> tuple[str, ...]:
+    """The gradients that are measured besides the forward of `case`."""
+    if case.op in ("model", "dense_crf") or is_head(case) or case.direction != "forward":
+        return ()
+    if case.family != _DW:
+        return ("backward", "train")
+    if case.name in _IN_TABLE or case.name.removesuffix("_layer") in _IN_TABLE:
+        bare = case.op == "conv2d" and not case.epilogue
+        return ("grad_input", "grad_weight", "train") if bare else ("backward", "train")
+    return ("train",)
 
 
 def headline() -> list[Case]:

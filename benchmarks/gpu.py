@@ -88,7 +88,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _budget(tier: str, args: argparse.Namespace, left: float) -> float:
     """A tier's own seconds; the last one asked for may use what is left."""
-    return left if tier == args.tier[-1] and tier in ("T4", "T5", "bench") else BUDGETS[tier]
+    return left if tier == args.tier[-1] and tier in ("T1", "T4", "T5", "bench") else BUDGETS[tier]
 
 
 def _run_tier(tier: str, budget_s: float, args: argparse.Namespace, log) -> bool:

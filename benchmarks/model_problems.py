@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.baselines import COMPILE_MODE, Peer, compile_note
 from benchmarks.cases import Case
-from benchmarks.plain_models import plain_model
+from benchmarks.plain_models import DEEPLABV3PLUS, plain_model
 from benchmarks.problems import no_search
 from benchmarks.timing import Candidate, Skipped
 
@@ -116,10 +116,15 @@ def _trained(network: nn.Module) -> nn.Module:
 
 
 def _segfast_model(case: Case, plain: nn.Module) -> nn.Module | None:
-    if case["model"] != "unet":
-        return None
-    from segfast.models.unet import UNet
+    from segfast.models import UNet, create
 
+    name = case["model"]
+    if name in DEEPLABV3PLUS:
+        network = create(f"deeplabv3plus_{DEEPLABV3PLUS[name]}", separable="xception65" in name)
+        network.load_state_dict(plain.state_dict())
+        return network
+    if name != "unet":
+        return None
     weights = list(plain.parameters())
     network = UNet(1, 2, width=weights[0].shape[0], padded=False)
     # Both register their layers in the order the data takes, so the parameters correspond one to one.

@@ -1,11 +1,14 @@
 """segfast's own way through each operator case: the backend is the caller's choice, as for any user."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 import segfast.functional
 from benchmarks.baselines import Peer
+from benchmarks.cases import is_depthwise, is_head
 from benchmarks.problems import Formula, Problem, Tensors, affine
 from benchmarks.timing import Candidate, Skipped
 from segfast.nn import BilinearUpsample
@@ -13,14 +16,19 @@ from segfast.nn import BilinearUpsample
 
 def ours(problem: Problem) -> Iterator[Peer]:
     """The fused operator, or why there is none yet."""
-    make = {"conv_transpose2d": _conv_transpose2d, "up_concat": _up_concat}.get(problem.case.op)
-    if make is None:
-        yield Skipped("segfast", f"segfast has no {problem.case.op} yet")
+    case = problem.case
+    op = "depthwise_conv2d" if is_depthwise(case) else case.op
+    if op not in _MAKE:
+        yield Skipped("segfast", f"segfast has no {op} yet")
         return
-    function = make(problem)
-    yield Candidate("segfast", problem.bind(function), ours=True)
-    if problem.case.params.get("weight") == "bilinear" and problem.case.direction == "forward":
-        case = problem.case
+    function = _MAKE[op](problem)
+    tensors = _laid_out(problem)
+    yield Candidate("segfast", problem.bind(function, tensors), ours=True)
+    if is_head(case):
+        yield Candidate("segfast_nchw", problem.bind(function, problem.contiguous()), ours=True)
+    if op == "separable_conv2d":
+        yield from _forms(problem, function, tensors)
+    if case.params.get("weight") == "bilinear" and case.direction == "forward":
         module = BilinearUpsample(case["s"], case["k"], case["p"]).to(problem.device)
         functions = {"segfast": function, "segfast_module": lambda t: module(t["x"])}
         yield Candidate("segfast_module", problem.bind(functions["segfast_module"]), ours=True)
@@ -51,3 +59,105 @@ def _up_concat(problem: Problem) -> Formula:
         )
 
     return function
+
+
+def _depthwise_conv2d(problem: Problem) -> Formula:
+    case = problem.case
+    s, p, d = case["s"], case["p"], case["d"]
+    scale, shift = affine(problem.tensors) if "bn" in case.epilogue else (None, None)
+
+    def function(t: Tensors) -> torch.Tensor:
+        return segfast.functional.depthwise_conv2d(
+            t["x"], t["weight"], t.get("bias"), s, p, d, scale=scale, shift=shift, activation=case.activation
+        )
+
+    return function
+
+
+def _separable_conv2d(problem: Problem) -> Formula:
+    case = problem.case
+    s, p, d = case["s"], case["p"], case["d"]
+    depthwise_scale, depthwise_shift = affine(problem.tensors, "depthwise_")
+    scale, shift = affine(problem.tensors)
+    activation = None if "linear" in case.params else case.activation
+
+    def function(t: Tensors) -> torch.Tensor:
+        return segfast.functional.separable_conv2d(
+            t["x"],
+            t["depthwise"],
+            t["weight"],
+            None,
+            None,
+            s,
+            p,
+            d,
+            depthwise_scale=depthwise_scale,
+            depthwise_shift=depthwise_shift,
+            depthwise_activation=case.activation,
+            scale=scale,
+            shift=shift,
+            activation=activation,
+        )
+
+    return function
+
+
+def _head(problem: Problem) -> Formula:
+    case = problem.case
+    function = getattr(segfast.functional, case.op)
+    if case.op == "upsample_argmax":
+        return lambda t: function(t["x"], scale_factor=case["scale"])
+    return lambda t: function(t["x"], t["labels"], scale_factor=case["scale"])
+
+
+_MAKE: dict[str, Callable[[Problem], Formula]] = {
+    "conv_transpose2d": _conv_transpose2d,
+    "up_concat": _up_concat,
+    "depthwise_conv2d": _depthwise_conv2d,
+    "separable_conv2d": _separable_conv2d,
+    "upsample_argmax": _head,
+    "upsample_cross_entropy": _head,
+    "upsample_dice": _head,
+}
+
+
+def _laid_out(problem: Problem) -> Tensors:
+    """The inputs, on a GPU with depthwise filters as `segfast.optimize` lays them out."""
+    from segfast.ops.separable_conv2d.operators import taps_major
+
+    case, tensors = problem.case, dict(problem.tensors)
+    name = "depthwise" if case.op == "separable_conv2d" else "weight" if is_depthwise(case) else None
+    if name is not None and problem.device.type == "cuda":
+        tensors[name] = taps_major(tensors[name])
+    return tensors
+
+
+def _forms(problem: Problem, function: Formula, tensors: Tensors) -> Iterator[Peer]:
+    """A separable convolution in each of its forms, whichever is chosen; none where ATen serves the call."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from segfast.kernels import architecture, candidates, override_config, record_launches
+    from segfast.kernels._configs import record_problems
+    from segfast.kernels._device import shared_memory_limit
+
+    with record_problems() as asked, record_launches():
+        problem.bind(function, tensors)()
+    forward = next((p for p in asked if p.operation == "separable_conv2d_forward"), None)
+    if forward is None:
+        return
+    device = problem.device
+    known = candidates(forward, architecture(device), shared_memory_limit(device))
+
+    def forced(config: Any) -> Callable[[], Any]:
+        run, plans = problem.bind(function, tensors), {}
+
+        def call() -> Any:
+            with override_config(forward.operation, config, plans):
+                return run()
+
+        return call
+
+    for form in ("fused", "two kernels"):
+        config = next(config for config in known if config.form == form)
+        name = f"segfast_{form.replace(' ', '_')}"
+        yield Candidate(name, forced(config), ours=True, note=str(config))

@@ -1,14 +1,18 @@
 """Whole networks in plain torch.nn: what segfast's models are measured against."""
 
+import importlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.plain_deeplabv3plus import DeepLabV3Plus, set_batch_statistics
 from benchmarks.problems import crop_to
+
+DEEPLABV3PLUS = {"deeplabv3plus_mobilenetv2": "mobilenet_v2", "deeplabv3plus_xception65": "xception65"}
 
 
 def _double_conv(c_in: int, c_out: int, padding: int) -> nn.Sequential:
@@ -122,16 +126,35 @@ class _Out(nn.Module):
         return self.network(x)["out"]
 
 
-def _torchvision(name: str) -> Callable[..., nn.Module] | None:
-    if importlib.util.find_spec("torchvision") is None:
-        return None
+def import_torchvision() -> ModuleType:
+    """torchvision; also where its compiled operators do not fit this torch (CUDA's wheel beside a CPU torch).
 
-    def make() -> nn.Module:
-        from torchvision.models import segmentation
+    Without them its import fails at two operators that it describes to the compiler. Declared here, they can
+    be described; networks call neither.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+    for name in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+    return importlib.import_module("torchvision")
 
-        return _Out(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=21))
 
-    return make
+def _torchvision(name: str) -> nn.Module:
+    import_torchvision()
+    from torchvision.models import segmentation
+
+    return _Out(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=21))
+
+
+def _deeplabv3plus(encoder: str) -> nn.Module:
+    network = DeepLabV3Plus(encoder)
+    set_batch_statistics(network)
+    return network
 
 
 def plain_model(name: str, small: bool = False) -> tuple[nn.Module, int] | str:
@@ -142,6 +165,9 @@ def plain_model(name: str, small: bool = False) -> tuple[nn.Module, int] | str:
     if name == "fcn8s_vgg16":
         return FCN8sVGG16(width=width), 3
     if name == "deeplabv3_resnet50":
-        make = _torchvision(name)
-        return "torchvision is not installed" if make is None else (make(), 3)
+        if importlib.util.find_spec("torchvision") is None:
+            return "torchvision is not installed"
+        return _torchvision(name), 3
+    if name in DEEPLABV3PLUS:
+        return _deeplabv3plus(DEEPLABV3PLUS[name]), 3
     return f"no plain twin of {name} yet"

@@ -19,26 +19,20 @@ from benchmarks.environment import dry_run
 PROOF_SLICES = 5
 WORKER_BYTES = 4 << 30  # of device memory: the largest case's tensors and a context
 
-# ("proof", family, dtype, slice) or ("case", name, direction, dtype, with all candidates or not)
+# ("proof", family, dtype, slice), ("case", name, direction, dtype), or, with every configuration there is,
+# ("tune", family, operation, layer, dtype)
 Task = tuple
 
 
-def tasks(cases: Sequence[Case], directions: Sequence[str], all_candidates: bool, proofs: bool) -> list[Task]:
-    """The work of a run over `cases`, in the order it is best begun."""
-    work: list[Task] = []
-    if proofs:
-        from segfast.ops import FAMILIES
-        from segfast.ops._prove import DTYPES
+def tasks(cases: Sequence[Case], directions: Sequence[str]) -> list[Task]:
+    """The work of a run over `cases`, the proofs' first."""
+    from segfast.ops import FAMILIES
+    from segfast.ops._prove import DTYPES
 
-        names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        slices = range(PROOF_SLICES)
-        work += [("proof", family, name, i) for family in FAMILIES for name in names for i in slices]
-    work += [
-        ("case", case.name, direction, case.dtype, all_candidates)
-        for case in cases
-        for direction in directions
-    ]
-    return work
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    slices = range(PROOF_SLICES)
+    work: list[Task] = [("proof", family, name, i) for family in FAMILIES for name in names for i in slices]
+    return work + [("case", case.name, direction, case.dtype) for case in cases for direction in directions]
 
 
 def compile_all(work: Sequence[Task], budget_s: float, log: Callable[[str], None]) -> int:
@@ -78,6 +72,8 @@ def run_task(task: Task) -> int:
                 for _ in module.proofs(device, getattr(torch, dtype)):
                     pass
         launches = launches[part::PROOF_SLICES]
+    elif task[0] == "tune":
+        launches = _tuning_launches(device, *task[1:])
     else:
         launches = _case_launches(device, *task[1:])
     for plan, pointers in launches:
@@ -85,7 +81,7 @@ def run_task(task: Task) -> int:
     return len(launches)
 
 
-def _case_launches(device: torch.device, name: str, direction: str, dtype: str, all_candidates: bool) -> list:
+def _case_launches(device: torch.device, name: str, direction: str, dtype: str) -> list:
     from benchmarks.ours import ours
     from benchmarks.problems import Problem
     from benchmarks.timing import Candidate
@@ -99,12 +95,12 @@ def _case_launches(device: torch.device, name: str, direction: str, dtype: str, 
             with record_launches() as launches:
                 candidate.run()
             found += launches
-            if all_candidates:
-                found += _candidate_launches(candidate.run, device)
     return found
 
 
-def _candidate_launches(run: Callable[[], object], device: torch.device) -> list:
-    from segfast._tune import variants
+def _tuning_launches(device: torch.device, family: str, operation: str, layer: tuple, dtype: str) -> list:
+    from segfast._tune import Tuner, variants
+    from segfast._tune_calls import FAMILIES, Layer
 
-    return [launch for variant in variants(run, device) for launch in variant.launches]
+    run, _ = Tuner(getattr(torch, dtype), device).calls(FAMILIES[family], operation, Layer(*layer))
+    return [launch for variant in variants(operation, run, device) for launch in variant.launches]

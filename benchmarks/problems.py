@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import Case, output_size
+from benchmarks.cases import Case, is_head, output_size
 
 MOST_IN_FP64 = 2e11  # exponentials of a reference CRF
+
+_WHOLE = ("dense_crf", "upsample_cross_entropy", "upsample_dice")  # one result for the whole batch
 
 Tensors = dict[str, torch.Tensor]
 Formula = Callable[[Tensors], torch.Tensor]
@@ -19,13 +21,19 @@ Formula = Callable[[Tensors], torch.Tensor]
 CONSTANT = ("mean", "var", "gamma", "beta", "labels")
 
 
-def _epilogue(case: Case, y: torch.Tensor, t: Tensors, prefix: str = "") -> torch.Tensor:
+def _epilogue(
+    case: Case, y: torch.Tensor, t: Tensors, prefix: str = "", activate: bool = True
+) -> torch.Tensor:
     """Eval-mode batch norm and activation as separate passes, the way the published models run them."""
     if "bn" in case.epilogue:
         y = F.batch_norm(y, *(t[prefix + name] for name in ("mean", "var", "gamma", "beta")), training=False)
-    if case.activation == "relu":
-        return F.relu(y, inplace=True)
-    return F.relu6(y, inplace=True) if case.activation == "relu6" else y
+    if not activate or case.activation is None:
+        return y
+    if case.activation == "gelu":
+        return F.gelu(y)
+    # In place, but for silu with gradients: there autograd would copy its input.
+    inplace = case.activation != "silu" or not torch.is_grad_enabled()
+    return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}[case.activation](y, inplace=inplace)
 
 
 def _conv2d(case: Case) -> Formula:
@@ -56,7 +64,7 @@ def _separable_conv2d(case: Case) -> Formula:
     def formula(t: Tensors) -> torch.Tensor:
         y = F.conv2d(t["x"], t["depthwise"], None, case["s"], case["p"], case["d"], case["ci"])
         y = _epilogue(case, y, t, "depthwise_")
-        return _epilogue(case, F.conv2d(y, t["weight"]), t)
+        return _epilogue(case, F.conv2d(y, t["weight"]), t, activate="linear" not in case.params)
 
     return formula
 
@@ -77,10 +85,27 @@ def _aspp(case: Case) -> Formula:
 
 def _upsample_cross_entropy(case: Case) -> Formula:
     def formula(t: Tensors) -> torch.Tensor:
-        logits = F.interpolate(t["x"], scale_factor=case["scale"], mode="bilinear", align_corners=False)
-        return F.cross_entropy(logits, t["labels"])
+        return F.cross_entropy(_upsampled(case, t), t["labels"])
 
     return formula
+
+
+def _upsampled(case: Case, t: Tensors) -> torch.Tensor:
+    return F.interpolate(t["x"], scale_factor=case["scale"], mode="bilinear", align_corners=False)
+
+
+def _upsample_dice(case: Case) -> Formula:
+    def formula(t: Tensors) -> torch.Tensor:
+        p = torch.softmax(_upsampled(case, t), 1)
+        hot = F.one_hot(t["labels"], case["classes"]).movedim(-1, 1).to(p.dtype)
+        hits, sizes, pixels = (part.sum((0, 2, 3)) for part in (p * hot, p + hot, hot))
+        return ((1 - 2 * hits / sizes.clamp_min(1e-7)) * (pixels > 0)).mean()
+
+    return formula
+
+
+def _upsample_argmax(case: Case) -> Formula:
+    return lambda t: _upsampled(case, t).argmax(1)
 
 
 def _dense_crf(case: Case) -> Formula:
@@ -103,6 +128,8 @@ FORMULAS = {
     "separable_conv2d": _separable_conv2d,
     "aspp": _aspp,
     "upsample_cross_entropy": _upsample_cross_entropy,
+    "upsample_dice": _upsample_dice,
+    "upsample_argmax": _upsample_argmax,
     "dense_crf": _dense_crf,
 }
 
@@ -224,8 +251,13 @@ class Problem:
         return backward
 
     def sample(self, output: Any) -> Any:
-        """The part of an output that is compared: first and last image of a forward, all of a gradient."""
-        if self.case.direction == "forward" and self.case.op != "dense_crf":
+        """The part of an output that is compared: first and last image of a forward, all of a gradient.
+
+        Of labels, whose ties may fall either way, the probability of what was chosen.
+        """
+        if self.case.op == "upsample_argmax":
+            return self._probabilities().gather(1, output[self._images()][:, None])[:, 0]
+        if self.case.direction == "forward" and self.case.op not in _WHOLE:
             return output[self._images()]
         return output
 
@@ -236,13 +268,20 @@ class Problem:
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in self.tensors.items()
         }
+        if self.case.op == "upsample_argmax":
+            return self._probabilities().amax(1)
         with no_search():
-            if self.case.direction != "forward" or self.case.op == "dense_crf":
+            if self.case.direction != "forward" or self.case.op in _WHOLE:
                 return self.bind(self.formula, tensors)()
             images = self._images()
             batch = {name: tensors[name][images] for name in ("x", "skip") if name in tensors}
             with torch.no_grad():
                 return self.formula({**tensors, **batch})
+
+    def _probabilities(self) -> torch.Tensor:
+        """Softmax of the first and the last image's upsampled logits."""
+        with torch.no_grad():
+            return torch.softmax(_upsampled(self.case, {"x": self.tensors["x"][self._images()].double()}), 1)
 
     def _images(self) -> Sequence[int]:
         return sorted({0, self.case["n"] - 1})
@@ -271,7 +310,7 @@ def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Ten
         image = F.interpolate(coarse, size, mode="bicubic")[0] + 4 * normal(3, *size).float()
         return {"unary": 2 * normal(case["labels"], *size).abs(), "image": image.clamp(0, 255).round()}
     n, h, w = case["n"], case["h"], case["w"]
-    if case.op == "upsample_cross_entropy":
+    if is_head(case):
         out = case["scale"] * h, case["scale"] * w
         labels = torch.randint(case["classes"], (n, *out), device=device, generator=generator)
         return {"x": normal(n, case["classes"], h, w), "labels": labels}

@@ -19,7 +19,7 @@ SECONDS = 0.3  # of timing, each case
 def quick_report(folder: Path) -> Path:
     """Measure the written families and U-Net beside their peers; write the report into `folder`.
 
-    On the GPU if there is one, in the papers' sizes; else on the CPU, small. Takes about 15 seconds. Returns
+    On the GPU if there is one, in the papers' sizes; else on the CPU, small. Takes about 20 seconds. Returns
     the report's path.
     """
     threads, device = torch.get_num_threads(), timing_device()

@@ -12,11 +12,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import ALONE
 from benchmarks.rows import VERSIONS, time_us
 from segfast._files import atomic_write
 
 Row = Mapping[str, Any]
 NO_GPU = "no GPU figure was taken"
+# Ours made to run one way whichever is chosen: in the tables, but no ratio's numerator or denominator.
+FORMS = ("segfast_fused", "segfast_two_kernels")
 COLOURS = {"ours": "#1b6ca8", "peer": "#b8b8b8", "floor": "#d1495b"}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -46,9 +49,9 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
 
 
 def best(members: Sequence[Row], ours: bool) -> Row | None:
-    """The fastest measured row of ours, or of the peers; None if there is none."""
+    """The fastest measured row of ours (forced forms apart), or of the peers; None if there is none."""
     timed = [row for row in members if row["status"] == "ok" and row["ours"] == ours and time_us(row) > 0]
-    return min(timed, key=time_us, default=None)
+    return min((row for row in timed if row["candidate"] not in FORMS), key=time_us, default=None)
 
 
 def ratio(members: Sequence[Row]) -> float:
@@ -109,19 +112,64 @@ def caveat(rows: Sequence[Row]) -> str:
         return f"Dry run on a CPU: the control flow was walked, {NO_GPU}."
     if on_cpu(rows):
         return (
-            f"CPU figures (batch 1, fp32, small sizes, one thread): {NO_GPU}. On a CPU segfast runs ATen, "
-            "apart from bilinear upsampling with fixed weights: elsewhere expect ratios near 1 and noise."
+            f"CPU figures (batch 1, fp32, small sizes, one thread): {NO_GPU}. On a CPU segfast runs ATen's "
+            "operations; others of them, or fewer, with fixed bilinear weights, with a batch norm that folds "
+            "into a filter, and in a segmentation head. Elsewhere expect ratios near 1 and noise."
         )
     return f"Measured on {', '.join(sorted({row['gpu'] for row in rows if row['gpu']}))}."
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table of all rows as Markdown."""
-    headers = [header for header, _ in COLUMNS]
-    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
-    for members in grouped(rows).values():
-        lines += ["| " + " | ".join(cell(row) for _, cell in COLUMNS) + " |" for row in members]
-    return "\n".join(lines) + "\n"
+    """The table of all rows as Markdown, and those of layer and block and of the forms."""
+    groups = grouped(rows)
+    lines = [[cell(row) for _, cell in COLUMNS] for members in groups.values() for row in members]
+    tables = [("", [header for header, _ in COLUMNS], lines), *_special_tables(groups)]
+    text = ""
+    for title, headers, body in tables:
+        text += f"\n## {title}\n\n" if title else ""
+        text += "".join("| " + " | ".join(line) + " |\n" for line in (headers, ["---"] * len(headers), *body))
+    return text
+
+
+def _special_tables(groups: Mapping[tuple, Sequence[Row]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, headers, lines) of the tables that set cases or candidates side by side."""
+    tables = [
+        ("Depthwise: the layer alone, and with batch norm and activation", *_layer_and_block(groups)),
+        ("Separable convolution: both forms, and the memory of a call", *_forms(groups)),
+    ]
+    return [table for table in tables if table[2]]
+
+
+def _layer_and_block(groups: Mapping[tuple, Sequence[Row]]) -> tuple[list[str], list[list[str]]]:
+    figures = ("peer us", "segfast us", "ratio")
+    columns = ["case", "dtype", "direction"]
+    columns += [f"{part} {name}" for part in ("layer", "block") for name in figures]
+    lines = []
+    for (case, *key), block in groups.items():
+        layer = groups.get((ALONE.get(case), *key))
+        if layer is None:
+            continue
+        line = [case, key[0], key[1]]
+        for members in (layer, block):
+            pair = best(members, False), best(members, True)
+            line += [*(_figure(time_us(row)) if row else "" for row in pair), _figure(ratio(members))]
+        lines.append(line)
+    return columns, lines
+
+
+def _forms(groups: Mapping[tuple, Sequence[Row]]) -> tuple[list[str], list[list[str]]]:
+    columns = ["case", "dtype", "direction", "fused us", "two kernels us", "chosen us", "peer us"]
+    columns += ["segfast peak MB", "fused peak MB", "unfused pair's peak MB"]
+    lines = []
+    for (case, dtype, direction, _), members in groups.items():
+        named = {row["candidate"]: row for row in members if row["status"] == "ok"}
+        if not named.keys() & set(FORMS):
+            continue
+        timed = [named.get(name) for name in (*FORMS, "segfast")] + [best(members, False)]
+        weighed = [named.get(name) for name in ("segfast", FORMS[0], "aten_nhwc")]
+        line = [case, dtype, direction, *(_figure(time_us(row)) if row else "" for row in timed)]
+        lines.append(line + [_figure(row["peak_mb"]) if row else "" for row in weighed])
+    return columns, lines
 
 
 COLUMNS = (
@@ -237,6 +285,8 @@ def html_page(rows: Sequence[Row], title: str = "segfast benchmark") -> str:
     if not math.isnan(mean) and not on_cpu(rows):
         parts.append(f"<p>Geometric mean of the ratios: {mean:.3g}.</p>")
     parts.append(_overview(groups))
+    for heading, columns, lines in _special_tables(groups):
+        parts += [f"<h2>{heading}</h2>", _table(columns, lines, left=3)]
     for family in dict.fromkeys(row["family"] for row in latest(rows)):
         mine = {key: members for key, members in groups.items() if members[0]["family"] == family}
         parts.append(f"<h2>{html.escape(family or 'died')}</h2>")

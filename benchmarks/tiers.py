@@ -11,17 +11,28 @@ from pathlib import Path
 import torch
 
 from benchmarks import peaks
-from benchmarks.cases import BLOCKS, CASES, OPERATORS, Case, find, headline
+from benchmarks.cases import (
+    BLOCKS,
+    CASES,
+    DIRECTIONS,
+    HEADS,
+    LAYERS,
+    OPERATORS,
+    Case,
+    directions,
+    find,
+    headline,
+)
 from benchmarks.environment import dry_run, environment
-from benchmarks.problems import Problem
 from benchmarks.rows import append_rows, make_row
 from benchmarks.suite import candidates, make_problem, measure_problem
-from benchmarks.timing import Measurement, Skipped
+from benchmarks.timing import Measurement
 
 WRONG = 3  # exit code of a worker that ran to its end and found a kernel wrong
 STICKY = 75  # exit code of a worker whose CUDA context is lost: the rest of the tier needs another process
 CASE_SECONDS = 1.5  # of timing, of an operator case; a tier with less time for each takes less
 DTYPES = ("float16", "tf32", "float32")
+DRY_PROOFS = 1  # of each family: some take half a minute in the interpreter
 
 
 def log(text: str) -> None:
@@ -142,7 +153,7 @@ def precompile(session: Session) -> None:
     from benchmarks.precompile import compile_all, tasks
 
     served = _served(session.selected(headline()))
-    work = tasks(served, ("forward", "train"), all_candidates=False, proofs=True)
+    work = tasks(served, ("forward", "train"))
     work = work[:2] if session.dry else work
     count = compile_all(work, session.budget_s, log)
     say(f"  {count} kernels compiled in {session.budget_s - session.left():.0f} s")
@@ -160,7 +171,7 @@ def t0(session: Session) -> None:
             continue
         say(f"begin T0 {name}")
         rows = []
-        for row in prove(session.device, (dtype,)):
+        for row in prove(session.device, (dtype,), DRY_PROOFS if session.dry else None):
             rows.append(row)
             log(str(row))
             if not row.passed:
@@ -196,8 +207,10 @@ def full(session: Session) -> None:
 def t1(session: Session) -> None:
     """The ceilings, and every row against the peers only."""
     session.measure_ceilings(fresh=True)
-    # A CRF in plain PyTorch takes seconds a call: last, lest it take the others' time.
-    cases = sorted(session.selected(CASES), key=lambda case: case.op == "dense_crf")
+    # A CRF in plain PyTorch takes seconds a call: late, lest it take the others' time. The other networks'
+    # depthwise layers come last: they have the time that is left where this tier runs alone.
+    further = {case.name for case in LAYERS}
+    cases = sorted(session.selected(CASES), key=lambda case: (case.name in further, case.op == "dense_crf"))
     session.run_cases(cases, with_ours=False)
 
 
@@ -218,28 +231,26 @@ def t3(session: Session) -> None:
 def t4(session: Session) -> None:
     """Tile sizes beside cuDNN, for what no table holds yet; writes configs.json."""
     import segfast
-    from benchmarks.precompile import compile_all, tasks
-    from segfast._tune import DIRECTIONS, merge_table
+    from benchmarks.precompile import compile_all
+    from benchmarks.tuning import tuning_tasks, work
+    from segfast._tune import Tuner, merge_table
 
     segfast.backend("triton")
     session.measure_ceilings()
-    cases = [case for case in session.selected(OPERATORS) if case.op == "conv_transpose2d"]
-    if session.dry:
-        cases = [_tiny(case) for case in cases[:1]]
-    # The operation alone, as the tables hold it: a row of its own beside the layer's.
-    bare = [case.replace(name=f"{case.name}_bare", epilogue=()) for case in cases]
-    work = [case.replace(direction=direction) for direction in DIRECTIONS for case in bare]
-    work = [case for case in work if f"T4 {case.key}" not in session.begun]
+    todo = work(session.selected(OPERATORS + LAYERS), tiny=session.dry)
+    todo = [item for item in todo if f"T4 {item.case.key}" not in session.begun]
     if not session.dry:
-        compile_all(tasks(cases, DIRECTIONS, all_candidates=True, proofs=False), 0.4 * session.left(), log)
-    for i, case in enumerate(work):
+        compile_all(tuning_tasks(todo), 0.4 * session.left(), log)
+    tuners = {item.dtype: Tuner(item.dtype, session.device, log) for item in todo}
+    for i, item in enumerate(todo):
         if session.left() <= 0:
-            say(f"  time is up: {len(work) - i} of {len(work)} calls not tuned")
+            say(f"  time is up: {len(todo) - i} of {len(todo)} calls not tuned")
             break
-        say(f"begin T4 {case.key}")
+        say(f"begin T4 {item.case.key}")
+        budget = min(2.0, 0.5 * session.left() / (len(todo) - i))
         try:
-            results, tuned = _tune(case, session, min(2.0, 0.5 * session.left() / (len(work) - i)))
-            session.append(case, results)
+            tuned = tuners[item.dtype].tune(item.family, item.operation, item.layer, budget)
+            session.append(item.case, _tuned_rows(tuned, session.dry))
             if tuned is not None:
                 merge_table(session.out / "configs.json", [tuned], session.device)
         except Exception:
@@ -255,7 +266,9 @@ def t5(session: Session) -> None:
     trained = [case.replace(direction="train") for case in models]
     compiled = not session.dry
     session.run_cases(session.selected(models + trained), with_ours=True, compiled=compiled)
-    session.run_cases(session.selected(OPERATORS + BLOCKS), with_ours=True, compiled=compiled)
+    session.run_cases(
+        session.selected(OPERATORS + BLOCKS + HEADS + LAYERS), with_ours=True, compiled=compiled
+    )
     for dtype in DTYPES:
         with fp32_precision(dtype):
             cases = session.selected([case.replace(dtype=dtype) for case in _served(headline())])
@@ -263,12 +276,12 @@ def t5(session: Session) -> None:
 
 
 def bench(session: Session) -> None:
-    """Every row of one family in every direction, ours beside the peers."""
+    """Every row of one family, then its gradients, ours beside the peers."""
     session.measure_ceilings()
     cases = session.selected(CASES)
-    plain = [case for case in cases if case.direction == "forward" and case.op not in ("model", "dense_crf")]
-    directed = [case.replace(direction=direction) for direction in ("backward", "train") for case in plain]
-    session.run_cases(cases + directed, with_ours=True)
+    gradients = [(direction, case) for case in cases for direction in directions(case)]
+    gradients.sort(key=lambda work: DIRECTIONS.index(work[0]))
+    session.run_cases(cases + [case.replace(direction=d) for d, case in gradients], with_ours=True)
 
 
 TIERS: dict[str, Callable[[Session], None]] = {
@@ -307,44 +320,25 @@ def _served(cases: Sequence[Case]) -> list[Case]:
     return [case for case in cases if case.family in FAMILIES]
 
 
-def _tiny(case: Case) -> Case:
-    """Small enough for Triton's interpreter."""
-    return case.replace(params={**case.params, "ci": 8, "co": 8, "h": 3, "w": 3})
-
-
-def _tune(case: Case, session: Session, budget_s: float):
-    """Rows of ATen and of the best configuration of one call, and what to put into the table."""
-    from benchmarks.ours import ours
+def _tuned_rows(tuned, dry: bool) -> list[Measurement]:
+    """Rows of ATen and of the best configuration of one call."""
     from segfast._timing import Timing
-    from segfast._tune import tune_call
 
-    problem = Problem(case, session.device)
-    candidate = next(c for c in ours(problem) if not isinstance(c, Skipped))
-    aten = problem.bind(problem.formula)
-    run = candidate.run
-    run()
-    tuned = tune_call(
-        lambda: _first(run()), lambda: _first(aten()), session.device, budget_s=budget_s, log=log
-    )
     if tuned is None:
-        return [Measurement("segfast", True, "failed", "no configuration works")], None
+        return [Measurement("segfast", True, "failed", "no configuration works")]
     for name, us in tuned.rows:
-        log(f"  {tuned.operation} {tuned.bucket} {name} {us:.1f} us")
+        log(f"  {tuned.kernel} {tuned.bucket} {name} {us:.1f} us")
     nan = float("nan")
 
     def row(name: str, ours_too: bool, us: float, note: str) -> Measurement:
-        measured = (nan,) * 3 if session.dry else (us, nan, nan)
-        wall = (us, nan, nan) if session.dry else (nan,) * 3
+        measured = (nan,) * 3 if dry else (us, nan, nan)
+        wall = (us, nan, nan) if dry else (nan,) * 3
         return Measurement(name, ours_too, "ok", note, timing=Timing(*measured, *wall, 0))
 
     return [
         row("aten_nhwc", False, tuned.aten_us, ""),
         row("segfast_tuned", True, tuned.us, str(tuned.config)),
-    ], tuned
-
-
-def _first(output):
-    return output if isinstance(output, torch.Tensor) else output[0]
+    ]
 
 
 def run_tier(session: Session) -> None:

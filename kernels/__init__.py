@@ -20,6 +20,19 @@ else:
         conv_transpose2d_grad_input,
         conv_transpose2d_grad_weight,
     )
+    from .segmentation_head import (
+        softmax_expectation,
+        upsample_argmax,
+        upsample_dice_sums,
+        upsample_grad_logits,
+        upsample_softmax_forward,
+    )
+    from .separable_conv2d import (
+        depthwise_conv2d_forward,
+        depthwise_conv2d_grad_input,
+        depthwise_conv2d_grad_weight,
+        separable_conv2d_forward,
+    )
 
     __all__ = [
         "Config",
@@ -30,6 +43,9 @@ else:
         "conv_transpose2d_forward",
         "conv_transpose2d_grad_input",
         "conv_transpose2d_grad_weight",
+        "depthwise_conv2d_forward",
+        "depthwise_conv2d_grad_input",
+        "depthwise_conv2d_grad_weight",
         "dot_precision",
         "gpu_slug",
         "interpreting",
@@ -39,4 +55,10 @@ else:
         "recall",
         "record_launches",
         "remember",
+        "separable_conv2d_forward",
+        "softmax_expectation",
+        "upsample_argmax",
+        "upsample_dice_sums",
+        "upsample_grad_logits",
+        "upsample_softmax_forward",
     ]

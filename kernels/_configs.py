@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ._device import architecture, gpu_slug, interpreting, shared_memory_limit
-from ._launch import forget_plans
+from ._launch import forget_plans, separate_plans
 
 _FOLDER = Path(__file__).parent / "configs"
 
@@ -34,6 +34,7 @@ class Config:
     num_warps: int
     num_stages: int
     split_k: int = 1
+    form: str = ""  # which of its algorithms an operation runs, where it has several
 
     def shared_memory(self, itemsize: int) -> int:
         """Bytes the operand tiles of the software pipeline take."""
@@ -77,17 +78,27 @@ class Problem:
     rows: int  # the GEMM's
     columns: int
     depth: int
+    variant: str = ""  # what else tells one problem from another: "-s2d1" for stride 2, dilation 1
 
     @property
     def bucket(self) -> str:
         """The key of the measured tables."""
-        prefix = stem(self.channels_in, self.channels_out, self.taps, self.groups, self.dtype)
+        prefix = stem(self.channels_in, self.channels_out, self.taps, self.groups, self.dtype, self.variant)
         return f"{prefix}{log2(self.pixels)}"
 
 
-def stem(channels_in: int, channels_out: int, taps: int, groups: int, dtype: torch.dtype) -> str:
+def stem(
+    channels_in: int, channels_out: int, taps: int, groups: int, dtype: torch.dtype, variant: str = ""
+) -> str:
     """The part of a bucket's name before log2 of the pixels."""
-    return f"ci{channels_in}-co{channels_out}-t{taps}-g{groups}-{str(dtype).removeprefix('torch.')}-p"
+    name = str(dtype).removeprefix("torch.")
+    return f"ci{channels_in}-co{channels_out}-t{taps}-g{groups}{variant}-{name}-p"
+
+
+def geometry_variant(stride: tuple[int, int], dilation: tuple[int, int]) -> str:
+    """How a problem's `variant` names stride and dilation: "-s2d1", "-s1x2d1" where the sides differ."""
+    parts = [str(a) if a == b else f"{a}x{b}" for a, b in (stride, dilation)]
+    return f"-s{parts[0]}d{parts[1]}"
 
 
 def log2(n: int) -> int:
@@ -155,19 +166,22 @@ def _warn_untuned(operation: str, arch: str) -> None:
 
 
 @contextlib.contextmanager
-def override_config(operation: str, config: Config) -> Iterator[None]:
-    """Run `operation` with `config` whatever the tables say: for tests and the tuner."""
+def override_config(operation: str, config: Config, plans: dict | None = None) -> Iterator[None]:
+    """Run `operation` with `config` whatever the tables say: for tests, the tuner and benchmarks.
+
+    A dictionary `plans` keeps the launches from one time to the next, so that a repeated call is as short as
+    any other.
+    """
     previous = _overrides.get(operation)
     _overrides[operation] = config
-    forget_plans()
     try:
-        yield
+        with separate_plans(plans):
+            yield
     finally:
         if previous is None:
             del _overrides[operation]
         else:
             _overrides[operation] = previous
-        forget_plans()
 
 
 @contextlib.contextmanager

@@ -5,15 +5,20 @@ import triton.language as tl
 
 
 @triton.jit
+def _relu(x):
+    # A NaN stays one, as in torch's activations.
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _clamp6(x):
-    # Comparisons, not tl.minimum and tl.maximum: those lose a NaN, torch's activations keep it.
-    return tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
+    return tl.minimum(_relu(x), 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _activate(x, negative_slope, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        x = tl.where(x < 0.0, 0.0, x)
+        x = _relu(x)
     elif ACTIVATION == "leaky_relu":
         x = tl.where(x > 0.0, x, x * negative_slope)
     elif ACTIVATION == "relu6":

@@ -96,6 +96,25 @@ def forget_plans() -> None:
     _PLANS.clear()
 
 
+@contextlib.contextmanager
+def separate_plans(kept: dict[Hashable, Any] | None = None) -> Iterator[None]:
+    """Within it, plans of its own: those of `kept`, which keeps them from one time to the next.
+
+    The plans there were before stand again afterwards.
+    """
+    before = dict(_PLANS)
+    _PLANS.clear()
+    _PLANS.update(kept or {})
+    try:
+        yield
+    finally:
+        if kept is not None:
+            kept.clear()
+            kept.update(_PLANS)
+        _PLANS.clear()
+        _PLANS.update(before)
+
+
 def layout_key(*tensors: torch.Tensor | None) -> tuple:
     """All that a plan may depend on in its tensors: shape, strides, dtype, and whether they are aligned."""
     return tuple(

@@ -156,11 +156,9 @@ def check_model(
         raise UserError(f"the model cannot be deep-copied, which check needs: {describe(error)}") from error
     if train and not any(p.requires_grad for p in before.parameters()):
         raise UserError("train: the model has no parameter that requires a gradient")
-    after = optimize(before)
     devices = [lead.device] if lead.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         plain = _seeded(_on_aten(_Step(before, inputs, train)))
-        ours = _seeded(_Step(after, inputs, train))
         try:
             reference = plain()
         except UserError:
@@ -169,6 +167,8 @@ def check_model(
             shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
             what = f"an input of shape {shapes}, {_name(lead.dtype)}"
             raise UserError(f"the model does not accept {what}: {describe(error)}") from error
+        after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True)
+        ours = _seeded(_Step(after, inputs, train))
         result = ours()
         output = _worst(_floating(reference), _floating(result))
         gradient = _worst(_gradients(before), _gradients(after)) if train else None

@@ -30,7 +30,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
 HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
-           "store", "load", "async", "instr", "s", "problem")  # fmt: skip
+           "store", "load", "async", "instr", "bar", "s", "problem")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Row:
     load: tuple[int, int]
     async_copy: tuple[int, int]
     instructions: int
+    barriers: int
     seconds: float
     problems: tuple[str, ...]
 
@@ -69,7 +70,7 @@ class Row:
         widths = (_span(self.store), _span(self.load), _span(self.async_copy))
         return (self.arch, self.dtype, self.specimen, self.kernel, self.tile, self.registers, self.spills,
                 self.shared, self.limit, self.matrix or "-", *widths, self.instructions,
-                f"{self.seconds:.1f}", "; ".join(self.problems) or "-")  # fmt: skip
+                self.barriers, f"{self.seconds:.1f}", "; ".join(self.problems) or "-")  # fmt: skip
 
 
 def _span(widths: tuple[int, int]) -> str:
@@ -152,6 +153,7 @@ def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
         limit = shared_memory_limit(torch.device("meta"))
     config = plan.config
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    tile += f" {config.form}" if config.form else ""
     expected = expected_matrix(task, plan) if "tt.dot" in compiled.asm["ttir"] else ("",)
     # AMD's matrix layout holds four values side by side.
     least = min(store_bytes, 4 * DTYPES[task.dtype].itemsize) if task.arch.startswith("gfx") else store_bytes
@@ -167,7 +169,8 @@ def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
     name = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel").removeprefix(f"{task.family}_")
     shared = compiled.metadata.shared
     return Row(task.arch, task.dtype, task.specimen, name, tile, code.registers, code.spills, shared, limit,
-               code.matrix, code.store, code.load, code.async_copy, code.instructions, seconds,
+               code.matrix, code.store, code.load, code.async_copy, code.instructions,
+               code.barriers, seconds,
                tuple(problems))  # fmt: skip
 
 
@@ -176,7 +179,8 @@ def expected_matrix(task: Task, plan) -> tuple[str, ...]:
     newest = _TENSOR_CORE.get(task.arch, "HMMA")
     if newest in ("HGMMA", "tcgen05"):
         # Both take 64 rows at least; fp32 operands do not always lie as they need them.
-        if plan.config.block_m < 64:
+        rows = plan.config.block_n if plan.config.form == "fused" else plan.config.block_m
+        if rows < 64:
             return ("HMMA",)
         if DTYPES[task.dtype] == torch.float32:
             return (newest, "HMMA")
@@ -236,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
     rows = compile_report(work, args.processes)
     bad = sum(bool(row.problems) for row in rows)
     table = format_table(HEADERS, [row.cells() for row in rows])
-    units = "store, load and async are bytes a thread moves at a time, instr counts the whole program"
+    units = "store, load and async are bytes a thread moves at a time, instr and bar count the whole program"
     text = f"{table}\n\n{len(rows)} kernels, {bad} with a problem; {units}"
     print(text)
     if args.out is not None:

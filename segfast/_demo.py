@@ -1,4 +1,7 @@
-"""`segfast demo`: train a small U-Net on a real microscope image, predict what it never saw, compare."""
+"""`segfast demo`: train a small U-Net on a real microscope image, predict what it never saw, compare.
+
+And find the person in a portrait, with a pretrained network.
+"""
 
 import argparse
 import importlib
@@ -12,8 +15,10 @@ from torch import Tensor
 from ._check import check_model
 from ._errors import UserError
 from ._output import claim
+from ._segment import load_segmenter, overlay, person_mask
 from ._table import format_table
-from .data import Sample
+from ._threads import one_thread
+from .data import Sample, astronaut
 from .models import UNet
 from .train import Options, PatchSampler, confusion_matrix, fit, predict, save_checkpoint, scores
 from .train._figures import FALSE_NEGATIVE, FALSE_POSITIVE, errors_rgb, new_figure, save_figure
@@ -37,23 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="out", metavar="FOLDER", help="where the results go (out)")
 
 
+@one_thread()
 def run(args: argparse.Namespace) -> int:
     """0 if the network reaches `REQUIRED_IOU` on the held-out region, else 1."""
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     out = Path(args.out)
-    names = ("demo.png", "demo.safetensors", REPORT)
-    picture, checkpoint, _ = (claim(out / name, folder=out) for name in names)
-    # Layers this small gain a third from a second thread, and lose tenfold to it on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _run(args, out, picture, checkpoint)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(args: argparse.Namespace, out: Path, picture: Path, checkpoint: Path) -> int:
+    names = ("demo.png", "demo.safetensors", "segment.png", REPORT)
+    picture, checkpoint, portrait, _ = (claim(out / name, folder=out) for name in names)
     start = time.perf_counter()
     train, [test] = nuclei_samples()
     print(
@@ -74,6 +70,7 @@ def _run(args: argparse.Namespace, out: Path, picture: Path, checkpoint: Path) -
     save_checkpoint(model, checkpoint)
     save_figure(comparison_figure(test, (prediction, iou), (baseline, baseline_iou)), picture)
     print(f"wrote {picture} and {checkpoint}\n")
+    segment_portrait(portrait)
     print(f"segfast check on the trained network:\n{check_model(model, test.image[None], budget_s=2)}\n")
     write_quick_report(out)
     print(f"{time.perf_counter() - start:.0f} s in all.")
@@ -137,6 +134,28 @@ def comparison_figure(sample: Sample, ours: tuple[Tensor, float], baseline: tupl
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def segment_portrait(path: Path) -> None:
+    """Run the pretrained segmenter on the portrait that is shipped, and draw the result."""
+    photo = astronaut()
+    mask = person_mask(load_segmenter(), photo)
+    print(
+        f"The pretrained portrait segmenter (MediaPipe, Apache-2.0) on a photo of NASA's: {mask.mean():.0%} "
+        f"of it is person.\nwrote {path}; `segfast segment PHOTO` does the same for yours\n"
+    )
+    figure = new_figure(figsize=(9.5, 3.7))
+    figure.suptitle("The pretrained portrait segmenter on a photo", fontsize=13)
+    panels = {
+        "photo": photo.movedim(0, -1),
+        "mask: probability of a person": mask,
+        "overlay": overlay(photo, mask).movedim(0, -1),
+    }
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.imshow(panel.numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=10)
+        axes.axis("off")
+    save_figure(figure, path)
 
 
 def write_quick_report(out: Path) -> None:

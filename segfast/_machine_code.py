@@ -27,6 +27,7 @@ class MachineCode:
     load: tuple[int, int]  # into registers
     async_copy: tuple[int, int]  # into shared memory, past the registers
     instructions: int
+    barriers: int  # at which the threads of a program wait for each other
 
 
 def inspect(compiled: "triton.compiler.CompiledKernel") -> MachineCode:
@@ -57,6 +58,7 @@ def from_sass(text: str, registers: int, stack: int) -> MachineCode:
         _widths(_sass_bytes(op) for op in operations if re.match(r"LDG\b", op)),
         _widths(_sass_bytes(op) for op in operations if re.match(r"LDGSTS\b", op)),
         len(operations),
+        sum(op.startswith("BAR.SYNC") for op in operations),
     )
 
 
@@ -81,6 +83,7 @@ def _inspect_amd(text: str) -> MachineCode:
         _widths(_amd_bytes(op) for op in loads if "_lds" not in op),
         _widths(_amd_bytes(op) for op in loads if "_lds" in op),
         len(operations),
+        sum(op == "s_barrier" for op in operations),
     )
 
 

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ._fuse_pairs import find_chains, fuse_chains
 from ._table import format_table
-from .nn._rules import Rule, all_rules
+from .nn._fused_chain import chain_of, unfuse
+from .nn._rules import Rule, all_rules, own_class
+from .nn.separable_conv2d import DepthwiseConv2d
 from .ops._backend import _KERNEL_DTYPES
 
 # Kept in a replaced or left-out layer's __dict__: survives deepcopy and pickle, is no part of the state_dict.
 _RECORD = "_segfast_optimize"
-# Where weights are made channels_last, the layout the kernels read without a copy.
+# Where weights get the layout that the kernels read without a copy.
 _LAYOUT_DEVICES = ("cuda",)
 
 
@@ -65,18 +68,31 @@ class Report:
 
 
 def optimize(
-    model: nn.Module, *, inplace: bool = False, filter_fn: Callable[[str, nn.Module], bool] | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    inplace: bool = False,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
     """Replace every layer that segfast serves; `report` says which, `restore` undoes it.
 
     A layer is replaced by a change of its class: parameters, buffers, hooks, state_dict keys and the links of
     an optimizer stay. Subclasses, parametrized, quantized and scripted layers are left alone. If anything was
-    replaced, 4-D parameters and buffers on a GPU become channels_last, except under DistributedDataParallel,
-    whose buckets are laid out already. Optimize before `torch.compile` and before wrapping for data-parallel
-    training.
+    replaced, 4-D parameters and buffers on a GPU get the kernels' layout (channels_last), except under
+    DistributedDataParallel, whose buckets are laid out already. Optimize before `torch.compile` and before
+    wrapping for data-parallel training.
+
+    A depthwise convolution is moreover fused with the batch norm, activation and 1x1 convolution that follow
+    it: in an `nn.Sequential`, and, given `example_inputs`, wherever a graph of the model's forward shows them
+    to follow. While that forward runs, the first of these layers computes them all and the others pass its
+    result on; a forward that then calls them in another order raises a RuntimeError. Batch norm is fused in
+    eval only. A layer with hooks, a parametrization or a second caller is not fused; nothing is under
+    `torch.compile`, `torch.export` or a tracer, nor in a part of the model that is called by itself.
 
     Args:
         model: any module; one layer will do.
+        example_inputs: a tensor or a tuple of the model's arguments. The model is exported and run on them,
+            in eval and without gradients, and nothing stays fused that changes its outputs.
         inplace: change `model` itself; otherwise a deep copy.
         filter_fn: called with each replaceable layer's name and the layer; False leaves it alone.
 
@@ -84,8 +100,10 @@ def optimize(
         `model`, or its optimized copy.
 
     Raises:
-        TypeError: `model` is not a module, or is a scripted one; `filter_fn` cannot be called.
+        TypeError: `model` is not a module, or is a scripted one; `filter_fn` cannot be called;
+            `example_inputs` is neither a tensor nor a tuple.
         RuntimeError: the model cannot be deep-copied; use `inplace=True`.
+        Exception: the model's own, if it does not run on `example_inputs`.
 
     Example:
         >>> import torch, segfast
@@ -101,14 +119,20 @@ def optimize(
     # Judged on the caller's own modules: filter_fn may go by identity, and nothing has changed if it raises.
     chosen: dict[str, Rule] = {}
     left_out = []
+    heads = []
     for name, module in model.named_modules():
         rule, _ = _judge(module)
         if rule is None:
-            continue
-        if filter_fn is None or filter_fn(name, module):
+            known = example_inputs is None and chain_of(module) is not None
+            if isinstance(module, DepthwiseConv2d) and module.activation is None and not known:
+                heads.append(name)
+        elif filter_fn is None or filter_fn(name, module):
             chosen[name] = rule
+            if rule.target is DepthwiseConv2d:
+                heads.append(name)
         else:
             left_out.append(name)
+    plan = find_chains(model, example_inputs, heads)
     if not inplace:
         model = _copied(model)
     modules = dict(model.named_modules())
@@ -121,13 +145,17 @@ def optimize(
         record["rule"] = (rule.source, rule.target)
         vars(module).update(rule.attributes)
         module.__class__ = rule.target
+    if example_inputs is not None:
+        unfuse(model)
+    for name, reason in fuse_chains(model, plan, example_inputs).items():
+        _record(modules[name])["not_fused"] = reason
     if chosen and not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values()):
-        _to_channels_last(modules.values())
+        _lay_out(modules.values())
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `optimize` in place: classes, and the layout of what it made channels_last. Returns `model`.
+    """Undo `optimize` in place: classes, fusion, the layout of what it made channels_last. Returns `model`.
 
     Layers built as segfast's from the start stay.
 
@@ -146,9 +174,10 @@ def restore(model: nn.Module) -> nn.Module:
     recorded = [(name, module) for name, module in model.named_modules() if _RECORD in vars(module)]
     for name, module in recorded:
         _check_restorable(name, module)
+    unfuse(model)
     for _, module in recorded:
         record = vars(module).pop(_RECORD)
-        _set_layout(module, record.get("contiguous", ()), torch.contiguous_format)
+        _set_layout(module, record.get("contiguous", ()), torch.Tensor.contiguous)
         if "rule" in record:
             for key in _rule(record).attributes:
                 vars(module).pop(key, None)
@@ -183,8 +212,20 @@ def report(model: nn.Module) -> Report:
         elif rule is not None:
             reason = f"not yet: optimize would make it {_qualified(rule.target)}"
         if reason is not None:
+            reason += _fusion(name, module)
             rows.append(Row(name, _type_name(module), "rule" in record, reason, tuple(shared)))
     return Report(tuple(rows))
+
+
+def _fusion(name: str, module: nn.Module) -> str:
+    """What a layer is fused with, or why with nothing."""
+    chain = chain_of(module)
+    if chain is None:
+        reason = vars(module).get(_RECORD, {}).get("not_fused")
+        return "" if reason is None else f"; not fused: {reason}"
+    parent = name.rpartition(".")[0]
+    names = [layer.removeprefix(f"{parent}.") for layer in chain.names[1:]]
+    return f"; fused with {', '.join(names)}"
 
 
 def _check_model(model: object) -> None:
@@ -203,7 +244,9 @@ def _judge(module: nn.Module) -> tuple[Rule | None, str | None]:
     """The rule that replaces `module`, or None and why not; (None, None) for a layer no family is about."""
     reasons = []
     for rule in all_rules():
-        if type(module) is rule.source:
+        if own_class(module) is not rule.target and not rule.applies(module):
+            continue
+        if own_class(module) is rule.source:
             reason = _common_reason_not(module) or rule.reason_not(module)
             if reason is None:
                 return rule, None
@@ -230,7 +273,7 @@ def _common_reason_not(module: nn.Module) -> str | None:
 
 def _other_reason_not(module: nn.Module, rule: Rule) -> str | None:
     """Why a layer that only resembles `rule.source` is not replaced; None if it does not resemble it."""
-    kind, source = type(module), rule.source.__name__
+    kind, source = own_class(module), rule.source.__name__
     if kind is rule.target:
         return "replaced" if "rule" in vars(module).get(_RECORD, {}) else "segfast's own already"
     if isinstance(module, torch.jit.ScriptModule):
@@ -295,7 +338,7 @@ def _check_restorable(name: str, module: nn.Module) -> None:
     if "rule" not in record:
         return
     rule = _rule(record)
-    if type(module) is not rule.target:
+    if own_class(module) is not rule.target:
         raise ValueError(f"layer {name!r} became a {type(module).__name__} after optimize; undo that first")
     for key, neutral in rule.attributes.items():
         value = getattr(module, key)
@@ -306,35 +349,42 @@ def _check_restorable(name: str, module: nn.Module) -> None:
             )
 
 
-def _to_channels_last(modules: Any) -> None:
-    """Make 4-D tensors on a GPU channels_last, and note in each module's record which were not."""
+def _lay_out(modules: Any) -> None:
+    """Give 4-D tensors on a GPU the kernels' layout, and note in each module's record which had another."""
+    layouts = {rule.target: rule.layout for rule in all_rules() if rule.layout is not None}
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        tensors = {**module._parameters, **module._buffers}
+        layout = layouts.get(own_class(module), _channels_last)
         names = tuple(
             name
-            for name, tensor in tensors.items()
+            for name, tensor in {**module._parameters, **module._buffers}.items()
             if type(tensor) in (nn.Parameter, torch.Tensor)
             and tensor.device.type in _LAYOUT_DEVICES
             and tensor.dim() == 4
-            and not tensor.is_contiguous(memory_format=torch.channels_last)
+            and layout(tensor.data).stride() != tensor.stride()
         )
         if names:
-            _set_layout(module, names, torch.channels_last)
+            _set_layout(module, names, layout)
             record = _record(module)
             record["contiguous"] = tuple({*record.get("contiguous", ()), *names})
 
 
-def _set_layout(module: nn.Module, names: tuple[str, ...], memory_format: torch.memory_format) -> None:
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _set_layout(
+    module: nn.Module, names: tuple[str, ...], layout: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     """Change the layout under the same Parameter objects, as `Module.to(memory_format=...)` does."""
     for name in names:
         tensor = getattr(module, name, None)
         if tensor is None:
             continue
-        tensor.data = tensor.data.contiguous(memory_format=memory_format)
+        tensor.data = layout(tensor.data)
         if tensor.grad is not None:
-            tensor.grad.data = tensor.grad.data.contiguous(memory_format=memory_format)
+            tensor.grad.data = layout(tensor.grad.data)
 
 
 def _qualified(kind: type) -> str:
@@ -344,4 +394,4 @@ def _qualified(kind: type) -> str:
 def _type_name(module: nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return f"scripted {module.original_name}"
-    return type(module).__name__
+    return own_class(module).__name__

@@ -1,6 +1,7 @@
 """Which files a command may write: new ones, its own under the output folder, others only when told to."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ._errors import UserError
@@ -31,6 +32,19 @@ def claim(path: str | os.PathLike, *, force: bool = False, folder: str | os.Path
             f"{path}: exists and is not a file that segfast wrote under {folder}; --force replaces it"
         )
     return path
+
+
+def claim_each(outputs: Sequence[Path], inputs: Sequence[Path], *, force: bool = False) -> None:
+    """`claim` the output of every input.
+
+    Raises:
+        UserError: two inputs have the same output, or as `claim`.
+    """
+    for index, path in enumerate(outputs):
+        if path in outputs[:index]:
+            first = inputs[outputs.index(path)]
+            raise UserError(f"{inputs[index]} and {first} would both be written to {path}")
+        claim(path, force=force)
 
 
 def _own(path: Path, folder: Path) -> bool:

@@ -1,35 +1,25 @@
 """`segfast tune`: time each kernel's tile sizes beside ATen on this GPU within a budget; keep the best."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._errors import UserError
 from ._files import atomic_write
 from ._timing import interleave
+from ._tune_calls import FAMILIES, Call, Draw, Family, Layer
 
-SHAPE = "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING"
-# U-Net's four up-convolutions, a 4x4 stride 2 decoder, and FCN's two: tuned where no --shape is given.
-SHAPES = (
-    (16, 1024, 512, 28, 28, 2, 2, 0),
-    (16, 512, 256, 52, 52, 2, 2, 0),
-    (16, 256, 128, 100, 100, 2, 2, 0),
-    (16, 128, 64, 196, 196, 2, 2, 0),
-    (16, 256, 128, 64, 64, 4, 2, 1),
-    (16, 21, 21, 70, 70, 16, 8, 4),
-    (16, 21, 21, 16, 16, 64, 32, 16),
-)
-DIRECTIONS = ("forward", "grad_input", "grad_weight")
+SHAPE = "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING[,DILATION]"
 ERROR = 4e-2  # a candidate further than this from ATen, in norm, is wrong
 
 
@@ -48,26 +38,40 @@ class Variant:
             plan(*pointers)
 
 
-def variants(run: Callable[[], Any], device: torch.device) -> Iterator[Variant]:
-    """Every configuration worth timing of the operations in `run()`, recorded, nothing being launched yet."""
+def variants(
+    operation: str, run: Callable[[], Any], device: torch.device, parts: Mapping[str, Any] | None = None
+) -> Iterator[Variant]:
+    """Every configuration worth timing of `operation`, which `run` calls; recorded, nothing launched yet.
+
+    Where it is made of other operations, those run with the configurations in `parts`, else with the tables'.
+    """
     from .kernels import architecture, candidates, override_config, record_launches
     from .kernels._configs import record_problems
     from .kernels._device import shared_memory_limit
 
     with record_problems() as problems, record_launches():
         run()
-    for problem in dict.fromkeys(problems):
-        for config in candidates(problem, architecture(device), shared_memory_limit(device)):
-            with override_config(problem.operation, config), record_launches() as launches:
-                output = run()
-            yield Variant(problem.operation, problem.bucket, config, launches, output)
+    # Another kernel's problem alone where that one serves the layer: the one that goes tap by tap.
+    own = [problem for problem in problems if problem.operation == operation] or problems
+    with contextlib.ExitStack() as held:
+        for name, config in (parts or {}).items():
+            held.enter_context(override_config(name, config))
+        for problem in dict.fromkeys(own):
+            for config in candidates(problem, architecture(device), shared_memory_limit(device)):
+                with override_config(problem.operation, config), record_launches() as launches:
+                    output = run()
+                yield Variant(problem.operation, problem.bucket, config, launches, output)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What tuning one call found; `rows` are (configuration or "aten", median us), fastest first."""
+    """What tuning one call found; `rows` are (configuration or "aten", median us), fastest first.
+
+    `kernel` is the operation that has the configuration: `operation` itself, or the one that serves it.
+    """
 
     operation: str
+    kernel: str
     bucket: str
     config: Any
     us: float
@@ -76,19 +80,21 @@ class Tuned:
 
 
 def tune_call(
+    operation: str,
     ours: Callable[[], Any],
     aten: Callable[[], Any],
     device: torch.device,
     *,
     budget_s: float,
+    parts: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = print,
 ) -> Tuned | None:
-    """Time every configuration of `ours` that agrees with `aten`, interleaved with it; None where none works.
+    """Time every configuration of `operation` that agrees with `aten`, interleaved with it; None without one.
 
-    Both return the same tensor or tuple of tensors. `ours` must launch one tunable operation.
+    `ours` and `aten` return the same tensor or tuple of tensors; `parts` as in `variants`.
     """
     expected, runs, kept = aten(), {"aten": aten}, {}
-    for variant in variants(ours, device):
+    for variant in variants(operation, ours, device, parts):
         name = str(variant.config)
         try:
             variant.run()
@@ -103,11 +109,41 @@ def tune_call(
         runs[name], kept[name] = variant.run, variant
     if not kept:
         return None
-    times = {name: timing.us for name, timing in interleave(runs, device, budget_s=budget_s).items()}
+    # On a CPU, in a dry run, only the motions.
+    seconds, rounds = (budget_s, 5) if device.type == "cuda" else (0.0, 1)
+    timings = interleave(runs, device, budget_s=seconds, min_rounds=rounds)
+    times = {name: timing.us for name, timing in timings.items()}
     best = min(kept, key=lambda name: times[name])
     rows = sorted(times.items(), key=lambda item: item[1])
     winner = kept[best]
-    return Tuned(winner.operation, winner.bucket, winner.config, times[best], times["aten"], rows)
+    return Tuned(operation, winner.operation, winner.bucket, winner.config, times[best], times["aten"], rows)
+
+
+class Tuner:
+    """Tunes operations one after the other; what it found for a part holds for what is made of it."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, log: Callable[[str], None] = print) -> None:
+        self.dtype, self.device, self.log = dtype, device, log
+        self.found: dict[tuple[str, Layer], Tuned] = {}
+
+    def calls(self, family: Family, operation: str, layer: Layer) -> tuple[Call, Call]:
+        """Our call and ATen's."""
+        return family.operations[operation](layer, Draw(self.dtype, self.device))
+
+    def parts(self, family: Family, operation: str, layer: Layer) -> dict[str, Any]:
+        """The configurations found for what `operation` may be made of."""
+        keys = [(part, family.layer_of(part, layer)) for part in family.parts.get(operation, ())]
+        known = [self.found[key] for key in keys if key in self.found]
+        return {tuned.kernel: tuned.config for tuned in known}
+
+    def tune(self, family: Family, operation: str, layer: Layer, budget_s: float) -> Tuned | None:
+        """Tune one operation of one layer."""
+        ours, aten = self.calls(family, operation, layer)
+        parts = self.parts(family, operation, layer)
+        tuned = tune_call(operation, ours, aten, self.device, budget_s=budget_s, parts=parts, log=self.log)
+        if tuned is not None:
+            self.found[operation, family.layer_of(operation, layer)] = tuned
+        return tuned
 
 
 def _distance(output: Any, expected: Any) -> float:
@@ -126,58 +162,35 @@ def merge_table(path: Path, found: list[Tuned], device: torch.device) -> None:
     table.update(architecture=architecture(device), gpu=gpu_slug(device))
     operations = table.setdefault("operations", {})
     for row in found:
-        operations.setdefault(row.operation, {})[row.bucket] = config_row(row.config, row.us, row.aten_us)
+        # Under its own name for who chooses its tile, under the operation's for who chooses the backend.
+        for name in {row.kernel, row.operation}:
+            operations.setdefault(name, {})[row.bucket] = config_row(row.config, row.us, row.aten_us)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
-def _calls(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, direction: str
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Our call and ATen's for one transposed convolution in one direction."""
-    from .functional import conv_transpose2d
-
-    n, c_in, c_out, height, width, kernel, stride, padding = shape
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*size: int, scale: float = 1.0) -> Tensor:
-        values = scale * torch.randn(*size, device=device, generator=generator)
-        return values.to(dtype).contiguous(memory_format=torch.channels_last)
-
-    x = draw(n, c_in, height, width)
-    weight = draw(c_in, c_out, kernel, kernel, scale=stride / (kernel * math.sqrt(c_in)))
-
-    def bound(function: Callable[..., Tensor]) -> Callable[[], Any]:
-        if direction == "forward":
-
-            def forward() -> Tensor:
-                with torch.no_grad():
-                    return function(x, weight, None, stride, padding)
-
-            return forward
-        leaves = (
-            x.detach().requires_grad_(direction == "grad_input"),
-            weight.detach().requires_grad_(direction == "grad_weight"),
-        )
-        wanted = leaves[0] if direction == "grad_input" else leaves[1]
-        output = function(*leaves, None, stride, padding)
-        grad = torch.randn(output.shape, device=device, generator=torch.Generator(device).manual_seed(1))
-        grad = grad.to(dtype).contiguous(memory_format=torch.channels_last)
-        return lambda: torch.autograd.grad(output, wanted, grad, retain_graph=True)[0]
-
-    return bound(conv_transpose2d), bound(F.conv_transpose2d)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `segfast tune`."""
+    parser.add_argument("--family", choices=sorted(FAMILIES), help="tune this one only (default: all)")
     parser.add_argument(
-        "--shape", action="append", metavar=SHAPE, help="a transposed convolution to tune (repeatable)"
+        "--shape", action="append", metavar=SHAPE, help="a layer of --family to tune (repeatable)"
     )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: %(default)s"
     )
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds in all (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds in all (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the table here instead of into the user's cache")
+
+
+def work(families: Mapping[str, Sequence[Layer]]) -> list[tuple[Family, str, Layer]]:
+    """The (family, operation, layer) to tune, each once: forward passes first, of every family."""
+    found = {}
+    for name, layers in families.items():
+        family = FAMILIES[name]
+        for operation in family.operations:
+            for layer in layers:
+                found[operation, family.layer_of(operation, layer)] = (family, operation, layer)
+    return sorted(found.values(), key=lambda item: not item[1].endswith("_forward"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -191,23 +204,24 @@ def run(args: argparse.Namespace) -> int:
     from .ops import backend
     from .ops._backend import forget_decisions
 
-    shapes = [_parse_shape(text) for text in args.shape] if args.shape else list(SHAPES)
+    if args.shape and args.family is None:
+        raise UserError(f"--shape needs --family ({', '.join(FAMILIES)}), whose layer it is")
+    shapes = [_parse_shape(text) for text in args.shape or ()]
     if not args.budget > 0:
         raise UserError(f"--budget must be positive, got {args.budget}")
     device = _device(args)
     path = (args.out if args.out is not None else cache_folder()) / f"{gpu_slug(device)}.json"
     deadline = time.monotonic() + args.budget
-    work = [(shape, direction) for direction in DIRECTIONS for shape in shapes]
-    found: list[Tuned] = []
+    names = [args.family] if args.family else list(FAMILIES)
+    todo = work({name: shapes or FAMILIES[name].layers for name in names})
+    tuner, found = Tuner(getattr(torch, args.dtype), device), []
     with backend("triton"):
-        for i, (shape, direction) in enumerate(work):
+        for i, (family, operation, layer) in enumerate(todo):
             left = deadline - time.monotonic()
             if left <= 0:
-                print(f"budget of {args.budget:.0f} s spent; {len(work) - i} of {len(work)} calls not tuned")
+                print(f"budget of {args.budget:.0f} s spent; {len(todo) - i} of {len(todo)} calls not tuned")
                 break
-            share = left / (len(work) - i)
-            ours, aten = _calls(shape, getattr(torch, args.dtype), device, direction)
-            tuned = tune_call(ours, aten, device, budget_s=0.5 * share)
+            tuned = tuner.tune(family, operation, layer, 0.5 * left / (len(todo) - i))
             if tuned is not None:
                 found.append(tuned)
                 # Written as it comes: an interrupted run keeps what it measured.
@@ -232,14 +246,15 @@ def _device(args: argparse.Namespace) -> torch.device:
         raise UserError("tuning times kernels on a GPU, and torch sees none here")
     if not interpreting() or args.out is None or args.shape is None:
         raise UserError("a dry run without a GPU needs TRITON_INTERPRET=1, --shape (a tiny one) and --out")
+    torch.set_num_threads(1)
     return torch.device("cpu")
 
 
-def _parse_shape(text: str) -> tuple[int, ...]:
+def _parse_shape(text: str) -> Layer:
     try:
-        shape = tuple(int(part) for part in text.split(","))
+        sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        shape = ()
-    if len(shape) != 8 or min(shape[:7]) < 1 or shape[7] < 0:
+        sizes = ()
+    if len(sizes) not in (8, 9) or min(sizes[:7] + sizes[8:]) < 1 or sizes[7] < 0:
         raise UserError(f"--shape must be {SHAPE}, whole numbers, got {text!r}")
-    return shape
+    return Layer(*sizes)

@@ -13,10 +13,11 @@ __all__ = ["UserError", "main"]
 COMMANDS = {
     "demo": (
         "segfast._demo",
-        "train a small U-Net on real nuclei, predict a held-out region, draw and measure",
+        "train a small U-Net on real nuclei, predict a held-out region, draw and measure; segment a portrait",
     ),
     "train": ("segfast.train._train_command", "train a U-Net on your images, or on the ones shipped"),
     "predict": ("segfast.train._predict_command", "segment images with a trained checkpoint"),
+    "segment": ("segfast._segment", "find the person in photos with a pretrained network: mask and overlay"),
     "check": ("segfast._check", "run a model before and after optimize: error, time, memory"),
     "doctor": ("segfast._doctor", "versions, GPU, what is proven and tuned on it, where caches are"),
     "tune": ("segfast._tune", "time tile sizes beside cuDNN on this GPU and keep the best"),

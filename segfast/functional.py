@@ -3,8 +3,18 @@
 import torch
 
 from .ops.conv_transpose2d import conv_transpose2d, up_concat
+from .ops.segmentation_head import upsample_argmax, upsample_cross_entropy, upsample_dice
+from .ops.separable_conv2d import depthwise_conv2d, separable_conv2d
 
-__all__ = ["conv_transpose2d", "up_concat"]
+__all__ = [
+    "conv_transpose2d",
+    "depthwise_conv2d",
+    "separable_conv2d",
+    "up_concat",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "upsample_dice",
+]
 
 for _name in __all__:
     # Symbolic tracing keeps the call whole instead of stepping into the choice of backend.

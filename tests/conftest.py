@@ -1,4 +1,4 @@
-"""Shared by all tests: what needs Triton's interpreter, and poisoned allocations."""
+"""Shared by all tests: what needs Triton's interpreter, and what it would not notice by itself."""
 
 import os
 
@@ -38,3 +38,58 @@ def poisoned_empty(monkeypatch):
         return result
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def checked_hints(monkeypatch):
+    """Holds every `tl.multiple_of` to its word.
+
+    A broken one is a misaligned access on a GPU. Returns the words.
+    """
+    from triton.runtime.interpreter import TensorHandle
+
+    given = []
+
+    def set_attr(handle, name, value):
+        if name == "tt.divisibility":
+            for divisor in value if isinstance(value, list) else [value]:
+                divisor = getattr(divisor, "value", divisor)
+                given.append(divisor)
+                assert (handle.data % divisor == 0).all(), (
+                    f"not multiples of {divisor}: {handle.data.ravel()[:8]}"
+                )
+
+    monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
+    return given
+
+
+@pytest.fixture
+def checked_plans(monkeypatch):
+    """Holds every kept plan to pointers of one kind.
+
+    On a GPU a plan launches the machine code of its first call, which has the dtypes, the alignment and the
+    absence of its pointers built in.
+    """
+    from segfast.kernels._launch import Plan
+
+    launch, first = Plan._launch, {}
+
+    def checked(plan, pointers, index):
+        kind = [None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers]
+        _, expected = first.setdefault(id(plan), (plan, kind))
+        assert kind == expected, f"{plan.kernel.__name__}: pointers {kind}, compiled for {expected}"
+        return launch(plan, pointers, index)
+
+    monkeypatch.setattr(Plan, "_launch", checked)
+
+
+@pytest.fixture
+def small_tiles():
+    """Depthwise and separable tiles for the interpreter: an empty row takes it as long as a full one."""
+    if not INTERPRETING:
+        yield
+        return
+    from .separable import in_form, tiles
+
+    with tiles(4, 8, 8, 2), in_form("fused"):
+        yield

@@ -67,41 +67,62 @@ def values_and_gradients(function, tensors: dict[str, Tensor], grad: Callable[[T
     return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
 
 
+def check_layer(
+    function: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    tensors: dict[str, Tensor],
+    depth: dict[str, int],
+    *,
+    activations: dict[str, str | None] | None = None,
+    seed: int = 1,
+    **geometry,
+) -> dict[str, Tensor]:
+    """`function(**tensors, **activations, **geometry)` against `definition`, in fp64 and the tensors' dtype.
+
+    `depth` is the number of terms in the sums behind "output" and behind each tensor's gradient; where it has
+    none, all pixels of the output. The scale of cancelling terms is taken from the same layer on absolute
+    values, without its activations (whose slope is about one at most). Returns what `function` gave.
+    """
+    dtype, activations = tensors["input"].dtype, activations or {}
+
+    def grad(output):
+        return draw(*output.shape, dtype=dtype, seed=seed).to(output.dtype)
+
+    slope = {"negative_slope": 0.2} if "leaky_relu" in activations.values() else {}
+    wide = {name: t.double() for name, t in tensors.items()}
+    reference = values_and_gradients(definition, wide, grad, **activations, **geometry)
+    aten = values_and_gradients(definition, tensors, grad, **activations, **geometry)
+    sizes = values_and_gradients(
+        definition, {name: t.abs() for name, t in wide.items()}, lambda y: grad(y).abs(), **geometry
+    )
+    actual = values_and_gradients(function, tensors, grad, **activations, **slope, **geometry)
+    pixels = reference["output"][:, 0].numel()
+    for name, result in actual.items():
+        assert_close_to_reference(
+            result, reference[name], aten[name], sizes[name], depth.get(name, pixels), what=name
+        )
+    return actual
+
+
 def check_fused(
     function: Callable[..., Tensor],
     conv: Callable[..., Tensor],
     tensors: dict[str, Tensor],
     *,
     activation: str | None = None,
-    seed: int = 1,
+    depthwise: bool = False,
     **geometry,
 ) -> dict[str, Tensor]:
-    """`function(**tensors, activation=....
+    """A convolution with its epilogue against `fused(conv)`: see `check_layer`.
 
-    **geometry)` against fp64 and against ATen in the tensors' own dtype.
-
-    The scale of cancelling terms is taken from the same layer on absolute values, without its activation
-    (whose slope is about one at most). Returns what `function` gave.
+    `conv` is transposed, its weight [C_in, C_out, ...]; or `depthwise`, its weight [C * multiplier, 1, ...].
     """
-    dtype = tensors["input"].dtype
-
-    def grad(output):
-        return draw(*output.shape, dtype=dtype, seed=seed).to(output.dtype)
-
-    slope = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
-    definition = fused(conv)
-    wide = {name: t.double() for name, t in tensors.items()}
-    reference = values_and_gradients(definition, wide, grad, activation=activation, **geometry)
-    aten = values_and_gradients(definition, tensors, grad, activation=activation, **geometry)
-    sizes = values_and_gradients(
-        definition, {name: t.abs() for name, t in wide.items()}, lambda y: grad(y).abs(), **geometry
-    )
-    actual = values_and_gradients(function, tensors, grad, activation=activation, **slope, **geometry)
-    weight, output = tensors["weight"], reference["output"]
-    pixels = tensors["input"].numel() // tensors["input"].shape[1]
+    input, weight = tensors["input"], tensors["weight"]
+    pixels = input.numel() // input.shape[1]
     depth = {"output": weight[:, 0].numel(), "input": weight[0].numel(), "weight": pixels, "residual": 1}
-    for name, result in actual.items():
-        assert_close_to_reference(
-            result, reference[name], aten[name], sizes[name], depth.get(name, output[:, 0].numel()), what=name
-        )
-    return actual
+    if depthwise:
+        depth["output"] = weight[0].numel()
+        depth["input"] = weight.numel() // input.shape[1]
+    return check_layer(
+        function, fused(conv), tensors, depth, activations={"activation": activation}, **geometry
+    )

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from segfast import _demo
 from segfast.cli import main
-from segfast.data import Sample
+from segfast.data import Sample, astronaut
 from segfast.train import load_checkpoint
 from segfast.train._train_command import nuclei_samples
 
@@ -44,6 +45,8 @@ def test_a_short_run_misses_the_bar_and_leaves_everything(elsewhere, capsys, mon
     assert output.err.splitlines()[-1].startswith("FAILED: foreground IoU") and "3/3" in output.err
     with Image.open("out/demo.png") as picture:
         assert picture.size[0] > 1000 and picture.size[1] > 1000
+    with Image.open("out/segment.png") as picture:
+        assert picture.size[0] > 1000 and picture.size[1] > 500
     assert load_checkpoint("out/demo.safetensors").config["width"] == _demo.WIDTH
     assert reports == [Path("out")]
 
@@ -56,6 +59,16 @@ def test_reaching_the_bar_is_exit_0(elsewhere, capsys, monkeypatch):
     monkeypatch.setattr(_demo, "predict", lambda model, image: test.target)
     assert main(["demo", "--steps", "1"]) == 0
     assert "1.000" in capsys.readouterr().out
+
+
+def test_the_portrait_is_drawn_with_its_mask(elsewhere, capsys, monkeypatch):
+    panels = []
+    monkeypatch.setattr(Axes, "imshow", lambda axes, panel, **options: panels.append(torch.tensor(panel)))
+    _demo.segment_portrait(Path("out/segment.png"))
+    photo, mask, tinted = panels
+    assert torch.equal(photo, astronaut().movedim(0, -1)) and mask.shape == (512, 512)
+    assert torch.equal(tinted[mask == 1], photo[mask == 1]) and mask.max() == 1
+    assert f"{mask.mean():.0%} of it is person" in " ".join(capsys.readouterr().out.split())
 
 
 def test_quick_report(elsewhere, capsys, monkeypatch):

@@ -103,8 +103,10 @@ def test_wheel_holds_every_module_and_the_data_once(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.startswith("torch_segfast-")
     assert len(names) == len(set(names))
-    wanted = sources() | sources("*.json") | sources("*.npz") | sources("py.typed")
-    assert {"segfast/data/nuclei.npz", "segfast/py.typed", "segfast/kernels/configs/proven.json"} <= wanted
+    data = ("*.json", "*.npz", "*.safetensors", "*.jpg", "py.typed")
+    wanted = sources().union(*map(sources, data))
+    some = ("data/nuclei.npz", "data/selfie_segmenter.safetensors", "py.typed", "kernels/configs/proven.json")
+    assert {f"segfast/{name}" for name in some} <= wanted
     assert wanted <= set(names)
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"segfast"}
 
@@ -128,6 +130,7 @@ def test_sdist_carries_what_testing_and_benchmarks_need(unpacked):
         "CHANGELOG.md",
         "benchmarks/cases.py",
         "segfast/data/nuclei.npz",
+        "tests/data/selfie_segmentation.tflite",
         "kernels/configs/proven.json",
         "docs/adding-an-operator.md",
     ]

@@ -214,7 +214,7 @@ def test_truncated_checkpoint_and_failed_save(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         load_checkpoint(path)
-    with pytest.raises(ValueError, match="Linear is none of unet"):
+    with pytest.raises(ValueError, match=r"Linear is none of .*unet"):
         save_checkpoint(nn.Linear(1, 1), path)
     good = tmp_path / "b.safetensors"
     save_checkpoint(small_unet(1), good)

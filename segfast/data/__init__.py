@@ -1,4 +1,4 @@
-"""The small real data set, and images and masks read from files."""
+"""The small real data sets, and images and masks read from files."""
 
 from importlib import resources
 
@@ -8,17 +8,21 @@ from torch import Tensor
 
 from ._folder import Sample, read_folder, split_columns
 from ._images import IGNORE_INDEX, normalize, read_image, read_mask, write_mask
+from ._photo import read_photo, write_image
 
 __all__ = [
     "IGNORE_INDEX",
     "NUCLEI_TRAIN_COLUMNS",
     "Sample",
+    "astronaut",
     "normalize",
     "nuclei",
     "read_folder",
     "read_image",
     "read_mask",
+    "read_photo",
     "split_columns",
+    "write_image",
     "write_mask",
 ]
 
@@ -42,3 +46,18 @@ def nuclei() -> tuple[Tensor, Tensor]:
     """
     with resources.files(__package__).joinpath("nuclei.npz").open("rb") as file, np.load(file) as archive:
         return normalize(archive["image"][None]), torch.from_numpy(archive["labels"].astype(np.int64))
+
+
+def astronaut() -> Tensor:
+    """A portrait of the astronaut Eileen Collins (README.md in this folder: source and terms).
+
+    Returns:
+        uint8 `[3, 512, 512]`, RGB.
+
+    Source: NASA, 1992, by way of scikit-image.
+
+    >>> astronaut().shape
+    torch.Size([3, 512, 512])
+    """
+    with resources.as_file(resources.files(__package__).joinpath("astronaut.jpg")) as path:
+        return read_photo(path)

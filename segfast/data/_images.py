@@ -1,7 +1,10 @@
 """Image files to tensors and back: PNG, TIFF and JPEG through pillow, arrays through `.npz`."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,25 +128,48 @@ def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
 def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
     """Write class indices `[H, W]` (0 to 255) as a palette PNG: colours to a viewer, indices to a reader."""
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     image = Image.fromarray(labels.to(torch.uint8).cpu().numpy())
     image.putpalette(PALETTE)
+    save_png(image, path)
+
+
+def save_png(image: Any, path: str | os.PathLike) -> None:
+    """Write a pillow image as PNG, marked as ours (see `segfast._output`)."""
+    from PIL.PngImagePlugin import PngInfo
+
     text = PngInfo()
-    text.add_text("Software", "segfast")  # see segfast._output
+    text.add_text("Software", "segfast")
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
 
 
 def _read_array(path: str | os.PathLike, name: str, mask: bool = False) -> np.ndarray:
     """The file's pixels, `[H, W]` or `[C, H, W]`."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    path = existing(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)}")
     if path.suffix.lower() == ".npz":
         return _read_npz(path, name)
+    with opened(path) as image:
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1:
+            raise UserError(f"{path}: the file has {pages} pages, expected one")
+        array = np.array(image.convert(_plain_mode(image.mode, mask)))
+    return array if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def existing(path: str | os.PathLike) -> Path:
+    """`path`, which must be a file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    return path
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The file as a pillow image; whatever goes wrong while it is read becomes a UserError."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -152,16 +178,12 @@ def _read_array(path: str | os.PathLike, name: str, mask: bool = False) -> np.nd
         ) from error
     try:
         with Image.open(path) as image:
-            pages = getattr(image, "n_frames", 1)
-            if pages > 1:
-                raise UserError(f"{path}: the file has {pages} pages, expected one")
-            array = np.array(image.convert(_plain_mode(image.mode, mask)))
+            yield image
     except UserError:
         raise
     except Exception as error:  # pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from error
-    return array if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
 def _plain_mode(mode: str, mask: bool) -> str:

@@ -1,16 +1,34 @@
 """Whole segmentation networks, by class or by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._base import SegmentationModel
+from .deeplabv3plus import DeepLabV3Plus, deeplabv3plus_mobilenet_v2, deeplabv3plus_xception65
+from .selfie_segmenter import SelfieSegmenter
 from .unet import UNet
 
-__all__ = ["SegmentationModel", "UNet", "create", "list_models", "remap_state_dict"]
+__all__ = [
+    "DeepLabV3Plus",
+    "SegmentationModel",
+    "SelfieSegmenter",
+    "UNet",
+    "create",
+    "deeplabv3plus_mobilenet_v2",
+    "deeplabv3plus_xception65",
+    "list_models",
+    "remap_state_dict",
+]
 
-_MODELS: dict[str, type[SegmentationModel]] = {"unet": UNet}
+# Classes, and the functions that build one class in several ways: `name` then tells its networks apart.
+_MODELS: dict[str, Callable[..., SegmentationModel]] = {
+    "deeplabv3plus_mobilenet_v2": deeplabv3plus_mobilenet_v2,
+    "deeplabv3plus_xception65": deeplabv3plus_xception65,
+    "selfie_segmenter": SelfieSegmenter,
+    "unet": UNet,
+}
 
 
 def list_models() -> list[str]:
@@ -23,7 +41,7 @@ def list_models() -> list[str]:
 
 
 def create(name: str, **kwargs: Any) -> SegmentationModel:
-    """Build the model of that name; `kwargs` go to its constructor.
+    """Build the model of that name; `kwargs` go to its constructor, or to the function of that name.
 
     Raises:
         ValueError: no model of that name.
@@ -37,13 +55,13 @@ def create(name: str, **kwargs: Any) -> SegmentationModel:
 
 
 def model_name(model: nn.Module) -> str:
-    """The name under which `create` builds models of this class.
+    """The name under which `create` builds this model.
 
     Raises:
-        ValueError: the class has none.
+        ValueError: it has none; a subclass of a network does not take over its name.
     """
-    for name, cls in _MODELS.items():
-        if type(model) is cls:
+    for name, build in _MODELS.items():
+        if type(model) is build or vars(model).get("name") == name:
             return name
     raise ValueError(f"{type(model).__name__} is none of {', '.join(list_models())}")
 
@@ -54,11 +72,17 @@ def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[st
     For `UNet`: the layout of `milesial/Pytorch-UNet` (`inc.double_conv.0.weight`, ..., `outc.conv.bias`)
     with or without `module.` in front; entries that are not tensors are dropped. Outputs agree where the
     input's sides are multiples of `2**depth`; elsewhere that code pads the up-convolution's output with
-    zeros, this one lets it run on. Keys that already are the model's own come back unchanged.
+    zeros, this one lets it run on.
+
+    For `DeepLabV3Plus` and the encoders in `segfast.models.encoders`: the classifiers of torchvision
+    (`mobilenet_v2`) and timm (`mobilenetv2_100`, `xception65`), or their encoders, with or without `encoder.`
+    in front. What those do not have, the decoder, keeps the weights that `model` has.
+
+    Keys that already are the model's own come back unchanged.
 
     Raises:
-        ValueError: the bilinear variant (it has no up-convolution), unknown keys, or other sizes than the
-            model's.
+        ValueError: the bilinear U-Net (it has no up-convolution), unknown or missing keys, or other sizes
+            than the model's.
         TypeError: the model has no foreign layout to read.
     """
     remap = getattr(model, "remap_state_dict", None)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ._base import tensors
+
 if TYPE_CHECKING:
     from .unet import UNet
 
@@ -35,9 +37,7 @@ def remap(state_dict: Mapping[str, Any], model: "UNet") -> dict[str, Tensor]:
     Raises:
         ValueError: the bilinear variant, another architecture, or sizes that are not those of `model`.
     """
-    state = {
-        key.removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)
-    }
+    state = tensors(state_dict)
     own = model.state_dict()
     if state.keys() == own.keys():
         return state

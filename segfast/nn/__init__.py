@@ -2,6 +2,18 @@
 
 from . import init
 from .conv_transpose2d import ConvTranspose2d
+from .segmentation_head import UpsampleArgmax, UpsampleCrossEntropyLoss
+from .separable_conv2d import DepthwiseConv2d, InvertedResidual, SeparableConv2d
 from .upsample import BilinearUpsample, UpsampleConv2d
 
-__all__ = ["BilinearUpsample", "ConvTranspose2d", "UpsampleConv2d", "init"]
+__all__ = [
+    "BilinearUpsample",
+    "ConvTranspose2d",
+    "DepthwiseConv2d",
+    "InvertedResidual",
+    "SeparableConv2d",
+    "UpsampleArgmax",
+    "UpsampleConv2d",
+    "UpsampleCrossEntropyLoss",
+    "init",
+]

@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops import FAMILIES
 
 
 def _nothing_against(module: nn.Module) -> str | None:
     return None
+
+
+def _always(module: nn.Module) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,26 @@ class Rule:
         source: the class replaced; a subclass is left alone, for its forward may be its own.
         target: a subclass of `source` that keeps its parameters and its state_dict.
         attributes: what `target` reads and `source` lacks, at the values for which both compute the same.
+        applies: whether the family is about this layer; `report` is silent on others.
         reason_not: None, or why this one layer of class `source` is not replaced.
         related: classes a user might expect to see replaced, each with the reason why they are not.
+        layout: the layout of `weight` that the kernels read without a copy; channels_last if None.
         functional: the name in torch.nn.functional that computes this layer; its calls are pointed out.
     """
 
     source: type[nn.Module]
     target: type[nn.Module]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    applies: Callable[[nn.Module], bool] = _always
     reason_not: Callable[[nn.Module], str | None] = _nothing_against
     related: Mapping[type[nn.Module], str] = field(default_factory=dict)
+    layout: Callable[[Tensor], Tensor] | None = None
     functional: str | None = None
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class `module` has outside a fused chain."""
+    return getattr(type(module), "unfused_class", type(module))
 
 
 @functools.cache

@@ -1,10 +1,20 @@
 """The registered operators: checks, shapes, autograd, choice of backend. Users call `segfast.functional`."""
 
-from . import conv_transpose2d
+from . import conv_transpose2d, segmentation_head, separable_conv2d
 from ._backend import backend, explain, get_backend
 from ._registry import OPERATORS, decompositions
 
 # Operator families bear the same file name in kernels/, segfast/ops/, segfast/nn/, tests/ and benchmarks/.
-FAMILIES = ("conv_transpose2d",)
+FAMILIES = ("conv_transpose2d", "separable_conv2d", "segmentation_head")
 
-__all__ = ["FAMILIES", "OPERATORS", "backend", "conv_transpose2d", "decompositions", "explain", "get_backend"]
+__all__ = [
+    "FAMILIES",
+    "OPERATORS",
+    "backend",
+    "conv_transpose2d",
+    "decompositions",
+    "explain",
+    "get_backend",
+    "segmentation_head",
+    "separable_conv2d",
+]

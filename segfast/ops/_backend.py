@@ -167,12 +167,18 @@ def measured_reason_not(
     taps: int,
     groups: int,
     pixels: int,
+    geometry: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> str | None:
-    """Why "auto" keeps ATen for these operations: not proven here, not measured, or measured slower."""
+    """Why "auto" keeps ATen for these operations: not proven here, not measured, or measured slower.
+
+    `geometry` is (stride, dilation) for operations whose tables tell those apart.
+    """
     if torch.compiler.is_compiling():
         pixels = -1  # may be symbolic: decide for all image sizes at once
     index = -1 if device.index is None else device.index
-    return _measured_reason_not(operations, dtype, index, channels_in, channels_out, taps, groups, pixels)
+    return _measured_reason_not(
+        operations, dtype, index, channels_in, channels_out, taps, groups, geometry, pixels
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -184,6 +190,7 @@ def _look_up(
     channels_out: int,
     taps: int,
     groups: int,
+    geometry: tuple[tuple[int, int], tuple[int, int]] | None,
     log2_pixels: int,
 ) -> str | None:
     from segfast.kernels import _configs, _device
@@ -194,7 +201,8 @@ def _look_up(
     for operation in operations:
         if f"{operation}.{name}" not in _configs.proven_entries(arch):
             return f"{operation} in {name} is not proven on this GPU ({arch})"
-    stem = _configs.stem(channels_in, channels_out, taps, groups, dtype)
+    variant = "" if geometry is None else _configs.geometry_variant(*geometry)
+    stem = _configs.stem(channels_in, channels_out, taps, groups, dtype, variant)
     ours = theirs = 0.0
     for operation in operations:
         row = _configs.measured(operation, f"{stem}{log2_pixels if log2_pixels >= 0 else ''}", slug, arch)
@@ -207,9 +215,9 @@ def _look_up(
     return None
 
 
-def _measured_reason_not(operations, dtype, index, channels_in, channels_out, taps, groups, pixels):
+def _measured_reason_not(operations, dtype, index, channels_in, channels_out, taps, groups, geometry, pixels):
     log2_pixels = pixels.bit_length() - 1 if pixels >= 0 else -1
-    return _look_up(operations, dtype, index, channels_in, channels_out, taps, groups, log2_pixels)
+    return _look_up(operations, dtype, index, channels_in, channels_out, taps, groups, geometry, log2_pixels)
 
 
 # torch.compile calls it while tracing and keeps the answer (`torch.compiler.assume_constant_result`, without

@@ -94,7 +94,7 @@ def apply_epilogue(
     """The epilogue in ATen operations, on a convolution [N, C, H, W] or [C, H, W] that has its bias."""
     if scale is None and shift is None and residual is None:
         return conv if activation is None else ACTIVATIONS[activation](conv, negative_slope)
-    z = conv.float() if conv.dtype in (torch.float16, torch.bfloat16) else conv
+    z = _widened(conv)
     if scale is not None:
         z = z * scale[:, None, None].to(z.dtype)
     if shift is not None:
@@ -102,6 +102,10 @@ def apply_epilogue(
     if residual is not None:
         z = z + residual.to(z.dtype)
     return ACTIVATIONS[activation](z, negative_slope).to(conv.dtype)
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 class EpilogueGradients(NamedTuple):
@@ -148,7 +152,7 @@ def epilogue_backward(
         grad_shift = grad_z.sum((0, 2, 3)).to(shift.dtype)
     if need_scale and scale is not None:
         conv = recompute(bias, None, None, None)
-        grad_scale = (grad_z.float() * conv.float()).sum((0, 2, 3)).to(scale.dtype)
+        grad_scale = (_widened(grad_z) * _widened(conv)).sum((0, 2, 3)).to(scale.dtype)
     grad_conv = grad_z
     if scale is not None:
         grad_conv = (grad_z * scale[:, None, None]).to(grad_z.dtype)

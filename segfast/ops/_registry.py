@@ -22,7 +22,7 @@ class Operator:
     """A registered operator, `torch.ops.segfast.<name>`; a call takes the shortest way to its implementation.
 
     Args:
-        schema: "name(Tensor x, ...) -> Tensor".
+        schema: "name(Tensor x, ...) -> Tensor", or "-> (Tensor, Tensor)", each with the batch in dimension 0.
         kernels: the implementation on a GPU, and on CPU tensors under Triton's interpreter.
         reference: the same in ATen operations.
         fake: the result's shape, dtype and strides; shares its shape function with `kernels`.
@@ -35,9 +35,9 @@ class Operator:
         self,
         schema: str,
         *,
-        kernels: Callable[..., Tensor],
-        reference: Callable[..., Tensor],
-        fake: Callable[..., Tensor],
+        kernels: Callable[..., Any],
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
         flops: Callable[..., int],
         per_sample: Sequence[int] = (),
     ):
@@ -56,14 +56,14 @@ class Operator:
         register_flop_formula(self.packet)(flops)
         OPERATORS[self.name] = self
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         # Behind the dispatcher waits nothing but our implementation, unless one of these listens.
         plain = type(args[0]) in _PLAIN and type(args[1]) in _PLAIN
         if plain and _nobody_listens() and args[0].is_cuda | _INTERPRETING:
             return self._kernels(*args)
         return self.overload(*args)
 
-    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         mapped = [i for i, dim in enumerate(in_dims) if dim is not None and isinstance(args[i], Tensor)]
         size = info.batch_size
         args_list = list(args)
@@ -74,16 +74,21 @@ class Operator:
         ):
             for i in mapped:
                 args_list[i] = args[i].movedim(in_dims[i], 0).flatten(0, 1)
-            return self.overload(*args_list).unflatten(0, (size, -1)), 0
+            result = self.overload(*args_list)
+            if isinstance(result, Tensor):
+                return result.unflatten(0, (size, -1)), 0
+            return tuple(t.unflatten(0, (size, -1)) for t in result), (0,) * len(result)
         results = []
         for sample in range(size):
             for i in mapped:
                 args_list[i] = args[i].select(in_dims[i], sample)
             results.append(self.overload(*args_list))
-        return torch.stack(results), 0
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Every segfast operator in ATen operations, for back ends that know only those.
 
     Example:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from segfast._errors import UserError
 from segfast._load_model import parse_device
-from segfast._output import claim
+from segfast._output import claim_each
 from segfast._table import format_table
 from segfast.data import read_image, write_mask
 
@@ -55,8 +55,5 @@ def _outputs(images: list[Path], output: str | None, force: bool) -> list[Path]:
         paths = [Path(output)]
     else:
         paths = [Path("out") / f"{image.stem}.mask.png" for image in images]
-    for index, path in enumerate(paths):
-        if path in paths[:index]:
-            first = images[paths.index(path)]
-            raise UserError(f"{images[index]} and {first} would both be written to {path}")
-    return [claim(path, force=force) for path in paths]
+    claim_each(paths, images, force=force)
+    return paths

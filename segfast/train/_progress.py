@@ -1,7 +1,8 @@
-"""The progress bar of a training run."""
+"""The progress bars of the commands."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from segfast._errors import UserError
 
@@ -13,10 +14,7 @@ def progress(steps: int, shown: bool = True) -> Iterator[Callable[[int, float], 
     Raises:
         UserError: the package tqdm is missing.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise UserError("the progress bar needs the package tqdm (the extra 'demo' has it)") from error
+    tqdm = load_tqdm()
     with tqdm(total=steps, desc="training", unit="step", disable=not shown, mininterval=0.5) as bar:
 
         def on_step(step: int, loss: float) -> None:
@@ -24,3 +22,16 @@ def progress(steps: int, shown: bool = True) -> Iterator[Callable[[int, float], 
             bar.update()
 
         yield on_step
+
+
+def load_tqdm() -> Any:
+    """The class `tqdm.tqdm`.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise UserError("the progress bar needs the package tqdm (the extra 'demo' has it)") from error
+    return tqdm

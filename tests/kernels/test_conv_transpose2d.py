@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from triton.runtime.interpreter import TensorHandle
 
 import segfast
 from segfast.functional import conv_transpose2d
@@ -75,27 +74,6 @@ GEOMETRIES = {
     "padding cuts all but a pixel": ((1, 3, 3, 3), 2, {"kernel": 3, "stride": 1, "padding": 2}),
     "output of one pixel": ((1, 3, 2, 2), 2, {"kernel": 2, "stride": 1, "padding": 1}),
 }
-
-
-@pytest.fixture
-def checked_hints(monkeypatch):
-    """Holds every `tl.multiple_of` to its word.
-
-    A broken one is a misaligned access on a GPU. Returns the words.
-    """
-    given = []
-
-    def set_attr(handle, name, value):
-        if name == "tt.divisibility":
-            for divisor in value if isinstance(value, list) else [value]:
-                divisor = getattr(divisor, "value", divisor)
-                given.append(divisor)
-                assert (handle.data % divisor == 0).all(), (
-                    f"not multiples of {divisor}: {handle.data.ravel()[:8]}"
-                )
-
-    monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
-    return given
 
 
 def operands(

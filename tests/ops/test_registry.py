@@ -9,7 +9,6 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +19,7 @@ from segfast.ops import OPERATORS, _registry
 from segfast.ops.conv_transpose2d import FORWARD
 from segfast.ops.conv_transpose2d.autograd import _Forward
 from tests.fused_conv import BACKENDS, draw
+from tests.operators import check_decomposition, check_fake, operators_of
 
 INTERPRETER = pytest.mark.interpreter
 
@@ -54,7 +54,7 @@ CALLS = {
 
 
 def test_every_operator_has_a_call_here():
-    assert {name.split()[0] for name in CALLS} == set(OPERATORS)
+    assert {name.split()[0] for name in CALLS} == operators_of("conv_transpose2d")
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n.endswith("5")])
@@ -68,34 +68,21 @@ def test_opcheck_of_the_kernels(name):
     torch.library.opcheck(*CALLS[name], test_utils=("test_schema", "test_faketensor"))
 
 
-def check_fake(name):
-    operator, args = CALLS[name]
-    real = operator(*args)
-    with FakeTensorMode() as mode:
-        fake = operator(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args])
-    meta = operator(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in args])
-    for other in (fake, meta):
-        assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_fakes_have_the_shape_and_strides_of_the_real_thing(name):
-    check_fake(name)
+    check_fake(*CALLS[name])
 
 
 @INTERPRETER
 @pytest.mark.parametrize("name", CALLS)
 def test_fakes_have_the_shape_and_strides_of_the_kernels(name):
-    check_fake(name)
+    check_fake(*CALLS[name])
 
 
 @INTERPRETER
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_and_decompositions_agree(name, poisoned_empty):
-    operator, args = CALLS[name]
-    actual, reference = operator(*args), segfast.ops.decompositions()[operator](*args)
-    assert actual.stride() == reference.stride()
-    torch.testing.assert_close(actual, reference, atol=1e-5, rtol=1e-5)
+    check_decomposition(*CALLS[name])
 
 
 @INTERPRETER

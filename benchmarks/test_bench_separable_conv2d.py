@@ -1,0 +1,150 @@
+"""Depthwise and separable convolution against ATen in both layouts, on a GPU against cuDNN's calls too."""
+
+import pytest
+import torch
+from torch import nn
+
+import segfast
+from benchmarks.cases import CASES, LAYERS, directions, find
+from benchmarks.problems import Problem
+from segfast._threads import one_thread
+from segfast._timing import interleave
+from segfast.ops.separable_conv2d import separable
+
+CPU = torch.device("cpu")
+FAMILY = [case for case in CASES if case.family == "separable_conv2d"]
+# On a CPU all batches are the same case, and the gradients of a few stand for all.
+ON_GPU = torch.cuda.is_available()
+OTHER_BATCHES = {case.name for case in LAYERS if case["n"] != 8}
+FEW = ("mobilenetv2_dw144", "xception_middle_dw_layer", "efficientnet_dw144_k5_s2", "decoder_sep_256")
+
+# "Never slower" on a CPU: at most 5 % more than the plain layers, the noise of p20 on a machine that does
+# other things too, and for one layer the microseconds our Python may add to a call (see test_bench_overhead).
+NOISE = 1.05
+CALL_US = 5.0
+ATTEMPTS = 8
+# channels, side, kernel, stride, padding, dilation
+SIZES = {
+    "xception": (256, 65, 3, 1, 1, 1),
+    "mobilenetv2": (72, 129, 3, 1, 1, 1),
+    "mobilenetv2 stride 2": (48, 129, 3, 2, 1, 1),
+    "efficientnet": (72, 128, 5, 2, 2, 1),
+    "rate 12": (128, 65, 3, 1, 12, 12),
+    "convnext": (48, 80, 7, 1, 3, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in FAMILY if ON_GPU or c.name not in OTHER_BATCHES], ids=lambda case: case.name
+)
+def test_forward(compare, case):
+    compare(case)
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [(c.name, direction) for c in FAMILY if ON_GPU or c.name in FEW for direction in directions(c)],
+)
+def test_gradients(compare, name, direction):
+    compare(find(name).replace(direction=direction))
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return norm
+
+
+def _layer(channels, kernel, *geometry) -> tuple[nn.Module, nn.Module]:
+    plain = nn.Conv2d(channels, channels, kernel, *geometry, groups=channels)
+    ours = segfast.nn.DepthwiseConv2d(channels, channels, kernel, *geometry)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+def _block(channels, kernel, *geometry) -> tuple[nn.Module, nn.Module]:
+    ours = segfast.nn.SeparableConv2d(
+        channels,
+        channels,
+        kernel,
+        *geometry,
+        norm_layer=_norm,
+        depthwise_activation="relu",
+        activation="relu",
+    )
+    plain = nn.Sequential(
+        nn.Conv2d(channels, channels, kernel, *geometry, groups=channels, bias=False),
+        _norm(channels),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        _norm(channels),
+        nn.ReLU(inplace=True),
+    )
+    for theirs, mine in zip(plain[::3], (ours.conv_dw, ours.conv_pw), strict=True):
+        theirs.load_state_dict(mine.state_dict())
+    for theirs, mine in zip(plain[1::3], (ours.bn_dw, ours.bn_pw), strict=True):
+        theirs.load_state_dict(mine.state_dict())
+    return plain, ours
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("make", "call_us"), [(_layer, CALL_US), (_block, 0.0)], ids=["layer", "block"])
+@one_thread()
+def test_never_slower_than_plain_layers_on_a_cpu(name, make, call_us):
+    torch.manual_seed(0)
+    channels, side, *geometry = SIZES[name]
+    plain, ours = (m.eval().to(memory_format=torch.channels_last) for m in make(channels, *geometry))
+    x = torch.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+        ratios = []
+        for _ in range(ATTEMPTS):
+            times = interleave({"plain": lambda: plain(x), "ours": lambda: ours(x)}, CPU, budget_s=0.15)
+            # p20 rather than the median: another process makes times longer, never shorter.
+            ratios.append((times["ours"].wall_p20 - call_us) / times["plain"].wall_p20)
+            if ratios[-1] <= NOISE:
+                return
+    pytest.fail(f"{name}: {min(ratios):.3f} times the plain layers at best, {ratios}")
+
+
+def _kept_for_backward(function, inputs) -> int:
+    """Bytes that autograd keeps of `function(inputs)` besides the inputs themselves."""
+    kept = {}
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = function()
+    output.sum().backward()
+    assert all(t.grad is not None for t in inputs if t.requires_grad)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("activation", ["relu", None, "silu"])
+def test_fused_training_step_keeps_nothing_between_the_convolutions(activation):
+    """What the peak memory of a training step rests on; on a GPU the rows have the peak itself."""
+    case = find("decoder_sep_256").cpu().replace(direction="train", epilogue=("bn", activation))
+    case = case.replace(params={**case.params, "h": 33, "w": 33})
+    problem = Problem(case, CPU)
+    t = {name: value.detach().requires_grad_(name in problem.wanted(problem.tensors))
+         for name, value in problem.tensors.items()}  # fmt: skip
+    vectors = [torch.ones(case["ci"]) for _ in range(4)]
+    geometry = ((1, 1), (1, 1), (1, 1))
+
+    def fused():
+        return separable(
+            t["x"], t["depthwise"], None, *vectors[:2], t["weight"], None, *vectors[2:], None,
+            *geometry, activation, activation, 0.0,
+        )  # fmt: skip
+
+    inputs = [*t.values(), *vectors]
+    image = t["x"].nbytes
+    # relu's gradient follows from the output; silu's from what is computed again.
+    assert _kept_for_backward(fused, inputs) == (image if activation == "relu" else 0)
+    assert _kept_for_backward(lambda: problem.formula(t), inputs) >= (4 if activation else 3) * image

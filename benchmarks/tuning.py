@@ -1,0 +1,83 @@
+"""Which operations the cases need tiles for, and the row each of them is filed as."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.cases import DIRECTIONS, Case, is_depthwise, output_size
+from segfast._tune_calls import FAMILIES, Family, Layer
+
+
+class Item(NamedTuple):
+    """One operation on one layer; `case` is that operation by itself."""
+
+    family: Family
+    operation: str
+    layer: Layer
+    case: Case
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.case.torch_dtype
+
+
+def work(cases: Sequence[Case], tiny: bool = False) -> list[Item]:
+    """What to tune for `cases`, each operation of each layer once: forward passes first, then gradients.
+
+    `tiny`: the first case of each kind only, small enough for Triton's interpreter.
+    """
+    if tiny:
+        first = {(case.op, is_depthwise(case)): _tiny(case) for case in reversed(cases) if _tuned(case)}
+        cases = [*first.values()][::-1]
+    found = {}
+    for case in cases:
+        for item in _items(case):
+            key = (item.operation, item.family.layer_of(item.operation, item.layer), item.dtype)
+            found.setdefault(key, item)
+    return sorted(found.values(), key=lambda item: not item.operation.endswith("_forward"))
+
+
+def _tuned(case: Case) -> bool:
+    # A table holds for up to four times the pixels: batch 8 stands for 32.
+    if case.params.get("n") == 32:
+        return False
+    return case.op in ("conv_transpose2d", "separable_conv2d") or is_depthwise(case)
+
+
+def _items(case: Case) -> Iterator[Item]:
+    if not _tuned(case):
+        return
+    family = FAMILIES[case.family]
+    layer = Layer(
+        *(case[name] for name in ("n", "ci", "co", "h", "w", "k", "s", "p")), case.params.get("d", 1)
+    )
+    for operation in family.operations:
+        if is_depthwise(case) and operation not in family.per_channel:
+            continue
+        yield Item(family, operation, layer, _alone(case, operation))
+
+
+def _alone(case: Case, operation: str) -> Case:
+    """`operation` of `case` as a case."""
+    direction = next(d for d in DIRECTIONS if operation.endswith(d))
+    alone = case.replace(name=f"{case.name}_bare", epilogue=(), direction=direction, headline=False)
+    kind = operation.partition("_")[0]
+    if case.op != "separable_conv2d" or kind == "separable":
+        return alone
+    alone = alone.replace(op="conv2d", name=f"{case.name}_{kind}")
+    if kind == "depthwise":
+        return alone.replace(params={**case.params, "co": case["ci"], "g": case["ci"]})
+    size = dict(zip(("h", "w"), output_size(case), strict=True))
+    return alone.replace(params={**case.params, **size, "k": 1, "s": 1, "p": 0, "d": 1, "g": 1})
+
+
+def _tiny(case: Case) -> Case:
+    small = {"n": 1, "ci": 8, "co": 8, "g": 8, "h": 3, "w": 3}
+    params = {name: small.get(name, value) for name, value in case.params.items()}
+    return case.replace(params=params, size="tiny", dtype="float32")
+
+
+def tuning_tasks(items: Sequence[Item]) -> list[tuple]:
+    """The work of `benchmarks.precompile` for them."""
+    return [("tune", item.case.family, item.operation, tuple(item.layer), item.case.dtype) for item in items]

@@ -1,0 +1,295 @@
+"""Separable convolution: a 1x1 convolution of a depthwise one, y = W act(dw(x)), each with its own epilogue.
+
+Fused: a program computes the depthwise results of BLOCK_M pixels, BLOCK_K channels at a time, and multiplies
+them into BLOCK_N outputs: they never reach memory. The product is formed transposed, [BLOCK_N, BLOCK_M]: as
+the second operand the depthwise tile goes through shared memory once, after its last tap; as the first, every
+tap's sum would be brought into the matrix unit's layout. Each column of programs computes the depthwise part
+again, so with many outputs, or many taps, two kernels with the result between them are the faster form.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from .._configs import (
+    Config,
+    Problem,
+    choose_config,
+    fit_operands,
+    geometry_variant,
+    operands_in_registers,
+    register_candidates,
+)
+from .._device import dot_precision
+from .._epilogue import _activate, _affine
+from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from ._shared import Geometry, _widen, tap_alignment, widens_by_asm
+from .depthwise import depthwise_conv2d_forward
+
+
+@triton.jit
+def _separable_conv2d_fused_kernel(
+    x_ptr, wd_ptr, depthwise_bias_ptr, depthwise_scale_ptr, depthwise_shift_ptr,
+    w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
+    M, H, W, OH, OW, negative_slope,
+    stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
+    stride_kh, stride_kw,
+    C: tl.constexpr, CO: tl.constexpr, MULTIPLIER: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    DEPTHWISE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ASM: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr,
+    WIDE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # C counts the channels between the two convolutions. Outputs are the fastest program index: programs that
+    # run together read the same pixels, through L2.
+    TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    m = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_ok = m < M
+    c_ok = c < CO
+    ow = m % OW
+    oh = m // OW % OH
+    n = m // OW // OH
+    if WIDE_INDEX:
+        n, oh, ow = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64)
+    ih = oh * STRIDE_H - PAD_H
+    iw = ow * STRIDE_W - PAD_W
+    x_pixels = x_ptr + tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN_X)
+    w_rows = w_ptr + c[:, None] * C
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # Not pipelined: cp.async would fetch each tap past L1, where it is a hit eight times of nine.
+    for start in tl.range(0, C, BLOCK_K, num_stages=1):
+        k = start + tl.arange(0, BLOCK_K)
+        k_ok = k < C
+        between = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        # A loop: all taps' loads at once would not fit the registers beside the products.
+        for kh in tl.range(0, KERNEL_H, num_stages=1):
+            row = ih + kh * DILATION_H
+            row_ok = m_ok & (row >= 0) & (row < H)
+            x_row = x_pixels + tl.multiple_of(tl.full((), DILATION_H, tl.int64) * kh * stride_xh, ALIGN_X)
+            wd_row = wd_ptr + tl.multiple_of(kh * stride_kh, ALIGN_W) + k
+            for kw in tl.static_range(KERNEL_W):
+                column = iw + kw * DILATION_W
+                ok = row_ok & (column >= 0) & (column < W)
+                # Where a stride is 1, the product of constants is one: not what `multiple_of` takes.
+                across = tl.full((), kw * DILATION_W, tl.int64) * stride_xw
+                tap = tl.full((), kw, tl.int32) * stride_kw
+                x = tl.load((x_row + tl.multiple_of(across, ALIGN_X))[:, None]
+                            + (k // MULTIPLIER)[None, :],
+                            mask=ok[:, None] & k_ok[None, :], other=0.0)  # fmt: skip
+                wd = tl.load(wd_row + tl.multiple_of(tap, ALIGN_W), mask=k_ok, other=0.0)
+                between += _widen(x, ASM) * wd.to(tl.float32)[None, :]
+        between = _affine(between, depthwise_bias_ptr, depthwise_scale_ptr, depthwise_shift_ptr, k, k_ok)
+        between = _activate(between, negative_slope, DEPTHWISE_ACTIVATION)
+        w = tl.load(w_rows + k[None, :], mask=c_ok[:, None] & k_ok[None, :], other=0.0)
+        accumulator = tl.dot(w, tl.trans(between.to(x_ptr.dtype.element_ty)), accumulator,
+                             input_precision=PRECISION)  # fmt: skip
+
+    y = _affine(tl.trans(accumulator), bias_ptr, scale_ptr, shift_ptr, c, c_ok)
+    ok = m_ok[:, None] & c_ok[None, :]
+    if residual_ptr is not None:
+        offsets = tl.multiple_of(n * stride_rn + oh * stride_rh + ow * stride_rw, ALIGN_Y)
+        y += tl.load(residual_ptr + offsets[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    y = _activate(y, negative_slope, ACTIVATION)
+    offsets = tl.multiple_of(n * stride_yn + oh * stride_yh + ow * stride_yw, ALIGN_Y)
+    tl.store(y_ptr + offsets[:, None] + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _pointwise_conv2d_kernel(
+    x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
+    M, OH, OW, negative_slope,
+    stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
+    C: tl.constexpr, CO: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # The 1x1 convolution alone: a matrix product whose rows are pixels.
+    TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    m = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_ok = m < M
+    c_ok = c < CO
+    ow = m % OW
+    oh = m // OW % OH
+    n = m // OW // OH
+    if WIDE_INDEX:
+        n, oh, ow = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64)
+    x_rows = x_ptr + tl.multiple_of(n * stride_xn + oh * stride_xh + ow * stride_xw, ALIGN_X)[:, None]
+    w_rows = w_ptr + c[:, None] * C
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_ok = k < C
+        x = tl.load(x_rows + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0)
+        w = tl.load(w_rows + k[None, :], mask=c_ok[:, None] & k_ok[None, :], other=0.0)
+        accumulator = tl.dot(x, tl.trans(w), accumulator, input_precision=PRECISION)
+
+    y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, c, c_ok)
+    ok = m_ok[:, None] & c_ok[None, :]
+    if residual_ptr is not None:
+        offsets = tl.multiple_of(n * stride_rn + oh * stride_rh + ow * stride_rw, ALIGN_Y)
+        y += tl.load(residual_ptr + offsets[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    y = _activate(y, negative_slope, ACTIVATION)
+    offsets = tl.multiple_of(n * stride_yn + oh * stride_yh + ow * stride_yw, ALIGN_Y)
+    tl.store(y_ptr + offsets[:, None] + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+def _candidates(problem: Problem, arch: str) -> list[Config]:
+    passes = operands_in_registers(problem.dtype.itemsize, arch)
+    depth = 64 if problem.dtype.itemsize == 2 and not arch.startswith(("gfx", "sm_120")) else 32
+    # wgmma's rows are the outputs here: at least 64 of them.
+    outputs = max(64, min(256, triton.next_power_of_2(problem.channels_out)))
+    if arch.startswith("gfx") or passes:
+        outputs = min(outputs, 128)
+    fused = [
+        Config(64, outputs, depth, 8 if outputs >= 128 or passes else 4, 1, form="fused"),
+        Config(128, min(outputs, 128), min(depth, 32), 8, 1, form="fused"),
+        Config(32, outputs, depth, 4, 1, form="fused"),
+    ]
+    fused = [_fit_pixels(tile, 64 if passes < 2 else 32) for tile in fused]
+    # Its tiles are those of the two kernels.
+    both = Config(0, 0, 0, 1, 1, form="two kernels")
+    first = problem.channels_out <= outputs and problem.taps <= 9
+    return [*fused, both] if first else [both, *fused]
+
+
+def _fit_pixels(config: Config, accumulators: int) -> Config:
+    """`config` with fewer pixels, until a thread holds at most so many products."""
+    while config.block_m * config.block_n > accumulators * 32 * config.num_warps and config.block_m > 16:
+        config = Config(config.block_m // 2, *list(vars(config).values())[1:])
+    return config
+
+
+def _pointwise_candidates(problem: Problem, arch: str) -> list[Config]:
+    if arch.startswith("gfx"):
+        return [Config(64, 64, 32, 4, 2)]
+    passes = operands_in_registers(problem.dtype.itemsize, arch)
+    depth = 64 if problem.dtype.itemsize == 2 else 32 // max(passes, 1)
+    # sm_100 moves its products from the tensor memory through registers: 128 columns leave room for them.
+    widest = 128 if arch.startswith("sm_10") else 256
+    columns = max(16, min(widest, triton.next_power_of_2(problem.columns)))
+    tiles = [Config(128, columns, depth, 8 if columns >= 128 else 4, 3 if columns > 128 else 4)]
+    tiles += [Config(128, min(columns, 128), depth, 8, 4), Config(64, min(columns, 128), depth, 4, 4)]
+    return [fit_operands(tile, problem.dtype.itemsize, arch) for tile in tiles]
+
+
+register_candidates("separable_conv2d_forward", _candidates)
+register_candidates("pointwise_conv2d_forward", _pointwise_candidates)
+
+
+def _problem(operation: str, x, channels: int, out, taps: int, variant: str) -> Problem:
+    batch, _, height, width = x.shape
+    rows = batch * out.shape[2] * out.shape[3]
+    return Problem(
+        operation, x.shape[1], out.shape[1], taps, 1, x.dtype, batch * height * width,
+        rows=rows, columns=out.shape[1], depth=channels, variant=variant,
+    )  # fmt: skip
+
+
+def _common_constants(x, channels, residual, out, activation, config) -> dict:
+    return {
+        "C": channels,
+        "CO": out.shape[1],
+        "ACTIVATION": activation,
+        "PRECISION": dot_precision(x.dtype),
+        "ALIGN_X": pixel_alignment(x),
+        "ALIGN_Y": pixel_alignment(out, residual),
+        "WIDE_INDEX": needs_wide_index(x, residual, out),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+
+
+def _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, config) -> Plan:
+    batch, channels_out, out_h, out_w = out.shape
+    pixels = batch * out_h * out_w
+    scalars = (pixels, *x.shape[2:], out_h, out_w, float(negative_slope), *image_strides(x),
+               *image_strides(residual), *image_strides(out), *wd.stride()[2:])  # fmt: skip
+    constants = _common_constants(x, wd.shape[0], residual, out, activations[1], config)
+    constants |= geometry.constants() | {
+        "MULTIPLIER": geometry.multiplier,
+        "DEPTHWISE_ACTIVATION": activations[0],
+        "ASM": widens_by_asm(x),
+        "ALIGN_W": tap_alignment(wd),
+    }
+    grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),)
+    return Plan(_separable_conv2d_fused_kernel, grid, scalars, constants, config)
+
+
+def _pointwise_plan(x, residual, out, activation, negative_slope) -> Plan:
+    problem = _problem("pointwise_conv2d_forward", x, x.shape[1], out, 1, "")
+    config = choose_config(problem, x.device)
+    batch, channels_out, out_h, out_w = out.shape
+    pixels = batch * out_h * out_w
+    scalars = (pixels, out_h, out_w, float(negative_slope), *image_strides(x), *image_strides(residual),
+               *image_strides(out))  # fmt: skip
+    constants = _common_constants(x, x.shape[1], residual, out, activation, config)
+    grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),)
+    return Plan(_pointwise_conv2d_kernel, grid, scalars, constants, config)
+
+
+def separable_conv2d_forward(
+    x, wd, depthwise_bias, depthwise_scale, depthwise_shift, w, bias, scale, shift, residual, out,
+    stride, padding, dilation, depthwise_activation, activation, negative_slope,
+) -> Callable[..., None]:  # fmt: skip
+    """out = act(scale * (w between + bias) + shift + residual), between the depthwise result, never kept.
+
+    x [N, C, H, W], residual and out [N, CO, OH, OW]: any strides with a channel stride of 1. wd
+    [C * M, 1, KH, KW] with a stride of 1 along its first dimension, w [CO, C * M, 1, 1] dense, vectors
+    contiguous.
+
+    Returns a function of the eleven tensors, of others laid out alike.
+    """
+    tensors = (x, wd, depthwise_bias, depthwise_scale, depthwise_shift, w, bias, scale, shift, residual, out)
+    geometry = Geometry(tuple(wd.shape[2:]), stride, padding, dilation, wd.shape[0] // x.shape[1])
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    problem = _problem(
+        "separable_conv2d_forward", x, wd.shape[0], out, taps, geometry_variant(stride, dilation)
+    )
+    config = choose_config(problem, x.device)
+    if config.form == "two kernels":
+        launch = functools.partial(
+            _two_kernels, stride, padding, dilation, depthwise_activation, activation, negative_slope
+        )
+        launch(*tensors)
+        return launch
+    activations = (depthwise_activation, activation)
+    options = (stride, padding, dilation, activations, negative_slope, dot_precision(x.dtype), config)
+    plan = planned(
+        ("separable_conv2d_forward", layout_key(*tensors), x.device, options),
+        lambda: _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, config),
+    )
+    plan(*tensors)
+    return plan
+
+
+def _two_kernels(
+    stride, padding, dilation, depthwise_activation, activation, negative_slope,
+    x, wd, depthwise_bias, depthwise_scale, depthwise_shift, w, bias, scale, shift, residual, out,
+) -> None:  # fmt: skip
+    shape = (x.shape[0], wd.shape[0], *out.shape[2:])
+    between = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    depthwise_conv2d_forward(
+        x, wd, depthwise_bias, depthwise_scale, depthwise_shift, between, None, stride, padding, dilation,
+        depthwise_activation, negative_slope,
+    )  # fmt: skip
+    pointwise_conv2d_forward(between, w, bias, scale, shift, residual, out, activation, negative_slope)
+
+
+def pointwise_conv2d_forward(x, w, bias, scale, shift, residual, out, activation, negative_slope) -> None:
+    """out = act(scale * (w x + bias) + shift + residual): the second of the two kernels, alone for the tuner.
+
+    Operands as in `separable_conv2d_forward`, x [N, C, OH, OW].
+    """
+    operands = (x, w, bias, scale, shift, residual, out)
+    key = ("pointwise_conv2d_forward", layout_key(*operands), x.device, activation, negative_slope,
+           dot_precision(x.dtype))  # fmt: skip
+    planned(key, lambda: _pointwise_plan(x, residual, out, activation, negative_slope))(*operands)

@@ -1,0 +1,334 @@
+"""Which layers follow a depthwise convolution in a model's forward, to be computed by one operator.
+
+Two kinds of evidence: an `nn.Sequential`, whose forward is known; and a graph of the model's own forward, by
+a non-strict `torch.export` on example inputs.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
+
+from .nn._activation import activation_name
+from .nn._fused_chain import Chain, fuse, fusing, unfuse
+from .nn._norm import activation_of_norm, is_batch_norm
+from .nn._pair import Pair, is_pointwise, only_forward
+from .nn._rules import own_class
+from .ops import backend
+
+
+class Found(NamedTuple):
+    """A chain by the names of its layers and of the module whose forward calls them."""
+
+    caller: str
+    names: tuple[str, ...]
+    in_train: bool
+
+
+class Plan(NamedTuple):
+    """The chains to fuse, and for each other depthwise layer why it is in none."""
+
+    chains: tuple[Found, ...]
+    reasons: dict[str, str]
+
+
+def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> Plan:
+    """The chains that begin with the layers named `heads`. Changes nothing.
+
+    Raises:
+        TypeError: `example_inputs` is no tensor, tuple or None.
+        Exception: the model's own, if it does not run on them.
+    """
+    if example_inputs is not None and not isinstance(example_inputs, Tensor | tuple):
+        kind = type(example_inputs).__name__
+        raise TypeError(f"example_inputs must be a tensor or a tuple of the model's arguments, got {kind}")
+    modules = dict(model.named_modules())
+    # segfast's own blocks fuse what is in them.
+    blocks = tuple(f"{n}." for n, m in modules.items() if type(m).__module__.startswith("segfast.nn."))
+    heads = [name for name in heads if not name.startswith(blocks)]
+    if not heads:
+        return Plan((), {})
+    names = Counter(m for _, m in model.named_modules(remove_duplicate=False))
+    shared = {name for name, module in modules.items() if names[module] > 1}
+    found = {head: _in_sequential(modules, head, shared) for head in heads}
+    why = "nothing that can be fused follows it in an nn.Sequential; give example_inputs"
+    reasons = dict.fromkeys(heads, why)
+    if example_inputs is not None:
+        inputs = _arguments(example_inputs)
+        try:
+            graph = _Graph(model, inputs, training=False)
+        except Exception as error:
+            with _mode(model, False), torch.no_grad():
+                model(*inputs)
+            reasons = dict.fromkeys(heads, f"the model cannot be exported ({_first_line(error)})")
+        else:
+            found, reasons = _in_model(model, inputs, modules, found, shared, graph)
+    chains = tuple(chain for chain in found.values() if chain is not None)
+    return Plan(chains, {head: reasons[head] for head in heads if found[head] is None})
+
+
+def _in_model(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    modules: dict[str, nn.Module],
+    sequential: dict[str, Found | None],
+    shared: set[str],
+    graph: "_Graph",
+) -> tuple[dict[str, Found | None], dict[str, str]]:
+    """The chains of the graph where they are longer than those in a Sequential that is called."""
+    in_train = functools.cache(lambda: _graph_or_none(model, inputs))
+    found: dict[str, Found | None] = {}
+    reasons = {}
+    for head, known in sequential.items():
+        if known is not None and known.caller not in graph.nodes:
+            known = None
+        names, reasons[head] = _in_graph(modules, head, shared, graph)
+        if names is not None and (known is None or len(names) > len(known.names)):
+            *_, (length, pair) = options([modules[name] for name in names])
+            plain = pair.norm is None and pair.pointwise_norm is None
+            known = Found("", names, plain and _follow(in_train(), names[:length]))
+        found[head] = known
+    return found, reasons
+
+
+def fuse_chains(model: nn.Module, plan: Plan, example_inputs: Any) -> dict[str, str]:
+    """Fuse what was planned; the reasons for what was not, or had to be undone.
+
+    On example inputs the model is run with and without fusion, and left unfused if the outputs differ.
+    """
+    modules = dict(model.named_modules())
+    for caller in {chain.caller for chain in plan.chains}:
+        chains = [_chain(modules, found) for found in plan.chains if found.caller == caller]
+        fuse(modules[caller], chains)
+    if example_inputs is None or not plan.chains:
+        return plan.reasons
+    difference = _difference(model, _arguments(example_inputs))
+    if difference is None:
+        return plan.reasons
+    unfuse(model)
+    return plan.reasons | {chain.names[0]: f"undone: {difference}" for chain in plan.chains}
+
+
+def _arguments(example_inputs: Any) -> tuple[Any, ...]:
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def _chain(modules: dict[str, nn.Module], found: Found) -> Chain:
+    layers = [modules[name] for name in found.names]
+    inside = [tuple(name.split(".")[:end]) for name in found.names for end in range(1, name.count(".") + 1)]
+    wrappers = [modules[".".join(path)] for path, n in Counter(inside).items() if n < len(layers)]
+    return Chain(layers, found.names, options(layers), wrappers, found.in_train)
+
+
+def options(layers: Sequence[nn.Module]) -> list[tuple[int, Pair]]:
+    """How many of `layers`, from the first on, one operator computes: the most, and the most without a norm.
+
+    `layers[0]` is the depthwise convolution.
+    """
+    found = []
+    stage: dict[str, Any] = {}
+    prefix, slope = "", None
+    for length, layer in enumerate(layers[1:], 2):
+        activation = activation_name(layer)
+        if is_batch_norm(layer) and not {prefix + "norm", prefix + "activation"} & stage.keys():
+            stage[prefix + "norm"] = layer
+            activation = activation_of_norm(layer)
+        elif activation is not None and activation[0] is not None:
+            if prefix + "activation" in stage:
+                break
+        elif own_class(layer) is nn.Conv2d and is_pointwise(layer) and not prefix:
+            stage["pointwise"], prefix = layer, "pointwise_"
+        else:
+            break
+        if activation is not None and activation[0] is not None:
+            if activation[0] == "leaky_relu" and slope not in (None, activation[1]):
+                break  # the operator has one slope
+            stage[prefix + "activation"] = activation[0]
+            slope = activation[1] if activation[0] == "leaky_relu" else slope
+        found.append((length, Pair(layers[0], **stage, negative_slope=0.01 if slope is None else slope)))
+    plain = [option for option in found if option[1].norm is None and option[1].pointwise_norm is None]
+    return [*found[-1:], *[option for option in plain[-1:] if option is not found[-1]]]
+
+
+def _usable(name: str, module: nn.Module, shared: set[str]) -> bool:
+    return name not in shared and only_forward(module)
+
+
+def _longest(modules: dict[str, nn.Module], names: Sequence[str]) -> tuple[str, ...] | None:
+    possible = options([modules[name] for name in names])
+    return tuple(names[: possible[0][0]]) if possible else None
+
+
+def _in_sequential(modules: dict[str, nn.Module], head: str, shared: set[str]) -> Found | None:
+    """The chain from `head` on in the Sequentials around it, called by the innermost that holds it all."""
+    if not _usable(head, modules[head], shared):
+        return None
+    caller, best = head, None
+    while caller:
+        caller = caller.rpartition(".")[0]
+        if not _is_sequential(modules[caller]) or caller in shared:
+            break
+        names = list(_flat(modules, caller, shared))
+        if head in names:
+            chain = _longest(modules, names[names.index(head) :])
+            if chain is not None and (best is None or len(chain) > len(best.names)):
+                best = Found(caller, chain, True)
+        if not only_forward(modules[caller]):
+            break
+    return best
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return getattr(own_class(module), "forward", None) is nn.Sequential.forward
+
+
+def _flat(modules: dict[str, nn.Module], name: str, shared: set[str]) -> Iterator[str]:
+    """The names of what a Sequential calls one after the other; a layer that cannot be fused ends a chain."""
+    for child in modules[name]._modules:
+        path = f"{name}.{child}" if name else child
+        module = modules.get(path)
+        if module is None or not _usable(path, module, shared):
+            yield ""
+        elif _is_sequential(module):
+            yield from _flat(modules, path, shared)
+        elif type(module) is not nn.Identity:
+            yield path
+
+
+class _Graph:
+    """Who computes what from what in the model's forward."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], training: bool):
+        with _mode(model, training), backend("aten"), torch.no_grad():
+            program = torch.export.export(model, inputs, strict=False)
+        signature = program.graph_signature
+        self.weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+        self.nodes: dict[str, list[fx.Node]] = {}
+        self.calls: dict[str, set[str]] = {}
+        for node in program.graph.nodes:
+            # The modules that were being called, the innermost last; a second call has a key of its own.
+            for key, (path, *_) in node.meta.get("nn_module_stack", {}).items():
+                self.nodes.setdefault(path, []).append(node)
+                self.calls.setdefault(path, set()).add(key)
+
+    def output(self, name: str) -> fx.Node | None:
+        """The one result that leaves the one call of a module."""
+        inside = set(self.nodes.get(name, ()))
+        leaving = [node for node in inside if not node.users.keys() <= inside]
+        return leaving[0] if len(leaving) == 1 and len(self.calls[name]) == 1 else None
+
+    def inputs(self, name: str) -> set[fx.Node]:
+        """What a module reads that it did not compute, but for weights."""
+        inside = set(self.nodes.get(name, ()))
+        read = {node for n in inside for node in n.all_input_nodes} - inside
+        return {node for node in read if node.name not in self.weights}
+
+
+def _in_graph(
+    modules: dict[str, nn.Module], head: str, shared: set[str], graph: _Graph
+) -> tuple[tuple[str, ...] | None, str]:
+    """The chain from `head` on in the graph, or None; and why it ends where it does."""
+    names = [head]
+    why = ""
+    while not why:
+        output = graph.output(names[-1])
+        if names[-1] in shared or output is None:
+            why = "it is not called exactly once"
+        elif not only_forward(modules[names[-1]]):
+            why = "there are hooks on it"
+        else:
+            following, why = _reader(graph, output)
+            if not why and following not in modules:
+                why = "it is followed by a module that is not in the model"
+            if not why and not _follows(modules, names, following):
+                why = f"{following} ({type(modules[following]).__name__}) cannot be fused with it"
+            if not why and not _usable(following, modules[following], shared):
+                why = f"{following} is shared, or there are hooks on it"
+            if not why and graph.output(following) is None:
+                why = f"{following} is not called exactly once"
+            if not why:
+                names.append(following)
+    return _longest(modules, names), why
+
+
+def _reader(graph: _Graph, output: fx.Node) -> tuple[str, str]:
+    """The one module that reads `output`, and nothing else; or why there is none."""
+    users = list(output.users)
+    stacks = [user.meta.get("nn_module_stack") for user in users]
+    if not users or stacks[0] is None:
+        return "", "it is a result of the model"
+    name = list(stacks[0].values())[-1][0]
+    if any(user not in graph.nodes[name] for user in users):
+        return "", "its result is used more than once"
+    if len(graph.calls[name]) > 1:
+        return "", f"{name} is not called exactly once"
+    if graph.inputs(name) != {output}:
+        return "", f"{users[0].target} follows"
+    return name, ""
+
+
+def _follows(modules: dict[str, nn.Module], names: list[str], following: str) -> bool:
+    possible = options([modules[name] for name in (*names, following)])
+    return bool(possible) and possible[0][0] == len(names) + 1
+
+
+def _graph_or_none(model: nn.Module, inputs: tuple[Any, ...]) -> _Graph | None:
+    try:
+        return _Graph(model, inputs, training=True)
+    except Exception:
+        return None
+
+
+def _follow(graph: _Graph | None, names: tuple[str, ...]) -> bool:
+    """Whether each of `names` reads the one before and nothing else, in the graph of a training step."""
+    if graph is None:
+        return False
+    outputs = [graph.output(name) for name in names]
+    return all(
+        output is not None and _reader(graph, output) == (following, "")
+        for output, following in zip(outputs, names[1:], strict=False)
+    )
+
+
+def _difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
+    """What is wrong with the fused model's outputs, or None."""
+    devices = {t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda}
+    with _mode(model, False), torch.no_grad(), torch.random.fork_rng(list(devices)):
+        results = []
+        for fused in (False, True):
+            torch.manual_seed(0)
+            try:
+                with fusing(fused):
+                    results.append(_pytree.tree_leaves(model(*inputs)))
+            except RuntimeError as error:
+                return _first_line(error)
+    for expected, actual in zip(*results, strict=True):
+        if isinstance(expected, Tensor) and expected.is_floating_point() and expected.numel():
+            if expected.shape != actual.shape:
+                return f"an output of {list(expected.shape)} became {list(actual.shape)}"
+            scale = expected.abs().nan_to_num(0, 0, 0).max().item()
+            worst = (actual - expected).abs().nan_to_num(0).max().item()
+            if worst > scale * math.sqrt(torch.finfo(expected.dtype).eps):
+                return f"an output changed by {worst:.3g}, its largest value is {scale:.3g}"
+    return None
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

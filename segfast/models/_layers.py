@@ -1,0 +1,34 @@
+"""The dense layers that the networks share."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import nn
+
+
+def conv_norm_activation(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 1,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    activation: Callable[..., nn.Module] | None = nn.ReLU,
+    names: tuple[str, str, str] = ("0", "1", "2"),
+) -> nn.Sequential:
+    """Convolution without bias, padded by half its kernel; norm; activation (None: none), in place.
+
+    `names` are those of the three children: torchvision numbers them, timm says conv, bn and act.
+
+    >>> conv_norm_activation(3, 8, 3, stride=2)[0]
+    Conv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
+    """
+    padding = dilation * (kernel_size - 1) // 2
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False),
+        norm_layer(out_channels),
+    ]
+    if activation is not None:
+        layers.append(activation(inplace=True))
+    return nn.Sequential(OrderedDict(zip(names, layers, strict=False)))

@@ -1,0 +1,7 @@
+"""Classification networks as encoders: lists of features at strides 2, 4, 8 and so on."""
+
+from ._base import Encoder
+from .mobilenet_v2 import MobileNetV2Encoder
+from .xception65 import Xception65Encoder
+
+__all__ = ["Encoder", "MobileNetV2Encoder", "Xception65Encoder"]

@@ -1,0 +1,243 @@
+"""A chain of layers that its first layer computes at once, in a forward that calls them one by one.
+
+The layers keep their places, parameters and names; their classes change. While the forward of the module that
+calls them runs, the first returns the result of the whole chain, and each of the others hands on exactly that
+tensor. Called by themselves, compiled, exported or traced, under hooks or on a DataParallel replica, they
+compute what they always did. A chain that was begun and not ended is an error.
+"""
+
+import functools
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._norm import forget, runs_eagerly
+from ._pair import CALLER, Pair, only_forward, pays
+
+# In the __dict__ of a chain's layers.
+_PLACE = "_segfast_chain"
+
+
+_NOT_BEGUN = (-1, -1, None)
+
+
+class _Caller:
+    """Stands for the module whose forward calls the layers, wherever both are copied to."""
+
+
+class _Run:
+    """One forward of a caller: the chains begun in it, each with its next layer, its end and its tensor."""
+
+    def __init__(self, frame: FrameType, outer: "_Run | None"):
+        self.frame = frame
+        self.error = sys.exc_info()[1]
+        self.outer = outer
+        self.begun: dict[Chain, tuple[int, int, Tensor]] = {}
+
+    def goes_on(self) -> bool:
+        """False after an interrupt, which passes by torch's hooks."""
+        try:
+            self.frame.clear()
+        except RuntimeError:  # what the frame of a running function does
+            return True
+        return False
+
+
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.runs: dict[_Caller, _Run] = {}
+        self.forced: bool | None = None
+
+
+_threads = _Threads()
+
+
+class Chain:
+    """Layers that follow one another in a caller's forward.
+
+    Args:
+        layers: the depthwise convolution and what comes after it.
+        names: theirs, for messages.
+        options: what the first so many of them compute, the longest first.
+        wrappers: modules whose call begins or ends within the chain.
+        in_train: whether they follow one another in train mode too.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        names: Sequence[str],
+        options: Sequence[tuple[int, Pair]],
+        wrappers: Sequence[nn.Module] = (),
+        in_train: bool = True,
+    ):
+        self.layers, self.names = list(layers), list(names)
+        self.options, self.in_train = list(options), in_train
+        asked = {id(part) for part in self.options[0][1] if isinstance(part, nn.Module)}
+        # Whose hooks must see what they would see unfused, beside those of the pair, which asks for itself.
+        self.others = [m for m in (*layers, *wrappers) if id(m) not in asked]
+        self.caller: _Caller | None = None
+
+    def step(self, position: int, layer: nn.Module, input: Any) -> Tensor | None:
+        """The result of the layer at `position`, or None if it shall compute it itself."""
+        assert self.caller is not None
+        run = _threads.runs.get(self.caller)
+        if run is None or layer is not self.layers[position]:
+            return None
+        if position == 0:
+            return self._begin(run, input)
+        following, length, output = run.begun.get(self, _NOT_BEGUN)
+        if position != following or input is not output:
+            return None
+        if position + 1 == length:
+            del run.begun[self]
+        else:
+            run.begun[self] = (position + 1, length, output)
+        return output
+
+    def _begin(self, run: _Run, input: Any) -> Tensor | None:
+        wanted = pays(input) if _threads.forced is None else _threads.forced
+        # Asked last: it costs as much as a small layer.
+        if (not wanted and self not in run.begun) or not run.goes_on():
+            return None
+        if self in run.begun:
+            raise self._broken(run)
+        if not runs_eagerly() or _is_checkpointed():
+            return None
+        if not self.in_train and any([m.training for m in self.layers]):
+            return None
+        if not all([only_forward(m) for m in self.others]):
+            return None
+        for length, pair in self.options:
+            if pair.fits():
+                output = pair.run(input)
+                run.begun[self] = (1, length, output)
+                return output
+        return None
+
+    def _broken(self, run: _Run) -> RuntimeError:
+        following, length, _ = run.begun[self]
+        return RuntimeError(
+            f"the fused layers {', '.join(self.names[:length])} were not called one after the other: "
+            f"{self.names[following]} did not follow {self.names[following - 1]}. Was a layer replaced after "
+            "segfast.optimize, or does the forward take another path than on the example inputs? "
+            "segfast.restore undoes the fusion"
+        )
+
+
+class _Layer:
+    """Mixed into the class of a chain's layer."""
+
+    unfused_class: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+            chain, position = vars(self)[_PLACE]
+            output = chain.step(position, self, args[0])
+            if output is not None:
+                return output
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True):
+        forget(self)  # type: ignore[arg-type]
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn, recurse=True):
+        forget(self)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: copies and pickles name the one it was made from.
+        return _remake, (self.unfused_class,), super().__reduce_ex__(protocol)[2]
+
+
+@functools.cache
+def _fused_class(kind: Any) -> Any:
+    # Of the same Python module, by which torch.fx tells what is torch's own.
+    body = {"unfused_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(f"Fused{kind.__name__}", (_Layer, kind), body)
+
+
+def _remake(kind: Any) -> nn.Module:
+    fused = _fused_class(kind)
+    return fused.__new__(fused)
+
+
+def fuse(caller: nn.Module, chains: Sequence[Chain]) -> None:
+    """Let `caller`'s forward compute each chain at once."""
+    if CALLER not in vars(caller):
+        vars(caller)[CALLER] = _Caller()
+        caller.register_forward_pre_hook(_enter)
+        caller.register_forward_hook(_leave, always_call=True)
+    for chain in chains:
+        chain.caller = vars(caller)[CALLER]
+        for position, layer in enumerate(chain.layers):
+            vars(layer)[_PLACE] = (chain, position)
+            kind: Any = type(layer)
+            layer.__class__ = _fused_class(kind)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse` for every chain with a layer in `model`."""
+    for module in list(model.modules()):
+        if _PLACE in vars(module):
+            for layer in vars(module)[_PLACE][0].layers:
+                if vars(layer).pop(_PLACE, None) is not None:
+                    layer.__class__ = layer.unfused_class
+        if vars(module).pop(CALLER, None) is not None:
+            for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _enter]:
+                del module._forward_pre_hooks[key]
+            for key in [k for k, hook in module._forward_hooks.items() if hook is _leave]:
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def chain_of(module: nn.Module) -> Chain | None:
+    """The chain that `module` is a layer of."""
+    place = vars(module).get(_PLACE)
+    return None if place is None else place[0]
+
+
+@contextmanager
+def fusing(forced: bool) -> Iterator[None]:
+    """In this thread, chains are fused where they can be, or nowhere, whether it pays or not."""
+    _threads.forced = forced
+    try:
+        yield
+    finally:
+        _threads.forced = None
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling() or getattr(module, "_is_replica", False) or not runs_eagerly():
+        return
+    # Channels grow by 6 in the blocks of MobileNets: no chain in here will be worth it.
+    if _threads.forced is None and len(args) == 1 and not pays(args[0], 8):
+        return
+    caller = vars(module)[CALLER]
+    _threads.runs[caller] = _Run(sys._getframe(1), _threads.runs.get(caller))
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    caller = vars(module)[CALLER]
+    run = _threads.runs.pop(caller, None)
+    if run is None:
+        return
+    if run.outer is not None and run.outer.goes_on():
+        _threads.runs[caller] = run.outer
+    # Where the forward itself failed, its own error says more.
+    if run.begun and sys.exc_info()[1] is run.error:
+        raise next(iter(run.begun))._broken(run)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what the backward needs is being dropped, to be computed again outside of the caller."""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

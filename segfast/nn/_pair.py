@@ -1,0 +1,116 @@
+"""A depthwise and a 1x1 convolution, with the norms and activations after them, as one operator."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..ops._backend import _INTERPRETING
+from ._norm import folded, folds
+from ._rules import own_class
+
+# In the __dict__ of a module whose forward calls fused chains.
+CALLER = "_segfast_caller"
+# Elements of the input, from timing MobileNetV2's blocks: below, the operator's own overhead shows.
+_PAYS_ON_CPU = 2**18
+_global_hooks = torch.nn.modules.module._has_any_global_hook
+
+
+def only_forward(module: nn.Module) -> bool:
+    """Whether calling `module` is no more than its class's forward: no hooks, no forward of its own."""
+    ours = CALLER in vars(module)  # one hook before its forward, one after it
+    return not (
+        len(module._forward_hooks) > ours
+        or len(module._forward_pre_hooks) > ours
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def pays(input: Any, growth: int = 1) -> bool:
+    """Whether one operator is worth asking for: ATen is done with small images before it is put together.
+
+    `growth` is how many times larger the pair's own input may be. False for what is no tensor: `torch.fx`
+    traces the layers one by one.
+    """
+    if not isinstance(input, Tensor):
+        return False
+    kernels = not input.is_cpu or _INTERPRETING
+    return torch.compiler.is_compiling() or kernels or input.numel() * growth >= _PAYS_ON_CPU
+
+
+class Pair(NamedTuple):
+    """The layers of one pair, in their order; None for what it lacks.
+
+    `depthwise` is a `DepthwiseConv2d`, `pointwise` a 1x1 `torch.nn.Conv2d`; without one, the pair is only the
+    depthwise convolution with what follows it.
+    """
+
+    depthwise: Any
+    norm: nn.Module | None = None
+    activation: str | None = None
+    pointwise: Any = None
+    pointwise_norm: nn.Module | None = None
+    pointwise_activation: str | None = None
+    negative_slope: float = 0.01
+
+    def fits(self) -> bool:
+        """Whether the layers, as they stand now, compute what one operator can."""
+        layers = (self.depthwise, self.norm, self.pointwise, self.pointwise_norm)
+        return (
+            folds(self.norm)
+            and folds(self.pointwise_norm)
+            and self.depthwise.activation is None
+            and (self.pointwise is None or is_pointwise(self.pointwise))
+            and all([m is None or only_forward(m) for m in layers])
+            and not _global_hooks()
+        )
+
+    def run(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The pair in one operator. `residual` is added before the last activation."""
+        layer = self.depthwise
+        input, padding = layer.padded(input)
+        geometry = (layer.stride, padding, layer.dilation)
+        scale, shift = folded(self.norm)
+        if self.pointwise is None:
+            return F.depthwise_conv2d(
+                input,
+                layer.weight,
+                layer.bias,
+                *geometry,
+                scale=scale,
+                shift=shift,
+                activation=self.activation,
+                negative_slope=self.negative_slope,
+            )
+        pointwise_scale, pointwise_shift = folded(self.pointwise_norm)
+        return F.separable_conv2d(
+            input,
+            layer.weight,
+            self.pointwise.weight,
+            layer.bias,
+            self.pointwise.bias,
+            *geometry,
+            depthwise_scale=scale,
+            depthwise_shift=shift,
+            depthwise_activation=self.activation,
+            scale=pointwise_scale,
+            shift=pointwise_shift,
+            residual=residual,
+            activation=self.pointwise_activation,
+            negative_slope=self.negative_slope,
+        )
+
+
+def is_pointwise(conv: Any) -> bool:
+    """Whether `conv` is a 1x1 `torch.nn.Conv2d` and no more."""
+    # A parametrized layer is a subclass that keeps its forward.
+    return (
+        getattr(own_class(conv), "forward", None) is nn.Conv2d.forward
+        and conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.groups == 1
+        and conv.padding in ((0, 0), "valid", "same")
+    )

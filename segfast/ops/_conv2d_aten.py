@@ -1,0 +1,117 @@
+"""A convolution with its epilogue in ATen operations, in as few passes over the images as ATen allows."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._epilogue import apply_epilogue
+
+_IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, slope: F.relu(z, inplace=True),
+    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
+    "relu6": lambda z, slope: F.relu6(z, inplace=True),
+    "silu": lambda z, slope: F.silu(z, inplace=True),
+    "sigmoid": lambda z, slope: z.sigmoid_(),
+    "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
+    "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
+}
+
+
+def conv2d_aten(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """act(scale * (conv(input, weight) + bias) + shift + residual).
+
+    Scale and shift go into the filter where that is smaller than the result, and where the dtype loses
+    nothing by it: rounding a filter to 16 bits again would. What needs no gradient is activated in place,
+    except under a transform: `vmap` may map the residual alone.
+    """
+    lossless = input.dtype in (torch.float32, torch.float64) and not _autocasts(input)
+    if lossless and (scale is not None or shift is not None) and _pays_to_fold(weight, input):
+        weight, bias = _folded(weight, bias, scale, shift)
+        scale = shift = None
+    y = _convolution(input, weight, bias, stride, padding, dilation, groups)
+    if lossless and scale is not None and shift is not None and not _needs_gradient(y, scale, shift):
+        factor, term = scale.to(y.dtype)[:, None, None], shift.to(y.dtype)[:, None, None]
+        y, scale, shift = torch.addcmul(term, y, factor), None, None
+    if scale is None and shift is None and not y.requires_grad and not _functorch_active():
+        if lossless and residual is not None and not residual.requires_grad:
+            y, residual = y.add_(residual), None
+        if residual is None and activation in _IN_PLACE:
+            return _IN_PLACE[activation](y, negative_slope)
+    return apply_epilogue(y, scale, shift, residual, activation, negative_slope)
+
+
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def _pays_to_fold(weight: Tensor, input: Tensor) -> bool:
+    """Whether passing over the filter, in a few operations, costs less than one pass over the result."""
+    if torch.compiler.is_compiling():
+        return True  # the sizes may be symbolic, and must not be asked
+    pixels = input.shape[0] * input.shape[-2] * input.shape[-1]
+    return weight.shape[0] * pixels > 4 * weight.numel() + 2**15
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _convolution(input, weight, bias, stride, padding, dilation, groups: int) -> Tensor:
+    """F.conv2d. On a CPU a dilated filter loses the taps that meet nothing but padding.
+
+    oneDNN multiplies them all, and takes longer for a dilated depthwise filter with a bias than for the sum
+    afterwards.
+    """
+    plain = dilation in (1, (1, 1)) or torch.compiler.is_compiling() or _functorch_active()
+    plain = plain or min(stride) < 1  # torch says so
+    if input.device.type != "cpu" or plain or input.dim() != 4 or weight.dim() != 4:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    trimmed, pads = weight, list(padding)
+    for axis in (0, 1):
+        size, kernel = input.shape[2 + axis], weight.shape[2 + axis]
+        s, p, d = stride[axis], padding[axis], dilation[axis]
+        out = (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        # As many at either end, so that the padding stays the same on both sides.
+        drop = 0
+        while (
+            kernel - 2 * drop > 1
+            and (out - 1) * s - p + drop * d < 0 <= p - (drop + 1) * d
+            and ((kernel - 1 - drop) * d - p >= size)
+        ):
+            drop += 1
+        trimmed = trimmed.narrow(2 + axis, drop, kernel - 2 * drop)
+        pads[axis] = p - drop * d
+    if bias is None or groups == 1 or input.requires_grad or weight.requires_grad or bias.requires_grad:
+        return F.conv2d(input, trimmed, bias, stride, pads, dilation, groups)
+    return F.conv2d(input, trimmed, None, stride, pads, dilation, groups).add_(bias[:, None, None])
+
+
+def _autocasts(input: Tensor) -> bool:
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
+
+
+def _folded(
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The filter and bias of scale * (conv + bias) + shift."""
+    if scale is not None:
+        weight = weight * scale.to(weight.dtype)[:, None, None, None]
+        bias = None if bias is None else bias * scale.to(weight.dtype)
+    if shift is not None:
+        shift = shift.to(weight.dtype)
+        bias = shift if bias is None else bias + shift
+    return weight, bias

@@ -1,0 +1,27 @@
+"""The segmentation head: cross-entropy, dice loss and labels of logits that are upsampled on the way."""
+
+from .evidence import proofs
+from .functional import (
+    OPERATIONS,
+    can_use_triton,
+    upsample_argmax,
+    upsample_cross_entropy,
+    upsample_dice,
+)
+from .operators import ARGMAX, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, DICE_SUMS, DICE_SUMS_BACKWARD
+from .specimens import specimens
+
+__all__ = [
+    "ARGMAX",
+    "CROSS_ENTROPY",
+    "CROSS_ENTROPY_BACKWARD",
+    "DICE_SUMS",
+    "DICE_SUMS_BACKWARD",
+    "OPERATIONS",
+    "can_use_triton",
+    "proofs",
+    "specimens",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "upsample_dice",
+]

@@ -1,0 +1,298 @@
+"""What users call: depthwise and separable convolution with fused epilogues, on our kernels or ATen."""
+
+import torch
+from torch import Tensor
+
+from .._backend import kernel_reason_not, measured_reason_not, use_triton
+from .._conv2d_aten import conv2d_aten
+from .._epilogue import check_activation, check_epilogue
+from .._operands import Pair, pair
+from .._registry import autocast_dtype
+from .autograd import forward, forward_with_statistics
+from .fused import separable
+from .geometry import check_depthwise, check_pointwise, resolve_padding
+from .operators import statistics_of
+
+OPERATIONS = (
+    "depthwise_conv2d_forward",
+    "depthwise_conv2d_grad_input",
+    "depthwise_conv2d_grad_weight",
+    "separable_conv2d_forward",
+)
+
+
+def can_use_triton(
+    choice: str,
+    input: Tensor,
+    weight: Tensor,
+    pointwise_weight: Tensor | None,
+    dtype: torch.dtype | None,
+    geometry: tuple[Pair, Pair],
+    differentiates: bool,
+) -> str | None:
+    """None if our kernels serve the call, else why not.
+
+    `pointwise_weight` is None for a depthwise convolution alone, `dtype` autocast's or None, `geometry`
+    stride and dilation.
+    """
+    reason = kernel_reason_not(choice, input, dtype)
+    if reason is not None or choice == "triton":
+        return reason
+    if input.numel() == 0:
+        return "the input is empty"
+    if input.stride(1) != 1 and input.shape[1] > 1:
+        return "the input is not channels_last"
+    batch, channels, height, width = input.shape
+    dtype, pixels = dtype or input.dtype, batch * height * width
+    taps = weight.shape[2] * weight.shape[3]
+    if pointwise_weight is None or differentiates:
+        needed = OPERATIONS[:3] if differentiates else OPERATIONS[:1]
+        sizes = (channels, weight.shape[0], taps, channels)
+        reason = measured_reason_not(needed, dtype, input.device, *sizes, pixels, geometry)
+    if reason is None and pointwise_weight is not None:
+        sizes = (channels, pointwise_weight.shape[0], taps, 1)
+        reason = measured_reason_not(OPERATIONS[3:], dtype, input.device, *sizes, pixels, geometry)
+    return reason
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    return_statistics: bool = False,
+):
+    """Depthwise convolution, one filter (or several) a channel, with a fused epilogue.
+
+    `act(scale * (conv(input, weight) + bias) + shift)`, in one pass on our kernels; the first six arguments
+    are those of `torch.nn.functional.conv2d` with `groups=input.shape[1]`.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float16, bfloat16 or float32 on our kernels, any dtype on ATen.
+        weight: [C * multiplier, 1, kH, kW]. Free of a copy on our kernels if its first dimension has stride 1
+            (`segfast.optimize` lays it out so on a GPU).
+        bias: [C * multiplier].
+        padding: an int, a pair, "valid" or "same".
+        scale, shift: [C * multiplier], for instance a folded batch norm; evaluated in float32.
+        activation: None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "hardswish"
+            or "hardsigmoid".
+        negative_slope: leaky_relu's.
+        return_statistics: also sum the result, and its squares, over each image's pixels: what
+            squeeze-and-excitation, image pooling, instance and group norm need, without another pass.
+
+    Returns:
+        [N, C * multiplier, H_out, W_out], H_out = (H + 2 padding - dilation (kH - 1) - 1) // stride + 1;
+        channels_last if the input or the weight is. With `return_statistics`, (that, sum, sum of squares),
+        the sums [N, C * multiplier] in float32, differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or sizes that do not go together.
+        ValueError: an unknown activation.
+        NotImplementedError: backend "triton" was asked for and cannot serve the call.
+
+    Source: Sifre, "Rigid-motion scattering for image classification" (2014), section 6.2.
+
+    Example:
+        >>> import torch, segfast
+        >>> x, w = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3)
+        >>> segfast.functional.depthwise_conv2d(x, w, stride=2, padding=1, activation="relu6").shape
+        torch.Size([1, 8, 5, 5])
+    """
+    if input.dim() == 3:
+        result = depthwise_conv2d(
+            input.unsqueeze(0),
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            scale=scale,
+            shift=shift,
+            activation=activation,
+            negative_slope=negative_slope,
+            return_statistics=return_statistics,
+        )
+        return tuple(t.squeeze(0) for t in result) if return_statistics else result.squeeze(0)
+    check_activation(activation)
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    dtype = autocast_dtype(input)
+    input, padding = resolve_padding("depthwise_conv2d", input, weight, stride, padding, dilation)
+    differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    geometry = (stride, dilation)
+    reasons = (input, weight, None, dtype, geometry, differentiates)
+    if _well_formed(input, weight) and use_triton("depthwise_conv2d", can_use_triton, *reasons):
+        if dtype is not None:
+            input, weight = input.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        args = (input, weight, bias, scale, shift, stride, padding, dilation, activation, negative_slope)
+        if not return_statistics:
+            return forward(*args)
+        y, statistics = forward_with_statistics(*args)
+    else:
+        y = _depthwise_aten(
+            "depthwise_conv2d",
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            scale,
+            shift,
+            activation,
+            negative_slope,
+        )
+        if not return_statistics:
+            return y
+        statistics = statistics_of(y)
+    return y, statistics[:, 0], statistics[:, 1]
+
+
+def separable_conv2d(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    *,
+    depthwise_scale: Tensor | None = None,
+    depthwise_shift: Tensor | None = None,
+    depthwise_activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Depthwise-separable convolution, depthwise then 1x1 across channels, with both epilogues fused.
+
+    `act(scale * (conv1x1(between) + bias) + shift + residual)` with
+    `between = act'(depthwise_scale * (depthwise(input) + depthwise_bias) + depthwise_shift)`. On our kernels
+    `between` is not written to memory where that is faster, and never kept for the backward, which computes
+    it again.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float16, bfloat16 or float32 on our kernels, any dtype on ATen.
+        depthwise_weight: [C * multiplier, 1, kH, kW]; depthwise_bias, depthwise_scale, depthwise_shift:
+            [C * multiplier].
+        pointwise_weight: [C_out, C * multiplier, 1, 1]; bias, scale, shift: [C_out].
+        stride, padding, dilation: the depthwise convolution's; padding may be "valid" or "same".
+        residual: the output's shape, added before the activation.
+        depthwise_activation, activation: as in `depthwise_conv2d`.
+        negative_slope: leaky_relu's, of both.
+
+    Returns:
+        [N, C_out, H_out, W_out], sizes as in `depthwise_conv2d`; channels_last if the input or a weight is.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or sizes that do not go together.
+        ValueError: an unknown activation.
+        NotImplementedError: backend "triton" was asked for and cannot serve the call.
+
+    Source: Chollet, "Xception" (2017); Sandler et al., "MobileNetV2" (2018).
+
+    Example:
+        >>> import torch, segfast
+        >>> x, dw, pw = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+        >>> segfast.functional.separable_conv2d(x, dw, pw, padding="same", activation="relu").shape
+        torch.Size([1, 16, 9, 9])
+    """
+    if input.dim() == 3:
+        return separable_conv2d(
+            input.unsqueeze(0),
+            depthwise_weight,
+            pointwise_weight,
+            depthwise_bias,
+            bias,
+            stride,
+            padding,
+            dilation,
+            depthwise_scale=depthwise_scale,
+            depthwise_shift=depthwise_shift,
+            depthwise_activation=depthwise_activation,
+            scale=scale,
+            shift=shift,
+            residual=None if residual is None else residual.unsqueeze(0),
+            activation=activation,
+            negative_slope=negative_slope,
+        ).squeeze(0)
+    check_activation(depthwise_activation)
+    check_activation(activation)
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    dtype = autocast_dtype(input)
+    input, padding = resolve_padding("separable_conv2d", input, depthwise_weight, stride, padding, dilation)
+    weights = (input, depthwise_weight, pointwise_weight)
+    differentiates = torch.is_grad_enabled() and any([t.requires_grad for t in weights])
+    reasons = (*weights, dtype, (stride, dilation), differentiates)
+    if _well_formed(input, depthwise_weight) and use_triton("separable_conv2d", can_use_triton, *reasons):
+        if dtype is not None:
+            input, depthwise_weight, pointwise_weight = [t.to(dtype) for t in weights]
+            depthwise_bias, bias, residual = [
+                None if t is None else t.to(dtype) for t in (depthwise_bias, bias, residual)
+            ]
+        return separable(
+            input,
+            depthwise_weight,
+            depthwise_bias,
+            depthwise_scale,
+            depthwise_shift,
+            pointwise_weight,
+            bias,
+            scale,
+            shift,
+            residual,
+            stride,
+            padding,
+            dilation,
+            depthwise_activation,
+            activation,
+            negative_slope,
+        )
+    between = _depthwise_aten(
+        "separable_conv2d",
+        input,
+        depthwise_weight,
+        depthwise_bias,
+        stride,
+        padding,
+        dilation,
+        depthwise_scale,
+        depthwise_shift,
+        depthwise_activation,
+        negative_slope,
+    )
+    if dtype is None:
+        check_pointwise("separable_conv2d", between.shape[1], between, pointwise_weight, bias)
+    check_epilogue((between.shape[0], pointwise_weight.shape[0], *between.shape[2:]), scale, shift, residual)
+    return conv2d_aten(
+        between, pointwise_weight, bias, 1, 0, 1, 1, scale, shift, residual, activation, negative_slope
+    )
+
+
+def _well_formed(input: Tensor, weight: Tensor) -> bool:
+    """Whether one may ask which backend: torch's or our error says what is wrong otherwise."""
+    return input.dim() == 4 and weight.dim() == 4
+
+
+def _depthwise_aten(
+    name, input, weight, bias, stride, padding, dilation, scale, shift, activation, negative_slope
+) -> Tensor:
+    groups = input.shape[1] if input.dim() == 4 else 0
+    filters = weight.shape[0]
+    if groups == 0 or weight.dim() != 4 or weight.shape[1] != 1 or filters == 0 or filters % groups:
+        check_depthwise(name, input, weight, bias, stride, padding, dilation)  # raises
+    if scale is not None or shift is not None:
+        check_epilogue((input.shape[0], filters, 1, 1), scale, shift, None)
+    return conv2d_aten(
+        input, weight, bias, stride, padding, dilation, groups, scale, shift, None, activation, negative_slope
+    )

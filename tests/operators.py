@@ -1,0 +1,36 @@
+"""What every registered operator owes torch: checks shared by the families' tests."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import segfast
+from segfast.ops import OPERATORS
+
+
+def operators_of(family: str) -> set[str]:
+    """The names of the operators that `segfast.ops.<family>` registers."""
+    return {name for name, op in OPERATORS.items() if f".{family}." in f"{op.reference.__module__}."}
+
+
+def _tensors(result) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def check_fake(operator, args) -> None:
+    """A fake call and one on the meta device tell shape, strides and dtype of the real thing."""
+    real = _tensors(operator(*args))
+    with FakeTensorMode() as mode:
+        fake = operator(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args])
+    meta = operator(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in args])
+    for other in (fake, meta):
+        for a, b in zip(_tensors(other), real, strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def check_decomposition(operator, args) -> None:
+    """The operator and what `segfast.decompositions` has for it give the same, in the same strides."""
+    actual = _tensors(operator(*args))
+    reference = _tensors(segfast.ops.decompositions()[operator](*args))
+    for a, b in zip(actual, reference, strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,214 @@
+"""Rows, the report, and filing what a GPU run brought back."""
+
+import json
+import math
+import subprocess
+
+import pytest
+
+from benchmarks import record, rows, timing
+from benchmarks.cases import find
+from benchmarks.environment import ROOT
+from benchmarks.report import html_page, markdown, ratio, summary, write_report
+
+H200 = {"copy_gbs": 4300.0, "bf16_tflops": 790.0, "l2_gbs": 6600.0, "exp2_gops": 3700.0}
+
+
+def _row(
+    case="unet_up1", candidate="aten_nhwc", us=100.0, ours=False, status="ok", gpu="nvidia-h200", **more
+):
+    timed = timing.Timing(us, us - 1, us + 1, us + 5, us, us + 9, 20)
+    measured = timing.Measurement(candidate, ours, status, "", 1e-3, timed if status == "ok" else None)
+    measured.peak_mb = more.get("peak_mb", math.nan)
+    columns = dict.fromkeys(rows.VERSIONS, "") | {"gpu": gpu, "commit": "abc", "date": "2026-01-01"}
+    return rows.make_row("T2", find(case), measured, H200, columns, more.get("dry_run", False))
+
+
+def _rows_file(folder, *found):
+    folder.mkdir(exist_ok=True)
+    rows.append_rows(folder / "rows.csv", found)
+    return rows.read_rows(folder / "rows.csv")
+
+
+def test_rows_survive_the_file(tmp_path):
+    written = [
+        _row(),
+        _row(candidate="segfast", us=80.0, ours=True),
+        _row(candidate="odd, name", status="failed"),
+    ]
+    for row in written:
+        rows.append_rows(tmp_path / "rows.csv", [row])
+    read = rows.read_rows(tmp_path / "rows.csv")
+    assert [row["candidate"] for row in read] == ["aten_nhwc", "segfast", "odd, name"]
+    assert read[1]["gpu_us"] == 80.0
+    assert read[1]["ours"] is True
+    assert math.isnan(read[2]["gpu_us"])
+    assert read[0]["fraction"] == pytest.approx(rows.floor(find("unet_up1"), H200)[0] / 100, rel=1e-4)
+    (tmp_path / "rows.csv").write_text("case,us\nunet_up1,3\n")
+    with pytest.raises(ValueError, match="expected the columns"):
+        rows.read_rows(tmp_path / "rows.csv")
+
+
+def test_report_keeps_the_cases_where_the_peer_wins(tmp_path):
+    found = _rows_file(
+        tmp_path,
+        _row(us=100.0),
+        _row(candidate="segfast", us=50.0, ours=True),
+        _row("unet_up2", us=30.0),
+        _row("unet_up2", candidate="aten_nchw", us=90.0),
+        _row("unet_up2", candidate="segfast", us=60.0, ours=True),
+        _row("crf_321_160_3", candidate="<script>", status="failed"),
+    )
+    assert ratio(found[:2]) == pytest.approx(2.0)
+    assert ratio(found[2:5]) == pytest.approx(0.5)  # against the fastest peer
+    text = summary(found)
+    assert "geometric mean of the ratios: 1" in text
+    page = html_page(found)
+    assert page.count("<table") == page.count("</table>") == 4
+    assert page.count("data:image/png;base64,") == 1
+    assert "<script>" not in page
+    assert "unet_up2" in page
+    assert "http" not in page.replace("http-equiv", "")
+    write_report(found, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == page
+
+
+def test_report_sets_a_layer_beside_its_block(tmp_path):
+    found = _rows_file(
+        tmp_path,
+        _row("mobilenetv2_dw144", us=100.0),
+        _row("mobilenetv2_dw144", candidate="segfast", us=25.0, ours=True),
+        _row("mobilenetv2_dw144_layer", us=60.0),
+        _row("mobilenetv2_dw144_layer", candidate="segfast", us=20.0, ours=True),
+        _row("aspp_dw_d12_block", us=70.0),
+    )
+    line = "| mobilenetv2_dw144 | bfloat16 | forward | 60 | 20 | 3 | 100 | 25 | 4 |"
+    assert line in markdown(found)
+    # A block whose layer was not measured has no line.
+    assert "| aspp_dw_d12_block | bfloat16 | forward |" not in markdown(found)
+    assert "the layer alone" in html_page(found)
+    assert "the layer alone" not in html_page(found[:2])
+
+
+def test_report_shows_both_forms_and_rates_the_chosen_one(tmp_path):
+    found = _rows_file(
+        tmp_path,
+        _row("decoder_sep_256", us=100.0, peak_mb=300.0),
+        _row("decoder_sep_256", candidate="segfast", us=50.0, ours=True, peak_mb=200.0),
+        _row("decoder_sep_256", candidate="segfast_fused", us=60.0, ours=True, peak_mb=150.0),
+        _row("decoder_sep_256", candidate="segfast_two_kernels", us=40.0, ours=True, peak_mb=210.0),
+    )
+    assert ratio(found) == pytest.approx(2.0)
+    line = "| decoder_sep_256 | bfloat16 | forward | 60 | 40 | 50 | 100 | 200 | 150 | 300 |"
+    assert line in markdown(found)
+    assert "both forms" in html_page(found)
+    assert "both forms" not in html_page(found[:2])
+
+
+def test_report_of_a_cpu_claims_no_gpu_figure(tmp_path):
+    found = _rows_file(tmp_path, _row(gpu="cpu"), _row(gpu="cpu", candidate="segfast", ours=True, us=50.0))
+    assert "no GPU figure was taken" in html_page(found)
+    assert "no GPU figure was taken" in summary(found)
+    dry = _rows_file(tmp_path / "dry", _row(dry_run=True))
+    assert "no GPU figure was taken" in summary(dry)
+    assert "100" not in summary(dry)
+
+
+def test_outputs_replace_only_themselves(tmp_path):
+    from benchmarks.suite import write_outputs
+    from segfast._errors import UserError
+
+    folder = tmp_path / "benchmark"
+    for us in (100.0, 80.0):
+        write_outputs([_row(us=us)], folder)
+    names = {"rows.csv", "rows.json", "report.md", "report.html"}
+    assert {path.name for path in folder.iterdir()} == names
+    content = json.loads((folder / "rows.json").read_text())
+    assert content["rows"][0]["gpu_us"] == 80.0
+    assert content["rows"][0]["graph_us"] is None
+    assert "| aten_nhwc |" in (folder / "report.md").read_text()
+    for name in names:
+        kept = (folder / name).read_text()
+        (folder / name).write_text("a user's own notes")
+        with pytest.raises(UserError, match=name):
+            write_outputs([_row()], folder)
+        assert (folder / name).read_text() == "a user's own notes"
+        (folder / name).write_text(kept)
+
+
+def _configs(gpu="nvidia-h200", **config):
+    tile = {"block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3, "split_k": 1}
+    row = {"config": tile | config, "us": 50.0, "aten_us": 60.0}
+    operations = {"conv_transpose2d_forward": {"ci8-co8-t4-g1-bfloat16-p3": row}}
+    return {"gpu": gpu, "architecture": "sm_90", "operations": operations}
+
+
+def test_record_files_what_a_run_brought_back(tmp_path):
+    source, root = tmp_path / "run", tmp_path / "tree"
+    _rows_file(source, _row(), _row("crf_321_160_3", candidate="pytorch_exact"))
+    (source / "configs.json").write_text(json.dumps(_configs()))
+    proof = {"source": "0123", "gpu": "nvidia-h200"}
+    (source / "proven.json").write_text(json.dumps({"sm_90": {"conv_transpose2d_forward.bfloat16": proof}}))
+    (source / "ceilings.json").write_text(
+        json.dumps({"dry_run": False, "gpu": "nvidia-h200", "ceilings": H200})
+    )
+    proven = root / "kernels" / "configs" / "proven.json"
+    proven.parent.mkdir(parents=True)
+    proven.write_text(json.dumps({"sm_80": {"conv_transpose2d_forward.float16": proof}}))
+    for _ in range(2):  # a second time changes nothing
+        written = record.record(source, root)
+        names = sorted(str(path.relative_to(root)) for path in written)
+        assert names == [
+            "benchmarks/results/nvidia-h200/ceilings.json",
+            "benchmarks/results/nvidia-h200/conv_transpose2d.csv",
+            "benchmarks/results/nvidia-h200/dense_crf.csv",
+            "kernels/configs/nvidia-h200.json",
+            "kernels/configs/proven.json",
+        ]
+        assert set(json.loads(proven.read_text())) == {"sm_80", "sm_90"}
+        assert json.loads((root / "kernels/configs/nvidia-h200.json").read_text()) == _configs()
+        results = root / "benchmarks/results/nvidia-h200/conv_transpose2d.csv"
+        assert [row["gpu_us"] for row in rows.read_rows(results)] == [100.0]
+    # A later measurement is a row more, not another in its place.
+    rows.append_rows(source / "rows.csv", [_row(us=90.0) | {"date": "2026-01-02"}])
+    record.record(source, root)
+    assert [row["gpu_us"] for row in rows.read_rows(results)] == [100.0, 90.0]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, "holds none of"),
+        (lambda folder: _rows_file(folder, _row(dry_run=True)), "dry run"),
+        (lambda folder: _rows_file(folder, _row(gpu="cpu")), "not on a GPU"),
+        (lambda folder: (folder / "rows.csv").write_text("a,b\n"), "expected the columns"),
+        (lambda folder: (folder / "configs.json").write_text("{"), "not JSON"),
+        (
+            lambda folder: (folder / "configs.json").write_text(json.dumps(_configs(gpu="cpu"))),
+            "not on a GPU",
+        ),
+        (
+            lambda folder: (folder / "configs.json").write_text(json.dumps(_configs(tile=3))),
+            "not a measured",
+        ),
+        (lambda folder: (folder / "proven.json").write_text('{"cpu": {}}'), "no GPU's architecture"),
+        (lambda folder: (folder / "ceilings.json").write_text('{"dry_run": true}'), "dry run"),
+    ],
+)
+def test_record_refuses(tmp_path, prepare, message, capsys):
+    source, root = tmp_path / "run", tmp_path / "tree"
+    source.mkdir()
+    # Nothing of the folder is filed if one file is refused.
+    if prepare(source) is not None and not (source / "rows.csv").exists():
+        _rows_file(source, _row())
+    with pytest.raises(record.Refused, match=message):
+        record.record(source, root)
+    assert not root.exists()
+    assert record.main([str(source)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_make_record_needs_a_folder():
+    done = subprocess.run(["make", "-f", "gpu.mk", "record"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: make record FROM=folder" in done.stderr

@@ -1,0 +1,210 @@
+"""`segfast tune`: what is timed, and where the tables keep it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import segfast
+from benchmarks import tuning
+from benchmarks.cases import LAYERS, OPERATORS, find
+from benchmarks.environment import ROOT
+from segfast._tune import Tuned, Tuner, variants, work
+from segfast._tune_calls import FAMILIES, Layer
+from segfast.cli import main
+from segfast.kernels import Config, _configs, _device
+from segfast.ops import _backend
+from segfast.ops.separable_conv2d import functional
+
+CPU = torch.device("cpu")
+# One that walks along rows, and one that goes tap by tap.
+WALKS, TAPS = Layer(1, 4, 8, 3, 3, 3, 1, 1), Layer(1, 4, 8, 5, 5, 2, 3, 0)
+UP = Layer(1, 4, 4, 2, 2, 2, 2, 0)
+
+
+def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU to tune on")
+    monkeypatch.delenv("SEGFAST_DRY_RUN", raising=False)
+    assert main(["tune"]) == 2
+    assert "no" in capsys.readouterr().err
+    assert main(["tune", "--budget", "0"]) == 2
+    assert main(["tune", "--shape", "1,4,4,2,2,2,2,0"]) == 2
+    assert "--family" in capsys.readouterr().err
+    for shape in ("1,2,3", "1,4,4,2,2,2,2,-1", "1,4,4,2,2,2,2,0,0", "a"):
+        assert main(["tune", "--family", "conv_transpose2d", "--shape", shape]) == 2
+        assert "N,C_IN,C_OUT" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """What a dry run keeps, by family: through the interpreter, every configuration checked and timed."""
+    folder = tmp_path_factory.mktemp("tune")
+    variables = {"SEGFAST_DRY_RUN": "1", "TRITON_INTERPRET": "1", "SEGFAST_CACHE": str(folder / "cache")}
+    found = {}
+    for name, layers in (("conv_transpose2d", [UP]), ("separable_conv2d", [WALKS, TAPS])):
+        shapes = [argument for layer in layers for argument in ("--shape", ",".join(map(str, layer)))]
+        command = [sys.executable, "-m", "segfast", "tune", "--dtype", "float32", "--budget", "60"]
+        command += ["--family", name, *shapes, "--out", str(folder / name)]
+        environment = os.environ | variables
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "differs" not in done.stdout
+        found[name] = json.loads((folder / name / "cpu.json").read_text())["operations"]
+    assert not (folder / "cache").exists()
+    return found
+
+
+def test_tune_dry_run_keeps_the_fastest_of_each_operation(tables):
+    for name, operations in tables.items():
+        assert set(operations) >= set(FAMILIES[name].operations)
+        for buckets in operations.values():
+            for row in buckets.values():
+                assert row["us"] > 0
+                assert row["aten_us"] > 0
+    separable = tables["separable_conv2d"]["separable_conv2d_forward"]
+    assert {row["config"]["form"] for row in separable.values()} <= {"fused", "two kernels"}
+
+
+@pytest.fixture
+def on_a_gpu(tables, monkeypatch):
+    """The choice of backend on a GPU where all is proven, with this table only, ours twice as fast."""
+    fast = {
+        operation: {key: row | {"us": 1.0, "aten_us": 2.0} for key, row in rows.items()}
+        for operation, rows in tables["separable_conv2d"].items()
+    }
+    proven = frozenset(f"{operation}.float32" for operation in _configs.operations())
+    monkeypatch.setattr(_configs, "tables", lambda slug, arch: [{"operations": fast}])
+    monkeypatch.setattr(_configs, "proven_entries", lambda arch: proven)
+    monkeypatch.setattr(_device, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(_device, "gpu_slug", lambda device: "gpu")
+    monkeypatch.setattr(functional, "kernel_reason_not", lambda *args: None)
+    _backend._look_up.cache_clear()
+    yield fast
+    _backend._look_up.cache_clear()
+
+
+@pytest.mark.parametrize("differentiates", [False, True])
+@pytest.mark.parametrize("layer", [WALKS, TAPS], ids=["walks", "taps"])
+def test_what_was_tuned_is_found_for_that_layer(on_a_gpu, layer, differentiates):
+    x = torch.empty(layer.batch, layer.c_in, layer.height, layer.width).to(memory_format=torch.channels_last)
+    weight = torch.empty(layer.c_in, 1, layer.kernel, layer.kernel)
+    geometry, other = ((2 * (stride,), 2 * (layer.dilation,)) for stride in (layer.stride, layer.stride + 1))
+    ask = functional.can_use_triton
+    for pointwise in (None, torch.empty(layer.c_out, layer.c_in, 1, 1)):
+        assert ask("auto", x, weight, pointwise, None, geometry, differentiates) is None
+        assert "not measured" in ask("auto", x, weight, pointwise, None, other, differentiates)
+    on_a_gpu["depthwise_conv2d_forward"].clear()
+    _backend._look_up.cache_clear()
+    assert "not measured" in ask("auto", x, weight, None, None, geometry, differentiates)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_calls_of_an_operation_are_the_same_layer(name):
+    """On ATen they are: the geometry, the operands, the direction."""
+    tuner = Tuner(torch.float64, CPU)
+    for family, operation, layer in work({name: FAMILIES[name].layers[-4:]}):
+        if operation == "pointwise_conv2d_forward":
+            continue  # ours is a launcher, which ATen does not stand in for
+        small = {
+            "batch": 1,
+            "c_in": min(6, layer.c_in),
+            "c_out": min(5, layer.c_out),
+            "height": 9,
+            "width": 8,
+        }
+        ours, aten = tuner.calls(family, operation, layer._replace(**small))
+        torch.testing.assert_close(ours(), aten())
+
+
+def test_work_holds_each_operation_of_each_layer_once():
+    up, separable = (len(FAMILIES[name].layers) for name in ("conv_transpose2d", "separable_conv2d"))
+    todo = work({name: family.layers for name, family in FAMILIES.items()})
+    assert len(todo) == 3 * up + 5 * separable
+    names = [operation for _, operation, _ in todo]
+    assert names == sorted(names, key=lambda name: not name.endswith("_forward"))
+    assert names.index("depthwise_conv2d_forward") < names.index("separable_conv2d_forward")
+    alike = work({"separable_conv2d": [WALKS, WALKS._replace(c_out=24)]})
+    assert [operation for _, operation, _ in alike].count("depthwise_conv2d_forward") == 1
+    assert [operation for _, operation, _ in alike].count("separable_conv2d_forward") == 2
+
+
+def test_the_gpu_run_tunes_what_the_cases_need():
+    todo = tuning.work(OPERATORS + LAYERS)
+    keys = [(item.operation, item.family.layer_of(item.operation, item.layer)) for item in todo]
+    assert len(set(keys)) == len(keys)
+    assert len({item.case.key for item in todo}) == len(todo)
+    for item in todo:
+        assert item.operation.endswith(item.case.direction)
+        assert item.case.epilogue == ()
+    found = {(item.operation, item.case.name) for item in todo}
+    for operation in FAMILIES["separable_conv2d"].operations:
+        kind = operation.partition("_")[0]
+        assert (operation, f"decoder_sep_256_{'bare' if kind == 'separable' else kind}") in found
+    pointwise = next(item.case for item in todo if item.case.name == "decoder_sep_256_pointwise")
+    assert (pointwise["k"], pointwise["g"], pointwise["co"], pointwise["h"]) == (1, 1, 256, 129)
+    # A table holds for up to four times the pixels.
+    assert {item.layer.batch for item in todo} == {1, 8, 16}
+
+
+def _launched(variant) -> list[tuple[str, Config]]:
+    return [(plan.kernel.fn.__name__, plan.config) for plan, _ in variant.launches]
+
+
+@pytest.mark.interpreter
+def test_a_variant_times_its_own_operation():
+    """And the form of two kernels what was found for each of them."""
+    family, tuner = FAMILIES["separable_conv2d"], Tuner(torch.float32, CPU)
+    first, second = Config(4, 16, 4, 1, 1), Config(16, 16, 16, 4, 2)
+    rows, product = "_depthwise_conv2d_rows_kernel", "_pointwise_conv2d_kernel"
+    for operation, config in (("depthwise_conv2d_forward", first), ("pointwise_conv2d_forward", second)):
+        tuned = Tuned(operation, operation, "", config, 1.0, 2.0, [])
+        tuner.found[operation, family.layer_of(operation, WALKS)] = tuned
+    parts = tuner.parts(family, "separable_conv2d_forward", WALKS)
+    assert parts == {"depthwise_conv2d_forward": first, "pointwise_conv2d_forward": second}
+    with segfast.backend("triton"):
+        forms = {}
+        run, _ = tuner.calls(family, "separable_conv2d_forward", WALKS)
+        for variant in variants("separable_conv2d_forward", run, CPU, parts):
+            assert variant.operation == "separable_conv2d_forward"
+            forms.setdefault(variant.config.form, []).append(_launched(variant))
+        assert forms["two kernels"] == [[(rows, first), (product, second)]]
+        assert all(len(launched) == 1 for launched in forms["fused"])
+        for operation, kernel in (("depthwise_conv2d_forward", rows), ("pointwise_conv2d_forward", product)):
+            run, _ = tuner.calls(family, operation, WALKS)
+            found = list(variants(operation, run, CPU))
+            assert len(found) > 1
+            for variant in found:
+                assert variant.operation == operation
+                assert _launched(variant) == [(kernel, variant.config)]
+    assert _configs._overrides == {}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("layer", "suffix"), [(WALKS, ""), (TAPS, "_taps")])
+def test_each_direction_launches_its_own_kernel(layer, suffix):
+    tuner = Tuner(torch.float32, CPU)
+    with segfast.backend("triton"):
+        for family, operation, _ in work({"separable_conv2d": [layer]}):
+            if operation in family.per_channel:
+                run, _ = tuner.calls(family, operation, layer)
+                kernel = operation if suffix == "" else operation.removesuffix("_forward") + suffix
+                assert {variant.operation for variant in variants(operation, run, CPU)} == {kernel}
+
+
+@pytest.mark.interpreter
+def test_every_configuration_is_compiled_before_a_gpu_run_tunes():
+    from benchmarks.precompile import _tuning_launches
+
+    todo = tuning.work([find("decoder_sep_256")], tiny=True)
+    tasks = {task[2]: task for task in tuning.tuning_tasks(todo)}
+    assert list(tasks) == [item.operation for item in todo]
+    with segfast.backend("triton"):
+        found = _tuning_launches(CPU, *tasks["separable_conv2d_forward"][1:])
+    names = {plan.kernel.fn.__name__ for plan, _ in found}
+    assert names == {
+        "_separable_conv2d_fused_kernel", "_depthwise_conv2d_rows_kernel", "_pointwise_conv2d_kernel"
+    }  # fmt: skip
