@@ -98,9 +98,9 @@ def _case_launches(device: torch.device, name: str, direction: str, dtype: str) 
     return found
 
 
-def _tuning_launches(device: torch.device, family: str, operation: str, layer: tuple, dtype: str) -> list:
+def _tuning_launches(device: torch.device, family: str, operation: str, layer, dtype: str) -> list:
     from segfast._tune import Tuner, variants
-    from segfast._tune_calls import FAMILIES, Layer
+    from segfast._tune_calls import FAMILIES
 
-    run, _ = Tuner(getattr(torch, dtype), device).calls(FAMILIES[family], operation, Layer(*layer))
+    run, _ = Tuner(getattr(torch, dtype), device).calls(FAMILIES[family], operation, layer)
     return [launch for variant in variants(operation, run, device) for launch in variant.launches]

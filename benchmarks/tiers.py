@@ -237,7 +237,7 @@ def t4(session: Session) -> None:
 
     segfast.backend("triton")
     session.measure_ceilings()
-    todo = work(session.selected(OPERATORS + LAYERS), tiny=session.dry)
+    todo = work(session.selected(OPERATORS + BLOCKS + HEADS + LAYERS), tiny=session.dry)
     todo = [item for item in todo if f"T4 {item.case.key}" not in session.begun]
     if not session.dry:
         compile_all(tuning_tasks(todo), 0.4 * session.left(), log)

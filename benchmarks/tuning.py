@@ -5,8 +5,18 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import DIRECTIONS, Case, is_depthwise, output_size
-from segfast._tune_calls import FAMILIES, Family, Layer
+from benchmarks.cases import DIRECTIONS, Case, is_depthwise, is_head, output_size
+from segfast._tune_calls import FAMILIES, Family, is_gradient
+from segfast._tune_layers import AnyLayer, Head, Layer
+
+# A head's case and direction that are, or are most of, what an operation of its family does.
+_OF_A_HEAD = {
+    "upsample_softmax_forward": ("upsample_cross_entropy", "forward"),
+    "upsample_grad_logits": ("upsample_cross_entropy", "backward"),
+    "upsample_argmax": ("upsample_argmax", "forward"),
+    "upsample_dice_sums": ("upsample_dice", "forward"),
+    "softmax_expectation": ("upsample_dice", "backward"),
+}
 
 
 class Item(NamedTuple):
@@ -14,7 +24,7 @@ class Item(NamedTuple):
 
     family: Family
     operation: str
-    layer: Layer
+    layer: AnyLayer
     case: Case
 
     @property
@@ -23,7 +33,7 @@ class Item(NamedTuple):
 
 
 def work(cases: Sequence[Case], tiny: bool = False) -> list[Item]:
-    """What to tune for `cases`, each operation of each layer once: forward passes first, then gradients.
+    """What to tune for `cases`, each operation of each layer once: what only training runs comes last.
 
     `tiny`: the first case of each kind only, small enough for Triton's interpreter.
     """
@@ -35,20 +45,27 @@ def work(cases: Sequence[Case], tiny: bool = False) -> list[Item]:
         for item in _items(case):
             key = (item.operation, item.family.layer_of(item.operation, item.layer), item.dtype)
             found.setdefault(key, item)
-    return sorted(found.values(), key=lambda item: not item.operation.endswith("_forward"))
+    return sorted(found.values(), key=lambda item: is_gradient(item.operation))
 
 
 def _tuned(case: Case) -> bool:
     # A table holds for up to four times the pixels: batch 8 stands for 32.
     if case.params.get("n") == 32:
         return False
-    return case.op in ("conv_transpose2d", "separable_conv2d") or is_depthwise(case)
+    return case.op in ("conv_transpose2d", "separable_conv2d") or is_depthwise(case) or is_head(case)
 
 
 def _items(case: Case) -> Iterator[Item]:
     if not _tuned(case):
         return
     family = FAMILIES[case.family]
+    if is_head(case):
+        head = Head(*(case[name] for name in ("n", "classes", "h", "w", "scale")))
+        for operation, (op, direction) in _OF_A_HEAD.items():
+            if case.op == op:
+                alone = case.replace(name=f"{case.name}_bare", direction=direction, headline=False)
+                yield Item(family, operation, head, alone)
+        return
     layer = Layer(
         *(case[name] for name in ("n", "ci", "co", "h", "w", "k", "s", "p")), case.params.get("d", 1)
     )
@@ -73,11 +90,11 @@ def _alone(case: Case, operation: str) -> Case:
 
 
 def _tiny(case: Case) -> Case:
-    small = {"n": 1, "ci": 8, "co": 8, "g": 8, "h": 3, "w": 3}
+    small = {"n": 1, "ci": 8, "co": 8, "g": 8, "classes": 5, "h": 3, "w": 3, "scale": 2}
     params = {name: small.get(name, value) for name, value in case.params.items()}
     return case.replace(params=params, size="tiny", dtype="float32")
 
 
 def tuning_tasks(items: Sequence[Item]) -> list[tuple]:
     """The work of `benchmarks.precompile` for them."""
-    return [("tune", item.case.family, item.operation, tuple(item.layer), item.case.dtype) for item in items]
+    return [("tune", item.case.family, item.operation, item.layer, item.case.dtype) for item in items]

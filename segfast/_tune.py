@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +18,19 @@ from torch import Tensor
 from ._errors import UserError
 from ._files import atomic_write
 from ._timing import interleave
-from ._tune_calls import FAMILIES, Call, Draw, Family, Layer
+from ._tune_calls import FAMILIES, Family, is_gradient
+from ._tune_layers import AnyLayer, Call, Draw, Head, Layer
 
-SHAPE = "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING[,DILATION]"
+SHAPES = {Layer: "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING[,DILATION]", Head: "N,CLASSES,H,W,SCALE"}
 ERROR = 4e-2  # a candidate further than this from ATen, in norm, is wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One operation with one configuration: its recorded launches, and the output they fill."""
+    """One operation with one configuration: its recorded launches, and the output they fill.
+
+    That is tensors, or a function that makes them of what the launches fill: time it takes as well.
+    """
 
     operation: str
     bucket: str
@@ -33,9 +38,10 @@ class Variant:
     launches: list
     output: Any
 
-    def run(self) -> None:
+    def run(self) -> Any:
         for plan, pointers in self.launches:
             plan(*pointers)
+        return self.output() if callable(self.output) else self.output
 
 
 def variants(
@@ -91,14 +97,14 @@ def tune_call(
 ) -> Tuned | None:
     """Time every configuration of `operation` that agrees with `aten`, interleaved with it; None without one.
 
-    `ours` and `aten` return the same tensor or tuple of tensors; `parts` as in `variants`.
+    `ours` and `aten` return the same tensor or tuple of tensors, `ours` perhaps by a function: see `Variant`.
+    `parts` as in `variants`.
     """
     expected, runs, kept = aten(), {"aten": aten}, {}
     for variant in variants(operation, ours, device, parts):
         name = str(variant.config)
         try:
-            variant.run()
-            error = _distance(variant.output, expected)
+            error = _distance(variant.run(), expected)
         except Exception as failure:
             # A configuration the compiler or the device refuses is no candidate.
             log(f"{variant.operation} {name}: {type(failure).__name__}: {str(failure)[:200]}")
@@ -124,19 +130,19 @@ class Tuner:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, log: Callable[[str], None] = print) -> None:
         self.dtype, self.device, self.log = dtype, device, log
-        self.found: dict[tuple[str, Layer], Tuned] = {}
+        self.found: dict[tuple[str, AnyLayer], Tuned] = {}
 
-    def calls(self, family: Family, operation: str, layer: Layer) -> tuple[Call, Call]:
+    def calls(self, family: Family, operation: str, layer: AnyLayer) -> tuple[Call, Call]:
         """Our call and ATen's."""
         return family.operations[operation](layer, Draw(self.dtype, self.device))
 
-    def parts(self, family: Family, operation: str, layer: Layer) -> dict[str, Any]:
+    def parts(self, family: Family, operation: str, layer: AnyLayer) -> dict[str, Any]:
         """The configurations found for what `operation` may be made of."""
         keys = [(part, family.layer_of(part, layer)) for part in family.parts.get(operation, ())]
         known = [self.found[key] for key in keys if key in self.found]
         return {tuned.kernel: tuned.config for tuned in known}
 
-    def tune(self, family: Family, operation: str, layer: Layer, budget_s: float) -> Tuned | None:
+    def tune(self, family: Family, operation: str, layer: AnyLayer, budget_s: float) -> Tuned | None:
         """Tune one operation of one layer."""
         ours, aten = self.calls(family, operation, layer)
         parts = self.parts(family, operation, layer)
@@ -147,9 +153,10 @@ class Tuner:
 
 
 def _distance(output: Any, expected: Any) -> float:
-    """Largest ||a - b|| / ||b|| over the tensors; NaN stays NaN."""
+    """Largest ||a - b|| / ||b|| over the tensors, 0 / 0 being 0; NaN stays NaN."""
     pairs = zip(*([t] if isinstance(t, Tensor) else list(t) for t in (output, expected)), strict=True)
-    errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs]
+    least = torch.finfo(torch.float32).tiny
+    errors = [float((a.float() - b.float()).norm() / b.float().norm().clamp_min(least)) for a, b in pairs]
     return math.nan if any(math.isnan(e) for e in errors) else max(errors)
 
 
@@ -173,7 +180,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `segfast tune`."""
     parser.add_argument("--family", choices=sorted(FAMILIES), help="tune this one only (default: all)")
     parser.add_argument(
-        "--shape", action="append", metavar=SHAPE, help="a layer of --family to tune (repeatable)"
+        "--shape",
+        action="append",
+        metavar="SIZES",
+        help=f"a layer of --family to tune (repeatable): {SHAPES[Layer]}, a head's {SHAPES[Head]}",
     )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: %(default)s"
@@ -182,15 +192,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the table here instead of into the user's cache")
 
 
-def work(families: Mapping[str, Sequence[Layer]]) -> list[tuple[Family, str, Layer]]:
-    """The (family, operation, layer) to tune, each once: forward passes first, of every family."""
+def work(families: Mapping[str, Sequence[AnyLayer]]) -> list[tuple[Family, str, AnyLayer]]:
+    """The (family, operation, layer) to tune, each once: what only training runs comes last."""
     found = {}
     for name, layers in families.items():
         family = FAMILIES[name]
         for operation in family.operations:
             for layer in layers:
                 found[operation, family.layer_of(operation, layer)] = (family, operation, layer)
-    return sorted(found.values(), key=lambda item: not item[1].endswith("_forward"))
+    return sorted(found.values(), key=lambda item: is_gradient(item[1]))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -206,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.shape and args.family is None:
         raise UserError(f"--shape needs --family ({', '.join(FAMILIES)}), whose layer it is")
-    shapes = [_parse_shape(text) for text in args.shape or ()]
+    shapes = [_parse_shape(FAMILIES[args.family].kind, text) for text in args.shape or ()]
     if not args.budget > 0:
         raise UserError(f"--budget must be positive, got {args.budget}")
     device = _device(args)
@@ -250,11 +260,13 @@ def _device(args: argparse.Namespace) -> torch.device:
     return torch.device("cpu")
 
 
-def _parse_shape(text: str) -> Layer:
+def _parse_shape(kind: type[AnyLayer], text: str) -> AnyLayer:
     try:
-        sizes = tuple(int(part) for part in text.split(","))
+        sizes = [int(part) for part in text.split(",")]
     except ValueError:
-        sizes = ()
-    if len(sizes) not in (8, 9) or min(sizes[:7] + sizes[8:]) < 1 or sizes[7] < 0:
-        raise UserError(f"--shape must be {SHAPE}, whole numbers, got {text!r}")
-    return Layer(*sizes)
+        sizes = []
+    least = [0 if name == "padding" else 1 for name in kind._fields]
+    needed = len(least) - len(kind._field_defaults)
+    if not needed <= len(sizes) <= len(least) or any(map(operator.lt, sizes, least)):
+        raise UserError(f"--shape must be {SHAPES[kind]}, whole numbers, got {text!r}")
+    return kind(*sizes)

@@ -4,88 +4,70 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Call = Callable[[], Any]  # returns a tensor, or a tuple of them
+from ._tune_heads import HEAD_OPERATIONS, HEADS
+from ._tune_layers import AnyLayer, Call, Draw, Layer
 
-
-class Layer(NamedTuple):
-    """A convolution's sizes; of a separable one C_OUT is the 1x1 convolution's."""
-
-    batch: int
-    c_in: int
-    c_out: int
-    height: int
-    width: int
-    kernel: int
-    stride: int
-    padding: int
-    dilation: int = 1
-
-    def conv_size(self) -> tuple[int, int]:
-        """Height and width of a convolution's result."""
-        reach = self.dilation * (self.kernel - 1) + 1
-        height, width = (
-            (size + 2 * self.padding - reach) // self.stride + 1 for size in (self.height, self.width)
-        )
-        return height, width
-
-
-class Draw:
-    """Random channels_last tensors of one dtype on one device."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator(device).manual_seed(0)
-
-    def __call__(self, *size: int, scale: float = 1.0) -> Tensor:
-        values = scale * torch.randn(*size, device=self.device, generator=self.generator)
-        return values.to(self.dtype).contiguous(memory_format=torch.channels_last)
-
-
-Maker = Callable[[Layer, Draw], tuple[Call, Call]]
+Maker = Callable[[Any, Draw], tuple[Call, Call]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family's operations in the order they are tuned, and the layers they are tuned for.
+    """A family's operations in the order they are tuned, and the layers, all of a kind, they are tuned for.
 
     `parts` names, for an operation, those its call may launch in its place; `per_channel` the operations that
     C_OUT does not concern.
     """
 
     operations: Mapping[str, Maker]
-    layers: tuple[Layer, ...]
+    layers: tuple[AnyLayer, ...]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     per_channel: tuple[str, ...] = ()
 
-    def layer_of(self, operation: str, layer: Layer) -> Layer:
+    @property
+    def kind(self) -> type[AnyLayer]:
+        """What its layers are."""
+        return type(self.layers[0])
+
+    def layer_of(self, operation: str, layer: AnyLayer) -> AnyLayer:
         """`layer` as `operation` sees it: the same for layers that differ in nothing that concerns it."""
-        return layer._replace(c_out=layer.c_in) if operation in self.per_channel else layer
+        if isinstance(layer, Layer) and operation in self.per_channel:
+            return layer._replace(c_out=layer.c_in)
+        return layer
+
+
+def is_gradient(operation: str) -> bool:
+    """Whether only training runs it."""
+    return "_grad_" in operation or operation == "softmax_expectation"
 
 
 def _calls(
     ours: Callable[..., Tensor],
     aten: Callable[..., Tensor],
     x: Tensor,
-    weight: Tensor,
+    weights: tuple[Tensor, Tensor],
     direction: str,
     draw: Draw,
 ) -> tuple[Call, Call]:
-    """Both functions of (x, weight) in one direction: the result, or the gradient of x or of weight."""
+    """Both functions of x and the weight, each with its own, in one direction: the result or a gradient."""
+    mine, theirs = weights
     if direction == "forward":
-        return partial(_without_gradients, ours, x, weight), partial(_without_gradients, aten, x, weight)
-    x.requires_grad_(direction == "grad_input")
-    weight.requires_grad_(direction == "grad_weight")
-    wanted = x if direction == "grad_input" else weight
-    outputs = [function(x, weight) for function in (ours, aten)]
+        return partial(_without_gradients, ours, x, mine), partial(_without_gradients, aten, x, theirs)
+    wanted = (x, x) if direction == "grad_input" else weights
+    for leaf in wanted:
+        leaf.requires_grad_()
+    outputs = [ours(x, mine), aten(x, theirs)]
     grad = draw(*outputs[0].shape)
-    mine, theirs = (partial(torch.autograd.grad, y, wanted, grad, retain_graph=True) for y in outputs)
-    return mine, theirs
+    first, second = (
+        partial(torch.autograd.grad, y, leaf, grad, retain_graph=True)
+        for y, leaf in zip(outputs, wanted, strict=True)
+    )
+    return first, second
 
 
 @torch.no_grad()
@@ -107,14 +89,15 @@ def _conv_transpose2d(direction: str, layer: Layer, draw: Draw) -> tuple[Call, C
     def aten(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv_transpose2d(x, weight, *options)
 
-    return _calls(ours, aten, x, weight, direction, draw)
+    return _calls(ours, aten, x, (weight, weight), direction, draw)
 
 
-def _filters(layer: Layer, draw: Draw) -> Tensor:
-    """Depthwise filters as `segfast.optimize` lays them out."""
+def _filters(layer: Layer, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Depthwise filters as `segfast.optimize` lays them out, and as torch does: neither side copies."""
     from .ops.separable_conv2d.operators import taps_major
 
-    return taps_major(draw(layer.c_in, 1, layer.kernel, layer.kernel, scale=1 / layer.kernel))
+    filters = draw(layer.c_in, 1, layer.kernel, layer.kernel, scale=1 / layer.kernel)
+    return taps_major(filters), filters
 
 
 def _depthwise_conv2d(direction: str, layer: Layer, draw: Draw) -> tuple[Call, Call]:
@@ -145,7 +128,7 @@ def _pointwise_conv2d(layer: Layer, draw: Draw) -> tuple[Call, Call]:
         pointwise_conv2d_forward(x, weight, None, None, None, None, out, None, 0.0)
         return out
 
-    return _calls(ours, F.conv2d, x, weight, "forward", draw)
+    return _calls(ours, F.conv2d, x, (weight, weight), "forward", draw)
 
 
 def _separable_conv2d(layer: Layer, draw: Draw) -> tuple[Call, Call]:
@@ -153,16 +136,15 @@ def _separable_conv2d(layer: Layer, draw: Draw) -> tuple[Call, Call]:
 
     geometry = (layer.stride, layer.padding, layer.dilation)
     x = draw(layer.batch, layer.c_in, layer.height, layer.width)
-    filters = _filters(layer, draw)
     weight = draw(layer.c_out, layer.c_in, 1, 1, scale=1 / math.sqrt(layer.c_in))
 
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
+    def ours(x: Tensor, filters: Tensor) -> Tensor:
         return separable_conv2d(x, filters, weight, None, None, *geometry)
 
-    def aten(x: Tensor, weight: Tensor) -> Tensor:
+    def aten(x: Tensor, filters: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, filters, None, *geometry, layer.c_in), weight)
 
-    return _calls(ours, aten, x, weight, "forward", draw)
+    return _calls(ours, aten, x, _filters(layer, draw), "forward", draw)
 
 
 # Measured tables hold for up to four times the pixels, or a quarter: batch 8 and batch 1 cover 1 to 32.
@@ -210,4 +192,5 @@ FAMILIES = {
         {"separable_conv2d_forward": ("depthwise_conv2d_forward", "pointwise_conv2d_forward")},
         tuple(f"depthwise_conv2d_{name}" for name in ("forward", "grad_input", "grad_weight")),
     ),
+    "segmentation_head": Family(HEAD_OPERATIONS, HEADS),
 }

@@ -13,7 +13,8 @@ from benchmarks import tuning
 from benchmarks.cases import LAYERS, OPERATORS, find
 from benchmarks.environment import ROOT
 from segfast._tune import Tuned, Tuner, variants, work
-from segfast._tune_calls import FAMILIES, Layer
+from segfast._tune_calls import FAMILIES, is_gradient
+from segfast._tune_layers import Head, Layer
 from segfast.cli import main
 from segfast.kernels import Config, _configs, _device
 from segfast.ops import _backend

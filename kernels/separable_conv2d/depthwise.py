@@ -140,6 +140,8 @@ def _depthwise_conv2d_taps_kernel(
     # Any kernel, stride, dilation and number of filters a channel. C counts the output's channels.
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
+    if WIDE_INDEX:
+        pid = pid.to(tl.int64)
     c = pid % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
     m = pid // CHANNEL_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -147,8 +149,6 @@ def _depthwise_conv2d_taps_kernel(
     ow = m % OW
     oh = m // OW % OH
     n = m // OW // OH
-    if WIDE_INDEX:
-        n, oh, ow = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64)
     accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tap in tl.range(0, KERNEL_H * KERNEL_W, num_stages=1):
         kh = tap // KERNEL_W

@@ -114,6 +114,8 @@ def _depthwise_conv2d_grad_input_taps_kernel(
     # Any kernel, stride, dilation and number of filters a channel. C counts the input's channels.
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
+    if WIDE_INDEX:
+        pid = pid.to(tl.int64)
     c = pid % CHANNEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
     m = pid // CHANNEL_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -121,8 +123,6 @@ def _depthwise_conv2d_grad_input_taps_kernel(
     iw = m % W
     ih = m // W % H
     n = m // W // H
-    if WIDE_INDEX:
-        n, ih, iw = n.to(tl.int64), ih.to(tl.int64), iw.to(tl.int64)
     accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tap in tl.range(0, KERNEL_H * KERNEL_W * MULTIPLIER, num_stages=1):
         kh = tap // MULTIPLIER // KERNEL_W

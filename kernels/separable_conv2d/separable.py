@@ -48,6 +48,8 @@ def _separable_conv2d_fused_kernel(
     # run together read the same pixels, through L2.
     TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
+    if WIDE_INDEX:
+        pid = pid.to(tl.int64)
     m = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     m_ok = m < M
@@ -55,8 +57,6 @@ def _separable_conv2d_fused_kernel(
     ow = m % OW
     oh = m // OW % OH
     n = m // OW // OH
-    if WIDE_INDEX:
-        n, oh, ow = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64)
     ih = oh * STRIDE_H - PAD_H
     iw = ow * STRIDE_W - PAD_W
     x_pixels = x_ptr + tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN_X)
@@ -112,6 +112,8 @@ def _pointwise_conv2d_kernel(
     # The 1x1 convolution alone: a matrix product whose rows are pixels.
     TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
+    if WIDE_INDEX:
+        pid = pid.to(tl.int64)
     m = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     m_ok = m < M
@@ -119,8 +121,6 @@ def _pointwise_conv2d_kernel(
     ow = m % OW
     oh = m // OW % OH
     n = m // OW // OH
-    if WIDE_INDEX:
-        n, oh, ow = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64)
     x_rows = x_ptr + tl.multiple_of(n * stride_xn + oh * stride_xh + ow * stride_xw, ALIGN_X)[:, None]
     w_rows = w_ptr + c[:, None] * C
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -1,6 +1,7 @@
 """Batch norm in eval as a scale and a shift of the epilogue before it: act(scale * conv + shift)."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,10 @@ class _Entry(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     versions: list[int]
     eps: float
-    affine: Affine
+    result: tuple[Tensor | None, Tensor | None]
 
     def describes(self, tensors: tuple[Tensor | None, ...], eps: float) -> bool:
-        """Whether `affine` was computed from these very tensors, not written to since."""
+        """Whether `result` was computed from these very tensors, not written to since."""
         same = all([a is b for a, b in zip(self.tensors, tensors, strict=True)])
         return same and self.eps == eps and self.versions == _versions(tensors)
 
@@ -92,15 +93,41 @@ def folded(norm: Any) -> Affine:
         torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     ):
         return _affine(*tensors, norm.eps)
-    entry = _known.get(norm)
-    if entry is not None and entry.describes(tensors, norm.eps):
-        return entry.affine
+    return Affine(*_remembered(norm, tensors, norm.eps, lambda: _affine(*tensors, norm.eps)))
+
+
+def folded_filter(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of `conv` with a norm that `folds` in them, remembered as `folded` is.
+
+    Only where no gradient is wanted, and nothing but eager code runs.
+    """
+    if norm is None:
+        return conv.weight, conv.bias
+    tensors = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+    def fold() -> tuple[Tensor, Tensor]:
+        scale, shift = (t.to(conv.weight.dtype) for t in _affine(*tensors[2:], norm.eps))
+        return conv.weight * scale[:, None, None, None], (
+            shift if conv.bias is None else shift + conv.bias * scale
+        )
+
+    weight, bias = _remembered(conv, tensors, norm.eps, fold)
+    assert weight is not None
+    return weight, bias
+
+
+def _remembered(
+    module: nn.Module, tensors: tuple[Tensor | None, ...], eps: float, compute: Callable[[], Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    entry = _known.get(module)
+    if entry is not None and entry.describes(tensors, eps):
+        return entry.result
     # Not inference tensors, which a later call with gradients could not save.
     with torch.inference_mode(False), torch.no_grad():
-        affine = _affine(*tensors, norm.eps)
+        result = compute()
     if all([t is None or (type(t) in _PLAIN and not t.is_inference()) for t in tensors]):
-        _known[norm] = _Entry(tensors, _versions(tensors), norm.eps, affine)
-    return affine
+        _known[module] = _Entry(tensors, _versions(tensors), eps, result)
+    return result
 
 
 def forget(*norms: nn.Module | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._epilogue import ACTIVATIONS, check_activation
+from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
 from ._norm import forget
@@ -209,26 +209,27 @@ class SeparableConv2d(_FoldsNorms):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         slope = self.negative_slope
-        pair = Pair(
-            self.conv_dw,
-            self.bn_dw,
-            self.depthwise_activation,
-            self.conv_pw,
-            self.bn_pw,
-            self.activation,
-            slope,
-        )
-        if pays(input) and pair.fits():
-            return pair.run(input, residual)
+        if pays(input):
+            pair = Pair(
+                self.conv_dw,
+                self.bn_dw,
+                self.depthwise_activation,
+                self.conv_pw,
+                self.bn_pw,
+                self.activation,
+                slope,
+            )
+            if pair.fits():
+                return pair.run(input, residual)
         x = self.conv_dw(input)
         if self.bn_dw is not None:
             x = self.bn_dw(x)
-        x = self.conv_pw(ACTIVATIONS[self.depthwise_activation](x, slope))
+        x = self.conv_pw(_activated(x, self.depthwise_activation, slope, self.bn_dw or self.conv_dw))
         if self.bn_pw is not None:
             x = self.bn_pw(x)
         if residual is not None:
-            x = x + residual
-        return ACTIVATIONS[self.activation](x, slope)
+            return ACTIVATIONS[self.activation](x + residual, slope)
+        return _activated(x, self.activation, slope, self.bn_pw or self.conv_pw)
 
     def extra_repr(self) -> str:
         names = (self.depthwise_activation, self.activation)
@@ -240,6 +241,14 @@ class SeparableConv2d(_FoldsNorms):
         if "leaky_relu" in names:
             parts.append(f"negative_slope={self.negative_slope}")
         return ", ".join(parts)
+
+
+def _activated(x: Tensor, activation: str | None, negative_slope: float, made_by: nn.Module) -> Tensor:
+    """The activation of what `made_by` returned; not over it where a hook, or another class, may keep it."""
+    plain = isinstance(x, Tensor) and type(made_by) in (nn.BatchNorm2d, nn.Conv2d)
+    if plain and only_forward(made_by):
+        return activate_(x, activation, negative_slope)
+    return ACTIVATIONS[activation](x, negative_slope)
 
 
 class InvertedResidual(_FoldsNorms):

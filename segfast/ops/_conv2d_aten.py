@@ -1,22 +1,10 @@
 """A convolution with its epilogue in ATen operations, in as few passes over the images as ATen allows."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._epilogue import apply_epilogue
-
-_IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda z, slope: F.relu(z, inplace=True),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
-    "relu6": lambda z, slope: F.relu6(z, inplace=True),
-    "silu": lambda z, slope: F.silu(z, inplace=True),
-    "sigmoid": lambda z, slope: z.sigmoid_(),
-    "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
-    "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
-}
+from ._epilogue import activate_, apply_epilogue
 
 
 def conv2d_aten(
@@ -50,8 +38,8 @@ def conv2d_aten(
     if scale is None and shift is None and not y.requires_grad and not _functorch_active():
         if lossless and residual is not None and not residual.requires_grad:
             y, residual = y.add_(residual), None
-        if residual is None and activation in _IN_PLACE:
-            return _IN_PLACE[activation](y, negative_slope)
+        if residual is None:
+            return activate_(y, activation, negative_slope)
     return apply_epilogue(y, scale, shift, residual, activation, negative_slope)
 
 

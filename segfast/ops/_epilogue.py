@@ -27,6 +27,25 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+_IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, slope: F.relu(z, inplace=True),
+    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
+    "relu6": lambda z, slope: F.relu6(z, inplace=True),
+    "silu": lambda z, slope: F.silu(z, inplace=True),
+    "sigmoid": lambda z, slope: z.sigmoid_(),
+    "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
+    "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
+}
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def activate_(y: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    """The activation of `y`, written over it where that hides nothing from a gradient or a transform."""
+    if activation in _IN_PLACE and not y.requires_grad and not _functorch_active():
+        return _IN_PLACE[activation](y, negative_slope)
+    return ACTIVATIONS[activation](y, negative_slope)
+
+
 def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _aten.silu_backward(grad, z)

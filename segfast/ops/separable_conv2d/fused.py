@@ -135,22 +135,28 @@ class _Separable(Differentiable):
         *first, weight, bias, scale, shift, residual, output = ctx.saved_tensors
         depthwise_activation, activation, negative_slope = ctx.activations
         needs = ctx.needs_input_grad
-        between = depthwise(*first, *ctx.geometry, depthwise_activation, negative_slope)
+        computed: list[Tensor] = []
+
+        def between() -> Tensor:
+            # Again, once, if anything asks for it.
+            if not computed:
+                computed.append(depthwise(*first, *ctx.geometry, depthwise_activation, negative_slope))
+            return computed[0]
 
         def recompute(bias, scale, shift, residual):
-            return apply_epilogue(F.conv2d(between, weight, bias), scale, shift, residual, None, 0.0)
+            return apply_epilogue(F.conv2d(between(), weight, bias), scale, shift, residual, None, 0.0)
 
         grads = epilogue_backward(
             grad, output, recompute, bias, scale, shift, residual, activation, negative_slope, needs[6:10]
         )
         grad_weight = None
         if needs[5]:
-            grad_weight = _pixels(grads.conv).T @ _pixels(between)
+            grad_weight = _pixels(grads.conv).T @ _pixels(between())
             grad_weight = grad_weight.view(weight.shape)
         firsts = (None,) * 5
         if any(needs[:5]):
             grad_between = F.conv2d(grads.conv, weight.transpose(0, 1))
-            kept = between if keeps_output(depthwise_activation, negative_slope) else None
+            kept = between() if keeps_output(depthwise_activation, negative_slope) else None
             firsts = depthwise_backward(
                 grad_between, kept, *first, ctx.geometry, depthwise_activation, negative_slope, needs
             )
