@@ -102,5 +102,5 @@ def _tuning_launches(device: torch.device, family: str, operation: str, layer, d
     from segfast._tune import Tuner, variants
     from segfast._tune_calls import FAMILIES
 
-    run, _ = Tuner(getattr(torch, dtype), device).calls(FAMILIES[family], operation, layer)
-    return [launch for variant in variants(operation, run, device) for launch in variant.launches]
+    calls = Tuner(getattr(torch, dtype), device).calls(FAMILIES[family], operation, layer)
+    return [launch for variant in variants(operation, calls.ours, device) for launch in variant.launches]

@@ -40,7 +40,7 @@ def work(cases: Sequence[Case], tiny: bool = False) -> list[Item]:
     if tiny:
         first = {(case.op, is_depthwise(case)): _tiny(case) for case in reversed(cases) if _tuned(case)}
         cases = [*first.values()][::-1]
-    found = {}
+    found: dict[tuple, Item] = {}
     for case in cases:
         for item in _items(case):
             key = (item.operation, item.family.layer_of(item.operation, item.layer), item.dtype)

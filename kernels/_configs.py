@@ -95,10 +95,11 @@ def stem(
     return f"ci{channels_in}-co{channels_out}-t{taps}-g{groups}{variant}-{name}-p"
 
 
-def geometry_variant(stride: tuple[int, int], dilation: tuple[int, int]) -> str:
-    """How a problem's `variant` names stride and dilation: "-s2d1", "-s1x2d1" where the sides differ."""
+def geometry_variant(stride: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, int]) -> str:
+    """How a problem's `variant` names its geometry: "-s2d1", "-s1x2d1-k1x9" where sides differ."""
     parts = [str(a) if a == b else f"{a}x{b}" for a, b in (stride, dilation)]
-    return f"-s{parts[0]}d{parts[1]}"
+    shape = "" if kernel[0] == kernel[1] else f"-k{kernel[0]}x{kernel[1]}"
+    return f"-s{parts[0]}d{parts[1]}{shape}"
 
 
 def log2(n: int) -> int:

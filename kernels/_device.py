@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ._launch import forget_plans
+from ._launch import Plan, forget_plans
 
 # Shared memory a program may use, in bytes, where no device is there to be asked.
 _SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
@@ -65,6 +65,16 @@ def shared_memory_limit(device: torch.device) -> int:
     if _pretended is None and device.type == "cuda":
         return _query(_index(device))[2]
     return _SHARED_MEMORY.get(architecture(device), 232448)
+
+
+def bounded(plan: Plan, device: torch.device, registers: int = 168) -> Plan:
+    """`plan` with a bound on a thread's registers; 168 are twelve warps on a multiprocessor.
+
+    Left alone, ptxas goes for the next more programs at a time and spills a few registers for them.
+    """
+    if not architecture(device).startswith("gfx"):
+        plan.options["maxnreg"] = registers
+    return plan
 
 
 def _index(device: torch.device) -> int:

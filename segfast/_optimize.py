@@ -149,7 +149,9 @@ def optimize(
         unfuse(model)
     for name, reason in fuse_chains(model, plan, example_inputs).items():
         _record(modules[name])["not_fused"] = reason
-    if chosen and not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values()):
+    ours = {rule.target for rule in all_rules()}
+    served = any(own_class(module) in ours for module in modules.values())
+    if served and not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values()):
         _lay_out(modules.values())
     return model
 

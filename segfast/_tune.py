@@ -19,7 +19,7 @@ from ._errors import UserError
 from ._files import atomic_write
 from ._timing import interleave
 from ._tune_calls import FAMILIES, Family, is_gradient
-from ._tune_layers import AnyLayer, Call, Draw, Head, Layer
+from ._tune_layers import AnyLayer, Calls, Draw, Head, Layer
 
 SHAPES = {Layer: "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING[,DILATION]", Head: "N,CLASSES,H,W,SCALE"}
 ERROR = 4e-2  # a candidate further than this from ATen, in norm, is wrong
@@ -87,21 +87,22 @@ class Tuned:
 
 def tune_call(
     operation: str,
-    ours: Callable[[], Any],
-    aten: Callable[[], Any],
+    calls: Calls,
     device: torch.device,
     *,
     budget_s: float,
     parts: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = print,
 ) -> Tuned | None:
-    """Time every configuration of `operation` that agrees with `aten`, interleaved with it; None without one.
+    """Time every configuration of `operation` that is right, interleaved with ATen; None without one.
 
-    `ours` and `aten` return the same tensor or tuple of tensors, `ours` perhaps by a function: see `Variant`.
-    `parts` as in `variants`.
+    The calls return the same tensor or tuple of tensors, ours perhaps by a function: see `Variant`. `parts`
+    as in `variants`.
     """
-    expected, runs, kept = aten(), {"aten": aten}, {}
-    for variant in variants(operation, ours, device, parts):
+    expected, runs, kept = calls.aten(), {"aten": calls.aten}, {}
+    if calls.reference is not None:
+        expected = calls.reference()
+    for variant in variants(operation, calls.ours, device, parts):
         name = str(variant.config)
         try:
             error = _distance(variant.run(), expected)
@@ -132,7 +133,7 @@ class Tuner:
         self.dtype, self.device, self.log = dtype, device, log
         self.found: dict[tuple[str, AnyLayer], Tuned] = {}
 
-    def calls(self, family: Family, operation: str, layer: AnyLayer) -> tuple[Call, Call]:
+    def calls(self, family: Family, operation: str, layer: AnyLayer) -> Calls:
         """Our call and ATen's."""
         return family.operations[operation](layer, Draw(self.dtype, self.device))
 
@@ -144,9 +145,9 @@ class Tuner:
 
     def tune(self, family: Family, operation: str, layer: AnyLayer, budget_s: float) -> Tuned | None:
         """Tune one operation of one layer."""
-        ours, aten = self.calls(family, operation, layer)
+        calls = self.calls(family, operation, layer)
         parts = self.parts(family, operation, layer)
-        tuned = tune_call(operation, ours, aten, self.device, budget_s=budget_s, parts=parts, log=self.log)
+        tuned = tune_call(operation, calls, self.device, budget_s=budget_s, parts=parts, log=self.log)
         if tuned is not None:
             self.found[operation, family.layer_of(operation, layer)] = tuned
         return tuned

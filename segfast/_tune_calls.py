@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._tune_heads import HEAD_OPERATIONS, HEADS
-from ._tune_layers import AnyLayer, Call, Draw, Layer
+from ._tune_layers import AnyLayer, Calls, Draw, Layer
 
-Maker = Callable[[Any, Draw], tuple[Call, Call]]
+Maker = Callable[[Any, Draw], Calls]
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,21 @@ def _calls(
     weights: tuple[Tensor, Tensor],
     direction: str,
     draw: Draw,
-) -> tuple[Call, Call]:
+) -> Calls:
     """Both functions of x and the weight, each with its own, in one direction: the result or a gradient."""
     mine, theirs = weights
     if direction == "forward":
-        return partial(_without_gradients, ours, x, mine), partial(_without_gradients, aten, x, theirs)
+        return Calls(partial(_without_gradients, ours, x, mine), partial(_without_gradients, aten, x, theirs))
     wanted = (x, x) if direction == "grad_input" else weights
     for leaf in wanted:
         leaf.requires_grad_()
     outputs = [ours(x, mine), aten(x, theirs)]
     grad = draw(*outputs[0].shape)
-    first, second = (
+    gradients = [
         partial(torch.autograd.grad, y, leaf, grad, retain_graph=True)
         for y, leaf in zip(outputs, wanted, strict=True)
-    )
-    return first, second
+    ]
+    return Calls(*gradients)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def _without_gradients(function: Callable[..., Tensor], x: Tensor, weight: Tenso
     return function(x, weight)
 
 
-def _conv_transpose2d(direction: str, layer: Layer, draw: Draw) -> tuple[Call, Call]:
+def _conv_transpose2d(direction: str, layer: Layer, draw: Draw) -> Calls:
     from .functional import conv_transpose2d
 
     options = (None, layer.stride, layer.padding, 0, 1, layer.dilation)
@@ -100,7 +100,7 @@ def _filters(layer: Layer, draw: Draw) -> tuple[Tensor, Tensor]:
     return taps_major(filters), filters
 
 
-def _depthwise_conv2d(direction: str, layer: Layer, draw: Draw) -> tuple[Call, Call]:
+def _depthwise_conv2d(direction: str, layer: Layer, draw: Draw) -> Calls:
     from .functional import depthwise_conv2d
 
     options = (None, layer.stride, layer.padding, layer.dilation)
@@ -115,7 +115,7 @@ def _depthwise_conv2d(direction: str, layer: Layer, draw: Draw) -> tuple[Call, C
     return _calls(ours, aten, x, _filters(layer, draw), direction, draw)
 
 
-def _pointwise_conv2d(layer: Layer, draw: Draw) -> tuple[Call, Call]:
+def _pointwise_conv2d(layer: Layer, draw: Draw) -> Calls:
     from .kernels.separable_conv2d import pointwise_conv2d_forward
 
     size = layer.conv_size()
@@ -131,7 +131,7 @@ def _pointwise_conv2d(layer: Layer, draw: Draw) -> tuple[Call, Call]:
     return _calls(ours, F.conv2d, x, (weight, weight), "forward", draw)
 
 
-def _separable_conv2d(layer: Layer, draw: Draw) -> tuple[Call, Call]:
+def _separable_conv2d(layer: Layer, draw: Draw) -> Calls:
     from .functional import separable_conv2d
 
     geometry = (layer.stride, layer.padding, layer.dilation)

@@ -6,21 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._tune_layers import Call, Draw, Head
+from ._tune_layers import Call, Calls, Draw, Head
 
 _IGNORED = 255
 _GEOMETRY = ("bilinear", False, None)  # of the interpolation, as the launchers take it
-_PATCH = 8  # pixels on a side that are of one class
+_LOSS_SCALE = 2.0**15  # keeps fp16's gradients of a mean off its smallest numbers
 
 
 def _logits(head: Head, draw: Draw) -> Tensor:
-    """NCHW, as of a trained network: a class stands out in each patch, so that rounding moves few labels."""
-    size = [-(-side // _PATCH) for side in (head.height, head.width)]
-    winner = draw.integers(head.classes, head.batch, 1, *size)
-    winner = winner.repeat_interleave(_PATCH, 2).repeat_interleave(_PATCH, 3)
-    noise = draw(head.batch, head.classes, head.height, head.width).contiguous()
-    peak = torch.full_like(noise[:, :1], 12)
-    return noise.scatter_add_(1, winner[:, :, : head.height, : head.width], peak)
+    return draw(head.batch, head.classes, head.height, head.width).contiguous()
 
 
 def _labels(head: Head, draw: Draw) -> Tensor:
@@ -35,7 +29,7 @@ def _loss(head: Head, x: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(_upsampled(head, x), target, ignore_index=_IGNORED)
 
 
-def _upsample_softmax_forward(head: Head, draw: Draw) -> tuple[Call, Call]:
+def _upsample_softmax_forward(head: Head, draw: Draw) -> Calls:
     """The loss; ours by its launcher, whose partial sums are added up afterwards."""
     from .kernels.segmentation_head import upsample_softmax_forward
 
@@ -52,26 +46,38 @@ def _upsample_softmax_forward(head: Head, draw: Draw) -> tuple[Call, Call]:
 
         return mean
 
-    return ours, lambda: _loss(head, x, target)
+    return Calls(ours, lambda: _loss(head, x, target))
 
 
-def _grad_logits(head: Head, draw: Draw) -> tuple[Call, Call]:
+def _grad_logits(head: Head, draw: Draw) -> Calls:
+    """Held to fp32: on a GPU ATen adds an interpolation's gradient up in the logits' dtype."""
     from .functional import upsample_cross_entropy
 
     x, target = _logits(head, draw).requires_grad_(), _labels(head, draw)
+    wide = x.detach().float().requires_grad_()
     mine = upsample_cross_entropy(x, target, scale_factor=head.scale, ignore_index=_IGNORED)
     theirs = cache(partial(_loss, head, x, target))
-    return (
-        lambda: torch.autograd.grad(mine, x, retain_graph=True),
-        lambda: torch.autograd.grad(theirs(), x, retain_graph=True),
+
+    def gradient(loss: Tensor, leaf: Tensor, keep: bool = True) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, leaf, torch.full_like(loss, _LOSS_SCALE), retain_graph=keep)
+
+    return Calls(
+        lambda: gradient(mine, x),
+        lambda: gradient(theirs(), x),
+        lambda: gradient(_loss(head, wide, target), wide, keep=False),
     )
 
 
-def _argmax(head: Head, draw: Draw) -> tuple[Call, Call]:
+def _argmax(head: Head, draw: Draw) -> Calls:
+    """Held to fp32: rounding the full-size logits makes ties of classes that are nearly as good."""
     from .functional import upsample_argmax
 
     x = _logits(head, draw)
-    return partial(upsample_argmax, x, scale_factor=head.scale), lambda: _upsampled(head, x).argmax(1)
+    return Calls(
+        partial(upsample_argmax, x, scale_factor=head.scale),
+        lambda: _upsampled(head, x).argmax(1),
+        lambda: _upsampled(head, x.float()).argmax(1),
+    )
 
 
 # A dice loss runs these beside the two above. Their rows are of what it takes beyond a cross-entropy: ATen's
@@ -96,7 +102,7 @@ def _log_sum_exp(head: Head, x: Tensor) -> Tensor:
     return lse
 
 
-def _dice_sums(head: Head, draw: Draw) -> tuple[Call, Call]:
+def _dice_sums(head: Head, draw: Draw) -> Calls:
     from .kernels.segmentation_head import upsample_dice_sums
 
     x, target = _logits(head, draw), _labels(head, draw)
@@ -107,10 +113,10 @@ def _dice_sums(head: Head, draw: Draw) -> tuple[Call, Call]:
         partials = upsample_dice_sums(x, target, lse, *_GEOMETRY, _IGNORED)
         return lambda: partials.sum(0, dtype=torch.float64).float()
 
-    return ours, lambda: _sums(p(), target)
+    return Calls(ours, lambda: _sums(p(), target))
 
 
-def _softmax_expectation(head: Head, draw: Draw) -> tuple[Call, Call]:
+def _softmax_expectation(head: Head, draw: Draw) -> Calls:
     """The mean, under the probabilities, of the gradient they get from the sums."""
     from .kernels.segmentation_head import softmax_expectation
 
@@ -133,7 +139,7 @@ def _softmax_expectation(head: Head, draw: Draw) -> tuple[Call, Call]:
         (q,) = torch.autograd.grad(sums, p, grad, retain_graph=True)
         return (p.detach() * q).sum(1)
 
-    return ours, aten
+    return Calls(ours, aten)
 
 
 HEAD_OPERATIONS = {

@@ -10,6 +10,14 @@ from torch import Tensor
 Call = Callable[[], Any]
 
 
+class Calls(NamedTuple):
+    """Our call and ATen's, and what ours is held to where rounding makes ATen's own result too coarse."""
+
+    ours: Call
+    aten: Call
+    reference: Call | None = None
+
+
 class Layer(NamedTuple):
     """A convolution's sizes; of a separable one C_OUT is the 1x1 convolution's."""
 

@@ -47,7 +47,7 @@ def test_dry_run_walks_all_tiers(dry_run):
     assert {row["case"] for row in found if row["tier"] == "T1"} == {case.name for case in CASES}
     assert {row["direction"] for row in found if row["tier"] == "T3"} == {"backward", "train"}
     assert printed.rstrip().endswith("no GPU figure was taken.")
-    assert "2 of 2 checks passed" in printed
+    assert "23 of 23 checks passed" in printed
     log = (folder / "gpu.log").read_text()
     assert "Traceback" not in log
     assert "WRONG" not in log

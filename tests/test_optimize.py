@@ -372,6 +372,14 @@ class TestLayout:
     def is_channels_last(tensor):
         return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
+    def test_layers_that_are_ours_already_get_their_layout_too(self):
+        model = segfast.nn.SeparableConv2d(4, 8, padding=1)
+        assert model.conv_dw.weight.stride(0) != 1
+        fast = segfast.optimize(model)
+        assert fast.conv_dw.weight.stride(0) == 1
+        assert torch.equal(fast.conv_dw.weight, model.conv_dw.weight)
+        assert segfast.restore(fast).conv_dw.weight.is_contiguous()
+
     def test_made_channels_last_and_back(self, image):
         model = Up()
         model(image).sum().backward()

@@ -10,20 +10,27 @@ import torch
 
 import segfast
 from benchmarks import tuning
-from benchmarks.cases import LAYERS, OPERATORS, find
+from benchmarks.cases import BLOCKS, HEADS, LAYERS, OPERATORS, find
 from benchmarks.environment import ROOT
+from segfast import _tune_calls
 from segfast._tune import Tuned, Tuner, variants, work
 from segfast._tune_calls import FAMILIES, is_gradient
 from segfast._tune_layers import Head, Layer
 from segfast.cli import main
 from segfast.kernels import Config, _configs, _device
 from segfast.ops import _backend
+from segfast.ops.segmentation_head import functional as head_functional
 from segfast.ops.separable_conv2d import functional
 
 CPU = torch.device("cpu")
+GRADIENTS = ("grad_input", "grad_weight")
 # One that walks along rows, and one that goes tap by tap.
 WALKS, TAPS = Layer(1, 4, 8, 3, 3, 3, 1, 1), Layer(1, 4, 8, 5, 5, 2, 3, 0)
 UP = Layer(1, 4, 4, 2, 2, 2, 2, 0)
+HEAD = Head(2, 5, 3, 3, 2)
+# Ours calls a launcher there, which ATen does not stand in for; the dry run holds it to ATen.
+LAUNCHERS = ["pointwise_conv2d_forward"]
+LAUNCHERS += ["upsample_softmax_forward", "upsample_dice_sums", "softmax_expectation"]
 
 
 def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
@@ -38,6 +45,9 @@ def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
     for shape in ("1,2,3", "1,4,4,2,2,2,2,-1", "1,4,4,2,2,2,2,0,0", "a"):
         assert main(["tune", "--family", "conv_transpose2d", "--shape", shape]) == 2
         assert "N,C_IN,C_OUT" in capsys.readouterr().err
+    for shape in ("1,4,4,2", "1,0,4,4,2", "1,4,4,2,2,2,2,0"):
+        assert main(["tune", "--family", "segmentation_head", "--shape", shape]) == 2
+        assert "N,CLASSES,H,W,SCALE" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +56,8 @@ def tables(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
     variables = {"SEGFAST_DRY_RUN": "1", "TRITON_INTERPRET": "1", "SEGFAST_CACHE": str(folder / "cache")}
     found = {}
-    for name, layers in (("conv_transpose2d", [UP]), ("separable_conv2d", [WALKS, TAPS])):
+    layers_of = {"conv_transpose2d": [UP], "separable_conv2d": [WALKS, TAPS], "segmentation_head": [HEAD]}
+    for name, layers in layers_of.items():
         shapes = [argument for layer in layers for argument in ("--shape", ",".join(map(str, layer)))]
         command = [sys.executable, "-m", "segfast", "tune", "--dtype", "float32", "--budget", "60"]
         command += ["--family", name, *shapes, "--out", str(folder / name)]
@@ -75,14 +86,16 @@ def on_a_gpu(tables, monkeypatch):
     """The choice of backend on a GPU where all is proven, with this table only, ours twice as fast."""
     fast = {
         operation: {key: row | {"us": 1.0, "aten_us": 2.0} for key, row in rows.items()}
-        for operation, rows in tables["separable_conv2d"].items()
+        for family in ("separable_conv2d", "segmentation_head")
+        for operation, rows in tables[family].items()
     }
     proven = frozenset(f"{operation}.float32" for operation in _configs.operations())
     monkeypatch.setattr(_configs, "tables", lambda slug, arch: [{"operations": fast}])
     monkeypatch.setattr(_configs, "proven_entries", lambda arch: proven)
     monkeypatch.setattr(_device, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(_device, "gpu_slug", lambda device: "gpu")
-    monkeypatch.setattr(functional, "kernel_reason_not", lambda *args: None)
+    for family in (functional, head_functional):
+        monkeypatch.setattr(family, "kernel_reason_not", lambda *args: None)
     _backend._look_up.cache_clear()
     yield fast
     _backend._look_up.cache_clear()
@@ -103,30 +116,72 @@ def test_what_was_tuned_is_found_for_that_layer(on_a_gpu, layer, differentiates)
     assert "not measured" in ask("auto", x, weight, None, None, geometry, differentiates)
 
 
+def test_what_was_tuned_is_found_for_that_head(on_a_gpu):
+    logits = torch.empty(HEAD.batch, HEAD.classes, HEAD.height, HEAD.width)
+    operations, ask = head_functional.OPERATIONS, head_functional.can_use_triton
+    size, larger = HEAD.output_size()[1:], (64, 64)
+    for operation in operations:
+        assert ask("auto", logits, size, (operation,)) is None
+        assert "not measured" in ask("auto", logits, larger, (operation,))
+        assert "not measured" in ask("auto", logits[:, :4], size, (operation,))
+    assert ask("auto", logits, size, operations) is None
+    for row in on_a_gpu["upsample_grad_logits"].values():
+        row["us"] = 100.0
+    _backend._look_up.cache_clear()
+    assert "ATen was measured faster" in ask("auto", logits, size, operations)
+    assert ask("auto", logits, size, operations[:1]) is None
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_calls_of_an_operation_are_the_same_layer(name):
     """On ATen they are: the geometry, the operands, the direction."""
     tuner = Tuner(torch.float64, CPU)
     for family, operation, layer in work({name: FAMILIES[name].layers[-4:]}):
-        if operation == "pointwise_conv2d_forward":
-            continue  # ours is a launcher, which ATen does not stand in for
+        if operation in LAUNCHERS:
+            continue
+        sizes = {"batch": 1, "c_in": 6, "c_out": 5, "classes": 5, "height": 9, "width": 8}
         small = {
-            "batch": 1,
-            "c_in": min(6, layer.c_in),
-            "c_out": min(5, layer.c_out),
-            "height": 9,
-            "width": 8,
+            name: min(size, getattr(layer, name)) for name, size in sizes.items() if hasattr(layer, name)
         }
-        ours, aten = tuner.calls(family, operation, layer._replace(**small))
-        torch.testing.assert_close(ours(), aten())
+        calls = tuner.calls(family, operation, layer._replace(**small))
+        torch.testing.assert_close(calls.ours(), calls.aten())
+
+
+@pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_weight"])
+def test_neither_side_of_a_depthwise_call_copies_its_filters(direction, monkeypatch):
+    seen = {}
+
+    def note(name, function):
+        def noted(x, weight, *rest):
+            seen[name] = weight
+            return function(x, weight, *rest)
+
+        return noted
+
+    monkeypatch.setattr(_tune_calls.F, "conv2d", note("aten", torch.conv2d))
+    monkeypatch.setattr("segfast.functional.depthwise_conv2d", note("ours", torch_depthwise))
+    tuner = Tuner(torch.float64, CPU)
+    calls = tuner.calls(FAMILIES["separable_conv2d"], f"depthwise_conv2d_{direction}", WALKS)
+    torch.testing.assert_close(calls.ours(), calls.aten())
+    assert seen["aten"].is_contiguous()
+    assert seen["ours"].stride(0) == 1
+    assert torch.equal(seen["aten"], seen["ours"])
+
+
+def torch_depthwise(x, weight, bias, stride, padding, dilation):
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
 
 
 def test_work_holds_each_operation_of_each_layer_once():
-    up, separable = (len(FAMILIES[name].layers) for name in ("conv_transpose2d", "separable_conv2d"))
+    up, separable, heads = (len(family.layers) for family in FAMILIES.values())
     todo = work({name: family.layers for name, family in FAMILIES.items()})
-    assert len(todo) == 3 * up + 5 * separable
+    assert len(todo) == 3 * up + 5 * separable + 5 * heads
     names = [operation for _, operation, _ in todo]
-    assert names == sorted(names, key=lambda name: not name.endswith("_forward"))
+    assert names == sorted(names, key=is_gradient)
+    assert {name for name in names if is_gradient(name)} == {
+        *(f"{kind}_{side}" for kind in ("conv_transpose2d", "depthwise_conv2d") for side in GRADIENTS),
+        *("upsample_grad_logits", "softmax_expectation"),
+    }
     assert names.index("depthwise_conv2d_forward") < names.index("separable_conv2d_forward")
     alike = work({"separable_conv2d": [WALKS, WALKS._replace(c_out=24)]})
     assert [operation for _, operation, _ in alike].count("depthwise_conv2d_forward") == 1
@@ -134,12 +189,15 @@ def test_work_holds_each_operation_of_each_layer_once():
 
 
 def test_the_gpu_run_tunes_what_the_cases_need():
-    todo = tuning.work(OPERATORS + LAYERS)
+    todo = tuning.work(OPERATORS + BLOCKS + HEADS + LAYERS)
     keys = [(item.operation, item.family.layer_of(item.operation, item.layer)) for item in todo]
     assert len(set(keys)) == len(keys)
     assert len({item.case.key for item in todo}) == len(todo)
     for item in todo:
-        assert item.operation.endswith(item.case.direction)
+        if isinstance(item.layer, Layer):
+            assert item.operation.endswith(item.case.direction)
+        else:
+            assert (item.case.direction == "backward") == is_gradient(item.operation)
         assert item.case.epilogue == ()
     found = {(item.operation, item.case.name) for item in todo}
     for operation in FAMILIES["separable_conv2d"].operations:
@@ -147,8 +205,15 @@ def test_the_gpu_run_tunes_what_the_cases_need():
         assert (operation, f"decoder_sep_256_{'bare' if kind == 'separable' else kind}") in found
     pointwise = next(item.case for item in todo if item.case.name == "decoder_sep_256_pointwise")
     assert (pointwise["k"], pointwise["g"], pointwise["co"], pointwise["h"]) == (1, 1, 256, 129)
+    for operation in FAMILIES["segmentation_head"].operations:
+        layers = {item.layer for item in todo if item.operation == operation}
+        assert layers == {
+            *(Head(16, 150, 128, 128, 4), Head(4, 150, 16, 16, 32)),
+            *(Head(batch, 19, 128, 256, 8) for batch in (1, 8)),
+            *(Head(batch, 21, 64, 64, 8) for batch in (1, 8)),
+        }
     # A table holds for up to four times the pixels.
-    assert {item.layer.batch for item in todo} == {1, 8, 16}
+    assert {item.layer.batch for item in todo} == {1, 4, 8, 16}
 
 
 def _launched(variant) -> list[tuple[str, Config]]:
@@ -168,14 +233,14 @@ def test_a_variant_times_its_own_operation():
     assert parts == {"depthwise_conv2d_forward": first, "pointwise_conv2d_forward": second}
     with segfast.backend("triton"):
         forms = {}
-        run, _ = tuner.calls(family, "separable_conv2d_forward", WALKS)
+        run, *_ = tuner.calls(family, "separable_conv2d_forward", WALKS)
         for variant in variants("separable_conv2d_forward", run, CPU, parts):
             assert variant.operation == "separable_conv2d_forward"
             forms.setdefault(variant.config.form, []).append(_launched(variant))
         assert forms["two kernels"] == [[(rows, first), (product, second)]]
         assert all(len(launched) == 1 for launched in forms["fused"])
         for operation, kernel in (("depthwise_conv2d_forward", rows), ("pointwise_conv2d_forward", product)):
-            run, _ = tuner.calls(family, operation, WALKS)
+            run, *_ = tuner.calls(family, operation, WALKS)
             found = list(variants(operation, run, CPU))
             assert len(found) > 1
             for variant in found:
@@ -191,7 +256,7 @@ def test_each_direction_launches_its_own_kernel(layer, suffix):
     with segfast.backend("triton"):
         for family, operation, _ in work({"separable_conv2d": [layer]}):
             if operation in family.per_channel:
-                run, _ = tuner.calls(family, operation, layer)
+                run, *_ = tuner.calls(family, operation, layer)
                 kernel = operation if suffix == "" else operation.removesuffix("_forward") + suffix
                 assert {variant.operation for variant in variants(operation, run, CPU)} == {kernel}
 

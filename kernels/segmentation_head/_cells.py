@@ -13,12 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._device import architecture
-from .._launch import Plan
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-REGISTERS = 168  # of a thread: twelve warps on a multiprocessor
 
 
 @triton.jit
@@ -65,7 +61,7 @@ def _row_stretch(lane, row_lanes, W, OH, OW, scale_w, inverse_w, KIND: tl.conste
     # A lane's image, output row, cell, first output and end. A cell is cut into PARTS stretches of SLOTS
     # outputs; PARTS = 0 gives every output a lane.
     s = (lane % row_lanes).to(tl.int32)
-    oh = (lane // row_lanes % OH).to(tl.int32)
+    oh = lane // row_lanes % OH
     n = lane // row_lanes // OH
     if PARTS == 0:
         cell = _cell_of(s, W, scale_w, KIND)
@@ -81,12 +77,13 @@ def _row_stretch(lane, row_lanes, W, OH, OW, scale_w, inverse_w, KIND: tl.conste
 @triton.jit
 def _corners(base, row, column, H, W, stride_xh, stride_xw, KIND: tl.constexpr):
     # Pointers to the four pixels around a cell, of the class `base` points at.
-    top = base + tl.maximum(row, 0) * stride_xh
-    left = tl.maximum(column, 0) * stride_xw
+    # In 64 bits: a row's offset alone can pass 2**31.
+    top = base + tl.maximum(row, 0).to(tl.int64) * stride_xh
+    left = tl.maximum(column, 0).to(tl.int64) * stride_xw
     if KIND == "nearest":
         return top + left, top + left, top + left, top + left
-    bottom = base + tl.minimum(row + 1, H - 1) * stride_xh
-    right = tl.minimum(column + 1, W - 1) * stride_xw
+    bottom = base + tl.minimum(row + 1, H - 1).to(tl.int64) * stride_xh
+    right = tl.minimum(column + 1, W - 1).to(tl.int64) * stride_xw
     return top + left, top + right, bottom + left, bottom + right
 
 
@@ -145,7 +142,7 @@ class Cells(NamedTuple):
     most: tuple[int, int]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def cells(size: tuple[int, int], out_size: tuple[int, int], mode: str, align_corners: bool,
           scales: tuple[float, float] | None) -> Cells:  # fmt: skip
     """How ATen resamples `size` to `out_size`; `scales` are the factors it was given, else None."""
@@ -177,16 +174,6 @@ def _most_outputs(size: int, out_size: int, kind: str, scale: float) -> int:
         sources = [position.float() * step]
     counts = [torch.bincount(s.floor().long().clamp(-1, size - 1) + 1).max() for s in sources]
     return int(max(counts))
-
-
-def bounded(plan: Plan, device: torch.device) -> Plan:
-    """`plan` with a bound on its registers.
-
-    Left alone, ptxas goes for the next more programs at a time and spills a few registers for them.
-    """
-    if not architecture(device).startswith("gfx"):
-        plan.options["maxnreg"] = REGISTERS
-    return plan
 
 
 def stretch(most: int) -> tuple[int, int]:

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from .._configs import register_candidates
+from .._device import bounded
 from .._launch import Plan, layout_key, needs_wide_index, planned
-from ._cells import _between, _block_ends, _cell_of, _corners, _fraction, _row_stretch, bounded, cells
+from ._cells import _between, _block_ends, _cell_of, _corners, _fraction, _row_stretch, cells
 from .forward import lanes_of, pixel_candidates, pixel_tile
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .._configs import Config, Problem, choose_config, register_candidates
+from .._device import bounded
 from .._launch import Plan, layout_key, needs_wide_index, planned
 from ._cells import (
     LOG2E,
@@ -17,7 +18,6 @@ from ._cells import (
     _corners,
     _fraction,
     _row_stretch,
-    bounded,
     cells,
 )
 from .forward import VALUES_IN_REGISTERS, lanes_of, pixel_candidates, pixel_tile

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .._configs import Config, Problem, choose_config, register_candidates
+from .._device import bounded
 from .._launch import Plan, layout_key, needs_wide_index, planned
 from ._cells import (
     LOG2E,
@@ -21,7 +22,6 @@ from ._cells import (
     _first_output,
     _fraction,
     _load_corners,
-    bounded,
     cells,
     stretch,
 )
@@ -141,7 +141,7 @@ def _upsample_grad_logits_kernel(
             bottom_right += fraction_h[None, :] * right
         # The right ends belong to the next lane's pixel; before the first pixel there is only a right end.
         gx = above_left + top_left + tl.gather(above_right + top_right, before, 1)
-        pixels = gx_ptr + n * stride_yn + cell_h * stride_yh + cell_w * stride_yw
+        pixels = gx_ptr + n * stride_yn + cell_h.to(tl.int64) * stride_yh + cell_w.to(tl.int64) * stride_yw
         own = row_ok & (member > 0) & (cell_w >= 0) & (cell_h >= first_row)
         tl.store(pixels[None, :] + (c * stride_yc)[:, None], gx.to(gx_ptr.dtype.element_ty),
                  mask=class_ok[:, None] & own[None, :])  # fmt: skip

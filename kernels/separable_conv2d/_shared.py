@@ -84,7 +84,7 @@ def make_problem(operation: str, x: torch.Tensor, y: torch.Tensor, geometry: Geo
     """The problem of a convolution of `x` to `y`, or of one of its gradients."""
     batch, channels, height, width = x.shape
     taps = geometry.kernel[0] * geometry.kernel[1]
-    variant = geometry_variant(geometry.stride, geometry.dilation)
+    variant = geometry_variant(geometry.stride, geometry.dilation, geometry.kernel)
     return Problem(
         operation, channels, y.shape[1], taps, channels, x.dtype, batch * height * width,
         rows=y.shape[2], columns=y.shape[3], depth=batch, variant=variant,
@@ -126,6 +126,11 @@ def tap_tiles(problem: Problem, arch: str) -> list[Config]:
 def tap_alignment(weight: torch.Tensor) -> int:
     """The largest power of two, at most 16, that divides the offset of every tap of [C, 1, KH, KW]."""
     return math.gcd(16, *(weight.stride(axis) for axis in (2, 3) if weight.shape[axis] > 1))
+
+
+def filter_strides(weight: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of channel, row and column of [C, 1, KH, KW]."""
+    return weight.stride(0), weight.stride(2), weight.stride(3)
 
 
 def wide_rows(*tensors: torch.Tensor) -> bool:

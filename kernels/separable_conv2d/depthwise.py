@@ -5,7 +5,8 @@ adds each to all outputs it belongs to: KERNEL_H / STRIDE_H rows of sums are in 
 registers, so that a pixel is loaded KERNEL_W times instead of KERNEL_H * KERNEL_W times. With a dilation d,
 rows of equal index modulo d are walked together.
 
-Everything is channels_last in memory, the weight [C, 1, KH, KW] with its channels side by side.
+Images are channels_last in memory. The weight [C, 1, KH, KW] may lie anyhow: side by side, its channels are
+loaded 16 bytes at a time, once for each strip.
 """
 
 import functools
@@ -16,12 +17,14 @@ import triton
 import triton.language as tl
 
 from .._configs import Config, Problem, choose_config, register_candidates
+from .._device import bounded
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from ._shared import (
     Geometry,
     _load_rows,
     _widen,
+    filter_strides,
     make_problem,
     programs,
     tap_alignment,
@@ -37,7 +40,8 @@ from ._shared import (
 def _depthwise_conv2d_rows_kernel(
     sums_ptr, x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr,
     HEIGHT, H, W, OH, OW, ROW_BLOCKS, COLUMN_BLOCKS,
-    stride_xn, stride_xh, stride_xw, stride_yn, stride_yh, stride_yw, stride_kh, stride_kw, negative_slope,
+    stride_xn, stride_xh, stride_xw, stride_yn, stride_yh, stride_yw, stride_kc, stride_kh, stride_kw,
+    negative_slope,
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, FLIP: tl.constexpr,
@@ -79,7 +83,9 @@ def _depthwise_conv2d_rows_kernel(
             kw = tap % KERNEL_W
         # Of constants alone, where both strides are 1, the sum is a constant: not what `multiple_of` takes.
         offset = tl.full((), kh, tl.int32) * stride_kh + kw * stride_kw
-        w = tl.load(w_ptr + tl.multiple_of(offset, ALIGN_W) + c, mask=c_ok, other=0.0)
+        w = tl.load(
+            w_ptr + tl.multiple_of(offset, ALIGN_W) + c.to(tl.int64) * stride_kc, mask=c_ok, other=0.0
+        )
         weights = weights + (w.to(tl.float32),)
     sums = ()
     for _ in tl.static_range(DEPTH):
@@ -130,7 +136,8 @@ def _depthwise_conv2d_rows_kernel(
 def _depthwise_conv2d_taps_kernel(
     x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr,
     M, H, W, OH, OW,
-    stride_xn, stride_xh, stride_xw, stride_yn, stride_yh, stride_yw, stride_kh, stride_kw, negative_slope,
+    stride_xn, stride_xh, stride_xw, stride_yn, stride_yh, stride_yw, stride_kc, stride_kh, stride_kw,
+    negative_slope,
     C: tl.constexpr, MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -160,7 +167,9 @@ def _depthwise_conv2d_taps_kernel(
         x = tl.load(x_ptr + rows[:, None] + (c // MULTIPLIER)[None, :], mask=ok[:, None] & c_ok[None, :],
                     other=0.0)  # fmt: skip
         w = tl.load(
-            w_ptr + tl.multiple_of(kh * stride_kh + kw * stride_kw, ALIGN_W) + c, mask=c_ok, other=0.0
+            w_ptr + tl.multiple_of(kh * stride_kh + kw * stride_kw, ALIGN_W) + c.to(tl.int64) * stride_kc,
+            mask=c_ok,
+            other=0.0,
         )
         accumulator += x.to(tl.float32) * w.to(tl.float32)[None, :]
     y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, c, c_ok)
@@ -195,7 +204,7 @@ def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, ne
     column_blocks = triton.cdiv(out_w, config.block_k)
     most = vector(x.element_size(), taps)
     scalars = (height, *x.shape[2:], out_h, out_w, row_blocks, column_blocks, *image_strides(x),
-               *image_strides(y), *weight.stride()[2:], float(negative_slope))  # fmt: skip
+               *image_strides(y), *filter_strides(weight), float(negative_slope))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
         "FLIP": flip,
@@ -209,7 +218,8 @@ def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, ne
         "BLOCK_C": config.block_n,
     }
     grid = (batch * row_blocks * column_blocks * triton.cdiv(channels, config.block_n),)
-    return Plan(_depthwise_conv2d_rows_kernel, grid, scalars, constants, config)
+    plan = Plan(_depthwise_conv2d_rows_kernel, grid, scalars, constants, config)
+    return bounded(plan, x.device) if taps <= 9 else plan
 
 
 def _taps_plan(x, weight, y, geometry, activation, negative_slope) -> Plan:
@@ -217,7 +227,7 @@ def _taps_plan(x, weight, y, geometry, activation, negative_slope) -> Plan:
     batch, channels, out_h, out_w = y.shape
     pixels = batch * out_h * out_w
     scalars = (pixels, *x.shape[2:], out_h, out_w, *image_strides(x), *image_strides(y),
-               *weight.stride()[2:], float(negative_slope))  # fmt: skip
+               *filter_strides(weight), float(negative_slope))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
         "MULTIPLIER": geometry.multiplier,
@@ -235,15 +245,15 @@ def _taps_plan(x, weight, y, geometry, activation, negative_slope) -> Plan:
 
 def depthwise_conv2d_forward(
     x, weight, bias, scale, shift, out, statistics, stride, padding, dilation, activation, negative_slope
-) -> Callable[..., None]:
+) -> Callable[..., None] | None:
     """out = act(scale * (conv(x, weight) + bias) + shift), and what launches it again.
 
     x [N, C, H, W] and out [N, C * M, OH, OW]: any strides with a channel stride of 1. weight
-    [C * M, 1, KH, KW] with a stride of 1 along its first dimension. Vectors [C * M] contiguous, or None.
-    `statistics`, None or fp32 [N, 2, C * M], takes the result's sum and sum of squares over each image's
-    pixels.
+    [C * M, 1, KH, KW] of any strides. Vectors [C * M] contiguous, or None. `statistics`, None or fp32
+    [N, 2, C * M], takes the result's sum and sum of squares over each image's pixels.
 
-    Returns a function of (x, weight, bias, scale, shift, out), of tensors laid out alike.
+    Returns a function of (x, weight, bias, scale, shift, out), of tensors laid out alike, for a call without
+    statistics; None for one with them.
     """
     operands = (x, weight, bias, scale, shift, out)
     key = (
@@ -264,7 +274,7 @@ def depthwise_conv2d_forward(
         if statistics is not None:
             torch.sum(out, (2, 3), dtype=torch.float32, out=statistics[:, 0])
             torch.sum(out.float().square(), (2, 3), out=statistics[:, 1])
-        return plan
+        return plan if statistics is None else None
     plan = planned(
         key,
         lambda: walk_plan(
@@ -273,10 +283,10 @@ def depthwise_conv2d_forward(
     )
     if statistics is None:
         plan(None, *operands)
-    else:
-        batch, _, channels = statistics.shape
-        tiles = plan.grid[0] // triton.cdiv(channels, plan.config.block_n)
-        sums = torch.empty((batch, tiles // batch, 2, channels), dtype=torch.float32, device=out.device)
-        plan(sums, *operands)
-        torch.sum(sums, 1, out=statistics)
-    return functools.partial(plan, None)
+        return functools.partial(plan, None)
+    batch, _, channels = statistics.shape
+    tiles = plan.grid[0] // triton.cdiv(channels, plan.config.block_n)
+    sums = torch.empty((batch, tiles // batch, 2, channels), dtype=torch.float32, device=out.device)
+    plan(sums, *operands)
+    torch.sum(sums, 1, out=statistics)
+    return None

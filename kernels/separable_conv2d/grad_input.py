@@ -14,6 +14,7 @@ from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_a
 from ._shared import (
     Geometry,
     _widen,
+    filter_strides,
     make_problem,
     tap_alignment,
     tap_tiles,
@@ -29,7 +30,7 @@ from .depthwise import walk_plan
 def _depthwise_conv2d_phases_kernel(
     gy_ptr, w_ptr, gx_ptr,
     H, W, OH, OW, ROW_BLOCKS, COLUMN_BLOCKS,
-    stride_gn, stride_gh, stride_gw, stride_xn, stride_xh, stride_xw, stride_kh, stride_kw,
+    stride_gn, stride_gh, stride_gw, stride_xn, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw,
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     ASM: tl.constexpr, ALIGN_G: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_W: tl.constexpr,
@@ -57,9 +58,10 @@ def _depthwise_conv2d_phases_kernel(
     for tap in tl.static_range(KERNEL_H * KERNEL_W):
         # Of constants alone, where both strides are 1, the sum is a constant: not what `multiple_of` takes.
         offset = tl.full((), tap // KERNEL_W, tl.int32) * stride_kh + tap % KERNEL_W * stride_kw
-        weights = weights + (
-            tl.load(w_ptr + tl.multiple_of(offset, ALIGN_W) + c, mask=c_ok, other=0.0).to(tl.float32),
+        w = tl.load(
+            w_ptr + tl.multiple_of(offset, ALIGN_W) + c.to(tl.int64) * stride_kc, mask=c_ok, other=0.0
         )
+        weights = weights + (w.to(tl.float32),)
 
     for j in tl.range(first, first + BLOCK_H, num_stages=1):
         sums = ()
@@ -104,7 +106,7 @@ def _depthwise_conv2d_phases_kernel(
 def _depthwise_conv2d_grad_input_taps_kernel(
     gy_ptr, w_ptr, gx_ptr,
     M, H, W, OH, OW,
-    stride_gn, stride_gh, stride_gw, stride_xn, stride_xh, stride_xw, stride_kh, stride_kw,
+    stride_gn, stride_gh, stride_gw, stride_xn, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw,
     C: tl.constexpr, MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -136,7 +138,7 @@ def _depthwise_conv2d_grad_input_taps_kernel(
         ok = ok & (oh < OH) & (ow < OW)
         rows = tl.multiple_of(n * stride_gn + oh * stride_gh + ow * stride_gw, ALIGN_G)
         g = tl.load(gy_ptr + rows[:, None] + channel[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0)
-        w = tl.load(w_ptr + kh * stride_kh + kw * stride_kw + channel, mask=c_ok, other=0.0)
+        w = tl.load(w_ptr + kh * stride_kh + kw * stride_kw + channel * stride_kc, mask=c_ok, other=0.0)
         accumulator += g.to(tl.float32) * w.to(tl.float32)[None, :]
     rows = tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN_X)
     tl.store(gx_ptr + rows[:, None] + c[None, :], accumulator.to(gx_ptr.dtype.element_ty),
@@ -159,7 +161,7 @@ def _phases_plan(gy, weight, gx, geometry) -> Plan:
     column_blocks = triton.cdiv(triton.cdiv(width, geometry.stride[1]), config.block_k)
     most = vector(gx.element_size(), taps)
     scalars = (height, width, *gy.shape[2:], row_blocks, column_blocks, *image_strides(gy),
-               *image_strides(gx), *weight.stride()[2:])  # fmt: skip
+               *image_strides(gx), *filter_strides(weight))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
         "ASM": widens_by_asm(gx),
@@ -180,7 +182,7 @@ def _taps_plan(gy, weight, gx, geometry) -> Plan:
     batch, channels, height, width = gx.shape
     pixels = batch * height * width
     scalars = (pixels, height, width, *gy.shape[2:], *image_strides(gy), *image_strides(gx),
-               *weight.stride()[2:])  # fmt: skip
+               *filter_strides(weight))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
         "MULTIPLIER": geometry.multiplier,
@@ -198,7 +200,7 @@ def depthwise_conv2d_grad_input(gy, weight, out, stride, padding, dilation) -> N
     """out = gradient of the depthwise convolution's input.
 
     gy [N, C * M, OH, OW] and out [N, C, H, W]: any strides with a channel stride of 1. weight
-    [C * M, 1, KH, KW] with a stride of 1 along its first dimension.
+    [C * M, 1, KH, KW]: any strides.
     """
     geometry = Geometry(tuple(weight.shape[2:]), stride, padding, dilation, weight.shape[0] // out.shape[1])
     key = ("depthwise_conv2d_grad_input", layout_key(gy, weight, out), out.device, stride, padding, dilation)

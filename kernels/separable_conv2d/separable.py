@@ -23,7 +23,7 @@ from .._configs import (
     operands_in_registers,
     register_candidates,
 )
-from .._device import dot_precision
+from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from ._shared import Geometry, _widen, tap_alignment, widens_by_asm
@@ -143,7 +143,7 @@ def _pointwise_conv2d_kernel(
 
 def _candidates(problem: Problem, arch: str) -> list[Config]:
     passes = operands_in_registers(problem.dtype.itemsize, arch)
-    depth = 64 if problem.dtype.itemsize == 2 and not arch.startswith(("gfx", "sm_120")) else 32
+    depth = 64 if problem.dtype.itemsize == 2 and not passes and not arch.startswith("gfx") else 32
     # wgmma's rows are the outputs here: at least 64 of them.
     outputs = max(64, min(256, triton.next_power_of_2(problem.channels_out)))
     if arch.startswith("gfx") or passes:
@@ -221,7 +221,10 @@ def _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, con
         "ALIGN_W": tap_alignment(wd),
     }
     grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),)
-    return Plan(_separable_conv2d_fused_kernel, grid, scalars, constants, config)
+    plan = Plan(_separable_conv2d_fused_kernel, grid, scalars, constants, config)
+    # mma.sync takes its operands from registers, of which ptxas would rather spill some than use all.
+    tight = operands_in_registers(x.element_size(), architecture(x.device))
+    return bounded(plan, x.device, 255) if tight else plan
 
 
 def _pointwise_plan(x, residual, out, activation, negative_slope) -> Plan:
@@ -252,7 +255,12 @@ def separable_conv2d_forward(
     geometry = Geometry(tuple(wd.shape[2:]), stride, padding, dilation, wd.shape[0] // x.shape[1])
     taps = geometry.kernel[0] * geometry.kernel[1]
     problem = _problem(
-        "separable_conv2d_forward", x, wd.shape[0], out, taps, geometry_variant(stride, dilation)
+        "separable_conv2d_forward",
+        x,
+        wd.shape[0],
+        out,
+        taps,
+        geometry_variant(stride, dilation, geometry.kernel),
     )
     config = choose_config(problem, x.device)
     if config.form == "two kernels":

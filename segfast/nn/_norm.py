@@ -106,7 +106,8 @@ def folded_filter(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     tensors = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
     def fold() -> tuple[Tensor, Tensor]:
-        scale, shift = (t.to(conv.weight.dtype) for t in _affine(*tensors[2:], norm.eps))
+        affine: Any = _affine(*tensors[2:], norm.eps)
+        scale, shift = (t.to(conv.weight.dtype) for t in affine)
         return conv.weight * scale[:, None, None, None], (
             shift if conv.bias is None else shift + conv.bias * scale
         )

@@ -167,11 +167,11 @@ def measured_reason_not(
     taps: int,
     groups: int,
     pixels: int,
-    geometry: tuple[tuple[int, int], tuple[int, int]] | None = None,
+    geometry: tuple[tuple[int, int], ...] | None = None,
 ) -> str | None:
     """Why "auto" keeps ATen for these operations: not proven here, not measured, or measured slower.
 
-    `geometry` is (stride, dilation) for operations whose tables tell those apart.
+    `geometry` is (stride, dilation, kernel) for operations whose tables tell those apart.
     """
     if torch.compiler.is_compiling():
         pixels = -1  # may be symbolic: decide for all image sizes at once
@@ -190,7 +190,7 @@ def _look_up(
     channels_out: int,
     taps: int,
     groups: int,
-    geometry: tuple[tuple[int, int], tuple[int, int]] | None,
+    geometry: tuple[tuple[int, int], ...] | None,
     log2_pixels: int,
 ) -> str | None:
     from segfast.kernels import _configs, _device

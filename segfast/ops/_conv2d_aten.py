@@ -83,7 +83,7 @@ def _convolution(input, weight, bias, stride, padding, dilation, groups: int) ->
             drop += 1
         trimmed = trimmed.narrow(2 + axis, drop, kernel - 2 * drop)
         pads[axis] = p - drop * d
-    if bias is None or groups == 1 or input.requires_grad or weight.requires_grad or bias.requires_grad:
+    if bias is None or groups == 1 or bias.dtype != input.dtype or _needs_gradient(input, weight, bias):
         return F.conv2d(input, trimmed, bias, stride, pads, dilation, groups)
     return F.conv2d(input, trimmed, None, stride, pads, dilation, groups).add_(bias[:, None, None])
 

@@ -89,10 +89,17 @@ def check_activation(activation: str | None) -> None:
 
 
 def check_epilogue(
-    shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, residual: Tensor | None
+    shape: tuple[int, ...],
+    device: torch.device,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
-    """Raise for operands of the epilogue that do not fit an output of `shape`, [N, C, H, W] or [C, H, W]."""
+    """Raise for operands of the epilogue that do not fit an output [N, C, H, W] or [C, H, W] on `device`."""
     channels = shape[-3]
+    for name, operand in (("scale", scale), ("shift", shift), ("residual", residual)):
+        if operand is not None and operand.device != device:
+            raise RuntimeError(f"input and {name} must share a device, got {device} and {operand.device}")
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and tuple(vector.shape) != (channels,):
             raise RuntimeError(
@@ -125,6 +132,12 @@ def apply_epilogue(
 
 def _widened(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _channel_sums(t: Tensor) -> Tensor:
+    """Sums over all but the channels, in fp32 at least: in fp16 they could overflow before they are cast."""
+    dtype = torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
+    return t.sum((0, 2, 3), dtype=dtype)
 
 
 class EpilogueGradients(NamedTuple):
@@ -168,7 +181,7 @@ def epilogue_backward(
     need_bias, need_scale, need_shift, need_residual = needs
     grad_scale = grad_shift = grad_bias = None
     if need_shift and shift is not None:
-        grad_shift = grad_z.sum((0, 2, 3)).to(shift.dtype)
+        grad_shift = _channel_sums(grad_z).to(shift.dtype)
     if need_scale and scale is not None:
         conv = recompute(bias, None, None, None)
         grad_scale = (_widened(grad_z) * _widened(conv)).sum((0, 2, 3)).to(scale.dtype)
@@ -176,6 +189,6 @@ def epilogue_backward(
     if scale is not None:
         grad_conv = (grad_z * scale[:, None, None]).to(grad_z.dtype)
     if need_bias and bias is not None:
-        grad_bias = grad_conv.sum((0, 2, 3)).to(bias.dtype)
+        grad_bias = _channel_sums(grad_conv).to(bias.dtype)
     grad_residual = grad_z.to(residual.dtype) if need_residual and residual is not None else None
     return EpilogueGradients(grad_conv, grad_bias, grad_scale, grad_shift, grad_residual)

@@ -118,7 +118,7 @@ def conv_transpose2d(
             check_conv_transpose2d(input, weight, bias, steps, pads, extra, 1, (1, 1))
             y = upsample_separable(input, factors, steps, pads, extra, bias)
         if activation is not None or scale is not None or shift is not None or residual is not None:
-            check_epilogue(y.shape, scale, shift, residual)
+            check_epilogue(y.shape, input.device, scale, shift, residual)
             y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)
         return y
     if dtype is not None:

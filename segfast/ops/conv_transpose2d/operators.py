@@ -84,7 +84,7 @@ def _result_shape(
     check_conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     size = output_size(input, weight, stride, padding, output_padding, dilation)
     shape = (input.shape[0], weight.shape[1] * groups, *size)
-    check_epilogue(shape, scale, shift, residual)
+    check_epilogue(shape, input.device, scale, shift, residual)
     return shape
 
 

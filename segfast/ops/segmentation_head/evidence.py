@@ -26,17 +26,24 @@ _PROOFS = {
 
 def proofs(device: torch.device, dtype: torch.dtype) -> Iterator[Evidence]:
     """Evidence for `segfast.ops._prove`: each operator beside fp64 and beside ATen in its own dtype."""
-    for case, (shape, resampling, weighted, smoothing) in _PROOFS.items():
-        generator = torch.Generator().manual_seed(0)
-        batch, classes = shape[:2]
-        logits = (3 * torch.randn(shape, generator=generator)).to(dtype)
-        target = torch.randint(classes, (batch, *resampling.size), generator=generator)
-        target[torch.rand(target.shape, generator=generator) < 0.1] = IGNORED
-        weight = torch.rand(classes, generator=generator) + 0.5 if weighted else None
-        grad = torch.randn(target.shape, generator=generator)
-        inputs = (logits, target, weight, grad, torch.randn(3, classes, generator=generator))
-        yield from _cross_entropy(device, case, resampling, smoothing, *inputs[:4])
-        yield from _labels_and_dice(device, case, resampling, logits, target, inputs[4])
+    for case, sizes in _PROOFS.items():
+        yield from head_evidence(device, dtype, case, *sizes)
+
+
+def head_evidence(
+    device: torch.device, dtype: torch.dtype, case: str, shape, resampling: Resampling, weighted, smoothing
+) -> Iterator[Evidence]:
+    """Every operation on one case, sizes as in `_PROOFS`."""
+    generator = torch.Generator().manual_seed(0)
+    batch, classes = shape[:2]
+    logits = (3 * torch.randn(shape, generator=generator)).to(dtype)
+    target = torch.randint(classes, (batch, *resampling.size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.1] = IGNORED
+    weight = torch.rand(classes, generator=generator) + 0.5 if weighted else None
+    grad = torch.randn(target.shape, generator=generator)
+    inputs = (logits, target, weight, grad, torch.randn(3, classes, generator=generator))
+    yield from _cross_entropy(device, case, resampling, smoothing, *inputs[:4])
+    yield from _labels_and_dice(device, case, resampling, logits, target, inputs[4])
 
 
 def _to(device: torch.device, *tensors: Any) -> list[Any]:

@@ -36,6 +36,8 @@ def can_use_triton(choice: str, logits: Tensor, size: Pair, operations: tuple[st
 
 def _uses_operator(operation: str, logits: Tensor, size: Pair, operations: tuple[str, ...]) -> bool:
     """Whether our operators run: kernels, or "aten"'s tiles. Else PyTorch's functions run one by one."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False  # PyTorch's own differentiate forwards
     if use_triton(operation, can_use_triton, logits, size, operations):
         return True
     return logits.is_cpu and not _INTERPRETING and chunked.pays(operation, logits, size)

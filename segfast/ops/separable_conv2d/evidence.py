@@ -22,10 +22,11 @@ _DEPTHWISE = {
     "k9 s3, taps": (1, 24, 1, 13, 14, 9, 3, 4, 1),
     "two filters a channel, taps": (2, 24, 2, 9, 11, 3, 2, 2, 2),
 }
-# (batch, C, C_out, height, width, stride, form)
+# (batch, C, C_out, height, width, stride, form), then kernel, dilation and filters a channel if not 3, 1, 1.
 _SEPARABLE = {
     "fused": (2, 136, 72, 13, 17, 1, "fused"),
     "fused s2": (1, 72, 264, 21, 17, 2, "fused"),
+    "fused k5 d2, two filters a channel": (1, 40, 72, 13, 17, 1, "fused", 5, 2, 2),
     "two kernels": (2, 136, 72, 13, 17, 1, "two kernels"),
 }
 
@@ -33,9 +34,9 @@ _SEPARABLE = {
 def proofs(device: torch.device, dtype: torch.dtype):
     """Evidence for `segfast.ops._prove`: forwards with full epilogues, both gradients, both fused forms."""
     for case, sizes in _DEPTHWISE.items():
-        yield from _depthwise_evidence(device, dtype, case, *sizes)
+        yield from depthwise_evidence(device, dtype, case, *sizes)
     for case, layer in _SEPARABLE.items():
-        yield _separable_evidence(device, dtype, case, *layer)
+        yield separable_evidence(device, dtype, case, *layer)
 
 
 def _drawer(dtype: torch.dtype):
@@ -56,7 +57,8 @@ def _gradients(grad, input, weight, stride, padding, dilation) -> tuple[Tensor, 
     return grad_input, grad_weight
 
 
-def _depthwise_evidence(device, dtype, case, batch, channels, filters, height, width, kernel, *steps):
+def depthwise_evidence(device, dtype, case, batch, channels, filters, height, width, kernel, *steps):
+    """The forward, its statistics and both gradients of one case, sizes as in `_DEPTHWISE`."""
     draw = _drawer(dtype)
     stride, padding, dilation = (pair(n, "step") for n in steps)
     geometry = (stride, padding, dilation)
@@ -90,37 +92,50 @@ def _depthwise_evidence(device, dtype, case, batch, channels, filters, height, w
     yield Evidence(OPERATIONS[2], case, actual, wide[1], plain[1], sizes[1], batch * pixels)
 
 
-def _separable_evidence(device, dtype, case, batch, channels, channels_out, height, width, step, form):
+def separable_evidence(
+    device,
+    dtype,
+    case,
+    batch,
+    channels,
+    channels_out,
+    height,
+    width,
+    step,
+    form,
+    kernel=3,
+    dilation=1,
+    filters=1,
+) -> Evidence:
+    """The forward of one case in one form, sizes as in `_SEPARABLE`; `filters` a channel."""
     kernels = load_kernels()
     draw = _drawer(dtype)
-    stride = pair(step, "stride")
-    input, first, second = (
-        draw(batch, channels, height, width), draw(channels, 1, 3, 3), draw(channels_out, channels, 1, 1)
-    )  # fmt: skip
-    vectors = [draw(channels), draw(channels), draw(channels_out), draw(channels_out)]
+    geometry = (pair(step, "stride"), pair(dilation * (kernel // 2), "padding"), pair(dilation, "dilation"))
+    between = channels * filters
+    input, first = draw(batch, channels, height, width), draw(between, 1, kernel, kernel)
+    second = draw(channels_out, between, 1, 1)
+    vectors = [draw(between) for _ in range(3)] + [draw(channels_out) for _ in range(3)]
 
-    def run(input, first, second, s1, t1, s2, t2, residual, activations):
-        between = apply_epilogue(
-            F.conv2d(input, first, None, stride, 1, 1, channels), s1, t1, None, activations[0], 0.0
-        )
-        return apply_epilogue(F.conv2d(between, second), s2, t2, residual, activations[1], 0.0)
+    def run(input, first, second, b1, s1, t1, b2, s2, t2, residual, activations):
+        d = F.conv2d(input, first, b1, *geometry, channels)
+        d = apply_epilogue(d, s1, t1, None, activations[0], 0.0)
+        return apply_epilogue(F.conv2d(d, second, b2), s2, t2, residual, activations[1], 0.0)
 
     tensors = [input, first, second, *vectors]
-    residual = draw(*run(*tensors, None, (None, None)).shape)
-    tensors.append(residual)
+    tensors.append(draw(*run(*tensors, None, (None, None)).shape))
     reference = run(*(t.double() for t in tensors), ("relu6", "relu"))
     magnitude = run(*(t.double().abs() for t in tensors), (None, None))
-    x, wd, w, s1, t1, s2, t2, r = (t.to(device) for t in tensors)
-    aten = run(x, wd, w, s1, t1, s2, t2, r, ("relu6", "relu"))
-    with kernels.override_config("separable_conv2d_forward", _config(form, x, channels_out)):
+    x, wd, w, b1, s1, t1, b2, s2, t2, r = (t.to(device) for t in tensors)
+    aten = run(x, wd, w, b1, s1, t1, b2, s2, t2, r, ("relu6", "relu"))
+    with kernels.override_config("separable_conv2d_forward", config_of(form, x, channels_out)):
         actual = separable_conv2d(
-            x, wd, w, None, None, stride, 1, depthwise_scale=s1, depthwise_shift=t1,
+            x, wd, w, b1, b2, *geometry, depthwise_scale=s1, depthwise_shift=t1,
             depthwise_activation="relu6", scale=s2, shift=t2, residual=r, activation="relu",
         )  # fmt: skip
-    return Evidence(OPERATIONS[3], case, actual, reference, aten, magnitude, 9 * channels)
+    return Evidence(OPERATIONS[3], case, actual, reference, aten, magnitude, kernel * kernel * between)
 
 
-def _config(form: str, x: Tensor, channels_out: int):
+def config_of(form: str, x: Tensor, channels_out: int):
     """The first configuration of that form that fits the device."""
     from segfast.kernels import _configs, _device
 

@@ -44,14 +44,15 @@ def can_use_triton(
         return "the input is not channels_last"
     batch, channels, height, width = input.shape
     dtype, pixels = dtype or input.dtype, batch * height * width
-    taps = weight.shape[2] * weight.shape[3]
+    kernel = (weight.shape[2], weight.shape[3])
+    taps = kernel[0] * kernel[1]
     if pointwise_weight is None or differentiates:
         needed = OPERATIONS[:3] if differentiates else OPERATIONS[:1]
         sizes = (channels, weight.shape[0], taps, channels)
-        reason = measured_reason_not(needed, dtype, input.device, *sizes, pixels, geometry)
+        reason = measured_reason_not(needed, dtype, input.device, *sizes, pixels, (*geometry, kernel))
     if reason is None and pointwise_weight is not None:
         sizes = (channels, pointwise_weight.shape[0], taps, 1)
-        reason = measured_reason_not(OPERATIONS[3:], dtype, input.device, *sizes, pixels, geometry)
+        reason = measured_reason_not(OPERATIONS[3:], dtype, input.device, *sizes, pixels, (*geometry, kernel))
     return reason
 
 
@@ -76,7 +77,7 @@ def depthwise_conv2d(
 
     Args:
         input: [N, C, H, W] or [C, H, W]; float16, bfloat16 or float32 on our kernels, any dtype on ATen.
-        weight: [C * multiplier, 1, kH, kW]. Free of a copy on our kernels if its first dimension has stride 1
+        weight: [C * multiplier, 1, kH, kW]. Loaded fastest on our kernels if its first dimension has stride 1
             (`segfast.optimize` lays it out so on a GPU).
         bias: [C * multiplier].
         padding: an int, a pair, "valid" or "same".
@@ -273,7 +274,8 @@ def separable_conv2d(
     )
     if dtype is None:
         check_pointwise("separable_conv2d", between.shape[1], between, pointwise_weight, bias)
-    check_epilogue((between.shape[0], pointwise_weight.shape[0], *between.shape[2:]), scale, shift, residual)
+    shape = (between.shape[0], pointwise_weight.shape[0], *between.shape[2:])
+    check_epilogue(shape, input.device, scale, shift, residual)
     return conv2d_aten(
         between, pointwise_weight, bias, 1, 0, 1, 1, scale, shift, residual, activation, negative_slope
     )
@@ -289,10 +291,12 @@ def _depthwise_aten(
 ) -> Tensor:
     groups = input.shape[1] if input.dim() == 4 else 0
     filters = weight.shape[0]
-    if groups == 0 or weight.dim() != 4 or weight.shape[1] != 1 or filters == 0 or filters % groups:
+    wrong = groups == 0 or weight.dim() != 4 or weight.shape[1] != 1 or filters == 0 or filters % groups
+    # A bias that only broadcasts would fit what is done with it here.
+    if wrong or (bias is not None and bias.shape != (filters,)):
         check_depthwise(name, input, weight, bias, stride, padding, dilation)  # raises
     if scale is not None or shift is not None:
-        check_epilogue((input.shape[0], filters, 1, 1), scale, shift, None)
+        check_epilogue((input.shape[0], filters, 1, 1), input.device, scale, shift, None)
     return conv2d_aten(
         input, weight, bias, stride, padding, dilation, groups, scale, shift, None, activation, negative_slope
     )

@@ -24,10 +24,10 @@ def _result_shape(
     residual, stride, padding, dilation,
 ):  # fmt: skip
     between = check_depthwise(NAME, input, depthwise_weight, depthwise_bias, stride, padding, dilation)
-    check_epilogue(between, depthwise_scale, depthwise_shift, None)
+    check_epilogue(between, input.device, depthwise_scale, depthwise_shift, None)
     check_pointwise(NAME, between[1], input, weight, bias)
     shape = (between[0], weight.shape[0], *between[2:])
-    check_epilogue(shape, scale, shift, residual)
+    check_epilogue(shape, input.device, scale, shift, residual)
     return shape
 
 
@@ -132,10 +132,16 @@ class _Separable(Differentiable):
 
     @staticmethod
     def backward(ctx, grad):
+        # The operands have their dtype: an autocast around the backward must not touch the products.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _Separable._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
         *first, weight, bias, scale, shift, residual, output = ctx.saved_tensors
         depthwise_activation, activation, negative_slope = ctx.activations
         needs = ctx.needs_input_grad
-        computed: list[Tensor] = []
+        computed = []
 
         def between() -> Tensor:
             # Again, once, if anything asks for it.

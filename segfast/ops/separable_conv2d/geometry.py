@@ -30,6 +30,8 @@ def resolve_padding(name: str, input: Tensor, weight: Tensor, stride: Pair, padd
         raise RuntimeError(f"{name}: padding must be 'valid', 'same', an int or two ints, got {padding!r}")
     if stride != (1, 1):
         raise RuntimeError(f"{name}: padding='same' is not supported with stride {stride}")
+    if weight.dim() != 4:
+        return input, (0, 0)  # an error, as the checks to come will say
     total = [d * (k - 1) for d, k in zip(dilation, weight.shape[-2:], strict=True)]
     if total[0] % 2 or total[1] % 2:
         input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))

@@ -20,7 +20,7 @@ def taps_major(weight: Tensor) -> Tensor:
 
 def _result_shape(input, weight, bias, scale, shift, stride, padding, dilation):
     shape = check_depthwise("depthwise_conv2d", input, weight, bias, stride, padding, dilation)
-    check_epilogue(shape, scale, shift, None)
+    check_epilogue(shape, input.device, scale, shift, None)
     return shape
 
 
@@ -70,7 +70,7 @@ def _fitted(input, weight, bias, scale, shift) -> tuple[Tensor | None, ...]:
     """The operands as the kernels take them: themselves if they fit, else copies."""
     return (
         channels_innermost(input),
-        taps_major(weight),
+        weight,
         *[None if vector is None else vector.contiguous() for vector in (bias, scale, shift)],
     )
 
@@ -128,7 +128,7 @@ def _grad_input_kernels(grad, weight, channels, height, width, stride, padding, 
     out = kernel_output((grad.shape[0], channels, height, width), grad, memory_format)
     if out.numel() > 0:
         load_kernels().depthwise_conv2d_grad_input(
-            channels_innermost(grad), taps_major(weight), out, tuple(stride), tuple(padding), tuple(dilation)
+            channels_innermost(grad), weight, out, tuple(stride), tuple(padding), tuple(dilation)
         )
     return out.contiguous(memory_format=memory_format)
 
