@@ -106,7 +106,7 @@ def separable_evidence(
     kernel=3,
     dilation=1,
     filters=1,
-) -> Evidence:
+):
     """The forward of one case in one form, sizes as in `_SEPARABLE`; `filters` a channel."""
     kernels = load_kernels()
     draw = _drawer(dtype)
