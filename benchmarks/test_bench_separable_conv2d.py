@@ -21,7 +21,7 @@ FEW = ("mobilenetv2_dw144", "xception_middle_dw_layer", "efficientnet_dw144_k5_s
 # "Never slower" on a CPU: at most 5 % more than the plain layers, the noise of p20 on a machine that does
 # other things too, and for one layer the microseconds our Python may add to a call (see test_bench_overhead).
 NOISE = 1.05
-CALL_US = 5.0
+CALL_US = 2.0
 ATTEMPTS = 8
 # channels, side, kernel, stride, padding, dilation
 SIZES = {

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops._backend import certainly_aten
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
@@ -86,16 +87,24 @@ class DepthwiseConv2d(nn.Conv2d):
         Raises:
             RuntimeError: an input of other channels; the operator takes their number from it.
         """
+        self._check_channels(input)
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
+
+    def _check_channels(self, input: Tensor) -> None:
         if isinstance(input, Tensor) and input.dim() > 2 and input.shape[-3] != self.in_channels:
             raise RuntimeError(
                 f"input must have {self.in_channels} channels, got {list(input.shape)} "
                 f"(the layer's weight is {list(self.weight.shape)})"
             )
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        return nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
 
     def forward(self, input: Tensor) -> Tensor:
+        plain = self.activation is None and self.dilation == (1, 1) and isinstance(input, Tensor)
+        if plain and certainly_aten(input):
+            # torch's own layer: the operator would only take longer to come to the same call.
+            self._check_channels(input)
+            return super().forward(input)
         # torch's annotations take these for tuples of any length; they are pairs.
         stride: Any = self.stride
         dilation: Any = self.dilation

@@ -131,6 +131,11 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _gpu_reasons: dict[int | None, str | None] = {}
 
 
+def certainly_aten(input: Tensor) -> bool:
+    """Whether a call on `input` is ATen's whatever its sizes, and nobody asks why: a CPU's usual case."""
+    return input.is_cpu and not _INTERPRETING and _state.backend != "triton" and _state.decisions is None
+
+
 def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None = None) -> str | None:
     """What every family asks of a tensor for its kernels: device, architecture, dtype (or autocast's)."""
     dtype = autocast or input.dtype
