@@ -4,10 +4,9 @@ Fused: a program computes the depthwise results of BLOCK_M pixels, BLOCK_K chann
 them into BLOCK_N outputs: they never reach memory. The product is formed transposed, [BLOCK_N, BLOCK_M]: as
 the second operand the depthwise tile goes through shared memory once, after its last tap; as the first, every
 tap's sum would be brought into the matrix unit's layout. Each column of programs computes the depthwise part
-again, so with many outputs, or many taps, two kernels with the result between them are the faster form.
+again, so with many outputs, or many taps, two kernels with the result between them do less work.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -264,11 +263,8 @@ def separable_conv2d_forward(
     )
     config = choose_config(problem, x.device)
     if config.form == "two kernels":
-        launch = functools.partial(
-            _two_kernels, stride, padding, dilation, depthwise_activation, activation, negative_slope
-        )
-        launch(*tensors)
-        return launch
+        options = (stride, padding, dilation, depthwise_activation, activation, negative_slope)
+        return _two_kernels(*tensors, *options)
     activations = (depthwise_activation, activation)
     options = (stride, padding, dilation, activations, negative_slope, dot_precision(x.dtype), config)
     plan = planned(
@@ -280,24 +276,40 @@ def separable_conv2d_forward(
 
 
 def _two_kernels(
-    stride, padding, dilation, depthwise_activation, activation, negative_slope,
     x, wd, depthwise_bias, depthwise_scale, depthwise_shift, w, bias, scale, shift, residual, out,
-) -> None:  # fmt: skip
-    shape = (x.shape[0], wd.shape[0], *out.shape[2:])
-    between = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    depthwise_conv2d_forward(
+    stride, padding, dilation, depthwise_activation, activation, negative_slope,
+) -> Callable[..., None]:  # fmt: skip
+    shape, dtype, device = (x.shape[0], wd.shape[0], *out.shape[2:]), x.dtype, x.device
+
+    def empty() -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+    between = empty()
+    first = depthwise_conv2d_forward(
         x, wd, depthwise_bias, depthwise_scale, depthwise_shift, between, None, stride, padding, dilation,
         depthwise_activation, negative_slope,
     )  # fmt: skip
-    pointwise_conv2d_forward(between, w, bias, scale, shift, residual, out, activation, negative_slope)
+    second = pointwise_conv2d_forward(
+        between, w, bias, scale, shift, residual, out, activation, negative_slope
+    )
+    assert first is not None  # no statistics were asked for
+
+    def launch(*tensors: torch.Tensor | None) -> None:
+        between = empty()
+        first(*tensors[:5], between)
+        second(between, *tensors[5:])
+
+    return launch
 
 
-def pointwise_conv2d_forward(x, w, bias, scale, shift, residual, out, activation, negative_slope) -> None:
+def pointwise_conv2d_forward(x, w, bias, scale, shift, residual, out, activation, negative_slope) -> Plan:
     """out = act(scale * (w x + bias) + shift + residual): the second of the two kernels, alone for the tuner.
 
-    Operands as in `separable_conv2d_forward`, x [N, C, OH, OW].
+    Operands as in `separable_conv2d_forward`, x [N, C, OH, OW]. Returns the plan, for tensors laid out alike.
     """
     operands = (x, w, bias, scale, shift, residual, out)
     key = ("pointwise_conv2d_forward", layout_key(*operands), x.device, activation, negative_slope,
            dot_precision(x.dtype))  # fmt: skip
-    planned(key, lambda: _pointwise_plan(x, residual, out, activation, negative_slope))(*operands)
+    plan = planned(key, lambda: _pointwise_plan(x, residual, out, activation, negative_slope))
+    plan(*operands)
+    return plan

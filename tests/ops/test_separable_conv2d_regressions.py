@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import segfast
 from segfast.functional import conv_transpose2d, depthwise_conv2d, separable_conv2d, upsample_cross_entropy
-from segfast.kernels import _configs
+from segfast.kernels import Config, _configs, override_config
 from tests.fused_conv import BACKENDS, draw
 
 
@@ -99,3 +100,43 @@ def test_a_filter_of_more_taps_than_a_grid_has_rows():
     with segfast.backend("triton"), segfast.kernels.record_launches() as launches:
         torch.ops.segfast.depthwise_conv2d_grad_weight(grad, x, weight.detach(), (1, 1), (0, 0), (1, 1))
     assert launches and all(max(plan.grid[1:]) <= 65535 for plan, _ in launches)
+
+
+def test_taps_that_meet_only_padding_are_not_multiplied_on_a_cpu():
+    x, weight = draw(1, 4, 17, 17), draw(4, 1, 3, 3)
+
+    def flops(function):
+        with FlopCounterMode(display=False) as counter:
+            result = function()
+        return counter.get_total_flops(), result
+
+    def both(rate):
+        ours, y = flops(lambda: depthwise_conv2d(x, weight, None, 1, rate, rate))
+        plain, expected = flops(lambda: F.conv2d(x, weight, None, 1, rate, rate, 4))
+        torch.testing.assert_close(y, expected)
+        return plain, ours
+
+    plain, ours = both(18)
+    assert plain == 9 * ours  # of 3x3 taps the middle one is left
+    plain, ours = both(16)
+    assert plain == ours  # each tap meets a pixel
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "config",
+    [Config(16, 16, 16, 4, 1, form="fused"), Config(0, 0, 0, 1, 1, form="two kernels")],
+    ids=lambda config: config.form,
+)
+def test_a_remembered_launch_takes_the_tensors_of_its_own_call(config, monkeypatch):
+    weight = draw(4, 1, 3, 3).permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    pointwise = draw(6, 4, 1, 1)
+    inputs = [draw(1, 4, 6, 5, seed=seed, channels_last=True) for seed in (0, 1)]
+    with segfast.backend("triton"), override_config("separable_conv2d_forward", config), torch.no_grad():
+        results = [separable_conv2d(inputs[0], weight, pointwise, padding=1)]
+        # The launchers are not asked again.
+        monkeypatch.setattr(segfast.kernels, "separable_conv2d_forward", None)
+        results.append(separable_conv2d(inputs[1], weight, pointwise, padding=1))
+    for x, result in zip(inputs, results, strict=True):
+        expected = F.conv2d(F.conv2d(x, weight, padding=1, groups=4), pointwise)
+        torch.testing.assert_close(result, expected)

@@ -179,8 +179,8 @@ def separable_conv2d(
 
     `act(scale * (conv1x1(between) + bias) + shift + residual)` with
     `between = act'(depthwise_scale * (depthwise(input) + depthwise_bias) + depthwise_shift)`. On our kernels
-    `between` is not written to memory where that is faster, and never kept for the backward, which computes
-    it again.
+    `between` is not written to memory where one kernel is chosen for both, and never kept for the backward,
+    which computes it again.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; float16, bfloat16 or float32 on our kernels, any dtype on ATen.

@@ -104,9 +104,9 @@ def _statistics_kernels(
     tensors = (input, weight, bias, scale, shift)
     shape = _result_shape(*tensors, stride, padding, dilation)
     memory_format = output_format(input, weight)
-    statistics = torch.zeros((shape[0], 2, shape[1]), dtype=torch.float32, device=input.device)
+    statistics = torch.empty((shape[0], 2, shape[1]), dtype=torch.float32, device=input.device)
     if input.numel() == 0:
-        return empty(shape, input, memory_format), statistics
+        return empty(shape, input, memory_format), statistics.zero_()
     out = kernel_output(shape, input, memory_format)
     kernels.depthwise_conv2d_forward(
         *_fitted(*tensors), out, statistics, stride, padding, dilation, activation, negative_slope
