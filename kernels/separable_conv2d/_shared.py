@@ -16,7 +16,7 @@ Pair = tuple[int, int]
 @triton.jit
 def _widen(x, ASM: tl.constexpr):
     # bfloat16 to float32 in one instruction an element: the compiler takes two, one to part a pair and one to
-    # shift. ASM on NVIDIA GPUs only; the conversions are a fifth of the kernel's instructions.
+    # shift. ASM on NVIDIA GPUs only.
     if ASM:
         x = tl.inline_asm_elementwise(
             "{.reg .b32 lo, hi; shl.b32 lo, $2, 16; and.b32 hi, $2, 0xffff0000;"

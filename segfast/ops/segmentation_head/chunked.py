@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 VALUES = 1 << 17  # of a tile: half a megabyte in fp32
-# Fewer classes take hardly more memory than their labels, and few logits stay in the caches whole: there
-# torch's own cross-entropy is faster.
+# Fewer classes take hardly more memory than their labels, and few logits stay in the caches whole: they are
+# left to torch's own functions.
 LEAST_CLASSES = 8
 LEAST_LOGITS = {"upsample_cross_entropy": 1 << 18, "upsample_dice": 1 << 14, "upsample_argmax": 1 << 14}
 LOW_COLUMNS = 16  # of a tile: a product costs as many multiply-adds a logit, and few make it slow
 
 
 def pays(operation: str, logits: Tensor, size: tuple[int, int]) -> bool:
-    """Whether tiles are faster than torch's functions one by one, on full-size logits."""
+    """Whether tiles are worth it beside torch's functions one by one, on full-size logits."""
     batch, classes = logits.shape[:2]
     if operation == "upsample_cross_entropy" and classes < LEAST_CLASSES:
         return False
@@ -206,8 +206,8 @@ def argmax(logits, size, mode, align_corners, scales, confidence) -> tuple[Tenso
     labels = torch.empty(shape, dtype=torch.int64, device=logits.device)
     probability = shape if confidence else (shape[0], 0, 0)
     confidences = torch.empty(probability, dtype=torch.float32, device=logits.device)
-    # From the last class to the first, so that the largest number among equal logits is the first class's:
-    # several times faster than ATen's argmax along a dimension that is not the last.
+    # From the last class to the first, so that the largest number among equal logits is the first class's: a
+    # maximum, which ATen vectorises along any dimension, where it does not its argmax.
     order = torch.arange(classes, 0, -1, dtype=accumulation_dtype(logits), device=logits.device)[:, None]
     for tile in tiles(logits, size, mode, align_corners, scales):
         where = (tile.image, tile.rows, tile.columns)
