@@ -3,7 +3,7 @@ PY := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 OUT ?= out/gpu
 RUN_GPU = $(PY) -m benchmarks.gpu --out $(OUT)
 
-.PHONY: gpu gpu-peers gpu-test gpu-tune gpu-bench gpu-full record
+.PHONY: gpu gpu-peers gpu-test gpu-tune gpu-bench gpu-full gpu-unseen record
 
 gpu: ## on a GPU: prove, measure the peers, then ours beside them, tune; into OUT=out/gpu
 	$(RUN_GPU)
@@ -22,6 +22,9 @@ gpu-bench: ## on a GPU: all cases of FAMILY=conv_transpose2d (or another), every
 
 gpu-full: ## on a GPU: whole models, other dtypes, torch.compile
 	$(RUN_GPU) --tier T5
+
+gpu-unseen: ## on a GPU: backend "auto" beside ATen on 300 convolutions that are in no table
+	$(RUN_GPU) --tier unseen
 
 record: ## file what a GPU run brought back: make record FROM=folder
 	@test -n "$(FROM)" || { echo "usage: make record FROM=folder" >&2; exit 2; }

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import cudnn_graph
+from benchmarks.case import PYRAMIDS
 from benchmarks.cases import is_depthwise
 from benchmarks.environment import dry_run
-from benchmarks.problems import FORMULAS, Problem, Tensors, folded
+from benchmarks.problems import FORMULAS, Formula, Problem, Tensors, folded
 from benchmarks.timing import Candidate, Skipped
 
 Peer = Candidate | Skipped
@@ -32,8 +34,11 @@ def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
         yield from _depthwise_kernels(problem)
     if case.direction == "forward" and case.op in ("conv2d", "conv_transpose2d"):
         yield from _fused(problem)
-    elif case.direction == "forward" and case.op == "separable_conv2d" and problem.device.type == "cuda":
-        yield from _cudnn_graph(problem)
+    elif case.direction == "forward" and problem.device.type == "cuda":
+        if case.op in PYRAMIDS:
+            yield Candidate("cudnn_conv_relu", problem.bind(_fused_pyramid(problem)))
+        elif case.op == "separable_conv2d":
+            yield from _cudnn_graph(problem)
     if compiled:
         from torch._functorch import config
 
@@ -86,13 +91,44 @@ def _fused(problem: Problem) -> Iterator[Peer]:
     if problem.device.type != "cuda":
         return
     if case.op == "conv2d" and case.activation == "relu":
-        geometry = [[case[name]] * 2 for name in ("s", "p", "d")]
+        options = [*([case[name]] * 2 for name in ("s", "p", "d")), case["g"]]
 
         def convolution_relu(t: Tensors) -> torch.Tensor:
-            return torch.cudnn_convolution_relu(t["x"], t["weight"], t["bias"], *geometry, case["g"])
+            return torch.cudnn_convolution_relu(t["x"], t["weight"], t["bias"], *options)
 
-        yield Candidate("cudnn_conv_relu", problem.bind(convolution_relu, tensors))
+        def convolution_add_relu(t: Tensors) -> torch.Tensor:
+            operands = (t["x"], t["weight"], t["residual"], 1.0, t["bias"])
+            return torch.cudnn_convolution_add_relu(*operands, *options)
+
+        if "add" in case.epilogue:
+            yield Candidate("cudnn_conv_add_relu", problem.bind(convolution_add_relu, tensors))
+        else:
+            yield Candidate("cudnn_conv_relu", problem.bind(convolution_relu, tensors))
     yield from _cudnn_graph(problem)
+
+
+def _fused_pyramid(problem: Problem) -> Formula:
+    """An ASPP, or its branches, with every convolution, batch norm and relu one call of cuDNN's."""
+    case, tensors = problem.case, problem.tensors
+    rates = {f"rate{i}": rate for i, rate in enumerate(case["rates"])}
+    names = ["weight", *rates, *(("pool", "project") if case.op == "aspp" else ())]
+    filters = {name: folded({**tensors, "weight": tensors[name]}) for name in names}
+
+    def convolution(x: torch.Tensor, name: str) -> torch.Tensor:
+        rate, (weight, bias) = rates.get(name, 1), (filters[name][part] for part in ("weight", "bias"))
+        padding = rate if name in rates else 0
+        return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [padding] * 2, [rate] * 2, 1)
+
+    def formula(t: Tensors) -> torch.Tensor:
+        x = t["x"]
+        branches = [convolution(x, name) for name in ("weight", *rates)]
+        if case.op == "aspp_branches":
+            return torch.cat(branches, 1)
+        pooled = convolution(x.mean((2, 3), keepdim=True), "pool")
+        branches.append(F.interpolate(pooled, x.shape[2:], mode="bilinear", align_corners=False))
+        return convolution(torch.cat(branches, 1), "project")
+
+    return formula
 
 
 def _cudnn_graph(problem: Problem) -> Iterator[Peer]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 DIRECTIONS = ("forward", "grad_input", "grad_weight", "backward", "train")
+PYRAMIDS = ("aspp", "aspp_branches")
 TILE_M, TILE_N = 128, 256  # the largest tile an implicit GEMM is expected to run with
 
 
@@ -16,8 +17,8 @@ class Case:
     """One operator call, or one whole model.
 
     `op` names the formula in problems.py, `family` the operator family that serves it, `epilogue` what
-    follows the product (`bias`, `bn` in eval mode, an activation). `small` replaces entries of `params` on a
-    CPU.
+    follows the product (`bias`, `bn` in eval mode, `add` of a residual, an activation). `small` replaces
+    entries of `params` on a CPU.
     """
 
     name: str
@@ -41,11 +42,16 @@ class Case:
 
     @property
     def activation(self) -> str | None:
-        return next((name for name in self.epilogue if name not in ("bias", "bn")), None)
+        return next((name for name in self.epilogue if name not in ("bias", "bn", "add")), None)
 
     @property
     def key(self) -> str:
         return f"{self.name}/{self.dtype}/{self.direction}/{self.size}"
+
+    @property
+    def work(self) -> tuple:
+        """All that tells what is computed: the name and the layer's words aside."""
+        return self.op, frozenset(self.params.items()), self.dtype, self.direction, self.epilogue
 
     def cpu(self) -> "Case":
         """The same layer at batch 1 in fp32 and small."""
@@ -154,11 +160,11 @@ def _work(case: Case, useful: bool) -> float:
     if case.op == "separable_conv2d":
         pixels = math.prod(output_size(case))
         work = 2.0 * n * pixels * ci * co
-    elif case.op == "aspp":
+    elif case.op in PYRAMIDS:
         products = sum(_products(case, useful, 3, rate, rate) for rate in case["rates"])
         pixels = case["h"] * case["w"]
-        branches = len(case["rates"]) + 2
-        work = 2.0 * n * co * (ci * (products + pixels) + pixels * branches * co)
+        projected = (len(case["rates"]) + 2) * co if case.op == "aspp" else 0
+        work = 2.0 * n * co * (ci * (products + pixels) + pixels * projected)
     else:
         d, p = case.params.get("d", 1), case.params.get("p", 0)
         work = 2.0 * n * ci * co / case.params.get("g", 1) * _products(case, useful, case["k"], d, p)
@@ -176,7 +182,7 @@ def _bytes(case: Case) -> float:
         passes = {"backward": 2 * logits + labels, "train": 3 * logits + 2 * labels}
         return n * passes.get(case.direction, logits + labels)
     ci, co, pixels = case["ci"], case["co"], case["h"] * case["w"]
-    out = math.prod(output_size(case)) if case.op != "aspp" else pixels
+    out = math.prod(output_size(case)) if case.op not in PYRAMIDS else pixels
     weight = ci * co * case.params.get("k", 1) ** 2 / case.params.get("g", 1)
     if case.op == "separable_conv2d":
         weight = ci * case["k"] ** 2 + ci * co
@@ -184,6 +190,11 @@ def _bytes(case: Case) -> float:
         branches = len(case["rates"]) + 2
         weight = co * (ci * (9 * len(case["rates"]) + 2) + branches * co)
     x, y = n * pixels * ci, n * out * co
+    if case.op == "aspp_branches":
+        weight = co * ci * (9 * len(case["rates"]) + 1)
+        y *= len(case["rates"]) + 1
+    if "add" in case.epilogue:
+        x += n * out * co
     if case.op == "up_concat":
         # The skip's crop is read and written beside the up-convolution.
         y += 2 * n * out * co
@@ -197,6 +208,6 @@ def _gemm_width(case: Case) -> int:
     if case.op in ("conv_transpose2d", "up_concat"):
         dense_phase = case["k"] == case["s"]
         return case["co"] * (case["k"] ** 2 if dense_phase else 1)
-    if case.op in ("conv2d", "aspp", "separable_conv2d"):
+    if case.op in ("conv2d", *PYRAMIDS, "separable_conv2d"):
         return case["co"] if case.params.get("g", 1) == 1 or case.op == "separable_conv2d" else 0
     return 0

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from benchmarks.case import DIRECTIONS, Case, is_depthwise, is_head, output_size
 
 __all__ = [
-    "ALONE", "BLOCKS", "CASES", "DIRECTIONS", "HEADS", "LAYERS", "MODELS", "OPERATORS", "Case", "directions",
-    "find", "headline", "is_depthwise", "is_head", "output_size",
+    "ALONE", "BLOCKS", "CASES", "CONVOLUTIONS", "DIRECTIONS", "HEADS", "LAYERS", "MODELS", "OPERATORS",
+    "Case", "directions", "find", "headline", "is_depthwise", "is_head", "output_size",
 ]  # fmt: skip
 
 
@@ -48,9 +48,9 @@ def _up_concat(name, layer, ci, co, size, skip, *, small, headline=False) -> Cas
     return Case(name, "conv_transpose2d", "up_concat", layer, params, small, **fields)
 
 
-def _conv(family, name, layer, n, channels, size, k, *, small, s=1, d=1, p=None, g=1, **fields) -> Case:
+def _conv(family, name, layer, n, channels, size, k, *, small, s=1, d=1, p=None, g=1, co=0, **fields) -> Case:
     padding = d * (k - 1) // 2 if p is None else p
-    sizes = {"n": n, "ci": channels, "co": channels, "h": size, "w": size}
+    sizes = {"n": n, "ci": channels, "co": co or channels, "h": size, "w": size}
     params = {**sizes, "k": k, "s": s, "p": padding, "d": d, "g": g}
     return Case(name, family, "conv2d", layer, params, small, **fields)
 
@@ -95,6 +95,21 @@ def _aspp(name, layer, n, size, rates, *, small) -> Case:
     return Case(name, "dilated_conv2d", "aspp", layer, params, small, epilogue=_BN_RELU)
 
 
+def _branches(pyramid: Case) -> Case:
+    """The convolutions of an ASPP that read its input, and their concatenation."""
+    return pyramid.replace(name=pyramid.name.replace("aspp_", "aspp_branches_"), op="aspp_branches")
+
+
+def _dense(name, layer, ci, co, size, k=3, *, s=1, d=1, p=None, epilogue=("bn", "relu")) -> Iterator[Case]:
+    """A convolution at batch 8 and 1; on a CPU with a quarter of the channels, up to 64, and 33 pixels."""
+    few = [c if c < 16 else min(64, c // 4) for c in (ci, co)]
+    geometry = {"k": k, "s": s, "d": d, "p": p, "co": co, "epilogue": epilogue}
+    small = _small(*few, min(size, 33))
+    for n in (8, 1):
+        ending = "" if n == 8 else f"_n{n}"
+        yield _conv(_DILATED, f"{name}{ending}", layer, n, ci, size, small=small, **geometry)
+
+
 def _head(name, layer, n, classes, height, width, scale, *, small) -> Iterator[Case]:
     """The loss forward and in training, the dice loss in training, and the labels."""
     params = {"n": n, "classes": classes, "h": height, "w": width, "scale": scale}
@@ -115,13 +130,18 @@ def _crf(name, layer, h, w, alpha, beta, weight) -> Case:
     return Case(name, "dense_crf", "dense_crf", layer, params, small, dtype="float32")
 
 
-def _model(name, layer, model, size, gflop, *, small) -> Case:
-    params = {"n": 8, "model": model, "h": size, "w": size, "full_h": size, "full_w": size, "gflop": gflop}
+def _model(name, layer, model, size, gflop, *, small, n=8) -> Case:
+    params = {"n": n, "model": model, "h": size, "w": size, "full_h": size, "full_w": size, "gflop": gflop}
     return Case(name, "models", "model", layer, params, {"n": 1, "h": small, "w": small})
+
+
+def _at_batch_1(block: Case) -> Case:
+    return block.replace(name=f"{block.name}_n1", params={**block.params, "n": 1}, headline=False)
 
 
 _BN_RELU = ("bn", "relu")
 _BIAS_RELU = ("bias", "relu")
+_BN_ADD_RELU = ("bn", "add", "relu")
 _DW, _DILATED = "separable_conv2d", "dilated_conv2d"
 
 # kernels.md section 6, in its order. `_small(ci, co, side)` is the CPU's size.
@@ -207,8 +227,39 @@ LAYERS = [
     *_batches(_projected(_IN_TABLE["mobilenetv2_dw144"], 24)),
 ]  # fmt: skip
 
+# ASPPs and convolutions of ResNet-50 at output stride 8, U-Net at 572 pixels and VGG16 in FCN-8s at 500,
+# inference's at batch 8 and 1, and alone what the table has with an epilogue.
+_PYRAMIDS = [*(case for case in OPERATORS if case.op == "aspp")]
+_PYRAMIDS.append(
+    _aspp("aspp_n1_65", "DeepLabV3 ASPP, 513 pixels, OS8", 1, 65, (12, 24, 36), small=_small(64, 32))
+)
+_TABLED = [_IN_TABLE[name] for name in ("resnet_layer3_d2", "resnet_layer4_d4", "unet_down1_conv2")]
+CONVOLUTIONS = [
+    _PYRAMIDS[-1],
+    *map(_branches, _PYRAMIDS),
+    *map(_at_batch_1, _TABLED),
+    *map(_alone, _TABLED),
+    *_dense("resnet_layer1_3x3", "ResNet layer1 3x3", 64, 64, 129),
+    *_dense("resnet_layer1_expand", "ResNet layer1 1x1", 64, 256, 129, 1, epilogue=_BN_ADD_RELU),
+    *_dense("resnet_layer2_3x3", "ResNet OS8 layer2 3x3", 128, 128, 65),
+    *_dense("resnet_layer3_reduce", "ResNet OS8 layer3 1x1", 1024, 256, 65, 1),
+    *_dense("resnet_layer3_expand", "ResNet OS8 layer3 1x1", 256, 1024, 65, 1, epilogue=_BN_ADD_RELU),
+    *_dense("resnet_layer4_expand", "ResNet OS8 layer4 1x1", 512, 2048, 65, 1, epilogue=_BN_ADD_RELU),
+    *_dense("resnet_stem", "ResNet stem", 3, 64, 513, 7, s=2),
+    *_dense("fcn_head_3x3", "FCN-ResNet's head", 2048, 512, 65),
+    *_dense("deeplabv3_project", "DeepLabV3 ASPP's projection, OS8", 1280, 256, 65, 1),
+    *_dense("unet_down2_conv2", "U-Net level 2, second 3x3", 128, 128, 282, p=0, epilogue=_BIAS_RELU),
+    *_dense("unet_bottom_conv2", "U-Net bottom, second 3x3", 1024, 1024, 30, p=0, epilogue=_BIAS_RELU),
+    *_dense("unet_up2_conv1", "U-Net up 2, first 3x3", 512, 256, 104, p=0, epilogue=_BIAS_RELU),
+    *_dense("unet_up4_conv1", "U-Net up 4, first 3x3", 128, 64, 392, p=0, epilogue=_BIAS_RELU),
+    *_dense("vgg16_conv1_2", "VGG16 in FCN-8s, padded by 100", 64, 64, 698, epilogue=_BIAS_RELU),
+    *_dense("vgg16_conv3_2", "VGG16 in FCN-8s, padded by 100", 256, 256, 175, epilogue=_BIAS_RELU),
+    *_dense("vgg16_conv4_2", "VGG16 in FCN-8s, padded by 100", 512, 512, 88, epilogue=_BIAS_RELU),
+    *_dense("vgg16_conv6", "VGG16's first classifier in FCN-8s", 512, 4096, 22, 7, p=0, epilogue=_BIAS_RELU),
+]  # fmt: skip
+
 # kernels.md section 7: GFLOP of one image at full size.
-MODELS = [
+_AT_BATCH_8 = [
     _model("unet_572", "U-Net, 572 pixels, unpadded", "unet", 572, 301, small=188),
     _model("fcn8s_vgg16_500", "FCN-8s, VGG16, 500 pixels", "fcn8s_vgg16", 500, 363, small=64),
     _model("deeplabv3_r50_513", "DeepLabV3, ResNet-50, OS8", "deeplabv3_resnet50", 513, 337, small=65),
@@ -217,9 +268,11 @@ MODELS = [
            small=65),
     _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2, dense decoder",
            "deeplabv3plus_mobilenetv2", 513, 54, small=65),
+    _model("fcn_r50_513", "FCN, ResNet-50, OS8", "fcn_resnet50", 513, 285, small=65),
 ]  # fmt: skip
+MODELS = [*_AT_BATCH_8, *map(_at_batch_1, _AT_BATCH_8)]
 
-CASES = OPERATORS + BLOCKS + HEADS + LAYERS + MODELS
+CASES = OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS + MODELS
 
 
 # Depthwise blocks with batch norm and activation, and the row of the layer alone.
@@ -231,8 +284,10 @@ def directions(case: Case) -> tuple[str, ...]:
     """The gradients that are measured besides the forward of `case`."""
     if case.op in ("model", "dense_crf") or is_head(case) or case.direction != "forward":
         return ()
+    if case.family == _DILATED and case.op == "conv2d" and case.epilogue in ((), ("bias",)):
+        return ("grad_input", "grad_weight", "train")
     if case.family != _DW:
-        return ("backward", "train")
+        return ("backward", "train") if case.family != _DILATED or case.name in _IN_TABLE else ("train",)
     if case.name in _IN_TABLE or case.name.removesuffix("_layer") in _IN_TABLE:
         bare = case.op == "conv2d" and not case.epilogue
         return ("grad_input", "grad_weight", "train") if bare else ("backward", "train")

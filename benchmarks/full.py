@@ -16,19 +16,25 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.environment import ROOT
-from segfast.functional import conv_transpose2d, depthwise_conv2d, separable_conv2d, upsample_cross_entropy
+from benchmarks.large import FORMS, Outcome, drawn, in_form, large
+from segfast.functional import (
+    conv2d,
+    conv_transpose2d,
+    depthwise_conv2d,
+    parallel_conv2d,
+    separable_conv2d,
+    upsample_cross_entropy,
+)
 from segfast.ops._prove import Evidence, error_and_allowance
+from segfast.ops.dilated_conv2d.evidence import convolution_evidence
 from segfast.ops.segmentation_head.evidence import head_evidence
 from segfast.ops.segmentation_head.geometry import Resampling
-from segfast.ops.separable_conv2d.evidence import config_of, depthwise_evidence, separable_evidence
+from segfast.ops.separable_conv2d.evidence import depthwise_evidence, separable_evidence
 
-Outcome = tuple[str, bool, str]
 Size = tuple[int, int, int]  # images, height, width
 Comparison = Iterator[tuple[str, float, float]]  # name, error, what is allowed
-CASES_EACH = 50  # image sizes for each subject: with 44 of them, 2,200 cases
+CASES_EACH = 50  # image sizes for each subject: with 53 of them, 2,650 cases
 LARGE_GIB = 40  # of device memory, for the tensors past 2**31 elements and their fp64 references
-FORMS = ("fused", "two kernels")  # of separable convolution
-_PLANS: dict[str, dict] = {form: {} for form in FORMS}  # each form's launches, kept from call to call
 
 
 class Subject(NamedTuple):
@@ -76,6 +82,7 @@ def subjects(dtypes: Sequence[torch.dtype], few: bool = False) -> list[Subject]:
         for g in geometries(2 if few else 25, tuple(dtypes))
     ]
     found = [_depthwise(draw, draw.choice(dtypes), k) for k in ((3,) if few else (1, 2, 3, 3, 4, 5, 5, 7, 9))]
+    found += [_conv(draw, draw.choice(dtypes), k) for k in ((3,) if few else (1, 1, 2, 3, 3, 3, 3, 5, 7))]
     for form in FORMS:
         found += [_separable(draw, draw.choice(dtypes), form) for _ in range(1 if few else 3)]
     resamplings = (
@@ -104,6 +111,35 @@ def _depthwise(draw: random.Random, dtype: torch.dtype, kernel: int) -> Subject:
 
     label = f"depthwise c={channels} m={filters} k={kernel} s={stride} p={padding} d={dilation} {dtype}"
     return Subject(label, compare)
+
+
+def _conv(draw: random.Random, dtype: torch.dtype, kernel: int) -> Subject:
+    groups = draw.choice([1, 1, 1, 2])
+    channels, filters = (groups * draw.choice([1, 3, 8, 21, 40, 72]) for _ in range(2))
+    stride, dilation = draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 6, 12])
+    padding = draw.choice([0, 1, dilation * (kernel // 2)])
+    split = draw.choice([1, 1, 3])
+
+    def compare(device: torch.device, size: Size) -> Comparison:
+        batch, height, width = size
+        if min(height, width) + 2 * padding > dilation * (kernel - 1):
+            sizes = (
+                batch,
+                channels,
+                filters,
+                height,
+                width,
+                kernel,
+                stride,
+                padding,
+                dilation,
+                groups,
+                split,
+            )
+            yield from _held(convolution_evidence(device, dtype, "", *sizes))
+
+    label = f"conv2d c={channels} co={filters} k={kernel} s={stride} p={padding} d={dilation} g={groups}"
+    return Subject(f"{label} split={split} {dtype}", compare)
 
 
 def _separable(draw: random.Random, dtype: torch.dtype, form: str) -> Subject:
@@ -185,89 +221,14 @@ def _compare(g: Geometry, device: torch.device, size: Size) -> Comparison:
         yield name, *error_and_allowance(actual, reference.detach(), aten, magnitude.detach(), depth)
 
 
-def _drawn(device: torch.device, dtype: torch.dtype, *sizes: Sequence[int]) -> list[torch.Tensor]:
-    return [
-        torch.randn(size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        for size in sizes
-    ]
-
-
-def _in_form(form: str, x: torch.Tensor, outputs: int):
-    from segfast.kernels import override_config
-
-    return override_config("separable_conv2d_forward", config_of(form, x, outputs), _PLANS[form])
-
-
-def large(device: torch.device, dtype: torch.dtype, height: int, batch: int) -> Iterator[Outcome]:
-    """Held to fp64 at both ends: tensors past 2**31 elements with a height of 4100 and a batch of 64."""
-    yield from _large_up(device, dtype, height)
-    for form in (None, *FORMS):
-        yield from _large_depthwise(device, dtype, height, form)
-    yield from _large_head(device, dtype, batch)
-
-
-def _near(name: str, actual: torch.Tensor, expected: torch.Tensor) -> Outcome:
-    error = float((actual.double() - expected).norm() / expected.norm())
-    return f"large {name}", error < 1e-2, f"relative error {error:.1e}"
-
-
-@torch.no_grad()
-def _large_up(device: torch.device, dtype: torch.dtype, height: int) -> Iterator[Outcome]:
-    """Kernel equals stride: the last rows come from the last input rows."""
-    x, weight = _drawn(device, dtype, (1, 16, height, 2 * height), (16, 16, 2, 2))
-    output = conv_transpose2d(x, weight, None, 2)
-    for rows in (slice(0, 8), slice(height - 8, height)):
-        expected = F.conv_transpose2d(x[:, :, rows].double(), weight.double(), None, 2)
-        part = output[:, :, 2 * rows.start : 2 * rows.stop]
-        yield _near(f"conv_transpose2d, rows {rows.start} on", part, expected)
-
-
-@torch.no_grad()
-def _large_depthwise(
-    device: torch.device, dtype: torch.dtype, height: int, form: str | None
-) -> Iterator[Outcome]:
-    """Depthwise alone, or with 1x1 after it in one of its forms: 3x3, whose rows at the edge are whole."""
-    channels = 64
-    sizes = (1, channels, height, 2 * height), (channels, 1, 3, 3), (channels, channels, 1, 1)
-    x, first, second = _drawn(device, dtype, *sizes)
-    if form is None:
-        output = depthwise_conv2d(x, first, None, 1, 1)
-    else:
-        with _in_form(form, x, channels):
-            output = separable_conv2d(x, first, second, None, None, 1, 1)
-    for start, rows in ((0, slice(0, 8)), (height - 9, slice(height - 8, height))):
-        expected = F.conv2d(x[:, :, start : start + 9].double(), first.double(), None, 1, 1, 1, channels)
-        expected = expected[:, :, rows.start - start : rows.stop - start]
-        if form is not None:
-            expected = F.conv2d(expected, second.double())
-        name = "depthwise_conv2d" if form is None else f"separable_conv2d, {form}"
-        yield _near(f"{name}, rows {rows.start} on", output[:, :, rows], expected)
-
-
-def _large_head(device: torch.device, dtype: torch.dtype, batch: int) -> Iterator[Outcome]:
-    """Logits past 2**31, and their gradient; of each image's loss, which no other image enters."""
-    classes, side = (1024, 256) if device.type == "cuda" else (5, 4)
-    x = torch.randn(batch, classes, side, side, device=device, dtype=dtype).requires_grad_()
-    target = torch.randint(classes, (batch, 2 * side, 2 * side), device=device)
-    losses = upsample_cross_entropy(x, target, reduction="none")
-    (grad,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
-    for image in (slice(0, 1), slice(batch - 1, batch)):
-        leaf = x.detach()[image].double().requires_grad_()
-        full = F.interpolate(leaf, scale_factor=2, mode="bilinear")
-        expected = F.cross_entropy(full, target[image], reduction="none")
-        (wide,) = torch.autograd.grad(expected, leaf, torch.ones_like(expected))
-        yield _near(f"upsample_cross_entropy, image {image.start}", losses.detach()[image], expected.detach())
-        yield _near(f"upsample_cross_entropy's gradient, image {image.start}", grad[image], wide)
-
-
 Step = Callable[[], list[torch.Tensor]]
 
 
 def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, Step]]:
     """A small training step of every family: its input, and a call that returns output and gradients."""
     side = 24 if device.type == "cuda" else 5
-    x, up, filters, weight = _drawn(
-        device, dtype, (2, 32, side, side), (32, 16, 2, 2), (32, 1, 3, 3), (16, 32, 1, 1)
+    x, up, filters, weight, dense = drawn(
+        device, dtype, (2, 32, side, side), (32, 16, 2, 2), (32, 1, 3, 3), (16, 32, 1, 1), (16, 32, 3, 3)
     )
     target = torch.randint(32, (2, 4 * side, 4 * side), device=device)
 
@@ -281,10 +242,18 @@ def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[torch.Ten
         return leaves[0], step
 
     def separable(form: str, x, filters, weight) -> torch.Tensor:
-        with _in_form(form, x, 16):
+        with in_form(form, x, 16):
             return separable_conv2d(x, filters, weight, None, None, 1, 1, activation="relu")
 
+    pyramid = x.clone(memory_format=torch.preserve_format)
+
+    @torch.no_grad()
+    def branches() -> list[torch.Tensor]:
+        return [parallel_conv2d(pyramid, [weight, dense, dense], [1, 2, 4], activation="relu")]
+
     return {
+        "conv2d": step_of(lambda x, w: conv2d(x, w, None, 1, 2, 2, activation="relu"), x, dense),
+        "parallel_conv2d": (pyramid, branches),
         "conv_transpose2d": step_of(lambda x, w: conv_transpose2d(x, w, None, 2, activation="relu"), x, up),
         "depthwise_conv2d": step_of(
             lambda x, w: depthwise_conv2d(x, w, None, 1, 1, activation="relu6"), x, filters

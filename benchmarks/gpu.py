@@ -30,6 +30,7 @@ BUDGETS = {
     "T4": 120,
     "T5": 540,
     "bench": 300,
+    "unseen": 300,
     "full": 540,
 }
 DEFAULT = ("T0", "T1", "T2", "T3", "T4")
@@ -88,7 +89,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _budget(tier: str, args: argparse.Namespace, left: float) -> float:
     """A tier's own seconds; the last one asked for may use what is left."""
-    return left if tier == args.tier[-1] and tier in ("T1", "T4", "T5", "bench") else BUDGETS[tier]
+    return left if tier == args.tier[-1] and tier in ("T1", "T4", "T5", "bench", "unseen") else BUDGETS[tier]
 
 
 def _run_tier(tier: str, budget_s: float, args: argparse.Namespace, log) -> bool:

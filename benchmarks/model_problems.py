@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import plain_resnet
 from benchmarks.baselines import COMPILE_MODE, Peer, compile_note
 from benchmarks.cases import Case
+from benchmarks.fused_models import fused_with_cudnn
 from benchmarks.plain_models import DEEPLABV3PLUS, plain_model
 from benchmarks.problems import no_search
 from benchmarks.timing import Candidate, Skipped
@@ -25,7 +27,7 @@ class ModelProblem:
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
         self.case, self.device = case, device
         torch.manual_seed(seed)
-        found = plain_model(case["model"], small=case.size == "cpu")
+        found = plain_model(case["model"], small=case.size != "full")
         if isinstance(found, str):
             raise LookupError(found)
         network, channels = found
@@ -81,20 +83,29 @@ class ModelProblem:
         if compiled:
             network = torch.compile(network, mode=COMPILE_MODE, dynamic=False)
 
-        def forward() -> torch.Tensor:
-            with torch.no_grad():
-                return network(images)
-
-        return forward
+        return lambda: _run(network, images)
 
     def peers(self, compiled: bool = False) -> Iterator[Peer]:
-        """The plain twin, eager and (`compiled`) through torch.compile, channels_last."""
+        """The plain twin, channels_last: eager, on cuDNN's fused calls, `compiled` by torch.compile."""
         run = self.bind(self.network)
         yield Candidate("eager_nhwc", run, tolerance=TOLERANCE)
+        if self.device.type == "cuda" and not self.training:
+            yield self.fused()
         if compiled:
             yield Candidate(
                 "compile", self.bind(self.network, True), note=compile_note(), tolerance=TOLERANCE
             )
+
+    def fused(self) -> Peer:
+        """The twin with every chain that cuDNN has a call for as that call; in inference."""
+        images = self.images.to(self.case.torch_dtype)
+        try:
+            network, count = fused_with_cudnn(self.network.eval().to(images.dtype), images)
+        except Exception as error:
+            return Skipped("cudnn_fused", f"{type(error).__name__}: {error}".splitlines()[0])
+        return Candidate(
+            "cudnn_fused", lambda: _run(network, images), note=f"{count} fused calls", tolerance=TOLERANCE
+        )
 
     def ours(self) -> Iterator[Peer]:
         """segfast's model of that name with the twin's weights."""
@@ -106,6 +117,11 @@ class ModelProblem:
         yield Candidate("segfast", self.bind(network), ours=True, tolerance=TOLERANCE)
 
 
+@torch.no_grad()
+def _run(network: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    return network(images)
+
+
 def _trained(network: nn.Module) -> nn.Module:
     """In training mode, dropout aside: the loss would be another in every call."""
     network.train()
@@ -115,19 +131,38 @@ def _trained(network: nn.Module) -> nn.Module:
     return network.float()
 
 
+class _Out(nn.Module):
+    """A network that returns a dictionary, by its main output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)["out"]
+
+
 def _segfast_model(case: Case, plain: nn.Module) -> nn.Module | None:
-    from segfast.models import UNet, create
+    from segfast.models import UNet, create, fcn8s
 
     name = case["model"]
     if name in DEEPLABV3PLUS:
         network = create(f"deeplabv3plus_{DEEPLABV3PLUS[name]}", separable="xception65" in name)
         network.load_state_dict(plain.state_dict())
         return network
-    if name != "unet":
-        return None
+    if name in plain_resnet.NAMES:
+        network = create(name)
+        network.load_state_dict(plain.state_dict())
+        return _Out(network)
     weights = list(plain.parameters())
-    network = UNet(1, 2, width=weights[0].shape[0], padded=False)
-    # Both register their layers in the order the data takes, so the parameters correspond one to one.
+    width = weights[0].shape[0]
+    if name == "unet":
+        network = UNet(1, 2, width=width, padded=False)
+    elif name == "fcn8s_vgg16":
+        network = fcn8s(width=width)
+    else:
+        return None
+    # Both register their layers in one order, so the parameters correspond one to one.
     with torch.no_grad():
         for ours, theirs in zip(network.parameters(), weights, strict=True):
             ours.copy_(theirs)

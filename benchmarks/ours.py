@@ -1,5 +1,6 @@
 """segfast's own way through each operator case: the backend is the caller's choice, as for any user."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,10 @@ def ours(problem: Problem) -> Iterator[Peer]:
         return
     function = _MAKE[op](problem)
     tensors = _laid_out(problem)
-    yield Candidate("segfast", problem.bind(function, tensors), ours=True)
+    candidate = Candidate("segfast", problem.bind(function, tensors), ours=True)
+    yield candidate
+    if case.family == "dilated_conv2d" and problem.device.type == "cuda":
+        yield on_auto(candidate)
     if is_head(case):
         yield Candidate("segfast_nchw", problem.bind(function, problem.contiguous()), ours=True)
     if op == "separable_conv2d":
@@ -34,6 +38,16 @@ def ours(problem: Problem) -> Iterator[Peer]:
         yield Candidate("segfast_module", problem.bind(functions["segfast_module"]), ours=True)
         for name, plain in functions.items():
             yield Candidate(f"{name}_nchw", problem.bind(plain, problem.contiguous()), ours=True)
+
+
+def on_auto(candidate: Candidate) -> Candidate:
+    """The same on backend "auto", whichever is in force: what a user gets, with the tables there are."""
+
+    def run() -> Any:
+        with segfast.backend("auto"):
+            return candidate.run()
+
+    return dataclasses.replace(candidate, name=f"{candidate.name}_auto", run=run)
 
 
 def _conv_transpose2d(problem: Problem) -> Formula:
@@ -59,6 +73,62 @@ def _up_concat(problem: Problem) -> Formula:
         )
 
     return function
+
+
+def _conv2d(problem: Problem) -> Formula:
+    case = problem.case
+    geometry = [case[name] for name in ("s", "p", "d", "g")]
+    scale, shift = affine(problem.tensors) if "bn" in case.epilogue else (None, None)
+
+    def function(t: Tensors) -> torch.Tensor:
+        return segfast.functional.conv2d(
+            t["x"],
+            t["weight"],
+            t.get("bias"),
+            *geometry,
+            scale=scale,
+            shift=shift,
+            residual=t.get("residual"),
+            activation=case.activation,
+        )
+
+    return function
+
+
+def _aspp_branches(problem: Problem) -> Formula:
+    case = problem.case
+    dilations = (1, *case["rates"])
+    scale, shift = (vector.repeat(len(dilations)) for vector in affine(problem.tensors))
+
+    def function(t: Tensors) -> torch.Tensor:
+        weights = [t["weight"], *(t[f"rate{i}"] for i in range(len(case["rates"])))]
+        return segfast.functional.parallel_conv2d(
+            t["x"], weights, dilations, scale=scale, shift=shift, activation=case.activation
+        )
+
+    return function
+
+
+def _aspp(problem: Problem) -> Formula:
+    """The module with the case's weights: its own ones in a forward, the differentiated ones else."""
+    case, t = problem.case, problem.tensors
+    aspp = segfast.nn.ASPP(case["ci"], case["rates"], case["co"]).to(problem.device, case.torch_dtype).eval()
+    rates = range(len(case["rates"]))
+    names = {"weight": "convs.0.0.weight", "pool": f"convs.{len(rates) + 1}.1.weight"}
+    names |= {f"rate{i}": f"convs.{i + 1}.0.weight" for i in rates} | {"project": "project.0.weight"}
+    statistics = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias": "beta"}
+    with torch.no_grad():
+        for module in aspp.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for name, ours in statistics.items():
+                    getattr(module, name).copy_(t[ours])
+        for name, ours in names.items():
+            parameter = aspp.get_parameter(ours)
+            parameter.data = t[name]
+    aspp.requires_grad_(False)
+    if case.direction == "forward":
+        return lambda t: aspp(t["x"])
+    return lambda t: torch.func.functional_call(aspp, {names[name]: t[name] for name in names}, (t["x"],))
 
 
 def _depthwise_conv2d(problem: Problem) -> Formula:
@@ -111,6 +181,9 @@ def _head(problem: Problem) -> Formula:
 
 
 _MAKE: dict[str, Callable[[Problem], Formula]] = {
+    "aspp": _aspp,
+    "aspp_branches": _aspp_branches,
+    "conv2d": _conv2d,
     "conv_transpose2d": _conv_transpose2d,
     "up_concat": _up_concat,
     "depthwise_conv2d": _depthwise_conv2d,

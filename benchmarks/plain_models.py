@@ -1,7 +1,6 @@
 """Whole networks in plain torch.nn: what segfast's models are measured against."""
 
 import importlib
-import importlib.util
 import itertools
 from types import ModuleType
 
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import plain_resnet
 from benchmarks.plain_deeplabv3plus import DeepLabV3Plus, set_batch_statistics
 from benchmarks.problems import crop_to
 
@@ -115,17 +115,6 @@ def _at(x: torch.Tensor, offset: int, size: torch.Size) -> torch.Tensor:
     return x[:, :, offset : offset + size[0], offset : offset + size[1]]
 
 
-class _Out(nn.Module):
-    """A torchvision segmentation network that returns its main output."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x)["out"]
-
-
 def import_torchvision() -> ModuleType:
     """torchvision; also where its compiled operators do not fit this torch (CUDA's wheel beside a CPU torch).
 
@@ -144,13 +133,6 @@ def import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def _torchvision(name: str) -> nn.Module:
-    import_torchvision()
-    from torchvision.models import segmentation
-
-    return _Out(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=21))
-
-
 def _deeplabv3plus(encoder: str) -> nn.Module:
     network = DeepLabV3Plus(encoder)
     set_batch_statistics(network)
@@ -164,10 +146,8 @@ def plain_model(name: str, small: bool = False) -> tuple[nn.Module, int] | str:
         return UNet(width=width), 1
     if name == "fcn8s_vgg16":
         return FCN8sVGG16(width=width), 3
-    if name == "deeplabv3_resnet50":
-        if importlib.util.find_spec("torchvision") is None:
-            return "torchvision is not installed"
-        return _torchvision(name), 3
+    if name in plain_resnet.NAMES:
+        return plain_resnet.ResNetSegmentation(name), 3
     if name in DEEPLABV3PLUS:
         return _deeplabv3plus(DEEPLABV3PLUS[name]), 3
     return f"no plain twin of {name} yet"

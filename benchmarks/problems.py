@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.case import PYRAMIDS
 from benchmarks.cases import Case, is_head, output_size
 
 MOST_IN_FP64 = 2e11  # exponentials of a reference CRF
@@ -17,6 +18,7 @@ _WHOLE = ("dense_crf", "upsample_cross_entropy", "upsample_dice")  # one result 
 Tensors = dict[str, torch.Tensor]
 Formula = Callable[[Tensors], torch.Tensor]
 
+IMAGES = ("x", "skip", "residual")
 # Arguments that are never differentiated: statistics and the affine part of an eval-mode batch norm, labels.
 CONSTANT = ("mean", "var", "gamma", "beta", "labels")
 
@@ -27,6 +29,8 @@ def _epilogue(
     """Eval-mode batch norm and activation as separate passes, the way the published models run them."""
     if "bn" in case.epilogue:
         y = F.batch_norm(y, *(t[prefix + name] for name in ("mean", "var", "gamma", "beta")), training=False)
+    if "add" in case.epilogue:
+        y = y + t["residual"]
     if not activate or case.activation is None:
         return y
     if case.activation == "gelu":
@@ -69,13 +73,21 @@ def _separable_conv2d(case: Case) -> Formula:
     return formula
 
 
+def _branches(case: Case, t: Tensors) -> list[torch.Tensor]:
+    """The dense convolutions of an ASPP's input, with their epilogues."""
+    branches = [_epilogue(case, F.conv2d(t["x"], t["weight"]), t)]
+    for i, rate in enumerate(case["rates"]):
+        branches.append(_epilogue(case, F.conv2d(t["x"], t[f"rate{i}"], None, 1, rate, rate), t))
+    return branches
+
+
+def _aspp_branches(case: Case) -> Formula:
+    return lambda t: torch.cat(_branches(case, t), 1)
+
+
 def _aspp(case: Case) -> Formula:
     def formula(t: Tensors) -> torch.Tensor:
-        x = t["x"]
-        branches = [_epilogue(case, F.conv2d(x, t["weight"]), t)]
-        for i, rate in enumerate(case["rates"]):
-            branch = F.conv2d(x, t[f"rate{i}"], None, 1, rate, rate)
-            branches.append(_epilogue(case, branch, t))
+        x, branches = t["x"], _branches(case, t)
         pooled = _epilogue(case, F.conv2d(x.mean((2, 3), keepdim=True), t["pool"]), t)
         branches.append(F.interpolate(pooled, x.shape[2:], mode="bilinear", align_corners=False))
         return _epilogue(case, F.conv2d(torch.cat(branches, 1), t["project"]), t)
@@ -127,6 +139,7 @@ FORMULAS = {
     "up_concat": _up_concat,
     "separable_conv2d": _separable_conv2d,
     "aspp": _aspp,
+    "aspp_branches": _aspp_branches,
     "upsample_cross_entropy": _upsample_cross_entropy,
     "upsample_dice": _upsample_dice,
     "upsample_argmax": _upsample_argmax,
@@ -210,9 +223,7 @@ class Problem:
             return ["x"]
         names = [name for name in tensors if not name.endswith(CONSTANT)]
         return (
-            [name for name in names if name not in ("x", "skip")]
-            if self.case.direction == "grad_weight"
-            else names
+            [name for name in names if name not in IMAGES] if self.case.direction == "grad_weight" else names
         )
 
     def bind(self, function: Formula, tensors: Tensors | None = None) -> Callable[[], Any]:
@@ -274,7 +285,7 @@ class Problem:
             if self.case.direction != "forward" or self.case.op in _WHOLE:
                 return self.bind(self.formula, tensors)()
             images = self._images()
-            batch = {name: tensors[name][images] for name in ("x", "skip") if name in tensors}
+            batch = {name: tensors[name][images] for name in IMAGES if name in tensors}
             with torch.no_grad():
                 return self.formula({**tensors, **batch})
 
@@ -331,14 +342,17 @@ def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Ten
     if case.op == "separable_conv2d":
         tensors["depthwise"] = normal(ci, 1, k, k, scale=1 / k)
         tensors.update(_batch_norm(ci, normal, "depthwise_"))
-    if case.op == "aspp":
+    if case.op in PYRAMIDS:
         for i in range(len(case["rates"])):
             tensors[f"rate{i}"] = normal(co, ci, 3, 3, scale=1 / math.sqrt(9 * ci))
+    if case.op == "aspp":
         tensors["pool"] = normal(co, ci, 1, 1, scale=1 / math.sqrt(ci))
         branches = len(case["rates"]) + 2
         tensors["project"] = normal(co, branches * co, 1, 1, scale=1 / math.sqrt(branches * co))
     if "bias" in case.epilogue:
         tensors["bias"] = normal(co)
+    if "add" in case.epilogue:
+        tensors["residual"] = normal(n, co, *output_size(case))
     if "bn" in case.epilogue:
         tensors.update(_batch_norm(co, normal))
     return tensors
@@ -376,7 +390,7 @@ def folded(tensors: Tensors) -> Tensors:
     weight = tensors["weight"]
     shape = (-1,) + (1,) * (weight.dim() - 1)
     return {
-        "x": tensors["x"],
+        **{name: tensors[name] for name in IMAGES if name in tensors},
         "weight": (weight.float() * scale.view(shape)).to(weight.dtype, memory_format=torch.preserve_format),
         "bias": shift.to(weight.dtype),
     }

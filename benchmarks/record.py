@@ -95,9 +95,9 @@ def _configs(path: Path, folder: Path) -> dict[Path, str]:
     names = {field.name for field in dataclasses.fields(Config)}
     for operation, buckets in new.get("operations", {}).items():
         for bucket, row in buckets.items():
-            if not names >= set(row.get("config", {})) or not all(
-                row.get(n, 0) > 0 for n in ("us", "aten_us")
-            ):
+            times = [row.get("us", 0), row.get("aten_us", 0)]
+            times += [value for name, value in row.items() if name.endswith("_us")]
+            if not names >= set(row.get("config", {})) or min(times) <= 0:
                 raise Refused(f"{path}: {operation} {bucket} is not a measured configuration: {row}")
     if not new.get("operations"):
         raise Refused(f"{path} holds no operation")
@@ -105,7 +105,11 @@ def _configs(path: Path, folder: Path) -> dict[Path, str]:
     table = _json(target) if target.exists() else {}
     operations = table.get("operations", {})
     for operation, buckets in new["operations"].items():
-        operations.setdefault(operation, {}).update(buckets)
+        own = operations.setdefault(operation, {})
+        for bucket, row in buckets.items():
+            # A row timed as part of another operation does not replace the kernel's own.
+            if "timed_as" not in row or "timed_as" in own.get(bucket, row):
+                own[bucket] = row
     return {target: _dump({**table, **new, "operations": operations})}
 
 

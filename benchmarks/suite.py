@@ -13,7 +13,7 @@ from benchmarks.cases import Case
 from benchmarks.model_problems import ModelProblem
 from benchmarks.problems import Problem
 from benchmarks.rows import FIELDS, append_rows, read_rows
-from benchmarks.timing import Measurement, measure
+from benchmarks.timing import Candidate, Measurement, measure
 from segfast._errors import UserError
 from segfast._files import atomic_write
 
@@ -51,9 +51,11 @@ def candidates(
         found += problem.peers(compiled) if model else baselines.peers(problem, compiled=compiled)
     if with_ours:
         # Imported late: the first GPU run measures peers whether or not our kernels import.
-        from benchmarks.ours import ours
+        from benchmarks.ours import on_auto, ours
 
         found += problem.ours() if model else ours(problem)
+        if model and problem.device.type == "cuda":
+            found += [on_auto(c) for c in found if isinstance(c, Candidate) and c.ours]
     return found
 
 
@@ -65,7 +67,7 @@ def measure_problem(
     min_rounds: int,
     log: Callable[[str], None] = print,
 ) -> list[Measurement]:
-    """Gate and time `found`; whole models forward are replayed from a CUDA graph as well."""
+    """Gate and time `found`; whole models are replayed from a CUDA graph as well."""
     case = problem.case
     return measure(
         case,
@@ -75,7 +77,7 @@ def measure_problem(
         problem.device,
         budget_s=budget_s,
         min_rounds=min_rounds,
-        graphs=case.op == "model" and case.direction == "forward",
+        graphs=case.op == "model",
         log=log,
     )
 

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import peaks
+from benchmarks import baselines, peaks
 from benchmarks.cases import (
     BLOCKS,
     CASES,
+    CONVOLUTIONS,
     DIRECTIONS,
     HEADS,
     LAYERS,
@@ -24,7 +29,8 @@ from benchmarks.cases import (
     headline,
 )
 from benchmarks.environment import dry_run, environment
-from benchmarks.rows import append_rows, make_row
+from benchmarks.problems import Problem
+from benchmarks.rows import append_rows, make_row, read_rows
 from benchmarks.suite import candidates, make_problem, measure_problem
 from benchmarks.timing import Measurement
 
@@ -32,6 +38,7 @@ WRONG = 3  # exit code of a worker that ran to its end and found a kernel wrong
 STICKY = 75  # exit code of a worker whose CUDA context is lost: the rest of the tier needs another process
 CASE_SECONDS = 1.5  # of timing, of an operator case; a tier with less time for each takes less
 DTYPES = ("float16", "tf32", "float32")
+UNSEEN_IN_A_DRY_RUN = 3
 DRY_PROOFS = 1  # of each family: some take half a minute in the interpreter
 
 
@@ -71,13 +78,21 @@ class Session:
         return self.deadline - time.monotonic()
 
     def selected(self, cases: Sequence[Case]) -> list[Case]:
-        """Those of the asked-for family and names, in the size this machine runs."""
+        """Those of the asked-for family and names, in the size this machine runs.
+
+        A dry run takes one of those that only differ in size, but what is named.
+        """
         wanted = [
             case
             for case in cases
             if self.family in (None, case.family) and (not self.names or case.name in self.names)
         ]
-        return [case.tiny() for case in wanted] if self.dry else wanted
+        if not self.dry:
+            return wanted
+        distinct: dict[Any, Case] = {}
+        for case in (case.tiny() for case in wanted):
+            distinct.setdefault(case.key if self.names else case.work, case)
+        return list(distinct.values())
 
     def measure_ceilings(self, fresh: bool = False) -> None:
         """The ceilings of this run: measured once, kept in `ceilings.json`."""
@@ -93,10 +108,33 @@ class Session:
         for name, value in self.ceilings.items():
             say(f"  {name:12} {value:10.1f}")
 
+    def use_found_tables(self) -> None:
+        """Have "auto" choose by what this run has proven and tuned so far, where it has."""
+        if self.dry or not (self.out / "configs.json").exists():
+            return
+        from segfast.kernels import gpu_slug
+        from segfast.ops._backend import forget_decisions
+
+        folder = Path(tempfile.mkdtemp())
+        for name, cached in (
+            ("configs.json", f"{gpu_slug(self.device)}.json"),
+            ("proven.json", "proven.json"),
+        ):
+            if (self.out / name).exists():
+                shutil.copy(self.out / name, folder / cached)
+        os.environ["SEGFAST_CACHE"] = str(folder)
+        forget_decisions()
+
     def run_cases(
-        self, cases: Sequence[Case], *, with_ours: bool, with_peers: bool = True, compiled: bool = False
+        self,
+        cases: Sequence[Case],
+        *,
+        with_ours: bool,
+        with_peers: bool = True,
+        compiled: bool = False,
+        found: Callable[[Problem], list[baselines.Peer]] | None = None,
     ) -> None:
-        """Measure the cases in order until the time is up."""
+        """Measure the cases in order until the time is up; `found` makes their candidates, if given."""
         cases = [case for case in cases if f"{self.tier} {case.key}" not in self.begun]
         for i, case in enumerate(cases):
             if self.left() <= 0:
@@ -106,14 +144,14 @@ class Session:
             share = self.left() / (len(cases) - i)
             budget = min(CASE_SECONDS, 0.5 * share) if not self.dry else 0.02
             try:
-                results = self._measure(case, budget, with_ours, with_peers, compiled)
+                results = self._measure(case, budget, with_ours, with_peers, compiled, found)
             except Exception as error:
                 log(traceback.format_exc())
                 results = [Measurement("", False, "failed", f"{type(error).__name__}: {error}"[:200])]
             self.append(case, results)
             self.check_context()
 
-    def _measure(self, case, budget, with_ours, with_peers, compiled) -> list[Measurement]:
+    def _measure(self, case, budget, with_ours, with_peers, compiled, found) -> list[Measurement]:
         try:
             problem = make_problem(case, self.device)
         except LookupError as error:
@@ -123,8 +161,11 @@ class Session:
 
             # Asked for by name: whether "auto" would take it is what the figures decide.
             segfast.backend("aten" if self.dry else "triton")
-        found = candidates(problem, with_peers=with_peers, with_ours=with_ours, compiled=compiled)
-        return measure_problem(problem, found, budget_s=budget, min_rounds=2 if self.dry else 5, log=log)
+        if found is not None:
+            made = found(problem)
+        else:
+            made = candidates(problem, with_peers=with_peers, with_ours=with_ours, compiled=compiled)
+        return measure_problem(problem, made, budget_s=budget, min_rounds=2 if self.dry else 5, log=log)
 
     def append(self, case: Case, results: Sequence[Measurement]) -> None:
         rows = [
@@ -208,8 +249,8 @@ def t1(session: Session) -> None:
     """The ceilings, and every row against the peers only."""
     session.measure_ceilings(fresh=True)
     # A CRF in plain PyTorch takes seconds a call: late, lest it take the others' time. The other networks'
-    # depthwise layers come last: they have the time that is left where this tier runs alone.
-    further = {case.name for case in LAYERS}
+    # layers come last: they have the time that is left where this tier runs alone.
+    further = {case.name for case in LAYERS + CONVOLUTIONS}
     cases = sorted(session.selected(CASES), key=lambda case: (case.name in further, case.op == "dense_crf"))
     session.run_cases(cases, with_ours=False)
 
@@ -232,12 +273,14 @@ def t4(session: Session) -> None:
     """Tile sizes beside cuDNN, for what no table holds yet; writes configs.json."""
     import segfast
     from benchmarks.precompile import compile_all
-    from benchmarks.tuning import tuning_tasks, work
+    from benchmarks.tuning import tuned_rows, tuning_tasks, work
     from segfast._tune import Tuner, merge_table
 
     segfast.backend("triton")
     session.measure_ceilings()
-    todo = work(session.selected(OPERATORS + BLOCKS + HEADS + LAYERS), tiny=session.dry)
+    # The networks' many convolutions take the time of all other families: where they are asked for.
+    further = CONVOLUTIONS if session.family or session.names or session.dry else []
+    todo = work(session.selected(OPERATORS + BLOCKS + HEADS + LAYERS + further), tiny=session.dry)
     todo = [item for item in todo if f"T4 {item.case.key}" not in session.begun]
     if not session.dry:
         compile_all(tuning_tasks(todo), 0.4 * session.left(), log)
@@ -250,7 +293,7 @@ def t4(session: Session) -> None:
         budget = min(2.0, 0.5 * session.left() / (len(todo) - i))
         try:
             tuned = tuners[item.dtype].tune(item.family, item.operation, item.layer, budget)
-            session.append(item.case, _tuned_rows(tuned, session.dry))
+            session.append(item.case, tuned_rows(tuned, session.dry, log))
             if tuned is not None:
                 merge_table(session.out / "configs.json", [tuned], session.device)
         except Exception:
@@ -262,13 +305,14 @@ def t4(session: Session) -> None:
 def t5(session: Session) -> None:
     """Whole models, other dtypes, and torch.compile beside everything."""
     session.measure_ceilings()
-    models = [case for case in CASES if case.op == "model"]
+    session.use_found_tables()
+    # Batch 8 before batch 1: where the time does not suffice for all, those are missing.
+    models = sorted((case for case in CASES if case.op == "model"), key=lambda case: -case["n"])
     trained = [case.replace(direction="train") for case in models]
     compiled = not session.dry
     session.run_cases(session.selected(models + trained), with_ours=True, compiled=compiled)
-    session.run_cases(
-        session.selected(OPERATORS + BLOCKS + HEADS + LAYERS), with_ours=True, compiled=compiled
-    )
+    operators = OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS
+    session.run_cases(session.selected(operators), with_ours=True, compiled=compiled)
     for dtype in DTYPES:
         with fp32_precision(dtype):
             cases = session.selected([case.replace(dtype=dtype) for case in _served(headline())])
@@ -278,10 +322,23 @@ def t5(session: Session) -> None:
 def bench(session: Session) -> None:
     """Every row of one family, then its gradients, ours beside the peers."""
     session.measure_ceilings()
+    session.use_found_tables()
     cases = session.selected(CASES)
     gradients = [(direction, case) for case in cases for direction in directions(case)]
     gradients.sort(key=lambda work: DIRECTIONS.index(work[0]))
     session.run_cases(cases + [case.replace(direction=d) for d, case in gradients], with_ours=True)
+
+
+def unseen(session: Session) -> None:
+    """What "auto" makes of convolutions that no table holds, beside ATen."""
+    from benchmarks.unseen import candidates_of, unseen_cases, verdict
+
+    session.measure_ceilings()
+    session.use_found_tables()
+    cases = session.selected(unseen_cases(UNSEEN_IN_A_DRY_RUN) if session.dry else unseen_cases())
+    session.run_cases(cases, with_ours=True, found=candidates_of)
+    rows = [row for row in read_rows(session.out / "rows.csv") if row["tier"] == session.tier]
+    say(f"  {'no verdict in a dry run' if session.dry else verdict(rows)}")
 
 
 TIERS: dict[str, Callable[[Session], None]] = {
@@ -294,6 +351,7 @@ TIERS: dict[str, Callable[[Session], None]] = {
     "T4": t4,
     "T5": t5,
     "bench": bench,
+    "unseen": unseen,
 }
 
 
@@ -318,27 +376,6 @@ def _served(cases: Sequence[Case]) -> list[Case]:
     from segfast.ops import FAMILIES
 
     return [case for case in cases if case.family in FAMILIES]
-
-
-def _tuned_rows(tuned, dry: bool) -> list[Measurement]:
-    """Rows of ATen and of the best configuration of one call."""
-    from segfast._timing import Timing
-
-    if tuned is None:
-        return [Measurement("segfast", True, "failed", "no configuration works")]
-    for name, us in tuned.rows:
-        log(f"  {tuned.kernel} {tuned.bucket} {name} {us:.1f} us")
-    nan = float("nan")
-
-    def row(name: str, ours_too: bool, us: float, note: str) -> Measurement:
-        measured = (nan,) * 3 if dry else (us, nan, nan)
-        wall = (us, nan, nan) if dry else (nan,) * 3
-        return Measurement(name, ours_too, "ok", note, timing=Timing(*measured, *wall, 0))
-
-    return [
-        row("aten_nhwc", False, tuned.aten_us, ""),
-        row("segfast_tuned", True, tuned.us, str(tuned.config)),
-    ]
 
 
 def run_tier(session: Session) -> None:

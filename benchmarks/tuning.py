@@ -1,13 +1,16 @@
 """Which operations the cases need tiles for, and the row each of them is filed as."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.cases import DIRECTIONS, Case, is_depthwise, is_head, output_size
+from benchmarks.timing import Measurement
+from segfast._timing import Timing
+from segfast._tune import Tuned
 from segfast._tune_calls import FAMILIES, Family, is_gradient
-from segfast._tune_layers import AnyLayer, Head, Layer
+from segfast._tune_layers import AnyLayer, Head, Layer, Pyramid
 
 # A head's case and direction that are, or are most of, what an operation of its family does.
 _OF_A_HEAD = {
@@ -52,7 +55,7 @@ def _tuned(case: Case) -> bool:
     # A table holds for up to four times the pixels: batch 8 stands for 32.
     if case.params.get("n") == 32:
         return False
-    return case.op in ("conv_transpose2d", "separable_conv2d") or is_depthwise(case) or is_head(case)
+    return case.op in ("conv_transpose2d", "separable_conv2d", "conv2d", "aspp_branches") or is_head(case)
 
 
 def _items(case: Case) -> Iterator[Item]:
@@ -66,12 +69,21 @@ def _items(case: Case) -> Iterator[Item]:
                 alone = case.replace(name=f"{case.name}_bare", direction=direction, headline=False)
                 yield Item(family, operation, head, alone)
         return
+    if case.op == "aspp_branches":
+        pyramid = Pyramid(*(case[name] for name in ("n", "ci", "co", "h", "w")), case["rates"][0])
+        yield Item(family, "parallel_conv2d_forward", pyramid, case.replace(headline=False))
+        return
     layer = Layer(
         *(case[name] for name in ("n", "ci", "co", "h", "w", "k", "s", "p")), case.params.get("d", 1)
     )
     for operation in family.operations:
-        if is_depthwise(case) and operation not in family.per_channel:
+        per_channel = operation in family.per_channel
+        if not family.concerns(operation, layer) or (is_depthwise(case) and not per_channel):
             continue
+        if operation in family.fused and case.activation is not None:
+            # As the tuner has every epilogue, whatever the case's own.
+            fused = case.replace(name=f"{case.name}_fused", epilogue=("bn", "relu"), headline=False)
+            yield Item(family, operation, layer._replace(fused=1), fused)
         yield Item(family, operation, layer, _alone(case, operation))
 
 
@@ -90,7 +102,8 @@ def _alone(case: Case, operation: str) -> Case:
 
 
 def _tiny(case: Case) -> Case:
-    small = {"n": 1, "ci": 8, "co": 8, "g": 8, "classes": 5, "h": 3, "w": 3, "scale": 2}
+    small = {"n": 1, "ci": 8, "co": 8, "classes": 5, "h": 3, "w": 3, "scale": 2}
+    small["g"] = 8 if is_depthwise(case) else 1
     params = {name: small.get(name, value) for name, value in case.params.items()}
     return case.replace(params=params, size="tiny", dtype="float32")
 
@@ -98,3 +111,22 @@ def _tiny(case: Case) -> Case:
 def tuning_tasks(items: Sequence[Item]) -> list[tuple]:
     """The work of `benchmarks.precompile` for them."""
     return [("tune", item.case.family, item.operation, item.layer, item.case.dtype) for item in items]
+
+
+def tuned_rows(tuned: Tuned | None, dry: bool, log: Callable[[str], None]) -> list[Measurement]:
+    """Rows of ATen and of the best configuration of one call."""
+    if tuned is None:
+        return [Measurement("segfast", True, "failed", "no configuration works")]
+    for name, us in tuned.rows:
+        log(f"  {tuned.kernel} {tuned.bucket} {name} {us:.1f} us")
+    nan = float("nan")
+
+    def row(name: str, ours_too: bool, us: float, note: str) -> Measurement:
+        measured = (nan,) * 3 if dry else (us, nan, nan)
+        wall = (us, nan, nan) if dry else (nan,) * 3
+        return Measurement(name, ours_too, "ok", note, timing=Timing(*measured, *wall, 0))
+
+    return [
+        row("aten_nhwc", False, tuned.aten_us, ""),
+        row("segfast_tuned", True, tuned.us, str(tuned.config)),
+    ]

@@ -20,6 +20,12 @@ else:
         conv_transpose2d_grad_input,
         conv_transpose2d_grad_weight,
     )
+    from .dilated_conv2d import (
+        conv2d_forward,
+        conv2d_grad_input,
+        conv2d_grad_weight,
+        parallel_conv2d_forward,
+    )
     from .segmentation_head import (
         softmax_expectation,
         upsample_argmax,
@@ -40,6 +46,9 @@ else:
         "candidates",
         "choose_config",
         "compile_offline",
+        "conv2d_forward",
+        "conv2d_grad_input",
+        "conv2d_grad_weight",
         "conv_transpose2d_forward",
         "conv_transpose2d_grad_input",
         "conv_transpose2d_grad_weight",
@@ -51,6 +60,7 @@ else:
         "interpreting",
         "layout_key",
         "override_config",
+        "parallel_conv2d_forward",
         "pretend_architecture",
         "recall",
         "record_launches",

@@ -109,12 +109,17 @@ def log2(n: int) -> int:
 # Each family registers, per operation, a function (Problem, architecture) -> list of Config, best guess
 # first.
 _CANDIDATES: dict[str, Callable[[Problem, str], list[Config]]] = {}
+_USES: dict[str, tuple[str, ...]] = {}
 _overrides: dict[str, Config] = {}
 _asked: list[Problem] | None = None
 
 
-def register_candidates(operation: str, function: Callable[[Problem, str], list[Config]]) -> None:
+def register_candidates(
+    operation: str, function: Callable[[Problem, str], list[Config]], uses: tuple[str, ...] = ()
+) -> None:
+    """`function` offers the tiles of `operation`; `uses` names other families whose kernels it may launch."""
     _CANDIDATES[operation] = function
+    _USES[operation] = uses
 
 
 def operations() -> list[str]:
@@ -223,7 +228,9 @@ def tables(slug: str, arch: str) -> list[dict]:
     """Measured tables in the order they are asked: the user's, this GPU's, others of the same architecture.
 
     A table is {"architecture": "sm_90", "operations": {operation: {bucket: {"config": {...}, "us": float,
-    "aten_us": float}}}}; "us" and "aten_us" are medians of GPU time from the same run.
+    "aten_us": float}}}}; "us" and "aten_us" are medians of GPU time from the same run. A row may have
+    "cudnn_relu_us" and "cudnn_graph_us" of that run, of calls that take a convolution's epilogue along, and
+    "timed_as" where the times are those of another operation that launches this kernel.
     """
     found = [_read(cache_folder() / f"{slug}.json"), _read(_FOLDER / f"{slug}.json")]
     others = [_read(p) for p in sorted(_FOLDER.glob("*.json")) if p.stem not in (slug, "proven")]
@@ -247,14 +254,25 @@ def measured(operation: str, bucket: str, slug: str, arch: str) -> dict | None:
     return None
 
 
+def rows_of(operation: str, slug: str, arch: str) -> Iterator[tuple[str, dict]]:
+    """Every (bucket, measured row) of an operation, of the first table that has any."""
+    for table in tables(slug, arch):
+        rows = table.get("operations", {}).get(operation, {})
+        if rows:
+            yield from rows.items()
+            return
+
+
 @functools.cache
 def source_digest(operation: str) -> str:
     """A digest of the device code behind `operation`: a proof holds for the code it was made with."""
     folder = Path(__file__).parent
     family = _CANDIDATES[operation].__module__.rpartition(".kernels.")[2].split(".")[0]
-    files = sorted(folder.glob(f"{family}.py")) + sorted(folder.glob(f"{family}/*.py"))
+    files = [folder / "_epilogue.py", folder / "_reduce.py"]
+    for name in (family, *_USES[operation]):
+        files += sorted(folder.glob(f"{name}.py")) + sorted(folder.glob(f"{name}/*.py"))
     digest = hashlib.sha256()
-    for path in [*files, folder / "_epilogue.py", folder / "_reduce.py"]:
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -287,6 +305,7 @@ def forget_tables() -> None:
     forget_plans()
 
 
-def config_row(config: Config, us: float, aten_us: float) -> dict:
-    """A row of a measured table."""
-    return {"config": asdict(config), "us": round(us, 3), "aten_us": round(aten_us, 3)}
+def config_row(config: Config, us: float, aten_us: float, **rivals: float) -> dict:
+    """A row of a measured table; `rivals` are what else was timed, "cudnn_relu" for instance."""
+    times = {"us": us, "aten_us": aten_us, **{f"{name}_us": time for name, time in rivals.items()}}
+    return {"config": asdict(config), **{name: round(time, 3) for name, time in times.items()}}

@@ -67,6 +67,18 @@ def shared_memory_limit(device: torch.device) -> int:
     return _SHARED_MEMORY.get(architecture(device), 232448)
 
 
+def processors(device: torch.device) -> int:
+    """How many multiprocessors (compute units) work side by side."""
+    if _pretended is None and device.type == "cuda":
+        return _processors(_index(device))
+    return 132
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def bounded(plan: Plan, device: torch.device, registers: int = 168) -> Plan:
     """`plan` with a bound on a thread's registers; 168 are twelve warps on a multiprocessor.
 

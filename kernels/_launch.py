@@ -71,8 +71,8 @@ class Plan:
         self.kernel.warmup(*pointers, *self.scalars, grid=self.grid, **self.constants, **self.options)
 
 
-def planned(key: Hashable, make: Callable[[], Plan]) -> Plan:
-    """The plan kept under `key`, made by `make` if there is none."""
+def planned(key: Hashable, make: Callable[[], Any]) -> Any:
+    """The plan, or what rests on plans, kept under `key`; made by `make` if there is none."""
     plan = _PLANS.get(key)
     if plan is None:
         plan = remember(key, make())

@@ -19,9 +19,13 @@ from ._errors import UserError
 from ._files import atomic_write
 from ._timing import interleave
 from ._tune_calls import FAMILIES, Family, is_gradient
-from ._tune_layers import AnyLayer, Calls, Draw, Head, Layer
+from ._tune_layers import AnyLayer, Calls, Draw, Head, Layer, Pyramid
 
-SHAPES = {Layer: "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING[,DILATION]", Head: "N,CLASSES,H,W,SCALE"}
+SHAPES = {
+    Layer: "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING[,DILATION[,FUSED]]",
+    Head: "N,CLASSES,H,W,SCALE",
+    Pyramid: "N,C_IN,C_OUT,H,W,RATE",
+}
 ERROR = 4e-2  # a candidate further than this from ATen, in norm, is wrong
 
 
@@ -57,23 +61,31 @@ def variants(
 
     with record_problems() as problems, record_launches():
         run()
-    # Another kernel's problem alone where that one serves the layer: the one that goes tap by tap.
-    own = [problem for problem in problems if problem.operation == operation] or problems
-    with contextlib.ExitStack() as held:
-        for name, config in (parts or {}).items():
-            held.enter_context(override_config(name, config))
-        for problem in dict.fromkeys(own):
+
+    def of(problems: Sequence[Any]) -> Iterator[Variant]:
+        for problem in dict.fromkeys(problems):
             for config in candidates(problem, architecture(device), shared_memory_limit(device)):
                 with override_config(problem.operation, config), record_launches() as launches:
                     output = run()
                 yield Variant(problem.operation, problem.bucket, config, launches, output)
 
+    with contextlib.ExitStack() as held:
+        for name, config in (parts or {}).items():
+            held.enter_context(override_config(name, config))
+        # Another kernel's problem alone where that one serves the layer: the one that goes tap by tap.
+        own = list(of([problem for problem in problems if problem.operation == operation]))
+        if any([plan.config == variant.config for variant in own for plan, _ in variant.launches]):
+            yield from own
+        else:
+            yield from of([problem for problem in problems if problem.operation != operation])
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What tuning one call found; `rows` are (configuration or "aten", median us), fastest first.
+    """What tuning one call found; `rows` are (configuration, "aten" or a rival, median us), fastest first.
 
-    `kernel` is the operation that has the configuration: `operation` itself, or the one that serves it.
+    `kernel` is the operation that has the configuration: `operation` itself, or the one that serves it;
+    `asked` the bucket that the choice of backend looks `operation` up in.
     """
 
     operation: str
@@ -83,6 +95,8 @@ class Tuned:
     us: float
     aten_us: float
     rows: list[tuple[str, float]]
+    rivals: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    asked: str | None = None
 
 
 def tune_call(
@@ -116,6 +130,8 @@ def tune_call(
         runs[name], kept[name] = variant.run, variant
     if not kept:
         return None
+    rivals = [name for name, rival in calls.rivals.items() if _is_right(name, rival, expected, log)]
+    runs.update({name: calls.rivals[name] for name in rivals})
     # On a CPU, in a dry run, only the motions.
     seconds, rounds = (budget_s, 5) if device.type == "cuda" else (0.0, 1)
     timings = interleave(runs, device, budget_s=seconds, min_rounds=rounds)
@@ -123,7 +139,29 @@ def tune_call(
     best = min(kept, key=lambda name: times[name])
     rows = sorted(times.items(), key=lambda item: item[1])
     winner = kept[best]
-    return Tuned(operation, winner.operation, winner.bucket, winner.config, times[best], times["aten"], rows)
+    return Tuned(
+        operation,
+        winner.operation,
+        winner.bucket,
+        winner.config,
+        times[best],
+        times["aten"],
+        rows,
+        {name: times[name] for name in rivals},
+        calls.bucket,
+    )
+
+
+def _is_right(name: str, run: Callable[[], Any], expected: Any, log: Callable[[str], None]) -> bool:
+    """Whether a rival exists here and computes the same."""
+    try:
+        error = _distance(run(), expected)
+    except Exception as failure:
+        log(f"{name}: {type(failure).__name__}: {str(failure)[:200]}")
+        return False
+    if not error <= ERROR:
+        log(f"{name}: differs from ATen by {error:.3g}, not timed")
+    return error <= ERROR
 
 
 class Tuner:
@@ -170,9 +208,15 @@ def merge_table(path: Path, found: list[Tuned], device: torch.device) -> None:
     table.update(architecture=architecture(device), gpu=gpu_slug(device))
     operations = table.setdefault("operations", {})
     for row in found:
-        # Under its own name for who chooses its tile, under the operation's for who chooses the backend.
-        for name in {row.kernel, row.operation}:
-            operations.setdefault(name, {})[row.bucket] = config_row(row.config, row.us, row.aten_us)
+        times = config_row(row.config, row.us, row.aten_us, **row.rivals)
+        # Under the operation's name for who chooses the backend, under the kernel's for who chooses its tile:
+        # of another family perhaps, whose own rows, which decide that family's backend, stay.
+        operations.setdefault(row.operation, {})[row.asked or row.bucket] = times
+        own = operations.setdefault(row.kernel, {})
+        if row.kernel == row.operation:
+            own[row.bucket] = times
+        elif "timed_as" in own.get(row.bucket, {"timed_as": ""}):
+            own[row.bucket] = {**times, "timed_as": row.operation}
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
@@ -184,7 +228,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="SIZES",
-        help=f"a layer of --family to tune (repeatable): {SHAPES[Layer]}, a head's {SHAPES[Head]}",
+        help=f"a layer of --family to tune (repeatable): {SHAPES[Layer]}; a head's {SHAPES[Head]}; "
+        f"an ASPP's {SHAPES[Pyramid]}",
     )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: %(default)s"
@@ -199,7 +244,7 @@ def work(families: Mapping[str, Sequence[AnyLayer]]) -> list[tuple[Family, str, 
     for name, layers in families.items():
         family = FAMILIES[name]
         for operation in family.operations:
-            for layer in layers:
+            for layer in [layer for layer in layers if family.concerns(operation, layer)]:
                 found[operation, family.layer_of(operation, layer)] = (family, operation, layer)
     return sorted(found.values(), key=lambda item: is_gradient(item[1]))
 
@@ -217,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.shape and args.family is None:
         raise UserError(f"--shape needs --family ({', '.join(FAMILIES)}), whose layer it is")
-    shapes = [_parse_shape(FAMILIES[args.family].kind, text) for text in args.shape or ()]
+    shapes = [_parse_shape(FAMILIES[args.family], text) for text in args.shape or ()]
     if not args.budget > 0:
         raise UserError(f"--budget must be positive, got {args.budget}")
     device = _device(args)
@@ -261,13 +306,15 @@ def _device(args: argparse.Namespace) -> torch.device:
     return torch.device("cpu")
 
 
-def _parse_shape(kind: type[AnyLayer], text: str) -> AnyLayer:
+def _parse_shape(family: Family, text: str) -> AnyLayer:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = []
-    least = [0 if name == "padding" else 1 for name in kind._fields]
-    needed = len(least) - len(kind._field_defaults)
-    if not needed <= len(sizes) <= len(least) or any(map(operator.lt, sizes, least)):
-        raise UserError(f"--shape must be {SHAPES[kind]}, whole numbers, got {text!r}")
-    return kind(*sizes)
+    for kind in family.kinds_of_layers():
+        least = [0 if name in ("padding", "fused") else 1 for name in kind._fields]
+        needed = len(least) - len(kind._field_defaults)
+        if needed <= len(sizes) <= len(least) and all(map(operator.ge, sizes, least)):
+            return kind(*sizes)
+    known = " or ".join(SHAPES[kind] for kind in family.kinds_of_layers())
+    raise UserError(f"--shape must be {known}, whole numbers, got {text!r}")

@@ -10,69 +10,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tune_convolutions import CONV2D_LAYERS, CONV2D_OPERATIONS
 from ._tune_heads import HEAD_OPERATIONS, HEADS
-from ._tune_layers import AnyLayer, Calls, Draw, Layer
+from ._tune_layers import AnyLayer, Calls, Draw, Layer, Pyramid, calls_of
 
 Maker = Callable[[Any, Draw], Calls]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family's operations in the order they are tuned, and the layers, all of a kind, they are tuned for.
+    """A family's operations in the order they are tuned, and the layers they are tuned for.
 
     `parts` names, for an operation, those its call may launch in its place; `per_channel` the operations that
-    C_OUT does not concern.
+    C_OUT does not concern; `fused` those whose tables tell an epilogue apart; `kinds` those whose layers are
+    of another kind than the first layer.
     """
 
     operations: Mapping[str, Maker]
     layers: tuple[AnyLayer, ...]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     per_channel: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
+    kinds: Mapping[str, type[AnyLayer]] = field(default_factory=dict)
 
-    @property
-    def kind(self) -> type[AnyLayer]:
+    def kinds_of_layers(self) -> list[type[AnyLayer]]:
         """What its layers are."""
-        return type(self.layers[0])
+        return [type(self.layers[0]), *self.kinds.values()]
+
+    def concerns(self, operation: str, layer: AnyLayer) -> bool:
+        """Whether `layer` is of the kind that `operation` computes."""
+        return type(layer) is self.kinds.get(operation, type(self.layers[0]))
 
     def layer_of(self, operation: str, layer: AnyLayer) -> AnyLayer:
         """`layer` as `operation` sees it: the same for layers that differ in nothing that concerns it."""
-        if isinstance(layer, Layer) and operation in self.per_channel:
-            return layer._replace(c_out=layer.c_in)
-        return layer
+        if not isinstance(layer, Layer):
+            return layer
+        if operation in self.per_channel:
+            layer = layer._replace(c_out=layer.c_in)
+        return layer if operation in self.fused else layer._replace(fused=0)
 
 
 def is_gradient(operation: str) -> bool:
     """Whether only training runs it."""
     return "_grad_" in operation or operation == "softmax_expectation"
-
-
-def _calls(
-    ours: Callable[..., Tensor],
-    aten: Callable[..., Tensor],
-    x: Tensor,
-    weights: tuple[Tensor, Tensor],
-    direction: str,
-    draw: Draw,
-) -> Calls:
-    """Both functions of x and the weight, each with its own, in one direction: the result or a gradient."""
-    mine, theirs = weights
-    if direction == "forward":
-        return Calls(partial(_without_gradients, ours, x, mine), partial(_without_gradients, aten, x, theirs))
-    wanted = (x, x) if direction == "grad_input" else weights
-    for leaf in wanted:
-        leaf.requires_grad_()
-    outputs = [ours(x, mine), aten(x, theirs)]
-    grad = draw(*outputs[0].shape)
-    gradients = [
-        partial(torch.autograd.grad, y, leaf, grad, retain_graph=True)
-        for y, leaf in zip(outputs, wanted, strict=True)
-    ]
-    return Calls(*gradients)
-
-
-@torch.no_grad()
-def _without_gradients(function: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Tensor:
-    return function(x, weight)
 
 
 def _conv_transpose2d(direction: str, layer: Layer, draw: Draw) -> Calls:
@@ -89,7 +69,7 @@ def _conv_transpose2d(direction: str, layer: Layer, draw: Draw) -> Calls:
     def aten(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv_transpose2d(x, weight, *options)
 
-    return _calls(ours, aten, x, (weight, weight), direction, draw)
+    return calls_of(ours, aten, x, (weight, weight), direction, draw)
 
 
 def _filters(layer: Layer, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -112,7 +92,7 @@ def _depthwise_conv2d(direction: str, layer: Layer, draw: Draw) -> Calls:
     def aten(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, *options, layer.c_in)
 
-    return _calls(ours, aten, x, _filters(layer, draw), direction, draw)
+    return calls_of(ours, aten, x, _filters(layer, draw), direction, draw)
 
 
 def _pointwise_conv2d(layer: Layer, draw: Draw) -> Calls:
@@ -128,7 +108,7 @@ def _pointwise_conv2d(layer: Layer, draw: Draw) -> Calls:
         pointwise_conv2d_forward(x, weight, None, None, None, None, out, None, 0.0)
         return out
 
-    return _calls(ours, F.conv2d, x, (weight, weight), "forward", draw)
+    return calls_of(ours, F.conv2d, x, (weight, weight), "forward", draw)
 
 
 def _separable_conv2d(layer: Layer, draw: Draw) -> Calls:
@@ -144,7 +124,7 @@ def _separable_conv2d(layer: Layer, draw: Draw) -> Calls:
     def aten(x: Tensor, filters: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, filters, None, *geometry, layer.c_in), weight)
 
-    return _calls(ours, aten, x, _filters(layer, draw), "forward", draw)
+    return calls_of(ours, aten, x, _filters(layer, draw), "forward", draw)
 
 
 # Measured tables hold for up to four times the pixels, or a quarter: batch 8 and batch 1 cover 1 to 32.
@@ -191,6 +171,12 @@ FAMILIES = {
         _SEPARABLE,
         {"separable_conv2d_forward": ("depthwise_conv2d_forward", "pointwise_conv2d_forward")},
         tuple(f"depthwise_conv2d_{name}" for name in ("forward", "grad_input", "grad_weight")),
+    ),
+    "dilated_conv2d": Family(
+        CONV2D_OPERATIONS,
+        CONV2D_LAYERS,
+        fused=("conv2d_forward",),
+        kinds={"parallel_conv2d_forward": Pyramid},
     ),
     "segmentation_head": Family(HEAD_OPERATIONS, HEADS),
 }

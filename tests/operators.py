@@ -2,6 +2,7 @@
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import segfast
 from segfast.ops import OPERATORS
@@ -20,8 +21,8 @@ def check_fake(operator, args) -> None:
     """A fake call and one on the meta device tell shape, strides and dtype of the real thing."""
     real = _tensors(operator(*args))
     with FakeTensorMode() as mode:
-        fake = operator(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args])
-    meta = operator(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in args])
+        fake = operator(*tree_map_only(torch.Tensor, mode.from_tensor, args))
+    meta = operator(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), args))
     for other in (fake, meta):
         for a, b in zip(_tensors(other), real, strict=True):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)

@@ -8,10 +8,22 @@ import pytest
 import torch
 
 from benchmarks import baselines, cudnn_graph, rows, timing
-from benchmarks.cases import ALONE, BLOCKS, CASES, LAYERS, MODELS, OPERATORS, directions, find, headline
+from benchmarks.cases import (
+    ALONE,
+    BLOCKS,
+    CASES,
+    CONVOLUTIONS,
+    LAYERS,
+    MODELS,
+    OPERATORS,
+    directions,
+    find,
+    headline,
+)
 from benchmarks.plain_models import plain_model
 from benchmarks.problems import Problem, mean_field
 from segfast._timing import interleave, quantiles
+from segfast.ops import _cudnn_graph
 
 CPU = torch.device("cpu")
 H200 = {"copy_gbs": 4300.0, "bf16_tflops": 790.0, "l2_gbs": 6600.0, "exp2_gops": 3700.0}
@@ -47,12 +59,35 @@ TABLE = [
 
 def test_every_row_of_the_tables_is_there():
     assert [case.name for case in OPERATORS] == [name for name, *_ in TABLE]
-    assert {case["gflop"] for case in MODELS} == {301, 363, 337, 751, 108, 54}
+    assert {case["gflop"] for case in MODELS} == {301, 363, 337, 751, 108, 54, 285}
+    assert {(case["model"], case["h"], case["n"]) for case in MODELS} == {
+        (case["model"], case["h"], n) for case in MODELS for n in (1, 8)
+    }
     assert len({case.name for case in CASES}) == len(CASES)
     assert len(headline()) == 12
     for case in CASES:
         assert case.cpu().dtype == "float32"
         assert case.cpu()["n"] == 1
+
+
+def test_convolutions_of_the_networks_are_there_at_both_batches():
+    names = {case.name for case in CONVOLUTIONS}
+    for case in CONVOLUTIONS:
+        if case["n"] == 8 and case.op == "conv2d" and not case.name.endswith("_layer"):
+            one = find(f"{case.name}_n1")
+            assert one.params == case.params | {"n": 1}
+            assert one.epilogue == case.epilogue and one.small == case.small
+    for name in ("aspp_branches_n1_33", "aspp_branches_n8_33", "aspp_branches_n1_65", "aspp_branches_n8_65"):
+        assert name in names
+        whole, branches = find(name.replace("_branches", "")), find(name)
+        assert branches.params == whole.params
+        # The projection and the pooled branch aside, which are a small part.
+        assert 0.85 < branches.useful_flops / whole.useful_flops < 1
+    for name in ("resnet_layer3_d2", "resnet_layer4_d4", "unet_down1_conv2"):
+        assert find(f"{name}_n1")["n"] == 1
+        assert find(f"{name}_layer").activation is None
+    # As torchvision's ResNet has them, with the identity added before the last relu.
+    assert find("resnet_layer3_expand").epilogue == ("bn", "add", "relu")
 
 
 def test_depthwise_layers_come_alone_and_with_what_follows_them():
@@ -76,6 +111,9 @@ def test_gradients_that_are_measured():
     assert directions(find("xception_middle_dw_layer")) == ("grad_input", "grad_weight", "train")
     assert directions(find("xception_middle_dw")) == ("backward", "train")
     assert directions(find("mobilenetv2_dw96_s2_n1")) == ("train",)
+    assert directions(find("resnet_layer3_d2_layer")) == ("grad_input", "grad_weight", "train")
+    assert directions(find("resnet_layer3_d2")) == directions(find("aspp_n8_33")) == ("backward", "train")
+    assert directions(find("vgg16_conv4_2")) == ("train",)
     assert directions(find("xception_middle_dw_wgrad")) == directions(find("unet_572")) == ()
 
 
@@ -105,7 +143,10 @@ def test_floor_names_its_ceiling():
     "case",
     [
         c
-        for c in [*OPERATORS, find("mobilenetv2_dw96_s2"), find("efficientnet_dw144_k5_s2")]
+        for c in [
+            *OPERATORS,
+            *map(find, ("mobilenetv2_dw96_s2", "efficientnet_dw144_k5_s2", "resnet_stem", "vgg16_conv6")),
+        ]
         if c.op in ("conv2d", "conv_transpose2d")
     ],
     ids=lambda case: case.name,
@@ -129,6 +170,9 @@ def test_useful_flops_count_the_products_that_are_made(case):
         ("fcn8s_vgg16", 500, 363),
         ("deeplabv3plus_xception65", 513, 108),
         ("deeplabv3plus_mobilenetv2", 513, 54),
+        ("deeplabv3_resnet50", 513, 337),
+        ("deeplabv3_resnet50", 769, 751),
+        ("fcn_resnet50", 513, 285),
     ],
 )
 def test_plain_models_have_the_flops_of_the_table(name, size, gflop):
@@ -279,6 +323,7 @@ class _FakeGraph:
         ("mobilenetv2_dw144", ["conv_fprop", "mul", "add", "relu"]),
         ("efficientnet_dw144_k5_s2", ["conv_fprop", "mul", "add", "swish"]),
         ("segformer_dw256", ["conv_fprop", "add", "gelu"]),
+        ("resnet_layer3_expand", ["conv_fprop", "mul", "add", "add", "relu"]),
         ("decoder_sep_256", 2 * ["conv_fprop", "mul", "add", "relu"]),
         ("mobilenetv2_dw144_projected", ["conv_fprop", "mul", "add", "relu", "conv_fprop", "mul", "add"]),
         ("unet_up1", ["conv_dgrad", "add"]),
@@ -297,6 +342,8 @@ def test_cudnn_graph_says_what_the_layer_is(monkeypatch, name, nodes):
     monkeypatch.setitem(sys.modules, "cudnn", fake)
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(_cudnn_graph, "_PLANS", {})
+    monkeypatch.setattr(_cudnn_graph, "_HANDLES", {})
     problem = Problem(find(name).cpu(), CPU)
     output = cudnn_graph.layer(problem)(problem.tensors)
     graph = graphs[0]
@@ -318,6 +365,8 @@ def test_peers_are_the_layer_itself():
         "segformer_dw256",
         "decoder_sep_256",
         "aspp_n1_33",
+        "aspp_branches_n1_33",
+        "resnet_layer3_expand",
     )
     for case in (*map(find, names), BLOCKS[-1]):
         problem = Problem(case.cpu(), CPU)

@@ -143,6 +143,28 @@ def _configs(gpu="nvidia-h200", **config):
     return {"gpu": gpu, "architecture": "sm_90", "operations": operations}
 
 
+def test_record_keeps_every_time_of_a_row_and_a_kernels_own_rows(tmp_path):
+    source, root = tmp_path / "run", tmp_path / "tree"
+    source.mkdir()
+    content = _configs()
+    ((bucket, own),) = content["operations"]["conv_transpose2d_forward"].items()
+    lent = own | {"timed_as": "conv2d_grad_input", "us": 70.0}
+    fused = own | {"cudnn_relu_us": 55.0, "cudnn_graph_us": 52.0}
+
+    def recorded(**buckets):
+        found = {**content, "operations": {"conv_transpose2d_forward": buckets}}
+        (source / "configs.json").write_text(json.dumps(found))
+        record.record(source, root)
+        table = json.loads((root / "kernels/configs/nvidia-h200.json").read_text())
+        return table["operations"]["conv_transpose2d_forward"]
+
+    assert recorded(**{bucket: lent}) == {bucket: lent}
+    assert recorded(**{bucket: own}) == {bucket: own}
+    assert recorded(**{bucket: lent, "other-p4": fused}) == {bucket: own, "other-p4": fused}
+    with pytest.raises(record.Refused, match="other-p4 is not a measured configuration"):
+        recorded(**{"other-p4": fused | {"cudnn_graph_us": 0.0}})
+
+
 def test_record_files_what_a_run_brought_back(tmp_path):
     source, root = tmp_path / "run", tmp_path / "tree"
     _rows_file(source, _row(), _row("crf_321_160_3", candidate="pytorch_exact"))

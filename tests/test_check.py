@@ -333,7 +333,7 @@ class TestCommand:
             (["nowhere.py:net", "--size", "8x8"], "no file nowhere.py"),
             (["unet", "--size", "8x8"], "MODEL must be one of segfast:unet, path/to/file.py:factory"),
             (["keras:unet", "--size", "8x8"], "MODEL must be one of"),
-            (["segfast:vnet", "--size", "8x8"], "segfast has no model 'vnet'; there are deeplabv3plus_"),
+            (["segfast:vnet", "--size", "8x8"], "segfast has no model 'vnet'; there are deeplabv3_"),
         ],
     )
     def test_mistakes_are_one_line_and_exit_2(self, file, capsys, arguments, message):

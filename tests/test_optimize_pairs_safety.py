@@ -347,7 +347,7 @@ def check_published(model, fused, replaced):
     ours = segfast.optimize(pretrained(model), image)
     with torch.no_grad():
         torch.testing.assert_close(ours(image), model(image), atol=1e-5, rtol=1e-5)
-    ran = operations(ours, image)
+    ran = [operation for operation in operations(ours, image) if operation != "conv2d"]
     assert (ran.count("separable_conv2d"), len(ran)) == (fused, replaced)
     assert len(segfast.report(ours).replaced) == replaced
     return ours
@@ -356,7 +356,9 @@ def check_published(model, fused, replaced):
 def test_torchvisions_mobilenet_v2(torchvision):
     model = torchvision.models.mobilenet_v2(num_classes=10)
     check_published(model, 17, 17)
-    assert operations(segfast.optimize(model), draw(1, 3, 64, 64)) == ["separable_conv2d"] * 17
+    # The stem, the expansions but for the first block's, which has none, and the last layer.
+    ran = operations(segfast.optimize(model), draw(1, 3, 64, 64))
+    assert (ran.count("separable_conv2d"), ran.count("conv2d"), len(ran)) == (17, 18, 35)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,8 @@ def test_timms_models(torchvision, name, fused, replaced):
     timm = pytest.importorskip("timm")
     ours = check_published(timm.create_model(name, num_classes=10), fused, replaced)
     if name == "efficientnet_b0":
-        assert set(reasons(ours).values()) == {"replaced; fused with bn1", "replaced; fused with bn2"}
+        depthwise = [r for r in reasons(ours).values() if r.startswith("replaced")]
+        assert set(depthwise) == {"replaced; fused with bn1", "replaced; fused with bn2"}
 
 
 def test_a_caller_within_another_chain(x):

@@ -18,7 +18,7 @@ from torch import nn
 from segfast._errors import UserError
 from segfast.cli import main
 from segfast.data import IGNORE_INDEX, Sample, read_mask
-from segfast.models import UNet
+from segfast.models import UNet, create
 from segfast.train import (
     Options,
     PatchSampler,
@@ -32,6 +32,7 @@ from segfast.train import (
     scores,
 )
 from segfast.train._augment import centre_crop
+from segfast.train._loop import cross_entropy
 
 
 def blobs(height=60, width=80) -> Sample:
@@ -125,6 +126,37 @@ def test_unpadded_network_trains_on_the_middle():
     model = small_unet(padded=False)
     losses = fit(model, PatchSampler([blobs()], 48, 2), Options(steps=10, lr=0.01))
     assert losses[-1] < losses[0]
+
+
+def test_an_auxiliary_head_counts_half():
+    scores, targets = torch.randn(2, 3, 5, 5), torch.randint(3, (2, 5, 5))
+    alone = cross_entropy(scores, targets)
+    assert alone == nn.functional.cross_entropy(scores, targets)
+    assert cross_entropy({"out": scores}, targets) == alone
+    both = cross_entropy({"out": scores, "aux": scores[:, :, 1:4, 1:4]}, targets)
+    aux = nn.functional.cross_entropy(scores[:, :, 1:4, 1:4], targets[:, 1:4, 1:4])
+    torch.testing.assert_close(both, alone + 0.5 * aux)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fcn8s", {"width": 4, "padded": False, "dropout": 0.0}),
+        ("deeplabv3_resnet50", {"width_mult": 0.125, "output_stride": 16, "aux_loss": True}),
+    ],
+)
+def test_train_save_and_predict_other_networks(folder, capsys, name, options):
+    """Those that return scores, and those that return a dictionary of them."""
+    torch.manual_seed(0)
+    model = create(name, in_channels=1, num_classes=2, **options)
+    losses = fit(model, PatchSampler([blobs()], 64, 2, augment=False), Options(steps=15, lr=0.01))
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    result = evaluate(model, [blobs()], 2)
+    save_checkpoint(model, "out.safetensors")
+    assert main(["predict", "cells.png", "--checkpoint", "out.safetensors", "--output", "mask.png"]) == 0
+    assert "37x53" in capsys.readouterr().out and 0 <= result.miou <= 1
+    expected = predict(load_checkpoint("out.safetensors"), blobs(37, 53).image)
+    assert (read_mask("mask.png") != expected).double().mean() < 0.01
 
 
 def test_a_loss_that_is_not_finite_stops():

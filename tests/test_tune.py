@@ -10,15 +10,17 @@ import torch
 
 import segfast
 from benchmarks import tuning
-from benchmarks.cases import BLOCKS, HEADS, LAYERS, OPERATORS, find
+from benchmarks.cases import BLOCKS, CONVOLUTIONS, HEADS, LAYERS, OPERATORS, find
 from benchmarks.environment import ROOT
-from segfast import _tune_calls
-from segfast._tune import Tuned, Tuner, variants, work
+from segfast import _tune, _tune_calls
+from segfast._tune import Tuned, Tuner, Variant, merge_table, variants, work
 from segfast._tune_calls import FAMILIES, is_gradient
-from segfast._tune_layers import Head, Layer
+from segfast._tune_layers import Head, Layer, Pyramid
 from segfast.cli import main
 from segfast.kernels import Config, _configs, _device
-from segfast.ops import _backend
+from segfast.ops import _backend, _cudnn
+from segfast.ops._conv2d_aten import conv2d_aten
+from segfast.ops.dilated_conv2d import functional as conv_functional
 from segfast.ops.segmentation_head import functional as head_functional
 from segfast.ops.separable_conv2d import functional
 
@@ -28,6 +30,8 @@ GRADIENTS = ("grad_input", "grad_weight")
 WALKS, TAPS = Layer(1, 4, 8, 3, 3, 3, 1, 1), Layer(1, 4, 8, 5, 5, 2, 3, 0)
 UP = Layer(1, 4, 4, 2, 2, 2, 2, 0)
 HEAD = Head(2, 5, 3, 3, 2)
+# Of several channels, so that ATen's result is channels_last as well.
+BARE, PYRAMID = Layer(1, 4, 8, 5, 5, 3, 1, 2, 2), Pyramid(1, 16, 8, 4, 4, 1)
 # Ours calls a launcher there, which ATen does not stand in for; the dry run holds it to ATen.
 LAUNCHERS = ["pointwise_conv2d_forward"]
 LAUNCHERS += ["upsample_softmax_forward", "upsample_dice_sums", "softmax_expectation"]
@@ -57,6 +61,7 @@ def tables(tmp_path_factory):
     variables = {"SEGFAST_DRY_RUN": "1", "TRITON_INTERPRET": "1", "SEGFAST_CACHE": str(folder / "cache")}
     found = {}
     layers_of = {"conv_transpose2d": [UP], "separable_conv2d": [WALKS, TAPS], "segmentation_head": [HEAD]}
+    layers_of["dilated_conv2d"] = [BARE, BARE._replace(fused=1), PYRAMID]
     for name, layers in layers_of.items():
         shapes = [argument for layer in layers for argument in ("--shape", ",".join(map(str, layer)))]
         command = [sys.executable, "-m", "segfast", "tune", "--dtype", "float32", "--budget", "60"]
@@ -77,6 +82,7 @@ def test_tune_dry_run_keeps_the_fastest_of_each_operation(tables):
             for row in buckets.values():
                 assert row["us"] > 0
                 assert row["aten_us"] > 0
+    assert len(tables["dilated_conv2d"]["conv2d_forward"]) == 2
     separable = tables["separable_conv2d"]["separable_conv2d_forward"]
     assert {row["config"]["form"] for row in separable.values()} <= {"fused", "two kernels"}
 
@@ -86,7 +92,7 @@ def on_a_gpu(tables, monkeypatch):
     """The choice of backend on a GPU where all is proven, with this table only, ours twice as fast."""
     fast = {
         operation: {key: row | {"us": 1.0, "aten_us": 2.0} for key, row in rows.items()}
-        for family in ("separable_conv2d", "segmentation_head")
+        for family in ("separable_conv2d", "segmentation_head", "dilated_conv2d")
         for operation, rows in tables[family].items()
     }
     proven = frozenset(f"{operation}.float32" for operation in _configs.operations())
@@ -94,7 +100,7 @@ def on_a_gpu(tables, monkeypatch):
     monkeypatch.setattr(_configs, "proven_entries", lambda arch: proven)
     monkeypatch.setattr(_device, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(_device, "gpu_slug", lambda device: "gpu")
-    for family in (functional, head_functional):
+    for family in (functional, head_functional, conv_functional):
         monkeypatch.setattr(family, "kernel_reason_not", lambda *args: None)
     _backend._look_up.cache_clear()
     yield fast
@@ -132,11 +138,91 @@ def test_what_was_tuned_is_found_for_that_head(on_a_gpu):
     assert ask("auto", logits, size, operations[:1]) is None
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("differentiates", [False, True])
+def test_what_was_tuned_is_found_for_that_convolution(on_a_gpu, fused, differentiates):
+    """Gradients too, which another family's kernel may compute, under buckets of its own."""
+    x = torch.empty(BARE.batch, BARE.c_in, BARE.height, BARE.width).to(memory_format=torch.channels_last)
+    weight = torch.empty(BARE.c_out, BARE.c_in, BARE.kernel, BARE.kernel)
+
+    def ask(dilation):
+        geometry = ((BARE.stride,) * 2, (dilation,) * 2)
+        return conv_functional.can_use_triton(
+            "auto", x, weight, None, geometry, 1, fused, differentiates=differentiates
+        )
+
+    assert ask(BARE.dilation) is None
+    assert "not measured" in ask(BARE.dilation + 1)
+    on_a_gpu["conv2d_grad_input"].clear()
+    _backend._look_up.cache_clear()
+    assert (ask(BARE.dilation) is None) == (not differentiates)
+
+
+def test_what_was_tuned_is_found_for_that_pyramid(on_a_gpu):
+    x = torch.empty(1, PYRAMID.c_in, 4, 4).to(memory_format=torch.channels_last)
+    weight = torch.empty(PYRAMID.c_out, PYRAMID.c_in, 3, 3)
+    ask = conv_functional.can_use_triton
+    for rate, found in ((3 * PYRAMID.rate, True), (2, False)):
+        geometry = ((1, 1), (rate, rate))
+        reason = ask("auto", x, weight, None, geometry, 1, True, differentiates=False, branches=4)
+        assert (reason is None) == found
+
+
+def test_a_kernel_tuned_for_another_family_does_not_decide_its_own(tmp_path):
+    """Its tiles are used, but no row of its own is written over, and none stands in for one."""
+    own = Tuned("up", "up", "ci1-p4", Config(16, 16, 16, 4, 2), 3.0, 5.0, [])
+    lent = Tuned("conv", "up", "ci1-p4", Config(32, 16, 16, 4, 2), 7.0, 9.0, [], {"rival": 8.0}, "ci2-p4")
+    for first, second in ((own, lent), (lent, own)):
+        path = tmp_path / f"{first.operation}.json"
+        for tuned in (first, second):
+            merge_table(path, [tuned], CPU)
+        operations = json.loads(path.read_text())["operations"]
+        assert operations["up"] == {"ci1-p4": _configs.config_row(own.config, 3.0, 5.0)}
+        assert operations["conv"] == {"ci2-p4": _configs.config_row(lent.config, 7.0, 9.0, rival=8.0)}
+    path = tmp_path / "alone.json"
+    merge_table(path, [lent], CPU)
+    (row,) = json.loads(path.read_text())["operations"]["up"].values()
+    assert row["timed_as"] == "conv"
+    assert row["config"]["block_m"] == 32
+
+
+@pytest.mark.parametrize("fused", [0, 1])
+def test_cudnns_fused_calls_are_timed_where_they_are_right(monkeypatch, fused):
+    """And their times kept in the row, which is what the choice of backend reads."""
+    layer, seen = BARE._replace(fused=fused), []
+
+    def rival(*operands):
+        seen.append(operands)
+        return conv2d_aten(*operands, 0.01)
+
+    monkeypatch.setattr(_cudnn, "_has_cudnn", lambda input: True)
+    monkeypatch.setattr(_cudnn._cudnn_graph, "installed", lambda: True)
+    monkeypatch.setitem(_cudnn.RUN, "cudnn_relu", rival)
+    monkeypatch.setitem(_cudnn.RUN, "cudnn_graph", lambda *operands: rival(*operands) + 1)
+    config, logged = Config(16, 16, 16, 4, 2), []
+    tuner = Tuner(torch.bfloat16, CPU, logged.append)
+    family = FAMILIES["dilated_conv2d"]
+    calls = tuner.calls(family, "conv2d_forward", layer)
+    assert list(calls.rivals) == (["cudnn_relu", "cudnn_graph"] if fused else ["cudnn_graph"])
+    variant = Variant("conv2d_forward", calls.bucket, config, [], calls.aten())
+    monkeypatch.setattr(_tune, "variants", lambda *args: [variant])
+    tuned = tuner.tune(family, "conv2d_forward", layer, 0.0)
+    assert list(tuned.rivals) == (["cudnn_relu"] if fused else [])
+    assert [line for line in logged if "cudnn_graph: differs" in line]
+    assert all(time > 0 for time in tuned.rivals.values()) and {name for name, _ in tuned.rows} == {
+        str(config), "aten", *tuned.rivals
+    }  # fmt: skip
+    weight, scale, activation = (seen[0][i] for i in (1, 7, -1))
+    assert weight.shape == (layer.c_out, layer.c_in, 3, 3)
+    assert (scale is not None) == bool(fused) and activation == ("relu" if fused else None)
+    assert tuned.asked == f"ci4-co8-t9-g1-s1d2{'-fused' if fused else ''}-bfloat16-p4"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_calls_of_an_operation_are_the_same_layer(name):
     """On ATen they are: the geometry, the operands, the direction."""
     tuner = Tuner(torch.float64, CPU)
-    for family, operation, layer in work({name: FAMILIES[name].layers[-4:]}):
+    for family, operation, layer in work({name: FAMILIES[name].layers[:1] + FAMILIES[name].layers[-4:]}):
         if operation in LAUNCHERS:
             continue
         sizes = {"batch": 1, "c_in": 6, "c_out": 5, "classes": 5, "height": 9, "width": 8}
@@ -173,13 +259,20 @@ def torch_depthwise(x, weight, bias, stride, padding, dilation):
 
 
 def test_work_holds_each_operation_of_each_layer_once():
-    up, separable, heads = (len(family.layers) for family in FAMILIES.values())
+    up, separable, convolutions, heads = (len(family.layers) for family in FAMILIES.values())
     todo = work({name: family.layers for name, family in FAMILIES.items()})
-    assert len(todo) == 3 * up + 5 * separable + 5 * heads
+    pyramids = [layer for layer in FAMILIES["dilated_conv2d"].layers if isinstance(layer, Pyramid)]
+    convolutions -= len(pyramids)
+    # A gradient is the same whether an epilogue followed or not, and half of the layers have one.
+    assert len(todo) == 3 * up + 5 * separable + 2 * convolutions + len(pyramids) + 5 * heads
     names = [operation for _, operation, _ in todo]
     assert names == sorted(names, key=is_gradient)
     assert {name for name in names if is_gradient(name)} == {
-        *(f"{kind}_{side}" for kind in ("conv_transpose2d", "depthwise_conv2d") for side in GRADIENTS),
+        *(
+            f"{kind}_{side}"
+            for kind in ("conv_transpose2d", "depthwise_conv2d", "conv2d")
+            for side in GRADIENTS
+        ),
         *("upsample_grad_logits", "softmax_expectation"),
     }
     assert names.index("depthwise_conv2d_forward") < names.index("separable_conv2d_forward")
@@ -189,7 +282,7 @@ def test_work_holds_each_operation_of_each_layer_once():
 
 
 def test_the_gpu_run_tunes_what_the_cases_need():
-    todo = tuning.work(OPERATORS + BLOCKS + HEADS + LAYERS)
+    todo = tuning.work(OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS)
     keys = [(item.operation, item.family.layer_of(item.operation, item.layer)) for item in todo]
     assert len(set(keys)) == len(keys)
     assert len({item.case.key for item in todo}) == len(todo)
@@ -198,13 +291,22 @@ def test_the_gpu_run_tunes_what_the_cases_need():
             assert item.operation.endswith(item.case.direction)
         else:
             assert (item.case.direction == "backward") == is_gradient(item.operation)
-        assert item.case.epilogue == ()
+        fused = isinstance(item.layer, Pyramid) or (isinstance(item.layer, Layer) and item.layer.fused == 1)
+        assert item.case.epilogue == (("bn", "relu") if fused else ())
     found = {(item.operation, item.case.name) for item in todo}
     for operation in FAMILIES["separable_conv2d"].operations:
         kind = operation.partition("_")[0]
         assert (operation, f"decoder_sep_256_{'bare' if kind == 'separable' else kind}") in found
     pointwise = next(item.case for item in todo if item.case.name == "decoder_sep_256_pointwise")
     assert (pointwise["k"], pointwise["g"], pointwise["co"], pointwise["h"]) == (1, 1, 256, 129)
+    for name, *endings in (
+        ("conv2d_forward", "fused", "bare"),
+        ("conv2d_grad_input", "bare"),
+        ("conv2d_grad_weight", "bare"),
+    ):
+        assert {(name, f"resnet_layer4_d4{n}_{end}") for n in ("", "_n1") for end in endings} <= found
+    pyramids = {item.layer for item in todo if item.operation == "parallel_conv2d_forward"}
+    assert pyramids == {Pyramid(n, 2048, 256, s, s, rate) for n in (1, 8) for s, rate in ((33, 6), (65, 12))}
     for operation in FAMILIES["segmentation_head"].operations:
         layers = {item.layer for item in todo if item.operation == operation}
         assert layers == {

@@ -22,8 +22,8 @@ from .._configs import (
 )
 from .._device import dot_precision
 from .._epilogue import _activate, _affine
+from .._fold import can_fold, fold_alignment
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
-from ._fold import can_fold, fold_alignment
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def _conv_transpose2d_forward_phase_kernel(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     GCD_H: tl.constexpr, GCD_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI and CO are the channels of one group; M = N * PHASE_H * PHASE_W, the pixels of the largest phase.
@@ -104,7 +105,7 @@ def _conv_transpose2d_forward_phase_kernel(
         c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         channel_ok = c < CO
         k = tl.arange(0, BLOCK_K)
-        x_rows = x_ptr + tl.multiple_of(n * stride_xn, ALIGN) + group * CI
+        x_rows = x_ptr + tl.multiple_of(n * stride_xn, ALIGN_X) + group * CI
         w_group = w_ptr + group.to(tl.int64) * (CI * KERNEL_H * KERNEL_W * CO)
         DEPTH_TILES: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -116,7 +117,7 @@ def _conv_transpose2d_forward_phase_kernel(
             ih = top_h - tap_h * (DILATION_H // GCD_H)
             iw = top_w - tap_w * (DILATION_W // GCD_W)
             ok = row_ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-            offsets = tl.multiple_of(ih * stride_xh + iw * stride_xw, ALIGN)
+            offsets = tl.multiple_of(ih * stride_xh + iw * stride_xw, ALIGN_X)
             a = tl.load((x_rows + offsets)[:, None] + ci[None, :],
                         mask=ok[:, None] & (ci < CI)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]  # fmt: skip
             kernel_tap = (first_h + tap_h * STEP_H) * KERNEL_W + first_w + tap_w * STEP_W
@@ -295,8 +296,9 @@ def _grid_of_phases(out: int, stride: int, padding: int) -> int:
 
 
 def _make(
-    x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation, slope
-) -> Plan:
+    x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation, slope,
+    config: Config | None,
+) -> Plan:  # fmt: skip
     batch, channels_in, height, width = x.shape
     channels_out, kernel = w.shape[1], w.shape[2:]
     skip_channels = 0 if skip is None else skip.shape[1]
@@ -320,13 +322,13 @@ def _make(
         columns,
         channels_in // groups,
     )
-    config = choose_config(problem, x.device)
+    config = config or choose_config(problem, x.device)
     fold = wide and can_fold(channels_out, groups, dilation, out, residual)
     if fold:
         align = fold_alignment(channels_out, stride, padding, out, residual)
     else:
-        align = pixel_alignment(x, residual, skip, out)
-    if align * x.element_size() < 8:
+        align = pixel_alignment(residual, skip, out)
+    if (align if fold else min(align, pixel_alignment(x))) * x.element_size() < 8:
         config = fit_registers(config, 32)  # as many addresses beside them
     elif residual is not None or activation == "gelu":
         config = fit_registers(config, 64 if x.element_size() == 2 else 32)
@@ -375,7 +377,7 @@ def _make(
             and tuple(padding) == (0, 0)
         )
         exact = exact and tuple(out_size) == (height * stride[0], width * stride[1])
-        constants |= {"EXACT": exact, "FOLD": fold, "ALIGN_X": pixel_alignment(x)}
+        constants |= {"EXACT": exact, "FOLD": fold}
         function = _conv_transpose2d_forward_wide_kernel
     else:
         for axis, s, d in zip("HW", stride, dilation, strict=True):
@@ -389,6 +391,7 @@ def _make(
     constants |= {
         "ACTIVATION": activation,
         "PRECISION": dot_precision(x.dtype),
+        "ALIGN_X": pixel_alignment(x),
         "ALIGN": align,
         "WIDE_INDEX": needs_wide_index(x, residual, skip, out),
         "BLOCK_M": config.block_m,
@@ -400,61 +403,20 @@ def _make(
 
 
 def conv_transpose2d_forward(
-    x,
-    w,
-    bias,
-    scale,
-    shift,
-    residual,
-    skip,
-    out,
-    stride,
-    padding,
-    dilation,
-    groups,
-    crop,
-    activation,
-    negative_slope,
-) -> Plan:
+    x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation,
+    negative_slope, config: Config | None = None,
+) -> Plan:  # fmt: skip
     """out = cat([skip[crop:], act(scale * (convT(x, w) + bias) + shift + residual)], 1).
 
     x [N, CI, H, W], residual and out [N, SKIP + CO, OH, OW], skip: any strides with a channel stride of 1. w
     [CI, CO/groups, KH, KW] dense in channels_last. bias, scale, shift [CO] dense. With a skip there is one
-    group and no residual. Returns the plan, which the caller may call again with other pointers of the same
-    layout and alignment.
+    group and no residual. `config` in place of the operation's own serves another that launches this one.
+
+    Returns the plan, which the caller may call again with other pointers of the same layout and alignment.
     """
-    key = (
-        "conv_transpose2d_forward",
-        layout_key(x, w, bias, scale, shift, residual, skip, out),
-        x.device,
-        stride,
-        padding,
-        dilation,
-        groups,
-        crop,
-        activation,
-        negative_slope,
-        dot_precision(x.dtype),
-    )
-    plan = planned(
-        key,
-        lambda: _make(
-            x,
-            w,
-            bias,
-            scale,
-            shift,
-            residual,
-            skip,
-            out,
-            stride,
-            padding,
-            dilation,
-            groups,
-            crop,
-            activation,
-            negative_slope,
-        ),
-    )
-    plan(x, w, bias, scale, shift, residual, skip, out)
+    operands = (x, w, bias, scale, shift, residual, skip, out)
+    options = (stride, padding, dilation, groups, crop, activation, negative_slope, config)
+    key = ("conv_transpose2d_forward", layout_key(*operands), x.device, options, dot_precision(x.dtype))
+    plan = planned(key, lambda: _make(*operands, *options))
+    plan(*operands)
     return plan

@@ -6,26 +6,46 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._base import SegmentationModel
+from .deeplabv3 import DeepLabV3, deeplabv3_resnet50, deeplabv3_resnet101
 from .deeplabv3plus import DeepLabV3Plus, deeplabv3plus_mobilenet_v2, deeplabv3plus_xception65
+from .fcn import FCN, fcn8s, fcn16s, fcn32s
+from .fcn_resnet import FCNResNet, fcn_resnet50, fcn_resnet101
 from .selfie_segmenter import SelfieSegmenter
 from .unet import UNet
 
 __all__ = [
+    "FCN",
+    "DeepLabV3",
     "DeepLabV3Plus",
+    "FCNResNet",
     "SegmentationModel",
     "SelfieSegmenter",
     "UNet",
     "create",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
     "deeplabv3plus_mobilenet_v2",
     "deeplabv3plus_xception65",
+    "fcn8s",
+    "fcn16s",
+    "fcn32s",
+    "fcn_resnet50",
+    "fcn_resnet101",
     "list_models",
     "remap_state_dict",
 ]
 
 # Classes, and the functions that build one class in several ways: `name` then tells its networks apart.
 _MODELS: dict[str, Callable[..., SegmentationModel]] = {
+    "deeplabv3_resnet50": deeplabv3_resnet50,
+    "deeplabv3_resnet101": deeplabv3_resnet101,
     "deeplabv3plus_mobilenet_v2": deeplabv3plus_mobilenet_v2,
     "deeplabv3plus_xception65": deeplabv3plus_xception65,
+    "fcn8s": fcn8s,
+    "fcn16s": fcn16s,
+    "fcn32s": fcn32s,
+    "fcn_resnet50": fcn_resnet50,
+    "fcn_resnet101": fcn_resnet101,
     "selfie_segmenter": SelfieSegmenter,
     "unet": UNet,
 }
@@ -77,6 +97,10 @@ def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[st
     For `DeepLabV3Plus` and the encoders in `segfast.models.encoders`: the classifiers of torchvision
     (`mobilenet_v2`) and timm (`mobilenetv2_100`, `xception65`), or their encoders, with or without `encoder.`
     in front. What those do not have, the decoder, keeps the weights that `model` has.
+
+    For `FCN`: torchvision's `vgg16`, whose linear layers become convolutions. For `FCNResNet` and
+    `DeepLabV3`: torchvision's networks of the same names, with or without the auxiliary head, and its
+    `resnet50` and `resnet101`.
 
     Keys that already are the model's own come back unchanged.
 

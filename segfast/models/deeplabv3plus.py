@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn import SeparableConv2d
+from segfast.nn._chains import Fused, fused_form
+from segfast.nn._dense import Dense
+from segfast.nn._norm import FoldsNorms, PooledBatchNorm2d
+from segfast.nn._pair import Pair, only_forward, pays
+from segfast.nn._pyramid import Pyramid
 
 from ._base import SegmentationModel, tensors
 from ._layers import conv_norm_activation
@@ -43,23 +48,12 @@ def _conv3x3(in_channels: int, out_channels: int, dilation: int, separable: bool
     )
 
 
-class PooledBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm for `[N, C, 1, 1]`: one image has no variance over its batch, and so, in training too, is
-    normalised with the running statistics, which it leaves alone."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and len(input) == 1:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(input)
-
-
-class ASPP(nn.Module):
+class ASPP(FoldsNorms):
     """Atrous spatial pyramid pooling with image-level features (Chen et al. 2017, section 3.3).
 
     A 1x1 convolution, a 3x3 one at each of the dilations `rates` and one of the mean over the image, side by
     side, then a 1x1 convolution over them all. `[N, in_channels, H, W]` -> `[N, out_channels, H, W]`.
+    `segfast.nn.ASPP` under other names, with a norm and ReLU between the halves of separable branches.
     """
 
     def __init__(
@@ -73,11 +67,39 @@ class ASPP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
+        pyramid = self._pyramid() if not self.training and pays(input) else None
+        if pyramid is not None and pyramid.fits(input):
+            return self.dropout(pyramid.run(self, input))
         features = [branch(input) for branch in self.branches]
         pooled = self.pool(F.adaptive_avg_pool2d(input, 1))
         # In the others' memory format, which `cat` would lose if one of them had another.
         features.append(torch.empty_like(features[0]).copy_(pooled))
         return self.dropout(self.project(torch.cat(features, 1)))
+
+    def _pyramid(self) -> Pyramid | None:
+        """The layers as few operators compute them in eval; None under hooks."""
+        if not all([only_forward(part) for part in (*self.branches, self.pool, self.project)]):
+            return None
+        branches = [_form(branch) for branch in self.branches]
+        pool, project = fused_form(list(self.pool)), fused_form(list(self.project))
+        known = [form for form in branches if form is not None]
+        if len(known) < len(branches) or not (isinstance(pool, Dense) and isinstance(project, Dense)):
+            return None
+        return Pyramid(tuple(known), pool, project, ())
+
+
+def _form(branch: Any) -> Fused | None:
+    """The branch as one operator."""
+    if not isinstance(branch, SeparableConv2d):
+        return fused_form(list(branch))
+    return Pair(
+        branch.conv_dw,
+        branch.bn_dw,
+        branch.depthwise_activation,
+        branch.conv_pw,
+        branch.bn_pw,
+        branch.activation,
+    )
 
 
 class DeepLabV3Plus(SegmentationModel):
@@ -89,7 +111,7 @@ class DeepLabV3Plus(SegmentationModel):
 
     For training with batch norm, an image's features need more than one pixel or a batch more than one image.
     The norm of the image-level features sees one pixel of each image: at batch 1 it uses its running
-    statistics (`PooledBatchNorm2d`).
+    statistics (`segfast.nn.ASPP` does the same).
 
     Args:
         name: under which `segfast.models.create` knows the network.

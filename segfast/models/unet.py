@@ -10,10 +10,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segfast.functional import up_concat
-from segfast.nn import ConvTranspose2d
+from segfast.functional import conv_transpose2d, up_concat
+from segfast.nn import Conv2d, ConvTranspose2d
+from segfast.nn._norm import FoldsNorms
+from segfast.ops.conv_transpose2d.up_concat import geometry
+from segfast.ops.dilated_conv2d import prefers_virtual_concat
 
 from ._base import SegmentationModel
+from ._layers import run_layers
 
 ACTIVATIONS = ("relu", "leaky_relu")
 NORMS = (None, "batch")
@@ -23,8 +27,11 @@ def _activation(name: str, negative_slope: float) -> nn.Module:
     return nn.ReLU(inplace=True) if name == "relu" else nn.LeakyReLU(negative_slope, inplace=True)
 
 
-class DoubleConv(nn.Sequential):
-    """3x3 convolution, norm, activation, twice. `padding=0` makes the output 4 smaller than the input."""
+class DoubleConv(FoldsNorms, nn.Sequential):
+    """3x3 convolution, norm, activation, twice. `padding=0` makes the output 4 smaller than the input.
+
+    The input may be a list of images, as `segfast.functional.conv2d` takes it.
+    """
 
     def __init__(
         self,
@@ -39,15 +46,24 @@ class DoubleConv(nn.Sequential):
         super().__init__()
         for index, channels in enumerate((in_channels, out_channels), start=1):
             # Batch norm has a shift of its own.
-            conv = nn.Conv2d(channels, out_channels, 3, padding=padding, bias=norm is None)
+            conv = Conv2d(channels, out_channels, 3, padding=padding, bias=norm is None)
             self.add_module(f"conv{index}", conv)
             if norm == "batch":
                 self.add_module(f"norm{index}", nn.BatchNorm2d(out_channels))
             self.add_module(f"activation{index}", _activation(activation, negative_slope))
 
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        layers = list(self)
+        half = len(layers) // 2
+        return run_layers(layers[half:], run_layers(layers[:half], input))
+
 
 class DecoderBlock(nn.Module):
-    """2x2 up-convolution, concatenation with the encoder's skip, `DoubleConv`."""
+    """2x2 up-convolution, concatenation with the encoder's skip, `DoubleConv`.
+
+    Where the first convolution runs on our kernel it reads both images where they lie; elsewhere the
+    up-convolution writes into the concatenation.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, **conv_options: Any) -> None:
         super().__init__()
@@ -55,6 +71,12 @@ class DecoderBlock(nn.Module):
         self.conv = DoubleConv(2 * out_channels, out_channels, **conv_options)
 
     def forward(self, input: Tensor, skip: Tensor) -> Tensor:
+        # The up-convolution's result will be like the skip, with as many channels.
+        first: Any = self.conv.conv1
+        if prefers_virtual_concat([skip, skip], first.weight):
+            extra, _, _ = geometry(input, skip, self.up.weight, (2, 2), (0, 0))
+            up = conv_transpose2d(input, self.up.weight, self.up.bias, 2, output_padding=extra)
+            return self.conv([skip, up])
         return self.conv(up_concat(input, skip, self.up.weight, self.up.bias, stride=2))
 
 

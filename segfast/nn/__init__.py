@@ -1,13 +1,18 @@
 """Drop-in `torch.nn` modules."""
 
 from . import init
+from ._aspp import ASPP
 from .conv_transpose2d import ConvTranspose2d
+from .dilated_conv2d import Conv2d, ConvBNAct
 from .segmentation_head import UpsampleArgmax, UpsampleCrossEntropyLoss
 from .separable_conv2d import DepthwiseConv2d, InvertedResidual, SeparableConv2d
 from .upsample import BilinearUpsample, UpsampleConv2d
 
 __all__ = [
+    "ASPP",
     "BilinearUpsample",
+    "Conv2d",
+    "ConvBNAct",
     "ConvTranspose2d",
     "DepthwiseConv2d",
     "InvertedResidual",

@@ -6,7 +6,6 @@ tensor. Called by themselves, compiled, exported or traced, under hooks or on a 
 compute what they always did. A chain that was begun and not ended is an error.
 """
 
-import functools
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._norm import forget, runs_eagerly
-from ._pair import CALLER, Pair, only_forward, pays
+from ._chains import Fused
+from ._fused_class import FusedModule, fused_class
+from ._norm import runs_eagerly
+from ._pair import CALLER, only_forward, pays
 
 # In the __dict__ of a chain's layers.
 _PLACE = "_segfast_chain"
@@ -62,7 +63,7 @@ class Chain:
     """Layers that follow one another in a caller's forward.
 
     Args:
-        layers: the depthwise convolution and what comes after it.
+        layers: the convolution and what comes after it.
         names: theirs, for messages.
         options: what the first so many of them compute, the longest first.
         wrappers: modules whose call begins or ends within the chain.
@@ -73,14 +74,15 @@ class Chain:
         self,
         layers: Sequence[nn.Module],
         names: Sequence[str],
-        options: Sequence[tuple[int, Pair]],
+        options: Sequence[tuple[int, Fused]],
         wrappers: Sequence[nn.Module] = (),
         in_train: bool = True,
     ):
         self.layers, self.names = list(layers), list(names)
         self.options, self.in_train = list(options), in_train
+        self.growth = self.options[0][1].growth()
         asked = {id(part) for part in self.options[0][1] if isinstance(part, nn.Module)}
-        # Whose hooks must see what they would see unfused, beside those of the pair, which asks for itself.
+        # Whose hooks must see what they would see unfused, beside those that the fused form itself asks for.
         self.others = [m for m in (*layers, *wrappers) if id(m) not in asked]
         self.caller: _Caller | None = None
 
@@ -102,9 +104,8 @@ class Chain:
         return output
 
     def _begin(self, run: _Run, input: Any) -> Tensor | None:
-        wanted = pays(input) if _threads.forced is None else _threads.forced
         # Asked last: it costs as much as a small layer.
-        if (not wanted and self not in run.begun) or not run.goes_on():
+        if (not wanted(input, self.growth) and self not in run.begun) or not run.goes_on():
             return None
         if self in run.begun:
             raise self._broken(run)
@@ -114,9 +115,9 @@ class Chain:
             return None
         if not all([only_forward(m) for m in self.others]):
             return None
-        for length, pair in self.options:
-            if pair.fits():
-                output = pair.run(input)
+        for length, form in self.options:
+            if form.fits():
+                output = form.run(input)
                 run.begun[self] = (1, length, output)
                 return output
         return None
@@ -131,10 +132,8 @@ class Chain:
         )
 
 
-class _Layer:
+class _Layer(FusedModule):
     """Mixed into the class of a chain's layer."""
-
-    unfused_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
@@ -143,30 +142,6 @@ class _Layer:
             if output is not None:
                 return output
         return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def train(self, mode: bool = True):
-        forget(self)  # type: ignore[arg-type]
-        return super().train(mode)  # type: ignore[misc]
-
-    def _apply(self, fn, recurse=True):
-        forget(self)  # type: ignore[arg-type]
-        return super()._apply(fn, recurse)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: copies and pickles name the one it was made from.
-        return _remake, (self.unfused_class,), super().__reduce_ex__(protocol)[2]
-
-
-@functools.cache
-def _fused_class(kind: Any) -> Any:
-    # Of the same Python module, by which torch.fx tells what is torch's own.
-    body = {"unfused_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(f"Fused{kind.__name__}", (_Layer, kind), body)
-
-
-def _remake(kind: Any) -> nn.Module:
-    fused = _fused_class(kind)
-    return fused.__new__(fused)
 
 
 def fuse(caller: nn.Module, chains: Sequence[Chain]) -> None:
@@ -180,7 +155,7 @@ def fuse(caller: nn.Module, chains: Sequence[Chain]) -> None:
         for position, layer in enumerate(chain.layers):
             vars(layer)[_PLACE] = (chain, position)
             kind: Any = type(layer)
-            layer.__class__ = _fused_class(kind)
+            layer.__class__ = fused_class(_Layer, kind)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -202,6 +177,11 @@ def chain_of(module: nn.Module) -> Chain | None:
     """The chain that `module` is a layer of."""
     place = vars(module).get(_PLACE)
     return None if place is None else place[0]
+
+
+def wanted(input: Any, growth: float = 1) -> bool:
+    """Whether something fused is to run on `input`: where it pays, or as `fusing` says."""
+    return pays(input, growth) if _threads.forced is None else _threads.forced
 
 
 @contextmanager

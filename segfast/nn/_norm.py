@@ -1,7 +1,7 @@
 """Batch norm in eval as a scale and a shift of the epilogue before it: act(scale * conv + shift)."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ._activation import activation_name
 from ._rules import own_class
 
-_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+_OPENMMLAB = "mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm"  # torch's, but for its check
 _WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -25,13 +25,15 @@ class Affine(NamedTuple):
 class _Entry(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     versions: list[int]
-    eps: float
-    result: tuple[Tensor | None, Tensor | None]
+    key: Any
+    result: Any
 
-    def describes(self, tensors: tuple[Tensor | None, ...], eps: float) -> bool:
+    def describes(self, tensors: tuple[Tensor | None, ...], key: Any) -> bool:
         """Whether `result` was computed from these very tensors, not written to since."""
-        same = all([a is b for a, b in zip(self.tensors, tensors, strict=True)])
-        return same and self.eps == eps and self.versions == _versions(tensors)
+        same = len(self.tensors) == len(tensors) and all(
+            [a is b for a, b in zip(self.tensors, tensors, strict=True)]
+        )
+        return same and self.key == key and self.versions == _versions(tensors)
 
 
 _NOTHING = Affine(None, None)
@@ -50,8 +52,9 @@ def runs_eagerly() -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a fused chain may take `module` for a batch norm: torch's own, or timm's with an activation."""
-    known = own_class(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _name(module) == _WITH_ACTIVATION
+    """Whether a chain may take `module` for a batch norm: torch's, OpenMMLab's, timm's with activation."""
+    torchs = own_class(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, PooledBatchNorm2d)
+    known = torchs or _name(module) in (_WITH_ACTIVATION, _OPENMMLAB)
     return known and getattr(module, "running_var", None) is not None
 
 
@@ -68,7 +71,8 @@ def folds(norm: nn.Module | None) -> bool:
     """Whether `norm` is None or, as it stands, a fixed scale and shift of each channel."""
     if norm is None:
         return True
-    known = getattr(own_class(norm), "forward", None) in _FORWARDS
+    forwards = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, PooledBatchNorm2d.forward)
+    known = getattr(own_class(norm), "forward", None) in forwards
     # A chain knows of the activation in timm's; nobody else does.
     in_chain = own_class(norm) is not type(norm) and is_batch_norm(norm)
     return (
@@ -88,61 +92,105 @@ def folded(norm: Any) -> Affine:
     """
     if norm is None:
         return _NOTHING
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    if not runs_eagerly() or (
-        torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-    ):
-        return _affine(*tensors, norm.eps)
-    return Affine(*_remembered(norm, tensors, norm.eps, lambda: _affine(*tensors, norm.eps)))
+    tensors = norm_tensors(norm)
+    if not runs_eagerly() or needs_gradient(tensors):
+        return _affine(tensors, norm.eps)
+    return remembered(norm, tensors, norm.eps, lambda: _affine(tensors, norm.eps))
+
+
+def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd is to see what is computed from these."""
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def folded_filter(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     """The weight and bias of `conv` with a norm that `folds` in them, remembered as `folded` is.
 
-    Only where no gradient is wanted, and nothing but eager code runs.
+    `conv` may be transposed and have groups. Only where no gradient is wanted, and nothing but eager code
+    runs.
     """
     if norm is None:
         return conv.weight, conv.bias
-    tensors = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    tensors = (conv.weight, conv.bias, *norm_tensors(norm))
 
     def fold() -> tuple[Tensor, Tensor]:
-        affine: Any = _affine(*tensors[2:], norm.eps)
+        affine: Any = _affine(tensors[2:], norm.eps)
         scale, shift = (t.to(conv.weight.dtype) for t in affine)
-        return conv.weight * scale[:, None, None, None], (
-            shift if conv.bias is None else shift + conv.bias * scale
-        )
+        return _scaled(conv, scale), (shift if conv.bias is None else shift + conv.bias * scale)
 
-    weight, bias = _remembered(conv, tensors, norm.eps, fold)
-    assert weight is not None
-    return weight, bias
+    return remembered(conv, tensors, norm.eps, fold)
 
 
-def _remembered(
-    module: nn.Module, tensors: tuple[Tensor | None, ...], eps: float, compute: Callable[[], Any]
-) -> tuple[Tensor | None, Tensor | None]:
+def _scaled(conv: Any, scale: Tensor) -> Tensor:
+    """The filter of `scale * conv`, [C_out, C_in/groups, ...]; [C_in, C_out/groups, ...] if transposed."""
+    if not conv.transposed:
+        return conv.weight * scale[:, None, None, None]
+    by_group = conv.weight.unflatten(0, (conv.groups, -1))
+    return (by_group * scale.view(conv.groups, 1, -1, 1, 1)).flatten(0, 1)
+
+
+def norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
+    """What the scale and shift of a norm that `folds` come from; nothing where there is none."""
+    return () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+
+def remembered(
+    module: nn.Module, tensors: tuple[Tensor | None, ...], key: Any, compute: Callable[[], Any]
+) -> Any:
+    """What `compute()` returned for this module, these very tensors as they are now, and `key`."""
     entry = _known.get(module)
-    if entry is not None and entry.describes(tensors, eps):
+    if entry is not None and entry.describes(tensors, key):
         return entry.result
     # Not inference tensors, which a later call with gradients could not save.
     with torch.inference_mode(False), torch.no_grad():
         result = compute()
     if all([t is None or (type(t) in _PLAIN and not t.is_inference()) for t in tensors]):
-        _known[module] = _Entry(tensors, _versions(tensors), eps, result)
+        _known[module] = _Entry(tensors, _versions(tensors), key, result)
     return result
 
 
-def forget(*norms: nn.Module | None) -> None:
-    """Compute these norms' scale and shift anew at their next call."""
-    for norm in norms:
-        if norm is not None:
-            _known.pop(norm, None)
+def forget(*modules: nn.Module | None) -> None:
+    """Compute anew, at its next call, what is remembered of each of these."""
+    for module in modules:
+        if module is not None:
+            _known.pop(module, None)
+
+
+class FoldsNorms(nn.Module):
+    """Computes what its norms were folded into anew after each change of mode, device or dtype."""
+
+    def train(self, mode: bool = True):
+        forget(*self.modules())
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        forget(*self.modules())
+        return super()._apply(fn, recurse)
+
+
+class PooledBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm of `[N, C, 1, 1]`, the features of whole images.
+
+    One image has no variance over its batch; it is normalised with the running statistics, in train too, and
+    leaves them alone.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.shape[0] == 1 and self.running_mean is not None:
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(input)
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
     return [-1 if t is None else t._version for t in tensors]
 
 
-def _affine(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Affine:
+def _affine(tensors: tuple[Tensor | None, ...], eps: float) -> Affine:
+    """From `norm_tensors`."""
+    weight, bias, mean, var = tensors
+    assert mean is not None and var is not None
     dtype = torch.promote_types(var.dtype, torch.float32)
     scale = torch.rsqrt(var.to(dtype) + eps)
     if weight is not None:

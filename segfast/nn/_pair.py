@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._backend import _INTERPRETING
+from ..ops._backend import _INTERPRETING, fusion_could_help
 from ._norm import folded, folded_filter, folds, runs_eagerly
 from ._rules import own_class
 
@@ -14,7 +14,8 @@ from ._rules import own_class
 CALLER = "_segfast_caller"
 # Elements of the input: below, the operator's own overhead may show.
 _PAYS_ON_CPU = 2**15
-_global_hooks = torch.nn.modules.module._has_any_global_hook
+_LOSSLESS = (torch.float32, torch.float64)
+global_hooks = torch.nn.modules.module._has_any_global_hook
 
 
 def only_forward(module: nn.Module) -> bool:
@@ -29,23 +30,53 @@ def only_forward(module: nn.Module) -> bool:
     )
 
 
-def pays(input: Any, growth: int = 1) -> bool:
+def pays(input: Any, growth: float = 1) -> bool:
     """Whether one operator is worth asking for: ATen is done with small images before it is put together.
 
-    `growth` is how many times larger the pair's own input may be. False for what is no tensor: `torch.fx`
-    traces the layers one by one.
+    On a GPU it is where something of ours or of cuDNN's could compute it. `growth` is how many times larger
+    the images are that count. False for what is no tensor: `torch.fx` traces the layers one by one.
     """
     if not isinstance(input, Tensor):
         return False
-    kernels = not input.is_cpu or _INTERPRETING
-    return torch.compiler.is_compiling() or kernels or input.numel() * growth >= _PAYS_ON_CPU
+    if torch.compiler.is_compiling() or fusion_could_help(input):
+        return True
+    return input.is_cpu and input.numel() * growth >= _PAYS_ON_CPU
+
+
+def check_channels(conv: Any, input: Any) -> None:
+    """Raise for an input of other channels than `conv` has: the operators take their number from it."""
+    if isinstance(input, Tensor) and input.dim() > 2 and input.shape[-3] != conv.in_channels:
+        raise RuntimeError(
+            f"input must have {conv.in_channels} channels, got {list(input.shape)} "
+            f"(the layer's weight is {list(conv.weight.shape)})"
+        )
+
+
+def padded(conv: Any, input: Tensor) -> tuple[Tensor, Any]:
+    """The input, padded where zeros are not what pads it, and the padding left to the operator."""
+    if conv.padding_mode == "zeros":
+        return input, conv.padding
+    return nn.functional.pad(input, conv._reversed_padding_repeated_twice, conv.padding_mode), 0
+
+
+def folds_filters(input: Tensor, conv: Any) -> bool:
+    """Whether ATen may have the norms in the filters: where nothing is lost, or differentiated."""
+    return (
+        input.is_cpu
+        and not _INTERPRETING
+        and input.dtype == conv.weight.dtype
+        and input.dtype in _LOSSLESS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and runs_eagerly()
+    )
 
 
 class Pair(NamedTuple):
     """The layers of one pair, in their order; None for what it lacks.
 
-    `depthwise` is a `DepthwiseConv2d`, `pointwise` a 1x1 `torch.nn.Conv2d`; without one, the pair is only the
-    depthwise convolution with what follows it.
+    `depthwise` is a `Conv2d` with filters of its own for each channel, `pointwise` a 1x1 `torch.nn.Conv2d`;
+    without one, the pair is only the depthwise convolution with what follows it.
     """
 
     depthwise: Any
@@ -56,24 +87,33 @@ class Pair(NamedTuple):
     pointwise_activation: str | None = None
     negative_slope: float = 0.01
 
+    def plain(self) -> bool:
+        """Whether there is no norm, which would have to be in eval."""
+        return self.norm is None and self.pointwise_norm is None
+
+    def growth(self) -> float:
+        """By what to multiply the input's elements before asking whether the operator `pays`."""
+        return 1
+
     def fits(self) -> bool:
         """Whether the layers, as they stand now, compute what one operator can."""
         layers = (self.depthwise, self.norm, self.pointwise, self.pointwise_norm)
         return (
             folds(self.norm)
             and folds(self.pointwise_norm)
-            and self.depthwise.activation is None
+            and getattr(self.depthwise, "activation", None) is None
             and (self.pointwise is None or is_pointwise(self.pointwise))
             and all([m is None or only_forward(m) for m in layers])
-            and not _global_hooks()
+            and not global_hooks()
         )
 
     def run(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The pair in one operator. `residual` is added before the last activation."""
         layer = self.depthwise
-        input, padding = layer.padded(input)
+        check_channels(layer, input)
+        input, padding = padded(layer, input)
         geometry = (layer.stride, padding, layer.dilation)
-        if self.norm is not None and self._folds_filters(input):
+        if self.norm is not None and folds_filters(input, layer):
             return self._run_folded(input, residual, geometry)
         scale, shift = folded(self.norm)
         if self.pointwise is None:
@@ -103,17 +143,6 @@ class Pair(NamedTuple):
             residual=residual,
             activation=self.pointwise_activation,
             negative_slope=self.negative_slope,
-        )
-
-    def _folds_filters(self, input: Tensor) -> bool:
-        """Whether ATen may have the norms in the filters: where nothing is lost, or differentiated."""
-        return (
-            input.is_cpu
-            and not _INTERPRETING
-            and input.dtype == self.depthwise.weight.dtype == torch.float32
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and runs_eagerly()
         )
 
     def _run_folded(self, input: Tensor, residual: Tensor | None, geometry: tuple) -> Tensor:

@@ -10,8 +10,8 @@ from ..ops._backend import certainly_aten
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
-from ._norm import forget
-from ._pair import Pair, only_forward, pays
+from ._norm import FoldsNorms
+from ._pair import Pair, check_channels, only_forward, padded, pays
 from ._rules import Rule
 
 
@@ -81,34 +81,16 @@ class DepthwiseConv2d(nn.Conv2d):
             self.activation = activation
             self.negative_slope = negative_slope
 
-    def padded(self, input: Tensor) -> tuple[Tensor, Any]:
-        """The input, padded where zeros are not what pads it, and the padding left to the operator.
-
-        Raises:
-            RuntimeError: an input of other channels; the operator takes their number from it.
-        """
-        self._check_channels(input)
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        return nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
-
-    def _check_channels(self, input: Tensor) -> None:
-        if isinstance(input, Tensor) and input.dim() > 2 and input.shape[-3] != self.in_channels:
-            raise RuntimeError(
-                f"input must have {self.in_channels} channels, got {list(input.shape)} "
-                f"(the layer's weight is {list(self.weight.shape)})"
-            )
-
     def forward(self, input: Tensor) -> Tensor:
+        check_channels(self, input)
         plain = self.activation is None and self.dilation == (1, 1) and isinstance(input, Tensor)
         if plain and certainly_aten(input):
             # torch's own layer: the operator would only take longer to come to the same call.
-            self._check_channels(input)
             return super().forward(input)
         # torch's annotations take these for tuples of any length; they are pairs.
         stride: Any = self.stride
         dilation: Any = self.dilation
-        input, padding = self.padded(input)
+        input, padding = padded(self, input)
         return F.depthwise_conv2d(
             input,
             self.weight,
@@ -129,19 +111,7 @@ class DepthwiseConv2d(nn.Conv2d):
         return extra
 
 
-class _FoldsNorms(nn.Module):
-    """Computes its norms' scale and shift anew after each change of mode, device or dtype."""
-
-    def train(self, mode: bool = True):
-        forget(*self.modules())
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        forget(*self.modules())
-        return super()._apply(fn, recurse)
-
-
-class SeparableConv2d(_FoldsNorms):
+class SeparableConv2d(FoldsNorms):
     """Depthwise, then pointwise convolution, with a norm and an activation after each: Xception's layer.
 
     Its children are `conv_dw`, `bn_dw`, `conv_pw` and `bn_pw`, timm's names. In eval, and in train where
@@ -260,7 +230,7 @@ def _activated(x: Tensor, activation: str | None, negative_slope: float, made_by
     return ACTIVATIONS[activation](x, negative_slope)
 
 
-class InvertedResidual(_FoldsNorms):
+class InvertedResidual(FoldsNorms):
     """MobileNetV2's block: expand by a 1x1 convolution, convolve each channel, project; add the input.
 
     The input is added where it has the output's shape. The parameters bear torchvision's names. In eval the

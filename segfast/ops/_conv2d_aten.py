@@ -40,7 +40,30 @@ def conv2d_aten(
             y, residual = y.add_(residual), None
         if residual is None:
             return activate_(y, activation, negative_slope)
+    if _in_one_dtype(y, scale, shift, residual, activation):
+        return activate_(_over(y, scale, shift, residual), activation, negative_slope)
     return apply_epilogue(y, scale, shift, residual, activation, negative_slope)
+
+
+def _in_one_dtype(
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None
+) -> bool:
+    """Whether 16 bits need not be widened in memory: eager, no gradient, and rounding may come first."""
+    return (
+        y.dtype in (torch.float16, torch.bfloat16)
+        and activation in (None, "relu", "relu6")
+        and (scale is None) == (shift is None)
+        and not torch.compiler.is_compiling()
+        and not _functorch_active()
+        and not _needs_gradient(y, scale, shift, residual)
+    )
+
+
+def _over(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+    """scale * y + shift + residual, written over y: as many passes, and roundings, as norm and sum take."""
+    if scale is not None and shift is not None:
+        torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y)
+    return y if residual is None else y.add_(residual)
 
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -54,8 +77,8 @@ def _pays_to_fold(weight: Tensor, input: Tensor) -> bool:
     return weight.shape[0] * pixels > 4 * weight.numel() + 2**15
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _convolution(input, weight, bias, stride, padding, dilation, groups: int) -> Tensor:

@@ -58,6 +58,13 @@ def packed_weight(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
+def row_weight(weight: Tensor) -> Tensor:
+    """The weight as rows of `[KH, KW, second]`, at any distance where it is 1x1: some columns of a matrix."""
+    if weight.shape[2] == weight.shape[3] == 1 and weight.stride(1) == 1 and weight.stride(0) > 0:
+        return weight
+    return packed_weight(weight)
+
+
 def fit_layout(
     input: Tensor,
     weight: Tensor,

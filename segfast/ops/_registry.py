@@ -58,7 +58,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         # Behind the dispatcher waits nothing but our implementation, unless one of these listens.
-        plain = type(args[0]) in _PLAIN and type(args[1]) in _PLAIN
+        plain = type(args[0]) in _PLAIN and (type(args[1]) in _PLAIN or _are_plain(args[1]))
         if plain and _nobody_listens() and args[0].is_cuda | _INTERPRETING:
             return self._kernels(*args)
         return self.overload(*args)
@@ -101,6 +101,13 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _are_plain(tensors: Any) -> bool:
+    """Whether `tensors` is a list of tensors that are no more than that."""
+    return type(tensors) is list and all([type(t) in _PLAIN for t in tensors])
+
+
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled

@@ -1,7 +1,7 @@
 """The reference training loop: pixel-wise cross-entropy, AdamW or SGD with momentum, a cosine schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from ._metrics import Scores, confusion_matrix, scores
 from ._predict import predict
 
 OPTIMIZERS = ("adamw", "sgd")
+# Of an auxiliary head's loss, as in torchvision's training reference.
+AUX_WEIGHT = 0.5
 
 
 class Options(NamedTuple):
@@ -62,6 +64,22 @@ def learning_rate(step: int, options: Options) -> float:
     return options.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
+def cross_entropy(
+    output: Tensor | Mapping[str, Tensor], targets: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """The mean cross-entropy of class scores, of either form that a `SegmentationModel` returns.
+
+    To the loss of "out" half that of "aux" is added, if there is one. Targets are centre-cropped to smaller
+    scores.
+    """
+    if not isinstance(output, Tensor):
+        loss = cross_entropy(output["out"], targets, weight)
+        return loss + AUX_WEIGHT * cross_entropy(output["aux"], targets, weight) if "aux" in output else loss
+    return F.cross_entropy(
+        output, centre_crop(targets, output.shape[-2:]), weight=weight, ignore_index=IGNORE_INDEX
+    )
+
+
 def fit(
     model: nn.Module,
     sampler: Callable[[], tuple[Tensor, Tensor]],
@@ -73,7 +91,7 @@ def fit(
     Works as it stands on a model wrapped in `DistributedDataParallel`: give each rank's sampler its own seed.
 
     Args:
-        model: `[N, C, H, W]` -> `[N, K, H', W']`; targets are centre-cropped to a smaller output.
+        model: `[N, C, H, W]` -> `[N, K, H', W']`, or a dictionary of such (see `cross_entropy`).
         sampler: returns a batch, float32 `[N, C, H, W]` and int64 `[N, H, W]`, on any device.
         options: see `Options`.
         on_step: called after every step with its number, counted from 0, and its loss.
@@ -94,10 +112,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         images, targets = (tensor.to(device, non_blocking=True) for tensor in sampler())
-        output = model(images)
-        loss = F.cross_entropy(
-            output, centre_crop(targets, output.shape[-2:]), weight=weight, ignore_index=IGNORE_INDEX
-        )
+        loss = cross_entropy(model(images), targets, weight)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from segfast.models import UNet
+from segfast.models._base import main_scores
 
 MAX_TILE = 1024
 Module = TypeVar("Module", bound=nn.Module)
@@ -21,7 +22,7 @@ def predict_scores(model: nn.Module, image: Tensor, tile: int = MAX_TILE) -> Ten
     is that of the whole image up to rounding; models other than `UNet` are run whole.
 
     Args:
-        model: `[N, C, H, W]` -> `[N, K, H, W]`, or an unpadded `UNet`.
+        model: `[N, C, H, W]` -> `[N, K, H, W]`, or a dictionary with that under "out", or an unpadded `UNet`.
         image: `[C, H, W]`.
         tile: largest side, in pixels, computed at once.
     """
@@ -48,7 +49,7 @@ def channels_last(model: Module) -> Module:
 
 def _run(model: nn.Module, image: Tensor) -> Tensor:
     device = next(model.parameters()).device
-    return model(image[None].to(device))[0].float().cpu()
+    return main_scores(model(image[None].to(device)))[0].float().cpu()
 
 
 def _mirror(model: UNet, image: Tensor) -> Tensor:

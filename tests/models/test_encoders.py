@@ -7,13 +7,18 @@ import pytest
 import torch
 
 from segfast.models import remap_state_dict
-from segfast.models.encoders import MobileNetV2Encoder, Xception65Encoder
+from segfast.models.encoders import MobileNetV2Encoder, ResNetEncoder, Xception65Encoder
 from segfast.models.encoders._base import strides_and_dilations
 from tests.models import peers
 
-ENCODERS = {"mobilenetv2_100": MobileNetV2Encoder, "xception65": Xception65Encoder}
+ENCODERS = {
+    "mobilenetv2_100": MobileNetV2Encoder,
+    "resnet50": ResNetEncoder,
+    "xception65": Xception65Encoder,
+}
 TINY = {
     MobileNetV2Encoder: {"width_mult": 0.25},
+    ResNetEncoder: {"width_mult": 0.125},
     Xception65Encoder: {"width_mult": 0.125, "middle_blocks": 1},
 }
 
@@ -180,7 +185,7 @@ class TestEncoder:
         with pytest.raises(ValueError, match=f"the checkpoint has nothing for {first}"):
             remap_state_dict({key: value for key, value in state.items() if key != first}, model)
         wide = self.build(encoder, in_channels=5)
-        message = rf"{first}: the checkpoint has \[\d+, 5, 3, 3\], the model \[\d+, 3, 3, 3\]"
+        message = rf"{first}: the checkpoint has \[\d+, 5, (\d), \1\], the model \[\d+, 3, \1, \1\]"
         with pytest.raises(ValueError, match=message):
             remap_state_dict(wide.state_dict(), model)
 
@@ -192,6 +197,11 @@ class TestEncoder:
         ):
             with pytest.raises(ValueError, match=message):
                 self.build(encoder, **options)
+
+
+def test_bad_depth():
+    with pytest.raises(ValueError, match=r"depth must be one of \(50, 101\), got 18"):
+        ResNetEncoder(depth=18)
 
 
 def test_bad_middle_blocks():

@@ -13,13 +13,18 @@ from tests.models.tester import ModelTester
 class TestUNet(ModelTester):
     name = "unet"
     options = {"width": 4, "depth": 2}  # noqa: RUF012
+    paper = "Ronneberger, Fischer, Brox"
+    parameters = 31_030_658
 
 
 class TestUNetBatchNorm(ModelTester):
     name = "unet"
     options = {"width": 4, "depth": 2, "norm": "batch", "activation": "leaky_relu"}  # noqa: RUF012
+    full = {"norm": "batch"}  # noqa: RUF012
+    paper = "Ronneberger, Fischer, Brox"
+    parameters = 31_036_546
     sizes = ((32, 48), (37, 50), (5, 6))
-    test_compiles_into_one_graph_for_all_sizes = None  # seconds, and nothing new
+    test_compiles_into_one_graph = None  # seconds, and nothing new
 
 
 class PlainUNet(nn.Module):
@@ -104,6 +109,38 @@ def test_computes_what_plain_torch_computes(options, size):
     found = torch.autograd.grad(output, list(ours.parameters()), gradient)
     for name, a, b in zip(dict(ours.named_parameters()), found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (27, 33)),
+        ({"norm": "batch"}, (24, 32)),
+        ({"padded": False}, (44, 52)),
+        ({"padded": False}, (47, 53)),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_without_a_concatenation(options, size, training, monkeypatch):
+    """As on our kernel: the decoder's first convolutions read skip and up-convolution where they lie."""
+    torch.manual_seed(0)
+    model = UNet(2, 3, width=4, depth=2, **options).train(training)
+    images = torch.randn(2, 2, *size)
+
+    def results():
+        output = model(images)
+        return [output, *torch.autograd.grad(output.square().mean(), list(model.parameters()))]
+
+    expected, asked = results(), []
+    monkeypatch.setattr(
+        segfast.models.unet,
+        "prefers_virtual_concat",
+        lambda images, weight: asked.append(weight.shape) or True,
+    )
+    monkeypatch.setattr(segfast.models.unet, "up_concat", lambda *_, **__: pytest.fail("a concatenation"))
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert asked == [(8, 16, 3, 3), (4, 8, 3, 3)]
 
 
 def test_the_papers_sizes_and_crops(monkeypatch):

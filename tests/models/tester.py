@@ -2,14 +2,23 @@
 
 import copy
 import pickle
+import sys
+from typing import ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 import segfast
 from segfast.models import SegmentationModel, create, list_models
-from segfast.train import load_checkpoint, save_checkpoint
+from segfast.models._base import main_scores
+from segfast.train import load_checkpoint, predict, save_checkpoint
+from segfast.train._loop import cross_entropy
+
+
+def each_scores(output) -> dict[str, torch.Tensor]:
+    """The class scores of a network's output by name, whichever form it has."""
+    return {"out": output} if isinstance(output, torch.Tensor) else dict(output)
 
 
 class ModelTester:
@@ -17,17 +26,32 @@ class ModelTester:
     """As `segfast.models.create` knows it."""
     options: dict
     """Constructor arguments that make it small."""
+    parameters: int
+    """Of the network in full size: what the paper, or the code that published its weights, counts."""
+    full: ClassVar[dict] = {}
+    """Constructor arguments of that."""
+    paper: str
+    """Its authors, as the network's documentation names them."""
+    scores: ClassVar[set[str]] = {"out"}
+    """The names of what it returns, if that is a dictionary."""
     sizes = ((32, 48), (37, 50), (33, 35), (7, 7), (1, 3))
     """Input sizes whose output has the same size."""
+    dynamic = True
+    """Whether it is compiled once for all sizes, or, where that takes torch too long, for one."""
+    example = (32, 48)
+    """An input size with more than one pixel at every layer, for which the network is exported."""
 
     def build(self, **overrides) -> SegmentationModel:
         torch.manual_seed(0)
         return create(self.name, **{**self.options, **overrides})
 
     def batch(self, model, size=(33, 35), count=2):
+        """Images of noise, and classes in blocks that coarse scores can follow too."""
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(count, model.in_channels, *size, generator=generator)
-        return images, torch.randint(model.num_classes, (count, *size), generator=generator)
+        blocks = [-(-n // 16) for n in size]
+        targets = torch.randint(model.num_classes, (count, *blocks), generator=generator)
+        return images, targets.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : size[0], : size[1]]
 
     def test_is_listed_and_rebuilt_from_its_config(self):
         model = self.build()
@@ -37,19 +61,56 @@ class ModelTester:
             k: v.shape for k, v in model.state_dict().items()
         }
 
+    def test_parameter_count(self):
+        with torch.device("meta"):
+            model = create(self.name, **self.full)
+        assert sum(parameter.numel() for parameter in model.parameters()) == self.parameters
+
+    def test_documentation_names_the_paper(self):
+        module = sys.modules[type(self.build()).__module__]
+        assert self.paper in module.__doc__ + type(self.build()).__doc__
+
     def test_output_has_the_size_of_the_input(self):
         model = self.build(in_channels=3, num_classes=5).eval()
         for size in self.sizes:
-            assert model(torch.randn(2, 3, *size)).shape == (2, 5, *size)
+            found = each_scores(model(torch.randn(2, 3, *size)))
+            assert {name: scores.shape for name, scores in found.items()} == {
+                name: (2, 5, *size) for name in self.scores
+            }
 
     def test_empty_batch(self):
         model = self.build().eval()
-        assert model(torch.randn(0, model.in_channels, 32, 32)).shape == (0, model.num_classes, 32, 32)
+        for scores in each_scores(model(torch.randn(0, model.in_channels, 32, 32))).values():
+            assert scores.shape == (0, model.num_classes, 32, 32)
 
     def test_an_image_does_not_depend_on_its_batch(self):
         model = self.build().eval()
         images, _ = self.batch(model)
-        torch.testing.assert_close(model(images)[1:], model(images[1:]), rtol=1e-4, atol=1e-5)
+        second = {name: scores[1:] for name, scores in each_scores(model(images)).items()}
+        assert all(scores.std() > 1e-3 for scores in second.values()), "nothing to compare"
+        torch.testing.assert_close(second, each_scores(model(images[1:])), rtol=1e-4, atol=1e-5)
+
+    def test_predicts_the_largest_score(self):
+        model = self.build().eval()
+        images, _ = self.batch(model, count=1)
+        assert torch.equal(predict(model, images[0]), main_scores(model(images))[0].argmax(0))
+
+    def test_a_step_on_one_image_lowers_its_loss(self):
+        model = self.build().train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        images, targets = self.batch(model, count=1)
+        before = cross_entropy(model(images), targets)
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(before, parameters)
+        # So far down the gradient that a plane would fall by a hundredth.
+        step = 0.01 * before.item() / sum(grad.square().sum().item() for grad in grads)
+        with torch.no_grad():
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter -= step * grad
+        fallen = before.item() - cross_entropy(model(images), targets).item()
+        assert 0.002 < fallen / before.item() < 0.02
 
     def test_training_lowers_the_loss_and_reaches_every_parameter(self):
         model = self.build().train()
@@ -57,7 +118,7 @@ class ModelTester:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         losses = []
         for _ in range(12):
-            loss = F.cross_entropy(model(images), targets)
+            loss = cross_entropy(model(images), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -86,7 +147,8 @@ class ModelTester:
         images, _ = self.batch(model)
         twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
         output = twin(images.contiguous(memory_format=torch.channels_last))
-        assert output.is_contiguous(memory_format=torch.channels_last)
+        for scores in each_scores(output).values():
+            assert scores.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(output, model(images), rtol=1e-4, atol=1e-5)
 
     def test_bfloat16_autocast(self):
@@ -94,27 +156,28 @@ class ModelTester:
         images, _ = self.batch(model)
         with torch.autocast("cpu", torch.bfloat16):
             output = model(images)
-        assert output.dtype is torch.bfloat16
-        expected = model(images)
-        assert (output - expected).abs().max() < 0.1 * expected.abs().max()
+        for name, expected in each_scores(model(images)).items():
+            scores = each_scores(output)[name]
+            assert scores.dtype is torch.bfloat16
+            assert (scores - expected).abs().max() < 0.1 * expected.abs().max()
 
     def test_optimize_leaves_the_output(self):
         model = self.build().eval()
         images, _ = self.batch(model)
         torch.testing.assert_close(segfast.optimize(model)(images), model(images), rtol=1e-4, atol=1e-5)
 
-    def test_compiles_into_one_graph_for_all_sizes(self):
+    def test_compiles_into_one_graph(self):
         model = self.build().eval()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=self.dynamic)
         with torch.no_grad():
-            for size in ((32, 48), (33, 35)):
+            for size in (self.example, (33, 35)) if self.dynamic else (self.example,):
                 images, _ = self.batch(model, size)
                 torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
     def test_exports_with_dynamic_sizes(self):
         model = self.build().eval()
         free = torch.export.Dim.DYNAMIC
-        images, _ = self.batch(model, (32, 48))
+        images, _ = self.batch(model, self.example)
         program = torch.export.export(model, (images,), dynamic_shapes=({0: free, 2: free, 3: free},))
         for size in ((64, 40), (37, 51)):
             images, _ = self.batch(model, size, count=3)

@@ -2,6 +2,7 @@
 
 from ._base import Encoder
 from .mobilenet_v2 import MobileNetV2Encoder
+from .resnet import ResNetEncoder
 from .xception65 import Xception65Encoder
 
-__all__ = ["Encoder", "MobileNetV2Encoder", "Xception65Encoder"]
+__all__ = ["Encoder", "MobileNetV2Encoder", "ResNetEncoder", "Xception65Encoder"]

@@ -6,11 +6,12 @@ from torch import Tensor
 from .._backend import kernel_reason_not, measured_reason_not, use_triton
 from .._conv2d_aten import conv2d_aten
 from .._epilogue import check_activation, check_epilogue
+from .._geometry import resolve_padding
 from .._operands import Pair, pair
 from .._registry import autocast_dtype
 from .autograd import forward, forward_with_statistics
 from .fused import separable
-from .geometry import check_depthwise, check_pointwise, resolve_padding
+from .geometry import check_depthwise, check_pointwise
 from .operators import statistics_of
 
 OPERATIONS = (

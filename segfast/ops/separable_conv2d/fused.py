@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._epilogue import apply_epilogue, check_epilogue, epilogue_backward, keeps_output
+from .._geometry import output_size
 from .._layout import channels_innermost, in_format, output_format
 from .._operands import empty, kernel_output, load_kernels
 from .._registry import Differentiable, Operator, needs_autograd
 from .autograd import depthwise_backward
 from .autograd import forward as depthwise
-from .geometry import check_depthwise, check_pointwise, output_size
+from .geometry import check_depthwise, check_pointwise
 from .operators import taps_major
 
 NAME = "separable_conv2d"

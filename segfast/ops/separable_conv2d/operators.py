@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._epilogue import apply_epilogue, check_epilogue
+from .._geometry import output_size
 from .._layout import channels_innermost, in_format, output_format
 from .._operands import empty, kernel_output, load_kernels
 from .._registry import Operator
-from .geometry import check_depthwise, output_size
+from .geometry import check_depthwise
 
 
 def taps_major(weight: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
+from .._geometry import output_size
 from .._operands import load_kernels
-from .geometry import output_size
 
 # name: (batch, C, multiplier, size, kernel, stride, padding, dilation)
 _DEPTHWISE = {

@@ -1,24 +1,21 @@
-"""Which layers follow a depthwise convolution in a model's forward, to be computed by one operator.
+"""Which layers follow a convolution in a model's forward, to be computed by one operator.
 
 Two kinds of evidence: an `nn.Sequential`, whose forward is known; and a graph of the model's own forward, by
 a non-strict `torch.export` on example inputs.
 """
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree
 
-from .nn._activation import activation_name
-from .nn._fused_chain import Chain, fuse, fusing, unfuse
-from .nn._norm import activation_of_norm, is_batch_norm
-from .nn._pair import Pair, is_pointwise, only_forward
+from ._compare import arguments, first_line, running_mode
+from .nn._chains import options
+from .nn._fused_chain import Chain, fuse
+from .nn._pair import only_forward
 from .nn._rules import own_class
 from .ops import backend
 
@@ -32,7 +29,7 @@ class Found(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The chains to fuse, and for each other depthwise layer why it is in none."""
+    """The chains to fuse, and for each other convolution why it begins none."""
 
     chains: tuple[Found, ...]
     reasons: dict[str, str]
@@ -50,7 +47,9 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
         raise TypeError(f"example_inputs must be a tensor or a tuple of the model's arguments, got {kind}")
     modules = dict(model.named_modules())
     # segfast's own blocks fuse what is in them.
-    blocks = tuple(f"{n}." for n, m in modules.items() if type(m).__module__.startswith("segfast.nn."))
+    blocks = tuple(
+        f"{n}." if n else "" for n, m in modules.items() if type(m).__module__.startswith("segfast.nn.")
+    )
     heads = [name for name in heads if not name.startswith(blocks)]
     if not heads:
         return Plan((), {})
@@ -60,17 +59,19 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
     why = "nothing that can be fused follows it in an nn.Sequential; give example_inputs"
     reasons = dict.fromkeys(heads, why)
     if example_inputs is not None:
-        inputs = _arguments(example_inputs)
+        inputs = arguments(example_inputs)
         try:
             graph = _Graph(model, inputs, training=False)
         except Exception as error:
-            with _mode(model, False), torch.no_grad():
+            with running_mode(model, False), torch.no_grad():
                 model(*inputs)
-            reasons = dict.fromkeys(heads, f"the model cannot be exported ({_first_line(error)})")
+            reasons = dict.fromkeys(heads, f"the model cannot be exported ({first_line(error)})")
         else:
             found, reasons = _in_model(model, inputs, modules, found, shared, graph)
-    chains = tuple(chain for chain in found.values() if chain is not None)
-    return Plan(chains, {head: reasons[head] for head in heads if found[head] is None})
+    # A pointwise convolution may begin a chain, or be part of a longer one.
+    inside = {name for chain in found.values() if chain is not None for name in chain.names[1:]}
+    chains = tuple(chain for head, chain in found.items() if chain is not None and head not in inside)
+    return Plan(chains, {head: reasons[head] for head in heads if found[head] is None and head not in inside})
 
 
 def _in_model(
@@ -90,33 +91,17 @@ def _in_model(
             known = None
         names, reasons[head] = _in_graph(modules, head, shared, graph)
         if names is not None and (known is None or len(names) > len(known.names)):
-            *_, (length, pair) = options([modules[name] for name in names])
-            plain = pair.norm is None and pair.pointwise_norm is None
-            known = Found("", names, plain and _follow(in_train(), names[:length]))
+            *_, (length, form) = options([modules[name] for name in names])
+            known = Found("", names, form.plain() and _follow(in_train(), names[:length]))
         found[head] = known
     return found, reasons
 
 
-def fuse_chains(model: nn.Module, plan: Plan, example_inputs: Any) -> dict[str, str]:
-    """Fuse what was planned; the reasons for what was not, or had to be undone.
-
-    On example inputs the model is run with and without fusion, and left unfused if the outputs differ.
-    """
+def fuse_chains(model: nn.Module, chains: Sequence[Found]) -> None:
+    """Fuse what was found."""
     modules = dict(model.named_modules())
-    for caller in {chain.caller for chain in plan.chains}:
-        chains = [_chain(modules, found) for found in plan.chains if found.caller == caller]
-        fuse(modules[caller], chains)
-    if example_inputs is None or not plan.chains:
-        return plan.reasons
-    difference = _difference(model, _arguments(example_inputs))
-    if difference is None:
-        return plan.reasons
-    unfuse(model)
-    return plan.reasons | {chain.names[0]: f"undone: {difference}" for chain in plan.chains}
-
-
-def _arguments(example_inputs: Any) -> tuple[Any, ...]:
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    for caller in {chain.caller for chain in chains}:
+        fuse(modules[caller], [_chain(modules, found) for found in chains if found.caller == caller])
 
 
 def _chain(modules: dict[str, nn.Module], found: Found) -> Chain:
@@ -124,36 +109,6 @@ def _chain(modules: dict[str, nn.Module], found: Found) -> Chain:
     inside = [tuple(name.split(".")[:end]) for name in found.names for end in range(1, name.count(".") + 1)]
     wrappers = [modules[".".join(path)] for path, n in Counter(inside).items() if n < len(layers)]
     return Chain(layers, found.names, options(layers), wrappers, found.in_train)
-
-
-def options(layers: Sequence[nn.Module]) -> list[tuple[int, Pair]]:
-    """How many of `layers`, from the first on, one operator computes: the most, and the most without a norm.
-
-    `layers[0]` is the depthwise convolution.
-    """
-    found = []
-    stage: dict[str, Any] = {}
-    prefix, slope = "", None
-    for length, layer in enumerate(layers[1:], 2):
-        activation = activation_name(layer)
-        if is_batch_norm(layer) and not {prefix + "norm", prefix + "activation"} & stage.keys():
-            stage[prefix + "norm"] = layer
-            activation = activation_of_norm(layer)
-        elif activation is not None and activation[0] is not None:
-            if prefix + "activation" in stage:
-                break
-        elif own_class(layer) is nn.Conv2d and is_pointwise(layer) and not prefix:
-            stage["pointwise"], prefix = layer, "pointwise_"
-        else:
-            break
-        if activation is not None and activation[0] is not None:
-            if activation[0] == "leaky_relu" and slope not in (None, activation[1]):
-                break  # the operator has one slope
-            stage[prefix + "activation"] = activation[0]
-            slope = activation[1] if activation[0] == "leaky_relu" else slope
-        found.append((length, Pair(layers[0], **stage, negative_slope=0.01 if slope is None else slope)))
-    plain = [option for option in found if option[1].norm is None and option[1].pointwise_norm is None]
-    return [*found[-1:], *[option for option in plain[-1:] if option is not found[-1]]]
 
 
 def _usable(name: str, module: nn.Module, shared: set[str]) -> bool:
@@ -205,7 +160,7 @@ class _Graph:
     """Who computes what from what in the model's forward."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], training: bool):
-        with _mode(model, training), backend("aten"), torch.no_grad():
+        with running_mode(model, training), backend("aten"), torch.no_grad():
             program = torch.export.export(model, inputs, strict=False)
         signature = program.graph_signature
         self.weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
@@ -294,41 +249,3 @@ def _follow(graph: _Graph | None, names: tuple[str, ...]) -> bool:
         output is not None and _reader(graph, output) == (following, "")
         for output, following in zip(outputs, names[1:], strict=False)
     )
-
-
-def _difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
-    """What is wrong with the fused model's outputs, or None."""
-    devices = {t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda}
-    with _mode(model, False), torch.no_grad(), torch.random.fork_rng(list(devices)):
-        results = []
-        for fused in (False, True):
-            torch.manual_seed(0)
-            try:
-                with fusing(fused):
-                    results.append(_pytree.tree_leaves(model(*inputs)))
-            except RuntimeError as error:
-                return _first_line(error)
-    for expected, actual in zip(*results, strict=True):
-        if isinstance(expected, Tensor) and expected.is_floating_point() and expected.numel():
-            if expected.shape != actual.shape:
-                return f"an output of {list(expected.shape)} became {list(actual.shape)}"
-            scale = expected.abs().nan_to_num(0, 0, 0).max().item()
-            worst = (actual - expected).abs().nan_to_num(0).max().item()
-            if worst > scale * math.sqrt(torch.finfo(expected.dtype).eps):
-                return f"an output changed by {worst:.3g}, its largest value is {scale:.3g}"
-    return None
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

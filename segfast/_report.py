@@ -1,0 +1,121 @@
+"""What `segfast.optimize` did to a model, or would do."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ._judge import RECORD, check_model, judge, qualified, type_name
+from ._table import format_table
+from .nn._chains import is_depthwise
+from .nn._fused_chain import chain_of
+from .nn._fused_pyramid import is_fused_pyramid, is_known, is_pyramid
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer that `optimize` considered.
+
+    `name` is its path in the model ("" for the model itself), `shared` its other paths if it has any,
+    `fused` whether it computes layers that follow it or are in it as well.
+    """
+
+    name: str
+    type: str
+    replaced: bool
+    reason: str
+    shared: tuple[str, ...] = ()
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers `optimize` considered. Iterates over its rows; `str()` is a table."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def replaced(self) -> list[str]:
+        """The names of the layers replaced."""
+        return [row.name for row in self.rows if row.replaced]
+
+    @property
+    def fused(self) -> list[str]:
+        """The names of the layers that compute others as well."""
+        return [row.name for row in self.rows if row.fused]
+
+    def __str__(self) -> str:
+        note = "A functional call in a forward method is not replaced, and seen only where it is named there."
+        if not self.rows:
+            return f"No layer of a kind that segfast serves.\n{note}"
+        cells = [
+            (" = ".join(name or "(the model)" for name in (row.name, *row.shared)), row.type, row.reason)
+            for row in self.rows
+        ]
+        count = f"{len(self.replaced)} of {len(self.rows)} layers replaced."
+        if self.fused:
+            count += f" {len(self.fused)} fused with others."
+        return f"{format_table(['layer', 'type', 'replaced, or why not'], cells)}\n{count} {note}"
+
+
+def report(model: nn.Module) -> Report:
+    """List each layer that `optimize` considers, whether it is replaced, and if not, why.
+
+    Works before `optimize` too, and then says what it would do.
+
+    Raises:
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> import torch, segfast
+        >>> for row in segfast.report(torch.nn.Sequential(torch.nn.ConvTranspose3d(8, 4, 2))):
+        ...     print(row.name, row.type, row.replaced)
+        0 ConvTranspose3d False
+    """
+    check_model(model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    rows = []
+    for module, (name, *shared) in names.items():
+        rule, reason = judge(module)
+        record = vars(module).get(RECORD, {})
+        fused, fusion = _fusion(name, module)
+        if record.get("left_out"):
+            reason = "left out by filter_fn"
+        elif rule is not None:
+            reason = f"not yet: optimize would make it {qualified(rule.target)}"
+        if reason is not None or fused or is_pyramid(module):
+            why = "; ".join(part for part in (reason, fusion) if part is not None)
+            row = Row(name, type_name(module), "rule" in record, why, tuple(shared), fused)
+            rows.append(row)
+    return Report(tuple(rows))
+
+
+def _fusion(name: str, module: nn.Module) -> tuple[bool, str | None]:
+    """Whether a layer begins something fused, and what, or why it does not."""
+    chain = chain_of(module)
+    if chain is not None and chain.layers[0] is module:
+        parent = name.rpartition(".")[0]
+        return True, f"fused with {', '.join([n.removeprefix(f'{parent}.') for n in chain.names[1:]])}"
+    if is_fused_pyramid(module):
+        return True, "its layers fused"
+    why = vars(module).get(RECORD, {}).get("not_fused")
+    pyramid = is_pyramid(module)
+    if why is None and pyramid:
+        return False, _unfused_pyramid(module)
+    # A dense convolution is not expected to be fused with anything.
+    tells = why is not None and (pyramid or is_depthwise(module))
+    return False, f"not fused: {why}" if tells else None
+
+
+def _unfused_pyramid(module: nn.Module) -> str:
+    if type(module).__module__.startswith("segfast."):
+        return "segfast's own already"
+    return "not yet: optimize would fuse its layers" if is_known(module) else "not yet: give example_inputs"

@@ -1,0 +1,124 @@
+"""What torchvision's FCN and DeepLabV3 share: a ResNet, a head on its last features, and one beside it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segfast.nn import Conv2d
+from segfast.nn._norm import FoldsNorms
+
+from ._base import SegmentationModel, tensors
+from ._layers import run_layers
+from .encoders import ResNetEncoder
+
+OUTPUT_STRIDES = (8, 16)
+
+
+class FCNHead(FoldsNorms, nn.Sequential):
+    """3x3 convolution to a quarter of the channels, norm, ReLU, dropout, 1x1 convolution to the scores."""
+
+    def __init__(self, in_channels: int, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__(
+            Conv2d(in_channels, in_channels // 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(in_channels // 4),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            Conv2d(in_channels // 4, num_classes, 1),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        *block, dropout, scores = self
+        return scores(dropout(run_layers(block, input)))
+
+
+class ResNetSegmentation(SegmentationModel):
+    """torchvision's segmentation network on a ResNet: `backbone`, `classifier`, `aux_classifier`.
+
+    Parameters bear torchvision's names: its checkpoints load by `load_state_dict`, and with
+    `segfast.models.remap_state_dict` also where only one of the two networks has the auxiliary head, and
+    those of its ResNet classifiers.
+
+    Args:
+        name: under which `segfast.models.create` knows the network.
+        config: the arguments it was made with there.
+        backbone: at output stride 8 or 16.
+        classifier: on the backbone's last features.
+        aux_classifier: on those before them, or None.
+        num_classes: channels of the output.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        backbone: ResNetEncoder,
+        classifier: nn.Module,
+        aux_classifier: nn.Module | None,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.config = dict(config)
+        self.num_classes = num_classes
+        self.in_channels = backbone.in_channels
+        self.backbone = backbone
+        self.classifier = classifier
+        self.aux_classifier = aux_classifier
+
+    def forward(self, input: Tensor, *, upsample: bool = True) -> dict[str, Tensor]:
+        """Class scores by name: "out", and "aux" where there is an auxiliary head.
+
+        Of images `[N, in_channels, H, W]` they are `[N, num_classes, H, W]`. With `upsample=False` they are
+        left at the features' size, for `segfast.nn.UpsampleCrossEntropyLoss` and `UpsampleArgmax`.
+
+        Raises:
+            ValueError: an input that is not 4-D.
+        """
+        if input.dim() != 4:
+            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        *_, before, last = self.backbone(input)
+        scores = {"out": self.classifier(last)}
+        if self.aux_classifier is not None:
+            scores["aux"] = self.aux_classifier(before)
+        if not upsample:
+            return scores
+        size = input.shape[2:]
+        return {
+            key: F.interpolate(value, size=size, mode="bilinear", align_corners=False)
+            for key, value in scores.items()
+        }
+
+    def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `segfast.models.remap_state_dict`.
+
+        Reads checkpoints of this network, with or without an auxiliary head, and torchvision's ResNet
+        classifiers. What those do not have keeps the weights that the model has.
+
+        Raises:
+            ValueError: a checkpoint of neither.
+        """
+        own, state = self.state_dict(), tensors(state_dict)
+        if any(key.startswith("backbone.") for key in state):
+            state = {
+                key: value
+                for key, value in state.items()
+                if key in own or not key.startswith("aux_classifier.")
+            }
+            aux = {key: value for key, value in own.items() if key.startswith("aux_classifier.")}
+            state = aux | state
+            if state.keys() != own.keys():
+                unlike = ", ".join(sorted(state.keys() ^ own.keys())[:3])
+                raise ValueError(f"the checkpoint is of another network, different in {unlike}, ...")
+            return state
+        backbone = self.backbone.remap_state_dict(state)
+        return own | {f"backbone.{key}": value for key, value in backbone.items()}
+
+
+def check_options(num_classes: int, output_stride: int) -> None:
+    """Raise ValueError for options out of range."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {output_stride!r}")

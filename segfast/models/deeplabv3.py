@@ -1,0 +1,139 @@
+"""DeepLabV3 on a dilated ResNet, as torchvision builds it.
+
+Chen, Papandreou, Schroff, Adam, "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017
+(arXiv:1706.05587); the network is torchvision's `deeplabv3_resnet50` and `deeplabv3_resnet101`.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from segfast.nn import ASPP, Conv2d
+from segfast.nn._norm import FoldsNorms
+
+from ._layers import run_layers
+from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options
+from .encoders import ResNetEncoder
+from .encoders._base import scaled
+
+# Of the pyramid, in pixels of its input, at output stride 16; twice that at 8.
+RATES = (6, 12, 18)
+
+
+class DeepLabHead(FoldsNorms, nn.Sequential):
+    """`segfast.nn.ASPP`, a 3x3 convolution with norm and ReLU, and a 1x1 convolution to the scores."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        rates: Sequence[int],
+        channels: int = 256,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__(
+            ASPP(in_channels, rates, channels, dropout=dropout),
+            Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            Conv2d(channels, num_classes, 1),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        pyramid, *block, scores = self
+        return scores(run_layers(block, pyramid(input)))
+
+
+class DeepLabV3(ResNetSegmentation):
+    """DeepLabV3 on a ResNet; see `deeplabv3_resnet50` and `deeplabv3_resnet101`.
+
+    It trains on batches of one image too, where torchvision's raises: the norm of the image's pooled features
+    then uses its running statistics (`segfast.nn.ASPP`).
+    """
+
+
+def _build(depth: int, **config) -> DeepLabV3:
+    num_classes, output_stride = config["num_classes"], config["output_stride"]
+    check_options(num_classes, output_stride)
+    backbone = ResNetEncoder(config["in_channels"], output_stride, config["width_mult"], depth)
+    *_, before, last = backbone.channels
+    rates = [rate * 16 // output_stride for rate in RATES]
+    channels = scaled(256, config["width_mult"])
+    return DeepLabV3(
+        f"deeplabv3_resnet{depth}",
+        config,
+        backbone,
+        DeepLabHead(last, num_classes, rates, channels, config["dropout"]),
+        FCNHead(before, num_classes) if config["aux_loss"] else None,
+        num_classes,
+    )
+
+
+def deeplabv3_resnet50(
+    *,
+    num_classes: int = 21,
+    aux_loss: bool = False,
+    output_stride: int = 8,
+    in_channels: int = 3,
+    width_mult: float = 1.0,
+    dropout: float = 0.5,
+) -> DeepLabV3:
+    """torchvision's `deeplabv3_resnet50`: 39.6 million parameters, 42.0 million with `aux_loss`.
+
+    Shapes: `[N, in_channels, H, W]` -> `{"out": [N, num_classes, H, W]}`, and as much under "aux" with
+    `aux_loss` (see `ResNetSegmentation.forward`). torchvision's weights load by `load_state_dict`.
+
+    Args:
+        num_classes: channels of the output.
+        aux_loss: an auxiliary head on the features before the last, for training.
+        output_stride: pixels of the image to one of the last features: 8, torchvision's, with rates 12, 24
+            and 36 in the pyramid, or 16 (coarser, faster) with 6, 12 and 18, as in the paper.
+        in_channels: of the image.
+        width_mult: factor on the channels (`segfast.models.encoders.ResNetEncoder`).
+        dropout: probability, after the pyramid.
+
+    Raises:
+        ValueError: an option out of range.
+
+    >>> import torch
+    >>> model = deeplabv3_resnet50(width_mult=0.125, aux_loss=True).eval()
+    >>> {name: list(scores.shape) for name, scores in model(torch.zeros(1, 3, 65, 50)).items()}
+    {'out': [1, 21, 65, 50], 'aux': [1, 21, 65, 50]}
+    """
+    return _build(
+        50,
+        num_classes=num_classes,
+        aux_loss=aux_loss,
+        output_stride=output_stride,
+        in_channels=in_channels,
+        width_mult=width_mult,
+        dropout=dropout,
+    )
+
+
+def deeplabv3_resnet101(
+    *,
+    num_classes: int = 21,
+    aux_loss: bool = False,
+    output_stride: int = 8,
+    in_channels: int = 3,
+    width_mult: float = 1.0,
+    dropout: float = 0.5,
+) -> DeepLabV3:
+    """torchvision's `deeplabv3_resnet101`: 58.6 million parameters, 61.0 million with `aux_loss`.
+
+    Shapes, arguments and what is raised are as for `deeplabv3_resnet50`.
+
+    >>> import torch
+    >>> deeplabv3_resnet101(width_mult=0.125).eval()(torch.zeros(1, 3, 33, 33))["out"].shape
+    torch.Size([1, 21, 33, 33])
+    """
+    return _build(
+        101,
+        num_classes=num_classes,
+        aux_loss=aux_loss,
+        output_stride=output_stride,
+        in_channels=in_channels,
+        width_mult=width_mult,
+        dropout=dropout,
+    )

@@ -1,0 +1,71 @@
+"""How many of some layers that follow one another one operator computes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ._activation import activation_name
+from ._dense import Dense
+from ._norm import activation_of_norm, is_batch_norm
+from ._pair import Pair, is_pointwise, only_forward
+from ._rules import own_class
+
+Fused = Dense | Pair
+
+
+def is_depthwise(conv: Any) -> bool:
+    """A `Conv2d` with filters of its own for each channel; one channel alone is a dense convolution too."""
+    return isinstance(conv, nn.Conv2d) and conv.groups > 1 and conv.in_channels == conv.groups
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether `module` is a `Conv2d` or `ConvTranspose2d`, torch's own or ours without an activation."""
+    kind = own_class(module)
+    if kind in (nn.Conv2d, nn.ConvTranspose2d):
+        return True
+    ours = kind.__module__.startswith("segfast.nn.") and isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    return ours and getattr(module, "activation", None) is None
+
+
+def options(layers: Sequence[nn.Module]) -> list[tuple[int, Fused]]:
+    """How many of `layers`, from the first on, one operator computes: the most, and the most without a norm.
+
+    `layers[0]` is a convolution.
+    """
+    head = layers[0]
+    kind: Any = Pair if is_depthwise(head) else Dense
+    found: list[tuple[int, Fused]] = []
+    stage: dict[str, Any] = {}
+    prefix, slope = "", None
+    for length, layer in enumerate(layers[1:], 2):
+        activation = activation_name(layer)
+        if is_batch_norm(layer) and not {prefix + "norm", prefix + "activation"} & stage.keys():
+            stage[prefix + "norm"] = layer
+            activation = activation_of_norm(layer)
+        elif activation is not None and activation[0] is not None:
+            if prefix + "activation" in stage:
+                break
+        elif kind is Pair and own_class(layer) is nn.Conv2d and is_pointwise(layer) and not prefix:
+            stage["pointwise"], prefix = layer, "pointwise_"
+        else:
+            break
+        if activation is not None and activation[0] is not None:
+            if activation[0] == "leaky_relu" and slope not in (None, activation[1]):
+                break  # the operator has one slope
+            stage[prefix + "activation"] = activation[0]
+            slope = activation[1] if activation[0] == "leaky_relu" else slope
+        found.append((length, kind(head, **stage, negative_slope=0.01 if slope is None else slope)))
+    plain = [option for option in found if option[1].plain()]
+    return found[-1:] if len(plain) == len(found) else found[-1:] + plain[-1:]
+
+
+def fused_form(layers: Sequence[nn.Module]) -> Fused | None:
+    """All of `layers` as one operator, or None; whether it `fits` remains to be asked."""
+    layers = [layer for layer in layers if type(layer) is not nn.Identity]
+    if not layers or not is_convolution(layers[0]) or not all([only_forward(m) for m in layers]):
+        return None
+    if len(layers) == 1:
+        return Pair(layers[0]) if is_depthwise(layers[0]) else Dense(layers[0])
+    possible = options(layers)
+    return possible[0][1] if possible and possible[0][0] == len(layers) else None

@@ -1,0 +1,69 @@
+"""A convolution, transposed or not, with the norm and activation after it, as one operator."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .. import functional as F
+from ._norm import folded, folded_filter, folds
+from ._pair import folds_filters, global_hooks, only_forward, padded
+
+
+class Dense(NamedTuple):
+    """A convolution and what follows it; None for what it lacks.
+
+    `conv` is a `Conv2d` or `ConvTranspose2d`, torch's or ours, of any geometry.
+    """
+
+    conv: Any
+    norm: nn.Module | None = None
+    activation: str | None = None
+    negative_slope: float = 0.01
+
+    def plain(self) -> bool:
+        """Whether there is no norm, which would have to be in eval."""
+        return self.norm is None
+
+    def growth(self) -> float:
+        """By what to multiply the input's elements before asking whether the operator `pays`.
+
+        What is saved is passes over the output; a quarter of those, for torch's own convolution is quick.
+        """
+        conv = self.conv
+        area = conv.stride[0] * conv.stride[1]
+        return conv.out_channels / conv.in_channels * (area if conv.transposed else 1 / area) / 4
+
+    def fits(self) -> bool:
+        """Whether the layers, as they stand now, compute what one operator can."""
+        return (
+            folds(self.norm)
+            and getattr(self.conv, "activation", None) is None
+            and only_forward(self.conv)
+            and (self.norm is None or only_forward(self.norm))
+            and not global_hooks()
+        )
+
+    def run(self, input: Any, residual: Tensor | None = None) -> Tensor:
+        """The layers in one operator; `input` may be several images, as `segfast.functional.conv2d` has it.
+
+        `residual` is added before the activation.
+        """
+        conv = self.conv
+        scale = shift = None
+        if self.norm is not None and folds_filters(input if isinstance(input, Tensor) else input[0], conv):
+            weight, bias = folded_filter(conv, self.norm)
+        else:
+            weight, bias = conv.weight, conv.bias
+            scale, shift = folded(self.norm)
+        epilogue: Any = {
+            "scale": scale,
+            "shift": shift,
+            "residual": residual,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+        }
+        if conv.transposed:
+            geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+            return F.conv_transpose2d(input, weight, bias, *geometry, **epilogue)
+        input, padding = padded(conv, input)
+        return F.conv2d(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups, **epilogue)

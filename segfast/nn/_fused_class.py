@@ -1,0 +1,40 @@
+"""Classes made at run time for modules that are fused: the module's own class with something before it."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from ._norm import forget
+
+
+class FusedModule:
+    """Mixed into the class of a fused module; `unfused_class` is what it was made from."""
+
+    unfused_class: type[nn.Module]
+
+    def train(self, mode: bool = True):
+        forget(*self.modules())  # type: ignore[attr-defined]
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn, recurse=True):
+        forget(*self.modules())  # type: ignore[attr-defined]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: copies and pickles name those it was made from.
+        mixin = type(self).__bases__[0]
+        return _remake, (mixin, self.unfused_class), super().__reduce_ex__(protocol)[2]
+
+
+@functools.cache
+def fused_class(mixin: Any, kind: Any) -> Any:
+    """`kind` with the methods of `mixin`, a `FusedModule`, before its own."""
+    # Of the same Python module, by which torch.fx tells what is torch's own.
+    body = {"unfused_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(f"Fused{kind.__name__}", (mixin, kind), body)
+
+
+def _remake(mixin: Any, kind: Any) -> nn.Module:
+    fused = fused_class(mixin, kind)
+    return fused.__new__(fused)

@@ -1,0 +1,194 @@
+"""conv2d by one of cuDNN's calls that take the epilogue along, where one was measured fastest.
+
+Two are known: ATen's `cudnn_convolution_relu` and `cudnn_convolution_add_relu`, and a graph of cuDNN's, where
+PyPI's `nvidia-cudnn-frontend` is installed. Neither has a gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _cudnn_graph
+from ._backend import Geometry, add_reason, get_backend, measured_rival
+from ._geometry import output_size
+from ._operands import Pair
+from ._registry import autocast_dtype, needs_autograd
+
+RELU, GRAPH = "cudnn_relu", "cudnn_graph"  # as the measured rows name them
+_MOST_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN takes whole; ATen's plain call cuts larger ones up
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+
+
+def rivals(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> tuple[str, ...]:
+    """Which of cuDNN's fused calls could serve a conv2d, as the measured rows name them.
+
+    None where somebody has to see a differentiable or plain operator: a gradient, a transform, a compiler, a
+    tracer or a tensor mode.
+    """
+    if _somebody_listens() or not isinstance(input, Tensor) or not _has_cudnn(input):
+        return ()
+    if needs_autograd(input, weight, bias, scale, shift, residual):
+        return ()
+    if residual is not None and 0 in residual.stride():
+        return ()  # expanded: it would be written out
+    dtype = autocast_dtype(input) or input.dtype
+    found: tuple[str, ...] = (RELU,) if activation == "relu" and dtype in _RELU_DTYPES else ()
+    # The graph knows neither torch's switch for tf32 nor the one for deterministic algorithms.
+    exact = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    if activation in _cudnn_graph.ACTIVATIONS and dtype in _GRAPH_DTYPES and not exact:
+        found += (GRAPH,) if _cudnn_graph.installed() else ()
+    return found
+
+
+_GRAPH_DTYPES = (torch.float16, torch.bfloat16)
+_RELU_DTYPES = (*_GRAPH_DTYPES, torch.float32)
+
+
+def _has_cudnn(input: Tensor) -> bool:
+    return input.is_cuda and torch.version.hip is None and torch.backends.cudnn.enabled
+
+
+def _somebody_listens() -> bool:
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _tracing() is not None
+
+
+def has_epilogue(
+    scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None
+) -> bool:
+    """Whether more than a bias follows the convolution: the measured tables tell those calls apart."""
+    return activation is not None or any([t is not None for t in (scale, shift, residual)])
+
+
+def conv2d_cudnn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor | None:
+    """act(scale * (conv(input, weight) + bias) + shift + residual), by the fastest of cuDNN's fused calls.
+
+    None where backend "aten" was asked for, where plain ATen was measured faster or nothing was measured, and
+    for what the calls do not take; whatever is wrong with the arguments, ATen says. Scale and shift reach
+    `cudnn_convolution_relu` folded into filter and bias: computed in fp32, rounded once to the input's dtype,
+    as `torch.nn.utils.fuse_conv_bn_weights` leaves them.
+    """
+    found = rivals(input, weight, bias, scale, shift, residual, activation) if get_backend() == "auto" else ()
+    if not found or input.dim() != 4 or weight.dim() != 4:
+        return None
+    dtype = autocast_dtype(input)
+    batch, channels, height, width = input.shape
+    filters, _, *kernel = weight.shape
+    geometry: Geometry = (stride, dilation, (kernel[0], kernel[1]))
+    fastest = measured_rival(
+        "conv2d_forward",
+        dtype or input.dtype,
+        input.device,
+        channels,
+        filters,
+        kernel[0] * kernel[1],
+        groups,
+        batch * height * width,
+        geometry,
+        has_epilogue(scale, shift, residual, activation),
+        found,
+    )
+    if fastest is None:
+        return None
+    if dtype is not None:
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias, residual = [None if t is None else t.to(dtype) for t in (bias, residual)]
+    shape = (batch, filters, *output_size(height, width, kernel, stride, padding, dilation))
+    if not _fits(shape, input, weight, bias, stride, padding, dilation, groups, scale, shift, residual):
+        return None
+    name, reason = fastest
+    try:
+        y = RUN[name](
+            input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
+        )
+    except _cudnn_graph.GraphRefused:
+        return None
+    add_reason(reason)
+    return y
+
+
+def _fits(
+    shape, input, weight, bias, stride, padding, dilation, groups, scale, shift, residual
+) -> bool:  # fmt: skip
+    """Whether the operands are in order, and as the measurement had them: channels_last and aligned."""
+    if min(stride) < 1 or min(padding) < 0 or min(dilation) < 1 or groups < 1 or min(shape) < 1:
+        return False
+    filters = shape[1]
+    if input.shape[1] != weight.shape[1] * groups or filters % groups or weight.numel() == 0:
+        return False
+    if any([t is not None and t.shape != (filters,) for t in (bias, scale, shift)]):
+        return False
+    if residual is not None and residual.shape != shape:
+        return False
+    if any([t is not None and t.dtype != input.dtype for t in (weight, bias, residual)]):
+        return False
+    if any([t is not None and t.device != input.device for t in (weight, bias, scale, shift, residual)]):
+        return False
+    images = [t for t in (input, residual) if t is not None]
+    return (
+        all([t.is_contiguous(memory_format=torch.channels_last) for t in images])
+        and all([t.data_ptr() % 16 == 0 for t in (*images, weight)])
+        and max(input.numel(), shape[0] * shape[1] * shape[2] * shape[3]) <= _MOST_ELEMENTS
+    )
+
+
+def conv2d_relu(
+    input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation="relu"
+) -> Tensor:
+    """By ATen's fused call; the arguments are in order, the activation is relu."""
+    if scale is not None:
+        weight = (weight * scale.float()[:, None, None, None]).to(weight.dtype)
+    term = _added(bias, scale, shift)
+    term = None if term is None else term.to(input.dtype)
+    if residual is None:
+        return torch.cudnn_convolution_relu(input, weight, term, stride, padding, dilation, groups)
+    return torch.cudnn_convolution_add_relu(
+        input, weight, residual, 1.0, term, stride, padding, dilation, groups
+    )
+
+
+def conv2d_graph(
+    input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
+) -> Tensor:
+    """By a graph; the arguments are in order. Raises GraphRefused where no engine takes it."""
+    terms = [("mul", scale), ("add", _added(bias, scale, shift))]
+    found = [(kind, t.float()[None, :, None, None]) for kind, t in terms if t is not None]
+    if residual is not None:
+        found.append(("add", residual))
+    batch, _, height, width = input.shape
+    size = output_size(height, width, weight.shape[2:], stride, padding, dilation)
+    shape = (batch, weight.shape[0], *size)
+    return _cudnn_graph.fused_graph(input, weight, found, shape, stride, padding, dilation, activation)
+
+
+RUN: dict[str, Callable[..., Tensor]] = {RELU: conv2d_relu, GRAPH: conv2d_graph}
+
+
+def _added(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """What scale * (conv + bias) + shift adds to scale * conv, in fp32 where it is computed."""
+    if bias is None:
+        return shift
+    if scale is not None:
+        bias = bias * scale.float()
+    return bias if shift is None else bias + shift.float()

@@ -1,0 +1,208 @@
+"""Convolutions of one input side by side, as in DeepLab's atrous spatial pyramid, in one launch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._backend import use_triton
+from .._conv2d_aten import conv2d_aten
+from .._cudnn import conv2d_cudnn, rivals
+from .._epilogue import check_activation, check_epilogue
+from .._geometry import check_alike
+from .._layout import channels_innermost, in_format, output_format, packed_weight
+from .._operands import Pair, empty, kernel_output, load_kernels, pair
+from .._registry import Operator, _functorch_active, autocast_dtype, needs_autograd
+from .autograd import forward as convolve
+from .operators import multiply_add_flops
+
+
+def _check(input: Tensor, weights: Sequence[Tensor], dilations: Sequence[Pair]) -> tuple[int, ...]:
+    """The result's shape."""
+    if not weights or len(weights) != len(dilations):
+        raise RuntimeError(
+            "parallel_conv2d: weights and dilations must be as many, and at least one, "
+            f"got {len(weights)} and {len(dilations)}"
+        )
+    if input.dim() != 4:
+        raise RuntimeError(f"parallel_conv2d: input must be [N, C_in, H, W], got {list(input.shape)}")
+    for index, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+        if weight.dim() != 4 or weight.shape[1] != input.shape[1]:
+            raise RuntimeError(
+                f"parallel_conv2d: weights[{index}] must be [C_out, {input.shape[1]}, kH, kW], "
+                f"got {list(weight.shape)}"
+            )
+        if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+            raise RuntimeError(
+                f"parallel_conv2d: weights[{index}] must have an odd height and width, which keep the "
+                f"image's size, got {list(weight.shape[2:])}"
+            )
+        if min(dilation) < 1:
+            raise RuntimeError(f"parallel_conv2d: dilations[{index}] must be positive, got {dilation}")
+        check_alike("parallel_conv2d", input, **{f"weights[{index}]": weight})
+    return (input.shape[0], sum([w.shape[0] for w in weights]), *input.shape[2:])
+
+
+def _pairs(dilations: Sequence[int]) -> list[Pair]:
+    return list(zip(dilations[::2], dilations[1::2], strict=True))
+
+
+def _result_shape(input, weights, scale, shift, dilations):
+    shape = _check(input, weights, _pairs(dilations))
+    check_epilogue(shape, input.device, scale, shift, None)
+    return shape
+
+
+def _fake(input, weights, scale, shift, dilations, activation, negative_slope):
+    shape = _result_shape(input, weights, scale, shift, dilations)
+    return empty(shape, input, output_format(input, weights[0]))
+
+
+def _kernels(input, weights, scale, shift, dilations, activation, negative_slope):
+    kernels = load_kernels()
+    dilations = tuple(dilations)
+    tensors = (input, scale, shift, *weights)
+    key = ("parallel_conv2d", kernels.layout_key(*tensors), input.device, dilations, activation,
+           negative_slope, kernels.dot_precision(input.dtype))  # fmt: skip
+    ready = kernels.recall(key)
+    if ready is not None:
+        shape, memory_format, launch = ready
+        out = empty(shape, input, memory_format)
+        launch(input, weights, scale, shift, out)
+        return out
+    shape = _result_shape(input, weights, scale, shift, dilations)
+    memory_format = output_format(input, weights[0])
+    out = kernel_output(shape, input, memory_format)
+    fitted = (
+        channels_innermost(input),
+        *[None if vector is None else vector.contiguous() for vector in (scale, shift)],
+        *[packed_weight(w) for w in weights],
+    )
+    launch = kernels.parallel_conv2d_forward(
+        fitted[0], fitted[3:], *fitted[1:3], out, _pairs(dilations), activation, negative_slope
+    )
+    result = out.contiguous(memory_format=memory_format)
+    if result is out and all([a is b for a, b in zip(fitted, tensors, strict=True)]):
+        kernels.remember(key, (shape, memory_format, launch))
+    return result
+
+
+def _same(weight: Tensor, dilation: Pair) -> Pair:
+    """The padding that keeps the size."""
+    return dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)
+
+
+def _branches(convolution, input, weights, dilations, scale, shift, *ending) -> Tensor:
+    """The branches one by one, each with its part of `scale` and `shift`, concatenated."""
+    results, start = [], 0
+    for weight, dilation in zip(weights, dilations, strict=True):
+        end = start + weight.shape[0]
+        mine = [None if v is None else v[start:end] for v in (scale, shift)]
+        results.append(convolution(input, weight, _same(weight, dilation), dilation, *mine, *ending))
+        start = end
+    return torch.cat(results, 1)
+
+
+def _aten_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
+    return conv2d_aten(
+        input, weight, None, (1, 1), padding, dilation, 1, scale, shift, None, activation, negative_slope
+    )
+
+
+def _fastest_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
+    """By cuDNN's fused call, where that was measured faster, else by ATen."""
+    y = conv2d_cudnn(input, weight, None, (1, 1), padding, dilation, 1, scale, shift, None, activation)
+    if y is not None:
+        return y
+    return _aten_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope)
+
+
+def _kernel_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
+    return convolve(
+        input, weight, None, scale, shift, None, (1, 1), padding, dilation, 1, activation, negative_slope
+    )
+
+
+def _reference(input, weights, scale, shift, dilations, activation, negative_slope):
+    _result_shape(input, weights, scale, shift, dilations)
+    pairs = _pairs(dilations)
+    y = _branches(_aten_branch, input, weights, pairs, scale, shift, activation, negative_slope)
+    return in_format(y, output_format(input, weights[0]))
+
+
+PARALLEL = Operator(
+    "parallel_conv2d(Tensor input, Tensor[] weights, Tensor? scale, Tensor? shift, SymInt[] dilations, "
+    "str? activation, float negative_slope) -> Tensor",
+    kernels=_kernels,
+    reference=_reference,
+    fake=_fake,
+    flops=lambda input, weights, *_, **__: sum(
+        multiply_add_flops(input[0], input[2:], weight) for weight in weights
+    ),
+)
+
+
+def parallel_conv2d(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int | Pair],
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Convolutions of one input at several dilations, concatenated: the branches of an ASPP.
+
+    `cat([act(scale_i * conv(input, weight_i, dilation_i) + shift_i)], 1)`, each convolution of stride 1 and
+    padded to keep the size. On our kernels one launch computes all branches, skips the taps that meet nothing
+    but padding, and writes each branch into its channels of the result.
+
+    Args:
+        input: [N, C_in, H, W].
+        weights: each [C_i, C_in, kH, kW] with odd kH and kW.
+        dilations: as many, an int or a pair each.
+        scale, shift: [sum of C_i], for instance the branches' folded batch norms; evaluated in float32. A
+            bias belongs into the shift.
+        activation, negative_slope: as in `conv2d`.
+
+    Returns:
+        [N, sum of C_i, H, W]; channels_last if the input or the first weight is.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not go together, or an even kernel.
+        ValueError: an unknown activation.
+        NotImplementedError: backend "triton" was asked for and cannot serve the call.
+
+    Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation" (2017), figure 5.
+
+    Example:
+        >>> import torch, segfast
+        >>> x, w = torch.randn(1, 8, 9, 9), torch.randn(4, 8, 3, 3)
+        >>> segfast.functional.parallel_conv2d(x, [w, w], [6, 12], activation="relu").shape
+        torch.Size([1, 8, 9, 9])
+    """
+    from .functional import can_use_triton
+
+    check_activation(activation)
+    pairs = [pair(d, "dilations") for d in dilations]
+    dtype = autocast_dtype(input)
+    if dtype is not None:
+        input, weights = input.to(dtype), [w.to(dtype) for w in weights]
+    if not (input.dim() == 4 and 0 < len(weights) == len(pairs) and all([w.dim() == 4 for w in weights])):
+        _check(input, weights, pairs)  # raises
+    ending = (scale, shift, activation, negative_slope)
+    differentiates = needs_autograd(input, scale, shift, *weights)
+    # Not by a `key`, which torch.compile does not follow.
+    sizes = [(weight.shape[2:].numel(), pairs[i], i) for i, weight in enumerate(weights)]
+    *_, largest = max(sizes)
+    reasons = (input, weights[largest], dtype, ((1, 1), pairs[largest]), 1, True, differentiates)
+    others = () if differentiates else rivals(input, weights[0], None, scale, shift, None, activation)
+    kernels = use_triton("parallel_conv2d", can_use_triton, *reasons, len(weights), others)
+    if kernels and not differentiates and not _functorch_active():
+        rates = [d for p in pairs for d in p]
+        return PARALLEL(input, list(weights), scale, shift, rates, activation, negative_slope)
+    # On ATen, with gradients, or where an operator on a list would not be seen, one after the other.
+    check_epilogue(_check(input, weights, pairs), input.device, scale, shift, None)
+    branch = _kernel_branch if kernels else _fastest_branch if others else _aten_branch
+    return _branches(branch, input, weights, pairs, *ending)
