@@ -268,7 +268,7 @@ def source_digest(operation: str) -> str:
     """A digest of the device code behind `operation`: a proof holds for the code it was made with."""
     folder = Path(__file__).parent
     family = _CANDIDATES[operation].__module__.rpartition(".kernels.")[2].split(".")[0]
-    files = [folder / "_epilogue.py", folder / "_reduce.py"]
+    files = [folder / name for name in ("_epilogue.py", "_fold.py", "_launch.py", "_reduce.py")]
     for name in (family, *_USES[operation]):
         files += sorted(folder.glob(f"{name}.py")) + sorted(folder.glob(f"{name}/*.py"))
     digest = hashlib.sha256()

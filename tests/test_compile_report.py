@@ -48,7 +48,12 @@ def test_rows_of_an_architecture(rows, arch):
     matrix = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}.get(arch, "HMMA")
     limit = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}.get(arch, 101376)
     here = [row for row in rows if row.arch == arch and row.dtype == "bf16"]
-    assert {row.kernel for row in here} >= {"forward_wide", "conv2d_forward", "grad_weight", "reduce_partials"}
+    assert {row.kernel for row in here} >= {
+        "forward_wide",
+        "conv2d_forward",
+        "grad_weight",
+        "reduce_partials",
+    }
     for row in here:
         assert row.spills == 0
         assert row.shared <= limit

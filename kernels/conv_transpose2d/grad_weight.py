@@ -183,7 +183,7 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
 
 
 register_candidates("conv_transpose2d_grad_weight", _candidates)
-register_candidates("conv2d_grad_weight", _candidates)
+register_candidates("conv2d_grad_weight", _candidates, uses=("dilated_conv2d",))
 
 
 def _problem(operation, x, gy, channels_out: int, kernel, stride, dilation, groups: int) -> Problem:

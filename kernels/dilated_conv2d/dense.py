@@ -208,9 +208,10 @@ def tiles(problem: Problem, arch: str) -> list[Config]:
 def estimate(config: Config, problem: Problem) -> float:
     """Clocks that `problem` takes with `config`, roughly: how candidates are ordered before any is measured.
 
-    Per processor and clock an H200 multiplies 2048 pairs of 16 bits, and L2 hands out 64 bytes, or fewer
-    where all 132 processors ask. A program reads both its tiles for every step; a launch is as long as its
-    fullest processor.
+    A model after an H200's data sheet, not a measurement, and for other GPUs no more than an order. Per
+    processor and clock it multiplies 2048 pairs of 16 bits, and L2 hands out 64 bytes, or fewer where all
+    132 processors ask. A program reads both its tiles for every step; a launch is as long as its fullest
+    processor.
     """
     programs = triton.cdiv(problem.rows, config.block_m) * triton.cdiv(problem.columns, config.block_n)
     programs *= problem.groups * config.split_k

@@ -12,7 +12,7 @@ from ._zones import executed_taps, useful_taps
 from .dense import make_dense
 from .zoned import branch_of, make_zoned
 
-# Zones pay where they save this share of the taps: their tables and smaller runs cost something.
+# Zones are taken where they leave no more than this share of the taps: their tables cost something.
 _WORTHWHILE = 0.9
 
 

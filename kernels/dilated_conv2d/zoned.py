@@ -129,6 +129,10 @@ def _conv2d_zoned_kernel(
 register_candidates("parallel_conv2d_forward", candidates)
 
 
+# Tables of work that captured graphs read: kept, though their plans be dropped.
+_IN_GRAPHS: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
 class Zoned:
     """A launch over zones: a function of (x, weights, bias, scale, shift, residual, out)."""
 
@@ -140,6 +144,8 @@ class Zoned:
 
     def __call__(self, x, weights, bias, scale, shift, residual, out) -> None:
         weights = (*weights, *(None,) * (MOST_BRANCHES - len(weights)))
+        if self.work.is_cuda and torch.cuda.is_current_stream_capturing():
+            _IN_GRAPHS.append((self.work, self.starts))
         if self.split == 1:
             self.plan(x, *weights, bias, scale, shift, residual, out, self.work, self.starts)
             return
@@ -153,6 +159,8 @@ def make_zoned(
     activation, slope,
 ) -> Zoned:  # fmt: skip
     """The launch of `branches` with `channels_out` outputs each, on tensors laid out like these."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("run the model once on these sizes before capturing a CUDA graph of it")
     channels = x.shape[1]
     # fp32 parts are stored at twice the addresses of a 16-bit result.
     crowded = residual is not None or activation == "gelu" or x.element_size() == 4 or config.split_k > 1

@@ -116,6 +116,15 @@ class ResNetSegmentation(SegmentationModel):
         return own | {f"backbone.{key}": value for key, value in backbone.items()}
 
 
+def refuse_weights(*weights: object) -> None:
+    """Raise ValueError for anything but None: torchvision's arguments name what it downloads."""
+    if any(w is not None for w in weights):
+        raise ValueError(
+            "weights and weights_backbone must be None, for nothing is downloaded: call load_state_dict with "
+            f"the state_dict of torchvision's model; got {[w for w in weights if w is not None]}"
+        )
+
+
 def check_options(num_classes: int, output_stride: int) -> None:
     """Raise ValueError for options out of range."""
     if num_classes < 1:

@@ -12,7 +12,7 @@ from segfast.nn import ASPP, Conv2d
 from segfast.nn._norm import FoldsNorms
 
 from ._layers import run_layers
-from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options
+from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options, refuse_weights
 from .encoders import ResNetEncoder
 from .encoders._base import scaled
 
@@ -71,6 +71,8 @@ def _build(depth: int, **config) -> DeepLabV3:
 
 def deeplabv3_resnet50(
     *,
+    weights: None = None,
+    weights_backbone: None = None,
     num_classes: int = 21,
     aux_loss: bool = False,
     output_stride: int = 8,
@@ -84,6 +86,7 @@ def deeplabv3_resnet50(
     `aux_loss` (see `ResNetSegmentation.forward`). torchvision's weights load by `load_state_dict`.
 
     Args:
+        weights, weights_backbone: None; nothing is downloaded.
         num_classes: channels of the output.
         aux_loss: an auxiliary head on the features before the last, for training.
         output_stride: pixels of the image to one of the last features: 8, torchvision's, with rates 12, 24
@@ -100,6 +103,7 @@ def deeplabv3_resnet50(
     >>> {name: list(scores.shape) for name, scores in model(torch.zeros(1, 3, 65, 50)).items()}
     {'out': [1, 21, 65, 50], 'aux': [1, 21, 65, 50]}
     """
+    refuse_weights(weights, weights_backbone)
     return _build(
         50,
         num_classes=num_classes,
@@ -113,6 +117,8 @@ def deeplabv3_resnet50(
 
 def deeplabv3_resnet101(
     *,
+    weights: None = None,
+    weights_backbone: None = None,
     num_classes: int = 21,
     aux_loss: bool = False,
     output_stride: int = 8,
@@ -128,6 +134,7 @@ def deeplabv3_resnet101(
     >>> deeplabv3_resnet101(width_mult=0.125).eval()(torch.zeros(1, 3, 33, 33))["out"].shape
     torch.Size([1, 21, 33, 33])
     """
+    refuse_weights(weights, weights_backbone)
     return _build(
         101,
         num_classes=num_classes,

@@ -4,7 +4,7 @@ Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentatio
 torchvision's `fcn_resnet50` and `fcn_resnet101`.
 """
 
-from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options
+from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options, refuse_weights
 from .encoders import ResNetEncoder
 
 
@@ -29,6 +29,8 @@ def _build(depth: int, **config) -> FCNResNet:
 
 def fcn_resnet50(
     *,
+    weights: None = None,
+    weights_backbone: None = None,
     num_classes: int = 21,
     aux_loss: bool = False,
     output_stride: int = 8,
@@ -42,6 +44,7 @@ def fcn_resnet50(
     `aux_loss` (see `ResNetSegmentation.forward`). torchvision's weights load by `load_state_dict`.
 
     Args:
+        weights, weights_backbone: None; nothing is downloaded.
         num_classes: channels of the output.
         aux_loss: an auxiliary head on the features before the last, for training.
         output_stride: pixels of the image to one of the last features: 8, torchvision's, or 16 (coarser,
@@ -58,6 +61,7 @@ def fcn_resnet50(
     >>> {name: list(scores.shape) for name, scores in model(torch.zeros(1, 3, 65, 50)).items()}
     {'out': [1, 21, 65, 50], 'aux': [1, 21, 65, 50]}
     """
+    refuse_weights(weights, weights_backbone)
     return _build(
         50,
         num_classes=num_classes,
@@ -71,6 +75,8 @@ def fcn_resnet50(
 
 def fcn_resnet101(
     *,
+    weights: None = None,
+    weights_backbone: None = None,
     num_classes: int = 21,
     aux_loss: bool = False,
     output_stride: int = 8,
@@ -86,6 +92,7 @@ def fcn_resnet101(
     >>> fcn_resnet101(width_mult=0.125).eval()(torch.zeros(1, 3, 33, 33))["out"].shape
     torch.Size([1, 21, 33, 33])
     """
+    refuse_weights(weights, weights_backbone)
     return _build(
         101,
         num_classes=num_classes,

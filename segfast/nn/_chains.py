@@ -8,7 +8,7 @@ from torch import nn
 from ._activation import activation_name
 from ._dense import Dense
 from ._norm import activation_of_norm, is_batch_norm
-from ._pair import Pair, is_pointwise, only_forward
+from ._pair import Pair, is_convolution, is_pointwise, only_forward
 from ._rules import own_class
 
 Fused = Dense | Pair
@@ -17,15 +17,6 @@ Fused = Dense | Pair
 def is_depthwise(conv: Any) -> bool:
     """A `Conv2d` with filters of its own for each channel; one channel alone is a dense convolution too."""
     return isinstance(conv, nn.Conv2d) and conv.groups > 1 and conv.in_channels == conv.groups
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """Whether `module` is a `Conv2d` or `ConvTranspose2d`, torch's own or ours without an activation."""
-    kind = own_class(module)
-    if kind in (nn.Conv2d, nn.ConvTranspose2d):
-        return True
-    ours = kind.__module__.startswith("segfast.nn.") and isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-    return ours and getattr(module, "activation", None) is None
 
 
 def options(layers: Sequence[nn.Module]) -> list[tuple[int, Fused]]:

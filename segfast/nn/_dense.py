@@ -2,11 +2,20 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional as F
 from ._norm import folded, folded_filter, folds
-from ._pair import folds_filters, global_hooks, only_forward, padded
+from ._pair import folds_filters, global_hooks, is_convolution, only_forward, padded
+
+
+def _trains_in_16_bits(conv: Any) -> bool:
+    """Whether autograd would keep an epilogue's fp32 intermediates, where the layers keep 16 bits."""
+    weight = conv.weight
+    if not (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
+        return False
+    return weight.dtype.itemsize == 2 or torch.is_autocast_enabled(weight.device.type)
 
 
 class Dense(NamedTuple):
@@ -36,9 +45,10 @@ class Dense(NamedTuple):
     def fits(self) -> bool:
         """Whether the layers, as they stand now, compute what one operator can."""
         return (
-            folds(self.norm)
-            and getattr(self.conv, "activation", None) is None
+            is_convolution(self.conv)
+            and folds(self.norm)
             and only_forward(self.conv)
+            and not _trains_in_16_bits(self.conv)
             and (self.norm is None or only_forward(self.norm))
             and not global_hooks()
         )

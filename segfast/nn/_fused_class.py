@@ -3,9 +3,10 @@
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
-from ._norm import forget
+from ._norm import forget, runs_eagerly
 
 
 class FusedModule:
@@ -33,6 +34,13 @@ def fused_class(mixin: Any, kind: Any) -> Any:
     # Of the same Python module, by which torch.fx tells what is torch's own.
     body = {"unfused_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(f"Fused{kind.__name__}", (mixin, kind), body)
+
+
+def runs_in_eval(module: Any) -> bool:
+    """Whether `module` is in eval, no DataParallel replica, and only eager code runs."""
+    if torch.compiler.is_compiling() or module.training or getattr(module, "_is_replica", False):
+        return False
+    return runs_eagerly()
 
 
 def _remake(mixin: Any, kind: Any) -> nn.Module:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._fused_chain import wanted
-from ._fused_class import FusedModule, fused_class
-from ._norm import runs_eagerly
+from ._fused_class import FusedModule, fused_class, runs_in_eval
 from ._pyramid import Pyramid, pyramid_in
 from ._rules import own_class
 
@@ -92,10 +91,10 @@ class _Head(FusedModule):
 
 def _ready(module: Any) -> Pyramid | None:
     """The module's pyramid if nothing about its state speaks against running it."""
-    if torch.compiler.is_compiling() or module.training or getattr(module, "_is_replica", False):
+    if not runs_in_eval(module):
         return None
     parts = _parts(module)
-    if parts is None or own_class(parts[1]) is not vars(module)[_POOL] or not runs_eagerly():
+    if parts is None or own_class(parts[1]) is not vars(module)[_POOL]:
         return None
     return pyramid_in(module, *parts[:3], pool_first=parts[3])
 

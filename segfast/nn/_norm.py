@@ -39,6 +39,8 @@ class _Entry(NamedTuple):
 _NOTHING = Affine(None, None)
 # Beside the modules, not in them: no part of their state_dict, of copies, of pickles.
 _known: "weakref.WeakKeyDictionary[nn.Module, _Entry]" = weakref.WeakKeyDictionary()
+# What captured graphs read: kept as long as the module, though it be forgotten.
+_in_graphs: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
 
 
 def runs_eagerly() -> bool:
@@ -88,7 +90,8 @@ def folded(norm: Any) -> Affine:
 
     Remembered until one of the norm's tensors is replaced or written to, so that a call without gradients
     starts no kernel for it. A write through `.data` or by a replayed CUDA graph leaves no trace in torch:
-    `forget` is for those, and `train()` and `eval()` of the modules here call it.
+    `forget` is for those, and `train()` and `eval()` of the modules here call it. A captured graph goes on
+    with the values of its capture.
     """
     if norm is None:
         return _NOTHING
@@ -130,8 +133,13 @@ def _scaled(conv: Any, scale: Tensor) -> Tensor:
 
 
 def norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
-    """What the scale and shift of a norm that `folds` come from; nothing where there is none."""
-    return () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    """What the scale and shift of a norm that `folds` come from; nothing where there is none.
+
+    And its counter of batches: a training step writes the running statistics without marking them as written.
+    """
+    if norm is None:
+        return ()
+    return (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
 
 
 def remembered(
@@ -139,14 +147,23 @@ def remembered(
 ) -> Any:
     """What `compute()` returned for this module, these very tensors as they are now, and `key`."""
     entry = _known.get(module)
+    capturing = _is_captured(tensors)
     if entry is not None and entry.describes(tensors, key):
+        if capturing:
+            _in_graphs.setdefault(module, []).append(entry.result)
         return entry.result
     # Not inference tensors, which a later call with gradients could not save.
     with torch.inference_mode(False), torch.no_grad():
         result = compute()
-    if all([t is None or (type(t) in _PLAIN and not t.is_inference()) for t in tensors]):
+    # What is computed during a capture is the graph's, written when it is replayed.
+    if not capturing and all([t is None or (type(t) in _PLAIN and not t.is_inference()) for t in tensors]):
         _known[module] = _Entry(tensors, _versions(tensors), key, result)
     return result
+
+
+def _is_captured(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return any([t is not None and t.is_cuda for t in tensors]) and torch.cuda.is_current_stream_capturing()
 
 
 def forget(*modules: nn.Module | None) -> None:
@@ -189,7 +206,7 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
 
 def _affine(tensors: tuple[Tensor | None, ...], eps: float) -> Affine:
     """From `norm_tensors`."""
-    weight, bias, mean, var = tensors
+    weight, bias, mean, var, _ = tensors
     assert mean is not None and var is not None
     dtype = torch.promote_types(var.dtype, torch.float32)
     scale = torch.rsqrt(var.to(dtype) + eps)

@@ -43,6 +43,15 @@ def pays(input: Any, growth: float = 1) -> bool:
     return input.is_cpu and input.numel() * growth >= _PAYS_ON_CPU
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether `module` is a `Conv2d` or `ConvTranspose2d`, torch's own or ours without an activation."""
+    kind = own_class(module)
+    if kind in (nn.Conv2d, nn.ConvTranspose2d):
+        return True
+    ours = kind.__module__.startswith("segfast.nn.") and isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    return ours and getattr(module, "activation", None) is None
+
+
 def check_channels(conv: Any, input: Any) -> None:
     """Raise for an input of other channels than `conv` has: the operators take their number from it."""
     if isinstance(input, Tensor) and input.dim() > 2 and input.shape[-3] != conv.in_channels:
@@ -56,6 +65,11 @@ def padded(conv: Any, input: Tensor) -> tuple[Tensor, Any]:
     """The input, padded where zeros are not what pads it, and the padding left to the operator."""
     if conv.padding_mode == "zeros":
         return input, conv.padding
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"input must be one image where padding_mode is {conv.padding_mode!r}, "
+            f"got a {type(input).__name__} of {len(input)}"
+        )
     return nn.functional.pad(input, conv._reversed_padding_repeated_twice, conv.padding_mode), 0
 
 
@@ -101,7 +115,7 @@ class Pair(NamedTuple):
         return (
             folds(self.norm)
             and folds(self.pointwise_norm)
-            and getattr(self.depthwise, "activation", None) is None
+            and is_convolution(self.depthwise)
             and (self.pointwise is None or is_pointwise(self.pointwise))
             and all([m is None or only_forward(m) for m in layers])
             and not global_hooks()

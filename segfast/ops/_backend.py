@@ -116,6 +116,11 @@ def add_reason(reason: str) -> None:
         _state.decisions[-1] = last._replace(reason=f"{last.reason}; {reason}")
 
 
+def add_decision(operation: str, chosen: str, reason: str) -> None:
+    """Note for `explain` what runs, where `use_triton` was not asked."""
+    _decided(operation, chosen, reason, True)
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
     """Run `function(*args, **kwargs)` without gradients and list which backend each operation took, and why.
 
@@ -141,7 +146,9 @@ _gpu_reasons: dict[int | None, str | None] = {}
 
 def certainly_aten(input: Tensor) -> bool:
     """Whether a call on `input` is ATen's whatever its sizes, and nobody asks why: a CPU's usual case."""
-    return input.is_cpu and not _INTERPRETING and _state.backend != "triton" and _state.decisions is None
+    if _state.backend == "triton" or _state.decisions is not None:
+        return False
+    return not _INTERPRETING if input.is_cpu else input.is_cuda and not fusion_could_help(input)
 
 
 def fusion_could_help(input: Tensor) -> bool:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._epilogue import activate_, apply_epilogue
+from ._registry import needs_autograd
 
 
 def conv2d_aten(
@@ -54,8 +55,7 @@ def _in_one_dtype(
         and activation in (None, "relu", "relu6")
         and (scale is None) == (shift is None)
         and not torch.compiler.is_compiling()
-        and not _functorch_active()
-        and not _needs_gradient(y, scale, shift, residual)
+        and not needs_autograd(y, scale, shift, residual)
     )
 
 

@@ -5,9 +5,11 @@ PyPI's `nvidia-cudnn-frontend` is installed. Neither has a gradient.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _cudnn_graph
 from ._backend import Geometry, add_reason, get_backend, measured_rival
@@ -87,7 +89,7 @@ def conv2d_cudnn(
     None where backend "aten" was asked for, where plain ATen was measured faster or nothing was measured, and
     for what the calls do not take; whatever is wrong with the arguments, ATen says. Scale and shift reach
     `cudnn_convolution_relu` folded into filter and bias: computed in fp32, rounded once to the input's dtype,
-    as `torch.nn.utils.fuse_conv_bn_weights` leaves them.
+    as `torch.nn.utils.fuse_conv_bn_weights` leaves them, and remembered beside the filter.
     """
     found = rivals(input, weight, bias, scale, shift, residual, activation) if get_backend() == "auto" else ()
     if not found or input.dim() != 4 or weight.dim() != 4:
@@ -157,10 +159,7 @@ def conv2d_relu(
     input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation="relu"
 ) -> Tensor:
     """By ATen's fused call; the arguments are in order, the activation is relu."""
-    if scale is not None:
-        weight = (weight * scale.float()[:, None, None, None]).to(weight.dtype)
-    term = _added(bias, scale, shift)
-    term = None if term is None else term.to(input.dtype)
+    weight, term = _folded(weight, bias, scale, shift)
     if residual is None:
         return torch.cudnn_convolution_relu(input, weight, term, stride, padding, dilation, groups)
     return torch.cudnn_convolution_add_relu(
@@ -168,18 +167,55 @@ def conv2d_relu(
     )
 
 
+def _folded(
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Filter and bias of scale * (conv + bias) + shift, in the filter's dtype, remembered while all stand."""
+    if scale is None and shift is None:
+        return weight, bias
+    parts = (weight, bias, scale, shift)
+    versions = [-1 if t is None or t.is_inference() else t._version for t in parts]
+    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    known = _folds.get(weight)
+    if known is not None and known[0] == versions and _same(known[1], parts[1:]):
+        if capturing:
+            _in_graphs.append(known[2])
+        return known[2]
+    term = _added(bias, scale, shift)
+    filters = weight if scale is None else (weight * scale.float()[:, None, None, None]).to(weight.dtype)
+    result = (filters, None if term is None else term.to(weight.dtype))
+    # What is computed during a capture is the graph's, and an inference tensor's writes leave no trace.
+    if not capturing and not any([t is not None and t.is_inference() for t in parts]):
+        _folds[weight] = (versions, parts[1:], result)
+    return result
+
+
+def _same(some: tuple, others: tuple) -> bool:
+    return all([a is b for a, b in zip(some, others, strict=True)])
+
+
+# By weight; and what captured graphs read, which is kept.
+_folds: Any = WeakTensorKeyDictionary()
+_in_graphs: list[tuple[Tensor, Tensor | None]] = []
+
+
 def conv2d_graph(
     input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
 ) -> Tensor:
     """By a graph; the arguments are in order. Raises GraphRefused where no engine takes it."""
     terms = [("mul", scale), ("add", _added(bias, scale, shift))]
-    found = [(kind, t.float()[None, :, None, None]) for kind, t in terms if t is not None]
+    found = [(kind, _aligned(t.float())[None, :, None, None]) for kind, t in terms if t is not None]
     if residual is not None:
         found.append(("add", residual))
     batch, _, height, width = input.shape
     size = output_size(height, width, weight.shape[2:], stride, padding, dilation)
     shape = (batch, weight.shape[0], *size)
     return _cudnn_graph.fused_graph(input, weight, found, shape, stride, padding, dilation, activation)
+
+
+def _aligned(vector: Tensor) -> Tensor:
+    """A vector as graphs are planned for: some channels of a longer one may begin anywhere."""
+    return vector if vector.is_contiguous() and vector.data_ptr() % 16 == 0 else vector.clone()
 
 
 RUN: dict[str, Callable[..., Tensor]] = {RELU: conv2d_relu, GRAPH: conv2d_graph}

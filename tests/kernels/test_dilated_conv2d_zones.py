@@ -1,4 +1,4 @@
-"""Zones and the table of work, counted: no pixel left out, none twice, no tap for padding, no program idle."""
+"""Zones and the table of work, counted: no pixel left out, none twice, no tap for padding, none idle."""
 
 import itertools
 from collections import Counter
@@ -82,7 +82,9 @@ def test_the_shares_of_deeplabs_pyramids(batch, side):
 
 def items_of(rows):
     """The rows of a table by name."""
-    fields = ["branch", "tile", "n", "part", "first", "last", "h", "h_length", "w", "w_length", "first_h", "first_w", "taps_w", "kernel_h", "kernel_w", "pad_h", "pad_w", "dilation_h", "dilation_w"]
+    fields = ["branch", "tile", "n", "part", "first", "last", "h", "h_length", "w", "w_length"]
+    fields += ["first_h", "first_w", "taps_w"]
+    fields += [f"{what}_{side}" for what in ("kernel", "pad", "dilation") for side in "hw"]
     assert len(fields) == FIELDS
     assert all(len(row) == FIELDS for row in rows)
     return [dict(zip(fields, row, strict=True)) for row in rows]
@@ -149,9 +151,7 @@ def test_programs_have_as_much_to_do_as_each_other(batch, side, rates, split):
     rows, starts = work_table(branches, batch, blocks_k, 1, block_m, split, 132)
     items = items_of(rows)
     steps = [item["last"] - item["first"] for item in items]
-    assert (
-        sum(steps) * block_m == sum(executed_taps(b, batch, block_m) for b in branches) * blocks_k
-    )
+    assert sum(steps) * block_m == sum(executed_taps(b, batch, block_m) for b in branches) * blocks_k
     loads = [sum(steps[a:b]) for a, b in itertools.pairwise(starts)]
     mean = sum(loads) / len(loads)
     # The fullest program cannot have less than the dearest item, nor than the mean.

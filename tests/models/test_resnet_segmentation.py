@@ -255,12 +255,42 @@ class TestCheckpoints:
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"output_stride": 32}, r"output_stride must be one of \(8, 16\), got 32"),
+        ({"weights": "DEFAULT"}, "nothing is downloaded.*got \\['DEFAULT'\\]"),
     ],
 )
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101"])
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         create(name, **options)
+
+
+@pytest.mark.parametrize("conv", ["conv1", "conv2", "downsample"])
+def test_a_replaced_convolution_is_called(conv):
+    """A subclass with a forward of its own, or anything put around a layer, is not fused away."""
+
+    class Standardized(torch.nn.Conv2d):
+        def forward(self, input):
+            weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
+            return self._conv_forward(input, weight, self.bias)
+
+    block = ResNetEncoder(width_mult=0.125).eval().layer1[0]
+    holder, name = (block, conv) if conv != "downsample" else (block.downsample, "0")
+    old = getattr(holder, name)
+    new = Standardized(
+        old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False
+    )
+    new.weight = old.weight
+    x = torch.randn(1, 8, 64, 64)
+    with torch.no_grad():
+        before = block(x)
+        setattr(holder, name, new)
+        found = block(x)
+        for layer in (block.bn1, block.bn2, block.bn3):
+            layer.register_forward_hook(lambda *_: None)  # one by one
+        torch.testing.assert_close(found, block(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found, before, atol=1e-2)
+        setattr(holder, name, torch.nn.Sequential(new))
+        torch.testing.assert_close(block(x), found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])

@@ -33,3 +33,21 @@ def test_sixteen_bits_are_rounded_as_norm_and_sum_round(dtype, affine, residual,
         found = conv2d_aten(x, w, bias, (1, 1), (1, 1), (1, 1), 1, *ending)
     assert found.dtype is dtype and torch.equal(found, expected) and found.stride() == expected.stride()
     assert kept is None or torch.equal(kept, residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_forward_mode(dtype):
+    x, w, scale = (torch.randn(shape).to(dtype) for shape in ((1, 3, 5, 5), (4, 3, 3, 3), (4,)))
+
+    def run(x):
+        return conv2d_aten(
+            x, w, None, (1, 1), (1, 1), (1, 1), 1, scale.float(), scale.float(), None, "relu", 0.0
+        )
+
+    tangent = torch.randn_like(x)
+    value, slope = torch.func.jvp(run, (x,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(run(dual))
+    torch.testing.assert_close(found.primal, value)
+    torch.testing.assert_close(found.tangent, slope)

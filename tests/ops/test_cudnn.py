@@ -324,3 +324,33 @@ def test_the_branches_of_a_pyramid_take_it_too(rows, fused_calls, monkeypatch):
         for i, w in enumerate(weights)
     ]  # fmt: skip
     close(found[0], torch.cat(parts, 1))
+
+
+def test_the_folded_filter_is_remembered_until_something_is_written(monkeypatch):
+    seen = []
+
+    def convolution_relu(input, weight, bias, stride, padding, dilation, groups):
+        seen.append(weight)
+        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolution_relu, raising=False)
+    x, weight, scale, shift = torch.randn(1, 4, 5, 5), torch.randn(6, 4, 3, 3), torch.randn(6), torch.randn(6)
+    one = (1, 1)
+
+    def run():
+        y = _cudnn.conv2d_relu(x, weight, None, one, one, one, 1, scale, shift, None)
+        conv = torch.nn.functional.conv2d(x, weight, None, 1, 1)
+        torch.testing.assert_close(y, (conv * scale[:, None, None] + shift[:, None, None]).relu())
+
+    run()
+    run()
+    assert seen[0] is seen[1]
+    for part in (weight, scale, shift):
+        part.mul_(2)
+        run()
+        assert seen[-1] is not seen[-2] or part is shift
+    with torch.inference_mode():
+        scale = torch.randn(6)
+        run()
+        scale.mul_(3)
+        run()

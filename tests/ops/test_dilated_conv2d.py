@@ -14,8 +14,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """An empty row takes the interpreter as long as a full one."""
-    with tiles():
+    """Few steps for the interpreter: all sizes here fit one tile."""
+    with tiles(64, 16, 64):
         yield
 
 
@@ -57,7 +57,7 @@ def test_torchs_samples_on_aten(dtype):
 def test_torchs_samples_on_our_kernels(dtype, poisoned_empty):
     ran = set()
     with segfast.backend("triton"), launched() as plans:
-        for sample in samples(dtype)[:: 1 if dtype == torch.float32 else 3]:
+        for sample in samples(dtype)[:: 2 if dtype == torch.float32 else 5]:
             weight, *rest = sample.args
             bias = rest[0] if rest else sample.kwargs.pop("bias", None)
             input = sample.input if sample.input.dim() == 4 else sample.input[None]
@@ -102,7 +102,7 @@ def _layouts(*shape):
     yield "expanded", base[:1, :1].expand(shape)
 
 
-SHAPES = [(2, 4, 2, 3), (2, 1, 3, 2), (2, 4, 1, 1), (1, 1, 1, 1), (1, 4, 1, 3), (3, 2, 2, 1)]
+SHAPES = [(2, 4, 2, 3), (2, 1, 3, 2), (2, 4, 1, 1), (1, 1, 1, 1), (1, 4, 1, 3)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -154,13 +154,13 @@ UPSTREAM = {
 def test_upstream_gradients_of_any_strides(upstream, channels_last, backend, poisoned_empty):
     tensors = {
         "input": draw(2, 3, 3, 4, channels_last=channels_last),
-        "weight": draw(4, 3, 3, 3, channels_last=channels_last),
+        "weight": draw(4, 3, 3, 1, channels_last=channels_last),
         "bias": draw(4),
         "scale": draw(4, seed=1),
         "shift": draw(4, seed=2),
         "residual": draw(2, 4, 3, 4, channels_last=channels_last),
     }
-    geometry = {"padding": 2, "dilation": 2, "activation": "leaky_relu"}
+    geometry = {"padding": (2, 0), "dilation": 2, "activation": "leaky_relu"}
     results = []
     for function, wide, slope in (
         (fused(F.conv2d), True, {}),
@@ -198,7 +198,7 @@ def test_gradcheck_of_the_fused_epilogue(activation):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "hardsigmoid"])
+@pytest.mark.parametrize("activation", ["silu", "hardsigmoid"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_double_backward_of_the_kernels(activation, stride, poisoned_empty):
     operands = ("input", "weight", "bias", "scale", "shift", "residual")
@@ -276,7 +276,7 @@ def test_batch_sizes(shape, backend):
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_padding_by_name(kernel, dilation, backend):
     size = (kernel, kernel) if isinstance(kernel, int) else kernel
-    leaves, ours = ([t.requires_grad_() for t in (draw(1, 2, 11, 8), draw(2, 2, *size))] for _ in range(2))
+    leaves, ours = ([t.requires_grad_() for t in (draw(1, 2, 10, 7), draw(2, 2, *size))] for _ in range(2))
     for padding in ("same", "valid"):
         expected = F.conv2d(*leaves, padding=padding, dilation=dilation)
         with segfast.backend(backend):
@@ -354,7 +354,7 @@ def test_depthwise_layers_have_kernels_of_their_own():
 def test_large_rates_go_by_zones_from_the_functional(poisoned_empty):
     x, w = draw(1, 16, 4, 4).requires_grad_(), draw(16, 16, 3, 3).requires_grad_()
     g = draw(1, 16, 4, 4)
-    with segfast.backend("triton"), launched() as plans:
+    with tiles(), segfast.backend("triton"), launched() as plans:
         y = conv2d(x, w, padding=6, dilation=6)
         grads = torch.autograd.grad(y, (x, w), g)
     assert names(plans)[:2] == [ZONED] * 2

@@ -22,8 +22,8 @@ from tests.fused_conv import ACTIVATIONS, BACKENDS, draw
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """An empty row takes the interpreter as long as a full one."""
-    with tiles():
+    """Few steps for the interpreter: all sizes here fit one tile."""
+    with tiles(64, 16, 64):
         yield
 
 
@@ -64,7 +64,9 @@ def test_gradcheck_of_parallel():
     tensors = pyramid((1, 2, 3, 4), (2, 1, 2), (1, 3, (1, 3)), dtype=torch.float64)
 
     def run(*values):
-        return parallel_of_named(**dict(zip(tensors, values, strict=True)), dilations=(1, 2, 3), activation="silu")
+        return parallel_of_named(
+            **dict(zip(tensors, values, strict=True)), dilations=(1, 2, 3), activation="silu"
+        )
 
     leaves = [t.requires_grad_() for t in tensors.values()]
     assert torch.autograd.gradcheck(run, leaves)
@@ -150,9 +152,7 @@ def test_autocast_of_a_list_and_of_branches(backend):
     expected = define_of_images(**{n: tensors[n] for n in ("input", "input1", "weight")}, **options)
     for result in (y, other):
         torch.testing.assert_close(result.float(), expected, atol=2e-2, rtol=5e-3)
-    torch.testing.assert_close(
-        z.float(), define_parallel(**branches, dilations=(1, 2)), atol=2e-2, rtol=5e-3
-    )
+    torch.testing.assert_close(z.float(), define_parallel(**branches, dilations=(1, 2)), atol=2e-2, rtol=5e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -261,7 +261,7 @@ def test_bad_input_and_activation_of_parallel(backend):
     with segfast.backend(backend):
         with pytest.raises(RuntimeError, match=r"input must be \[N, C_in, H, W\]"):
             parallel_conv2d(torch.ones(3, 4, 4), weights, [1])
-        with pytest.raises(ValueError, match="'relu', .*'swish'"):
+        with pytest.raises(ValueError, match=r"'relu', .*'swish'"):
             parallel_conv2d(torch.ones(1, 3, 4, 4), weights, [1], activation="swish")
 
 
@@ -275,3 +275,48 @@ def test_parallel_in_a_dtype_without_kernels_is_refused_by_name():
             conv2d([x, x], torch.ones(2, 6, 3, 3).double())
         with pytest.raises(NotImplementedError, match="empty"):
             parallel_conv2d(x[:0].float(), [w.float() for w in weights], [1])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_without_channels_is_no_end_of_the_list(backend, place):
+    images = [draw(1, 3, 4, 4), draw(1, 2, 4, 4)]
+    weight = draw(2, 5, 3, 3)
+    expected = F.conv2d(torch.cat(images, 1), weight)
+    images.insert(place, draw(1, 0, 4, 4))
+    operator = torch.ops.segfast.conv2d_concat
+    one = (1, 1)
+    with segfast.backend(backend):
+        torch.testing.assert_close(conv2d(images, weight), expected, atol=1e-5, rtol=1e-5)
+        found = operator(images[0], images[1:], weight, None, None, None, None, one, (0, 0), one, None, 0.0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_explain_names_a_list_once(backend):
+    images, weight = [draw(1, 2, 4, 4), draw(1, 3, 4, 4)], draw(2, 5, 3, 3)
+    with segfast.backend(backend):
+        (decision,) = segfast.explain(conv2d, images, weight)
+    assert (decision.operation, decision.backend) == ("conv2d", backend)
+
+
+@pytest.mark.interpreter
+def test_the_operators_take_an_empty_batch():
+    """As an exported program with a free batch size may bring it."""
+    ops, one, pad = torch.ops.segfast, (1, 1), (1, 1)
+    x, weight, geometry = draw(0, 3, 5, 4), draw(2, 3, 3, 3), ((1, 1), (1, 1), (1, 1))
+    y = ops.conv2d(x, weight, None, None, None, None, *geometry, 1, "relu", 0.0)
+    assert y.shape == (0, 2, 5, 4)
+    assert ops.conv2d_grad_input(y, weight, 5, 4, *geometry, 1).shape == x.shape
+    assert torch.equal(ops.conv2d_grad_weight(y, x, weight, *geometry, 1), torch.zeros_like(weight))
+    found = ops.conv2d_concat(
+        x, [x], torch.cat([weight] * 2, 1), None, None, None, None, one, pad, one, None, 0.0
+    )
+    assert found.shape == (0, 2, 5, 4)
+    assert ops.parallel_conv2d(x, [weight, weight], None, None, [1, 1, 2, 2], None, 0.0).shape == (0, 4, 5, 4)
+
+
+def test_several_images_want_zeros_for_padding():
+    conv = segfast.nn.Conv2d(5, 2, 3, padding=1, padding_mode="reflect")
+    with pytest.raises(TypeError, match="one image where padding_mode is 'reflect', got a list of 2"):
+        conv([draw(1, 2, 4, 4), draw(1, 3, 4, 4)])

@@ -12,15 +12,15 @@ import segfast
 from segfast.functional import conv2d, parallel_conv2d
 from segfast.ops import OPERATORS
 from segfast.ops.dilated_conv2d import FORWARD
-from tests.dilated import define_parallel, tiles
+from tests.dilated import DENSE, ZONED, define_parallel, launched, names, tiles
 from tests.fused_conv import ACTIVATIONS, BACKENDS, INTERPRETING_ONLY, draw, fused
 from tests.operators import check_decomposition, check_fake, operators_of
 
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    """An empty row takes the interpreter as long as a full one."""
-    with tiles():
+    """Few steps for the interpreter: all sizes here fit one tile."""
+    with tiles(64, 16, 64):
         yield
 
 
@@ -191,9 +191,9 @@ def test_func_grad_and_vmap_of_lists_and_branches(backend):
         for i in range(2):
             sample = [t[i] if t.dim() == 5 else t for t in args]
             torch.testing.assert_close(values[i], define(*sample), atol=1e-5, rtol=1e-5)
-            expected = grad(
-                lambda *a, define=define: define(*a).square().sum(), argnums=tuple(range(3))
-            )(*sample)
+            expected = grad(lambda *a, define=define: define(*a).square().sum(), argnums=tuple(range(3)))(
+                *sample
+            )
             torch.testing.assert_close(tuple(t[i] for t in each), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -302,7 +302,7 @@ def test_the_dispatcher_is_passed_by_unless_somebody_listens(monkeypatch):
 def test_a_remembered_call_computes_anew(poisoned_empty, checked_plans):
     # The second call of a layout goes straight to the launch: with other values, through another alignment.
     store = draw(600)
-    with segfast.backend("triton"):
+    with tiles(), segfast.backend("triton"), launched() as plans:
         for offset in (0, 0, 4, 1, 1, 0):
             x = store[offset : offset + 96].view(1, 3, 2, 16).permute(0, 3, 1, 2)
             w = store[100 + offset : 388 + offset].view(2, 3, 3, 16).permute(0, 3, 1, 2)
@@ -311,29 +311,33 @@ def test_a_remembered_call_computes_anew(poisoned_empty, checked_plans):
                 y = conv2d(x, w, bias, **geometry, activation="relu")
                 expected = F.relu(F.conv2d(x, w, bias, **geometry))
                 torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+    assert set(names(plans)) == {DENSE, ZONED}
 
 
 @INTERPRETING_ONLY
 def test_a_remembered_call_tells_its_options_apart():
-    x, w = draw(1, 4, 6, 6, channels_last=True), draw(4, 4, 3, 3, channels_last=True)
+    x, w = draw(1, 4, 4, 3, channels_last=True), draw(2, 4, 2, 2, channels_last=True)
+    images, square = [x[:, :1], x[:, 1:]], draw(2, 4, 3, 1, channels_last=True)
     cases = [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"activation": "relu"},
              {"activation": "leaky_relu", "negative_slope": 0.5},
              {"activation": "leaky_relu", "negative_slope": 0.1},
              {"padding": 2, "dilation": 2}, {"padding": (2, 1), "dilation": (2, 1)}]  # fmt: skip
     one = {"dilations": (1, 2), "activation": "relu"}
     branches = [one, one | {"dilations": (2, 1)}, one | {"dilations": ((1, 2), (2, 1))},
-                {"dilations": (1, 2)}, one | {"scale": draw(8)}, one | {"shift": draw(8)}]  # fmt: skip
+                {"dilations": (1, 2)}, one | {"scale": draw(4)}, one | {"shift": draw(4)}]  # fmt: skip
     for _ in range(2):
         for options in cases:
             results = []
             for backend in ("aten", "triton"):
                 with segfast.backend(backend):
-                    results.append((conv2d(x, w, **options), conv2d([x[:, :1], x[:, 1:]], w, **options)))
+                    results.append((conv2d(x, w, **options), conv2d(images, w, **options)))
             torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
         for options in branches:
             with segfast.backend("triton"):
-                y = parallel_conv2d(x, [w, w], **options)
-            torch.testing.assert_close(y, define_parallel(x, a=w, b=w, **options), atol=1e-5, rtol=1e-5)
+                y = parallel_conv2d(x, [square] * 2, **options)
+            torch.testing.assert_close(
+                y, define_parallel(x, a=square, b=square, **options), atol=1e-5, rtol=1e-5
+            )
 
 
 @INTERPRETING_ONLY
@@ -353,7 +357,7 @@ def test_a_remembered_call_does_not_forget_the_precision(run):
     before, precisions = conv.fp32_precision, []
     x, w = draw(1, 16, 3, 3, channels_last=True), draw(8, 16, 3, 3, channels_last=True)
     try:
-        with segfast.backend("triton"):
+        with tiles(), segfast.backend("triton"):
             for precision in ("ieee", "tf32", "ieee"):
                 conv.fp32_precision = precision
                 with segfast.kernels.record_launches() as launches:

@@ -42,7 +42,8 @@ def _kernels(
     first, others, weight, bias, scale, shift, residual, stride, padding, dilation, activation, negative_slope
 ):  # fmt: skip
     kernels = load_kernels()
-    inputs = [first, *others]
+    # An image without channels would end the list for the kernel.
+    inputs = [t for t in (first, *others) if t.shape[1] > 0] or [first]
     stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
     vectors = (bias, scale, shift, residual)
     options = (stride, padding, dilation, 1, activation, negative_slope)
@@ -58,6 +59,8 @@ def _kernels(
     shape = _result_shape(inputs, weight, *vectors, stride, padding, dilation)
     memory_format = _format(inputs, weight)
     out = kernel_output(shape, first, memory_format)
+    if out.numel() == 0:
+        return out.contiguous(memory_format=memory_format)
     images = [channels_innermost(t) for t in inputs]
     fitted = (
         packed_weight(weight),

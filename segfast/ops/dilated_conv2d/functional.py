@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import certainly_aten, get_backend, kernel_reason_not, measured_reason_not, use_triton
+from .._backend import (
+    add_decision,
+    certainly_aten,
+    get_backend,
+    kernel_reason_not,
+    measured_reason_not,
+    use_triton,
+)
 from .._conv2d_aten import conv2d_aten
 from .._cudnn import conv2d_cudnn, has_epilogue, rivals
 from .._epilogue import check_activation, check_epilogue
@@ -196,12 +203,16 @@ def _of_images(
         images = [t.to(dtype) for t in images]
         weight, bias, residual = _cast(dtype, weight, bias, residual)
     check_images(images)
+    images = [t for t in images if t.shape[1] > 0] or images[:1]
     steps, rates = pair(stride, "stride"), pair(dilation, "dilation")
     stays = len(images) > 1 and groups == 1 and weight.dim() == 4 and not _functorch_active()
     # As torch does it, "same" may pad one more at the end: then the images are brought together first.
     resolved, pads = resolve_padding("conv2d", images[0], weight, steps, padding, rates)
     stays = stays and resolved is images[0] and len(images) <= concat.MOST_IMAGES
-    if stays and prefers_virtual_concat(images, weight, steps, rates):
+    others = rivals(images[0], weight, bias, scale, shift, residual, activation)
+    fused = has_epilogue(scale, shift, residual, activation)
+    if stays and prefers_virtual_concat(images, weight, steps, rates, fused, others):
+        add_decision("conv2d", "triton", "reads the images where they lie")
         return concat.forward(
             images, weight, bias, scale, shift, residual, steps, pads, rates, activation, slope
         )
@@ -211,12 +222,19 @@ def _of_images(
 
 
 def prefers_virtual_concat(
-    images: Sequence[Tensor], weight: Tensor, stride: Pair = (1, 1), dilation: Pair = (1, 1)
+    images: Sequence[Tensor],
+    weight: Tensor,
+    stride: Pair = (1, 1),
+    dilation: Pair = (1, 1),
+    fused: bool = True,
+    others: tuple[str, ...] | None = None,
 ) -> bool:
     """Whether conv2d of a list of images reads them where they lie.
 
     It does where our kernel would compute the convolution: then the concatenation is traffic saved. Where
     cuDNN or ATen compute it, there must be a concatenation, and `up_concat` writes it in one launch.
+    `fused` says whether an epilogue follows, `others` which of cuDNN's fused calls could serve; those for a
+    relu if None.
     """
     first = images[0]
     channels = sum([t.shape[1] for t in images])
@@ -224,5 +242,8 @@ def prefers_virtual_concat(
     if backend == "aten" or certainly_aten(first) or weight.dim() != 4 or weight.shape[1] != channels:
         return False
     differentiates = torch.is_grad_enabled() and any([t.requires_grad for t in (*images, weight)])
-    reasons = (first, weight, autocast_dtype(first), (stride, dilation), 1, True, differentiates)
+    if others is None:
+        others = rivals(first, weight, None, None, None, None, "relu")
+    dtype = autocast_dtype(first)
+    reasons = (first, weight, dtype, (stride, dilation), 1, fused, differentiates, 0, others)
     return can_use_triton(backend, *reasons) is None

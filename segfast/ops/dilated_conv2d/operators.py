@@ -1,9 +1,9 @@
 """The three registered operators of conv2d: shapes, kernels, and the same in ATen."""
 
 import torch
+import torch.nn.functional as F
 
-from .._conv2d_aten import conv2d_aten
-from .._epilogue import check_epilogue
+from .._epilogue import apply_epilogue, check_epilogue
 from .._geometry import output_size
 from .._layout import channels_innermost, in_format, output_format, packed_weight, row_weight
 from .._operands import empty, kernel_output, load_kernels
@@ -39,6 +39,8 @@ def _forward_kernels(
     shape = _result_shape(*tensors, stride, padding, dilation, groups)
     memory_format = output_format(input, weight)
     out = kernel_output(shape, input, memory_format)
+    if out.numel() == 0:
+        return out.contiguous(memory_format=memory_format)
     fitted = (
         channels_innermost(input),
         row_weight(weight),
@@ -56,10 +58,9 @@ def _forward_reference(
     input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, activation, negative_slope
 ):  # fmt: skip
     _result_shape(input, weight, bias, scale, shift, residual, stride, padding, dilation, groups)
-    y = conv2d_aten(
-        input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation,
-        negative_slope,
-    )  # fmt: skip
+    # Nothing written over, no size asked: this is also the decomposition that a tracer records.
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)
     return in_format(y, output_format(input, weight))
 
 
@@ -70,6 +71,8 @@ def _grad_input_fake(grad, weight, height, width, stride, padding, dilation, gro
 def _grad_input_kernels(grad, weight, height, width, stride, padding, dilation, groups):
     memory_format = output_format(grad, weight)
     out = kernel_output((grad.shape[0], weight.shape[1] * groups, height, width), grad, memory_format)
+    if out.numel() == 0:
+        return out.contiguous(memory_format=memory_format)
     load_kernels().conv2d_grad_input(
         channels_innermost(grad),
         packed_weight(weight),

@@ -14,7 +14,7 @@ from .._layout import channels_innermost, in_format, output_format, packed_weigh
 from .._operands import Pair, empty, kernel_output, load_kernels, pair
 from .._registry import Operator, _functorch_active, autocast_dtype, needs_autograd
 from .autograd import forward as convolve
-from .operators import multiply_add_flops
+from .operators import FORWARD, multiply_add_flops
 
 
 def _check(input: Tensor, weights: Sequence[Tensor], dilations: Sequence[Pair]) -> tuple[int, ...]:
@@ -73,6 +73,8 @@ def _kernels(input, weights, scale, shift, dilations, activation, negative_slope
     shape = _result_shape(input, weights, scale, shift, dilations)
     memory_format = output_format(input, weights[0])
     out = kernel_output(shape, input, memory_format)
+    if out.numel() == 0:
+        return out.contiguous(memory_format=memory_format)
     fitted = (
         channels_innermost(input),
         *[None if vector is None else vector.contiguous() for vector in (scale, shift)],
@@ -123,10 +125,14 @@ def _kernel_branch(input, weight, padding, dilation, scale, shift, activation, n
     )
 
 
+def _reference_branch(input, weight, padding, dilation, scale, shift, *ending):
+    return FORWARD.reference(input, weight, None, scale, shift, None, (1, 1), padding, dilation, 1, *ending)
+
+
 def _reference(input, weights, scale, shift, dilations, activation, negative_slope):
     _result_shape(input, weights, scale, shift, dilations)
     pairs = _pairs(dilations)
-    y = _branches(_aten_branch, input, weights, pairs, scale, shift, activation, negative_slope)
+    y = _branches(_reference_branch, input, weights, pairs, scale, shift, activation, negative_slope)
     return in_format(y, output_format(input, weights[0]))
 
 
