@@ -1,4 +1,4 @@
-"""What of a model is fused: chains of layers, and whole ASPPs."""
+"""What of a model is fused: chains of layers, and whole ASPPs and residual blocks."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ from torch import nn
 
 from ._compare import arguments, difference
 from ._fuse_chains import Found, find_chains, fuse_chains
+from .nn._fused_block import can_fuse, fuse_block, is_block, is_fused_block, unfuse_blocks
 from .nn._fused_chain import unfuse
 from .nn._fused_pyramid import (
     fuse_pyramid,
@@ -17,9 +18,11 @@ from .nn._fused_pyramid import (
     unfuse_pyramids,
 )
 
+OTHER_LAYERS = "a layer in it is of another kind, or there are hooks on it"
+
 
 class Fusions(NamedTuple):
-    """What to fuse: chains, and ASPPs by name, those of unknown classes apart; and why the rest is not."""
+    """What to fuse: chains, and ASPPs and blocks by name, unknown classes apart; and why the rest is not."""
 
     chains: tuple[Found, ...]
     known: tuple[str, ...]
@@ -33,7 +36,9 @@ def find_fusions(
     heads: Iterable[str],
     filter_fn: Callable[[str, nn.Module], bool] | None,
 ) -> Fusions:
-    """The ASPPs of `model`, and the chains that begin with the layers named `heads`. Changes nothing.
+    """The ASPPs and blocks of `model`, and the chains that begin with the layers named `heads`.
+
+    Changes nothing.
 
     Raises:
         TypeError: `example_inputs` is no tensor, tuple or None.
@@ -41,21 +46,41 @@ def find_fusions(
     """
     known, unknown, reasons = [], [], {}
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("segfast.") or not is_pyramid(module):
+        if type(module).__module__.startswith("segfast.") or not is_whole(module):
             continue  # segfast's own need nothing
         if filter_fn is not None and not filter_fn(name, module):
             reasons[name] = "left out by filter_fn"
-        elif pyramid_of(module) is None:
-            reasons[name] = "a layer in it is of another kind, or there are hooks on it"
-        elif is_known(module):
+        elif not has_its_layers(module):
+            reasons[name] = OTHER_LAYERS
+        elif has_known_forward(module):
             known.append(name)
-        elif example_inputs is not None or is_fused_pyramid(module):
+        elif example_inputs is not None or is_fused_whole(module):
             unknown.append(name)
         else:
             reasons[name] = "its class is not known; give example_inputs"
-    inside = tuple(f"{name}." for name in (*known, *unknown))
+    inside = tuple(f"{name}." if name else "" for name in (*known, *unknown))
     plan = find_chains(model, example_inputs, [head for head in heads if not head.startswith(inside)])
     return Fusions(plan.chains, tuple(known), tuple(unknown), reasons | plan.reasons)
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether `module` may be fused as a whole: an ASPP, or a residual block."""
+    return is_block(module) or is_pyramid(module)
+
+
+def is_fused_whole(module: nn.Module) -> bool:
+    """Whether it is."""
+    return is_fused_block(module) or is_fused_pyramid(module)
+
+
+def has_known_forward(module: nn.Module) -> bool:
+    """Whether a whole's forward is known without running it."""
+    return is_block(module) or is_known(module)
+
+
+def has_its_layers(module: nn.Module) -> bool:
+    """Whether all that is in a whole can be fused."""
+    return can_fuse(module) if is_block(module) else pyramid_of(module) is not None
 
 
 def fuse(model: nn.Module, plan: Fusions, example_inputs: Any) -> dict[str, str]:
@@ -67,7 +92,10 @@ def fuse(model: nn.Module, plan: Fusions, example_inputs: Any) -> dict[str, str]
     fuse_chains(model, plan.chains)
     for name in (*plan.known, *plan.unknown):
         module = model.get_submodule(name)
-        if not is_fused_pyramid(module):
+        unfuse(module)  # chains inside, of an earlier time
+        if is_block(module):
+            fuse_block(module)
+        elif not is_fused_pyramid(module):
             fuse_pyramid(module)
     heads = [chain.names[0] for chain in plan.chains]
     if example_inputs is None or not (heads or plan.known or plan.unknown):
@@ -89,3 +117,4 @@ def undo(model: nn.Module) -> None:
     """Let every layer of `model` compute by itself again."""
     unfuse(model)
     unfuse_pyramids(model)
+    unfuse_blocks(model)

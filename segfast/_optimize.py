@@ -44,7 +44,9 @@ def optimize(
     tracer, nor in a part of the model that is called by itself.
 
     The ASPPs of torchvision, segmentation_models_pytorch and mmseg are each fused into a few operators in
-    eval without gradients; given `example_inputs`, so are classes of the same structure.
+    eval without gradients; given `example_inputs`, so are classes of the same structure. The residual blocks
+    of torchvision's ResNets, which smp has too, are in eval one operator per convolution, the norm, addition
+    and ReLU after it included.
 
     Args:
         model: any module; one layer will do.

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ._fuse import OTHER_LAYERS, has_its_layers, has_known_forward, is_fused_whole, is_whole
 from ._judge import RECORD, check_model, judge, qualified, type_name
 from ._table import format_table
 from .nn._chains import is_depthwise
+from .nn._fused_block import contents, is_block
 from .nn._fused_chain import chain_of
-from .nn._fused_pyramid import is_fused_pyramid, is_known, is_pyramid
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def report(model: nn.Module) -> Report:
             reason = "left out by filter_fn"
         elif rule is not None:
             reason = f"not yet: optimize would make it {qualified(rule.target)}"
-        if reason is not None or fused or is_pyramid(module):
+        if reason is not None or fused or is_whole(module):
             why = "; ".join(part for part in (reason, fusion) if part is not None)
             row = Row(name, type_name(module), "rule" in record, why, tuple(shared), fused)
             rows.append(row)
@@ -104,18 +105,22 @@ def _fusion(name: str, module: nn.Module) -> tuple[bool, str | None]:
     if chain is not None and chain.layers[0] is module:
         parent = name.rpartition(".")[0]
         return True, f"fused with {', '.join([n.removeprefix(f'{parent}.') for n in chain.names[1:]])}"
-    if is_fused_pyramid(module):
-        return True, "its layers fused"
+    if is_fused_whole(module):
+        return True, f"its layers fused{f': {contents(module)}' if is_block(module) else ''}"
     why = vars(module).get(RECORD, {}).get("not_fused")
-    pyramid = is_pyramid(module)
-    if why is None and pyramid:
-        return False, _unfused_pyramid(module)
+    whole = is_whole(module)
+    if why is None and whole:
+        return False, _unfused_whole(module)
     # A dense convolution is not expected to be fused with anything.
-    tells = why is not None and (pyramid or is_depthwise(module))
+    tells = why is not None and (whole or is_depthwise(module))
     return False, f"not fused: {why}" if tells else None
 
 
-def _unfused_pyramid(module: nn.Module) -> str:
+def _unfused_whole(module: nn.Module) -> str:
     if type(module).__module__.startswith("segfast."):
         return "segfast's own already"
-    return "not yet: optimize would fuse its layers" if is_known(module) else "not yet: give example_inputs"
+    if not has_its_layers(module):
+        return f"not fused: {OTHER_LAYERS}"
+    if not has_known_forward(module):
+        return "not yet: give example_inputs"
+    return "not yet: optimize would fuse its layers"

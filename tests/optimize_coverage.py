@@ -27,7 +27,8 @@ HEAD = """# What `segfast.optimize` does to published networks
 
 `segfast.optimize(model, image)` on torchvision's networks and on segmentation_models_pytorch's (smp) with a
 ResNet-18 encoder. Replaced layers changed their class, for train and eval; fused ones are computed together
-in eval. None of it says how fast that is.
+in eval; a class alone (ASPP, Bottleneck) is a module with all that is in it. None of it says how fast
+that is.
 
 A test compares this page with what happens; `python -m tests.optimize_coverage` writes it anew.
 

@@ -72,7 +72,7 @@ def test_the_fused_product_uses_the_matrix_unit_without_a_wait_for_each_tap(rows
 def test_hopper_runs_256_outputs_fused_and_728_as_two_kernels(rows):
     assert find(rows, "sm_90", "decoder_256 separable", "fused").tile.endswith("fused")
     pair = {row.kernel for row in rows if (row.arch, row.specimen) == ("sm_90", "middle_728 separable")}
-    assert pair == {"depthwise_conv2d_rows", "pointwise_conv2d"}
+    assert pair == {"depthwise_conv2d_rows", "conv2d_forward"}
 
 
 def test_bf16_is_widened_in_one_instruction(rows):

@@ -327,7 +327,7 @@ def test_a_variant_times_its_own_operation():
     """And the form of two kernels what was found for each of them."""
     family, tuner = FAMILIES["separable_conv2d"], Tuner(torch.float32, CPU)
     first, second = Config(4, 16, 4, 1, 1), Config(16, 16, 16, 4, 2)
-    rows, product = "_depthwise_conv2d_rows_kernel", "_pointwise_conv2d_kernel"
+    rows, product = "_depthwise_conv2d_rows_kernel", "_conv2d_forward_kernel"
     for operation, config in (("depthwise_conv2d_forward", first), ("pointwise_conv2d_forward", second)):
         tuned = Tuned(operation, operation, "", config, 1.0, 2.0, [])
         tuner.found[operation, family.layer_of(operation, WALKS)] = tuned
@@ -374,5 +374,5 @@ def test_every_configuration_is_compiled_before_a_gpu_run_tunes():
         found = _tuning_launches(CPU, *tasks["separable_conv2d_forward"][1:])
     names = {plan.kernel.fn.__name__ for plan, _ in found}
     assert names == {
-        "_separable_conv2d_fused_kernel", "_depthwise_conv2d_rows_kernel", "_pointwise_conv2d_kernel"
+        "_separable_conv2d_fused_kernel", "_depthwise_conv2d_rows_kernel", "_conv2d_forward_kernel"
     }  # fmt: skip

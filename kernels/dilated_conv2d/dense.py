@@ -70,7 +70,9 @@ def _conv2d_forward_kernel(
     CHANNELS: tl.constexpr = CI + CI1 + CI2 + CI3
     RUN: tl.constexpr = KERNEL_W * CI if FOLD else CHANNELS
     TAPS_W: tl.constexpr = 1 if FOLD else KERNEL_W
-    ONE_RUN: tl.constexpr = FOLD or CI % BLOCK_K == 0 or CI1 > 0
+    # A run a step, where little of its last tile stays empty; else tiles of depth run on over taps.
+    LITTLE: tl.constexpr = -CI % BLOCK_K * 8 <= CI
+    ONE_RUN: tl.constexpr = FOLD or LITTLE or CI1 > 0 or TAPS == 1
     BLOCKS0: tl.constexpr = ((RUN if FOLD else CI) + BLOCK_K - 1) // BLOCK_K
     BLOCKS1: tl.constexpr = BLOCKS0 + (CI1 + BLOCK_K - 1) // BLOCK_K
     BLOCKS2: tl.constexpr = BLOCKS1 + (CI2 + BLOCK_K - 1) // BLOCK_K
@@ -276,6 +278,8 @@ def make_dense(
     if align * x.element_size() < 8:
         # Fewer of the many narrow loads to a thread.
         config = fit_registers(replace(config, num_warps=8), 16 if tight == 2 else 64)
+    if tight and kernel != (1, 1) and -channels % config.block_k * 8 > channels:
+        config = fit_registers(config, 16)  # beside the taps of every column of a step
     if residual is not None or activation == "gelu":
         config = fit_registers(config, 64 if x.element_size() == 2 else 32)
     split = config.split_k

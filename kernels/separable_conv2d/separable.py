@@ -17,7 +17,6 @@ from .._configs import (
     Config,
     Problem,
     choose_config,
-    fit_operands,
     geometry_variant,
     operands_in_registers,
     register_candidates,
@@ -25,6 +24,7 @@ from .._configs import (
 from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from ..dilated_conv2d.dense import candidates, make_dense
 from ._shared import Geometry, _widen, tap_alignment, widens_by_asm
 from .depthwise import depthwise_conv2d_forward
 
@@ -99,47 +99,6 @@ def _separable_conv2d_fused_kernel(
     tl.store(y_ptr + offsets[:, None] + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def _pointwise_conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
-    M, OH, OW, negative_slope,
-    stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
-    C: tl.constexpr, CO: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, WIDE_INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    # The 1x1 convolution alone: a matrix product whose rows are pixels.
-    TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    if WIDE_INDEX:
-        pid = pid.to(tl.int64)
-    m = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_ok = m < M
-    c_ok = c < CO
-    ow = m % OW
-    oh = m // OW % OH
-    n = m // OW // OH
-    x_rows = x_ptr + tl.multiple_of(n * stride_xn + oh * stride_xh + ow * stride_xw, ALIGN_X)[:, None]
-    w_rows = w_ptr + c[:, None] * C
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(0, C, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        k_ok = k < C
-        x = tl.load(x_rows + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0)
-        w = tl.load(w_rows + k[None, :], mask=c_ok[:, None] & k_ok[None, :], other=0.0)
-        accumulator = tl.dot(x, tl.trans(w), accumulator, input_precision=PRECISION)
-
-    y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, c, c_ok)
-    ok = m_ok[:, None] & c_ok[None, :]
-    if residual_ptr is not None:
-        offsets = tl.multiple_of(n * stride_rn + oh * stride_rh + ow * stride_rw, ALIGN_Y)
-        y += tl.load(residual_ptr + offsets[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
-    y = _activate(y, negative_slope, ACTIVATION)
-    offsets = tl.multiple_of(n * stride_yn + oh * stride_yh + ow * stride_yw, ALIGN_Y)
-    tl.store(y_ptr + offsets[:, None] + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
-
-
 def _candidates(problem: Problem, arch: str) -> list[Config]:
     passes = operands_in_registers(problem.dtype.itemsize, arch)
     depth = 64 if problem.dtype.itemsize == 2 and not passes and not arch.startswith("gfx") else 32
@@ -166,21 +125,8 @@ def _fit_pixels(config: Config, accumulators: int) -> Config:
     return config
 
 
-def _pointwise_candidates(problem: Problem, arch: str) -> list[Config]:
-    if arch.startswith("gfx"):
-        return [Config(64, 64, 32, 4, 2)]
-    passes = operands_in_registers(problem.dtype.itemsize, arch)
-    depth = 64 if problem.dtype.itemsize == 2 else 32 // max(passes, 1)
-    # sm_100 moves its products from the tensor memory through registers: 128 columns leave room for them.
-    widest = 128 if arch.startswith("sm_10") else 256
-    columns = max(16, min(widest, triton.next_power_of_2(problem.columns)))
-    tiles = [Config(128, columns, depth, 8 if columns >= 128 else 4, 3 if columns > 128 else 4)]
-    tiles += [Config(128, min(columns, 128), depth, 8, 4), Config(64, min(columns, 128), depth, 4, 4)]
-    return [fit_operands(tile, problem.dtype.itemsize, arch) for tile in tiles]
-
-
-register_candidates("separable_conv2d_forward", _candidates)
-register_candidates("pointwise_conv2d_forward", _pointwise_candidates)
+register_candidates("separable_conv2d_forward", _candidates, uses=("dilated_conv2d",))
+register_candidates("pointwise_conv2d_forward", candidates, uses=("dilated_conv2d",))
 
 
 def _problem(operation: str, x, channels: int, out, taps: int, variant: str) -> Problem:
@@ -192,50 +138,32 @@ def _problem(operation: str, x, channels: int, out, taps: int, variant: str) -> 
     )  # fmt: skip
 
 
-def _common_constants(x, channels, residual, out, activation, config) -> dict:
-    return {
-        "C": channels,
-        "CO": out.shape[1],
-        "ACTIVATION": activation,
-        "PRECISION": dot_precision(x.dtype),
-        "ALIGN_X": pixel_alignment(x),
-        "ALIGN_Y": pixel_alignment(out, residual),
-        "WIDE_INDEX": needs_wide_index(x, residual, out),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-    }
-
-
 def _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, config) -> Plan:
     batch, channels_out, out_h, out_w = out.shape
     pixels = batch * out_h * out_w
     scalars = (pixels, *x.shape[2:], out_h, out_w, float(negative_slope), *image_strides(x),
                *image_strides(residual), *image_strides(out), *wd.stride()[2:])  # fmt: skip
-    constants = _common_constants(x, wd.shape[0], residual, out, activations[1], config)
-    constants |= geometry.constants() | {
+    constants = geometry.constants() | {
+        "C": wd.shape[0],
+        "CO": channels_out,
         "MULTIPLIER": geometry.multiplier,
         "DEPTHWISE_ACTIVATION": activations[0],
+        "ACTIVATION": activations[1],
+        "PRECISION": dot_precision(x.dtype),
         "ASM": widens_by_asm(x),
+        "ALIGN_X": pixel_alignment(x),
+        "ALIGN_Y": pixel_alignment(out, residual),
         "ALIGN_W": tap_alignment(wd),
+        "WIDE_INDEX": needs_wide_index(x, residual, out),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
     }
     grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),)
     plan = Plan(_separable_conv2d_fused_kernel, grid, scalars, constants, config)
     # mma.sync takes its operands from registers, of which ptxas would rather spill some than use all.
     tight = operands_in_registers(x.element_size(), architecture(x.device))
     return bounded(plan, x.device, 255) if tight else plan
-
-
-def _pointwise_plan(x, residual, out, activation, negative_slope) -> Plan:
-    problem = _problem("pointwise_conv2d_forward", x, x.shape[1], out, 1, "")
-    config = choose_config(problem, x.device)
-    batch, channels_out, out_h, out_w = out.shape
-    pixels = batch * out_h * out_w
-    scalars = (pixels, out_h, out_w, float(negative_slope), *image_strides(x), *image_strides(residual),
-               *image_strides(out))  # fmt: skip
-    constants = _common_constants(x, x.shape[1], residual, out, activation, config)
-    grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),)
-    return Plan(_pointwise_conv2d_kernel, grid, scalars, constants, config)
 
 
 def separable_conv2d_forward(
@@ -302,14 +230,25 @@ def _two_kernels(
     return launch
 
 
-def pointwise_conv2d_forward(x, w, bias, scale, shift, residual, out, activation, negative_slope) -> Plan:
+def pointwise_conv2d_forward(
+    x, w, bias, scale, shift, residual, out, activation, negative_slope
+) -> Callable[..., None]:
     """out = act(scale * (w x + bias) + shift + residual): the second of the two kernels, alone for the tuner.
 
-    Operands as in `separable_conv2d_forward`, x [N, C, OH, OW]. Returns the plan, for tensors laid out alike.
+    Operands as in `separable_conv2d_forward`, x [N, C, OH, OW]. Returns a function of them, of others laid
+    out alike.
     """
     operands = (x, w, bias, scale, shift, residual, out)
     key = ("pointwise_conv2d_forward", layout_key(*operands), x.device, activation, negative_slope,
            dot_precision(x.dtype))  # fmt: skip
-    plan = planned(key, lambda: _pointwise_plan(x, residual, out, activation, negative_slope))
-    plan(*operands)
-    return plan
+
+    def make() -> Callable[..., None]:
+        problem = _problem("pointwise_conv2d_forward", x, x.shape[1], out, 1, "-fused")
+        config = choose_config(problem, x.device)
+        one, zero = (1, 1), (0, 0)
+        dense = make_dense([x], w, residual, out, one, zero, one, 1, config, activation, negative_slope)
+        return lambda x, *rest: dense((x,), *rest)
+
+    launch = planned(key, make)
+    launch(*operands)
+    return launch

@@ -331,7 +331,7 @@ def test_each_form_is_what_it_says():
     tensors = separable_operands((1, 4, 3, 3), 3)
     for form, kernels in (
         ("fused", ["_separable_conv2d_fused_kernel"]),
-        ("two kernels", ["_depthwise_conv2d_rows_kernel", "_pointwise_conv2d_kernel"]),
+        ("two kernels", ["_depthwise_conv2d_rows_kernel", "_conv2d_forward_kernel"]),
     ):
         with in_form(form), record_launches() as launches, segfast.backend("triton"), torch.no_grad():
             separable_conv2d(**tensors)
