@@ -49,6 +49,6 @@ __all__ = [
 
 def __getattr__(name: str):
     """`segfast.models` and its like: found without an import of their own, loaded only where used."""
-    if name in ("data", "models", "train"):
+    if name in ("crf", "data", "models", "train"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from . import init
 from ._aspp import ASPP
 from .conv_transpose2d import ConvTranspose2d
+from .dense_crf import DenseCRF
 from .dilated_conv2d import Conv2d, ConvBNAct
 from .segmentation_head import UpsampleArgmax, UpsampleCrossEntropyLoss
 from .separable_conv2d import DepthwiseConv2d, InvertedResidual, SeparableConv2d
@@ -14,6 +15,7 @@ __all__ = [
     "Conv2d",
     "ConvBNAct",
     "ConvTranspose2d",
+    "DenseCRF",
     "DepthwiseConv2d",
     "InvertedResidual",
     "SeparableConv2d",

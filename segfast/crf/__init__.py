@@ -1,0 +1,289 @@
+"""`pydensecrf.densecrf` on segfast: `import segfast.crf as dcrf` for `import pydensecrf.densecrf as dcrf`.
+
+The classes, methods, argument names and NumPy conventions are pydensecrf's; results are NumPy arrays where it
+has matrices of its own. Beyond it: the argument `method`, arrays of any real dtype and layout, `map`, and
+errors where it crashes. `segfast.functional.mean_field` is the same in PyTorch, with gradients.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ..ops import dense_crf
+from ..ops.dense_crf.arguments import (
+    check_compatibility,
+    check_count,
+    check_features,
+    check_iterations,
+    check_options,
+    positive,
+)
+from . import utils
+
+
+class KernelType(IntEnum):
+    """Which parameters of a kernel learning would change; inference is the same with each."""
+
+    CONST_KERNEL = 0
+    DIAG_KERNEL = 1
+    FULL_KERNEL = 2
+
+
+class NormalizationType(IntEnum):
+    """On which side of a kernel its row sums are divided out."""
+
+    NO_NORMALIZATION = 0
+    NORMALIZE_BEFORE = 1
+    NORMALIZE_AFTER = 2
+    NORMALIZE_SYMMETRIC = 3
+
+
+CONST_KERNEL, DIAG_KERNEL, FULL_KERNEL = KernelType
+NO_NORMALIZATION, NORMALIZE_BEFORE, NORMALIZE_AFTER, NORMALIZE_SYMMETRIC = NormalizationType
+_NAMES = (None, "before", "after", "symmetric")
+
+
+class ConstUnary:
+    """Energies [labels, points] as they are."""
+
+    def __init__(self, u: ArrayLike):
+        self.energy = _tensor(u, "u", 2)
+
+
+class LogisticUnary:
+    """Energies L f: L [labels, K] applied to the features f [K, points]."""
+
+    def __init__(self, L: ArrayLike, f: ArrayLike):
+        weights, features = _tensor(L, "L", 2), _tensor(f, "f", 2)
+        if weights.shape[1] != features.shape[0]:
+            raise ValueError(
+                "L must be [labels, K] and f [K, points], "
+                f"got {list(weights.shape)} and {list(features.shape)}"
+            )
+        self.energy = weights @ features
+
+
+class DenseCRF:
+    """A CRF whose points are all connected, in any number of dimensions.
+
+    Args:
+        nvar: the number of points.
+        nlabels: the number of labels.
+        method: "lattice", pydensecrf's own approximation; "exact", all pairs; "auto", for each term the one
+            of less modelled cost. The repr says which.
+
+    Example:
+        >>> import numpy as np, segfast.crf as dcrf
+        >>> d = dcrf.DenseCRF(100, 5)
+        >>> d.setUnaryEnergy(np.random.rand(5, 100).astype(np.float32))
+        >>> d.addPairwiseEnergy(np.random.rand(7, 100).astype(np.float32), compat=3)
+        >>> d.inference(5).shape
+        (5, 100)
+        >>> d
+        DenseCRF(nvar=100, nlabels=5, method='auto' (exact))
+    """
+
+    def __init__(self, nvar: int, nlabels: int, *, method: str = "auto"):
+        self._nvar, self._nlabel = check_count(nvar, "nvar"), check_count(nlabels, "nlabels")
+        check_options(method, None)
+        self._method = method
+        self._unary: Tensor | None = None
+        self._terms: list[dense_crf.Term] = []
+
+    def addPairwiseEnergy(
+        self,
+        features: ArrayLike,
+        compat: float | ArrayLike,
+        kernel: int = DIAG_KERNEL,
+        normalization: int = NORMALIZE_SYMMETRIC,
+    ) -> None:
+        """Adds the term `compat * exp(-|f_i - f_j|^2 / 2)`; features [D, points], D any number.
+
+        Args:
+            compat: a number (Potts: its cost for two different labels), [labels] (the diagonal of energies)
+                or [labels, labels] (all of them; only the symmetric half of it counts).
+        """
+        points = _tensor(features, "features", 2)
+        if points.shape[0] == 0 or points.shape[1] != self._nvar:
+            raise ValueError(f"features must be [D, {self._nvar}] (points), got {list(points.shape)}")
+        self._add(points.T, "features", compat, kernel, normalization)
+
+    def setUnary(self, u: ConstUnary | LogisticUnary) -> None:
+        """Sets the energies from an object that holds them."""
+        self._set(u.energy)
+
+    def setUnaryEnergy(self, u: ArrayLike, f: ArrayLike | None = None) -> None:
+        """Sets the energies [labels, points], negative log probabilities; with f, `LogisticUnary(u, f)`'s."""
+        self._set((ConstUnary(u) if f is None else LogisticUnary(u, f)).energy)
+
+    def inference(self, niter: int) -> NDArray[np.float32]:
+        """The probabilities [labels, points] after so many iterations of mean field."""
+        check_iterations(niter)
+        with torch.no_grad():
+            return _array(dense_crf.infer(self._energies(), self._terms, niter))
+
+    def map(self, niter: int) -> NDArray[np.int64]:
+        """The most probable label of each point [points], after so many iterations."""
+        return self.inference(niter).argmax(0)
+
+    def startInference(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """The probabilities of the energies alone, and two arrays that `stepInference` takes by tradition."""
+        nothing = np.empty((0, 0), np.float32)
+        return _array(dense_crf.start(self._energies())), nothing, nothing.copy()
+
+    def stepInference(
+        self, Q: NDArray[np.float32], tmp1: ArrayLike | None = None, tmp2: ArrayLike | None = None
+    ) -> None:
+        """One iteration, which overwrites the probabilities Q [labels, points]."""
+        with torch.no_grad():
+            Q[...] = _array(dense_crf.step(self._probabilities(Q), self._energies(), self._terms))
+
+    def klDivergence(self, Q: ArrayLike) -> float:
+        """The KL divergence of Q [labels, points] from the CRF, up to a constant of the CRF."""
+        with torch.no_grad():
+            return float(dense_crf.kl_divergence(self._probabilities(Q), self._energies(), self._terms))
+
+    def __repr__(self) -> str:
+        chosen = f" ({', '.join(term.filter.method for term in self._terms)})" if self._terms else ""
+        options = f"nlabels={self._nlabel}, method={self._method!r}{chosen}"
+        return f"{type(self).__name__}({self._sizes()}, {options})"
+
+    def _sizes(self) -> str:
+        return f"nvar={self._nvar}"
+
+    def _set(self, energy: Tensor) -> None:
+        if tuple(energy.shape) != (self._nlabel, self._nvar):
+            raise ValueError(
+                f"the unary energy must be {[self._nlabel, self._nvar]} (labels, points), "
+                f"got {list(energy.shape)}"
+            )
+        if energy.isnan().any():
+            raise ValueError("the unary energy holds NaN")
+        self._unary = energy.T.contiguous()
+
+    def _add(
+        self, points: Tensor, source: str, compat: float | ArrayLike, kernel: int, normalization: int
+    ) -> None:
+        """Adds the term of features [points, D]."""
+        points = check_features(points, source, torch.float32).contiguous()
+        name, compatibility = self._options(compat, kernel, normalization)
+        kernel_filter = dense_crf.feature_filter(points, self._method, name)
+        self._terms.append(dense_crf.Term(kernel_filter, compatibility))
+
+    def _energies(self) -> Tensor:
+        return torch.zeros(self._nvar, self._nlabel) if self._unary is None else self._unary
+
+    def _probabilities(self, Q: ArrayLike) -> Tensor:
+        q = _tensor(Q, "Q", 2)
+        if tuple(q.shape) != (self._nlabel, self._nvar):
+            raise ValueError(f"Q must be {[self._nlabel, self._nvar]} (labels, points), got {list(q.shape)}")
+        return q.T.contiguous()
+
+    def _options(
+        self, compat: float | ArrayLike, kernel: int, normalization: int
+    ) -> tuple[str | None, float | Tensor]:
+        """The name of the normalisation and the energies of a term."""
+        KernelType(kernel)
+        name = _NAMES[NormalizationType(normalization)]
+        if np.ndim(compat) == 0:
+            value: float | Tensor = float(compat)  # type: ignore[arg-type]
+        else:
+            value = torch.from_numpy(np.array(compat, np.float32))
+        value = check_compatibility(value, self._nlabel, "compat", torch.float32, torch.device("cpu"))
+        if isinstance(value, Tensor) and value.dim() == 2:
+            value = (value + value.T) / 2
+        return name, value
+
+
+class DenseCRF2D(DenseCRF):
+    """A CRF over the pixels of an image, in raster order: w columns, h rows.
+
+    Example:
+        >>> import numpy as np, segfast.crf as dcrf
+        >>> d = dcrf.DenseCRF2D(24, 16, 2)
+        >>> d.setUnaryEnergy(np.random.rand(2, 16 * 24).astype(np.float32))
+        >>> d.addPairwiseGaussian(sxy=3, compat=3)
+        >>> d.addPairwiseBilateral(sxy=80, srgb=13, rgbim=np.zeros((16, 24, 3), np.uint8), compat=10)
+        >>> d.inference(5).argmax(axis=0).reshape(16, 24).shape
+        (16, 24)
+    """
+
+    def __init__(self, w: int, h: int, nlabels: int, *, method: str = "auto"):
+        self._w, self._h = check_count(w, "w"), check_count(h, "h")
+        super().__init__(w * h, nlabels, method=method)
+
+    def addPairwiseGaussian(
+        self,
+        sxy: float | Sequence[float],
+        compat: float | ArrayLike,
+        kernel: int = DIAG_KERNEL,
+        normalization: int = NORMALIZE_SYMMETRIC,
+    ) -> None:
+        """Adds a term of the places alone; sxy in pixels, one standard deviation or (along x, along y)."""
+        name, compatibility = self._options(compat, kernel, normalization)
+        theta = positive(sxy, "sxy", 2)
+        like = torch.empty(0)
+        grid = dense_crf.grid_filter((self._h, self._w), theta, self._method, name, like)
+        self._terms.append(dense_crf.Term(grid, compatibility))
+
+    def addPairwiseBilateral(
+        self,
+        sxy: float | Sequence[float],
+        srgb: float | Sequence[float],
+        rgbim: ArrayLike,
+        compat: float | ArrayLike,
+        kernel: int = DIAG_KERNEL,
+        normalization: int = NORMALIZE_SYMMETRIC,
+    ) -> None:
+        """Adds a term of the places and the colours.
+
+        Args:
+            sxy: standard deviation in pixels, one or (along x, along y).
+            srgb: standard deviation in the image's units, one or one a channel.
+            rgbim: [h, w, 3]; other images by `utils.create_pairwise_bilateral` and `addPairwiseEnergy`.
+        """
+        image = _tensor(rgbim, "rgbim", 3)
+        if tuple(image.shape) != (self._h, self._w, 3):
+            raise ValueError(f"rgbim must be {[self._h, self._w, 3]} (h, w, RGB), got {list(image.shape)}")
+        theta, beta = positive(sxy, "sxy", 2), torch.tensor(positive(srgb, "srgb", 3))
+        places = dense_crf.grid_features((self._h, self._w), theta, beta)
+        colours = image.reshape(-1, 3) / beta
+        self._add(torch.cat([places, colours], 1), "rgbim", compat, kernel, normalization)
+
+    def _sizes(self) -> str:
+        return f"w={self._w}, h={self._h}"
+
+
+def _tensor(values: ArrayLike, name: str, ndim: int) -> Tensor:
+    """A float32 tensor of its own memory."""
+    array = np.array(values, np.float32)
+    if array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got the shape {list(array.shape)}")
+    return torch.from_numpy(array)
+
+
+def _array(values: Tensor) -> NDArray[np.float32]:
+    """[points, labels] as [labels, points]."""
+    return values.T.contiguous().numpy()
+
+
+__all__ = [
+    "CONST_KERNEL",
+    "DIAG_KERNEL",
+    "FULL_KERNEL",
+    "NORMALIZE_AFTER",
+    "NORMALIZE_BEFORE",
+    "NORMALIZE_SYMMETRIC",
+    "NO_NORMALIZATION",
+    "ConstUnary",
+    "DenseCRF",
+    "DenseCRF2D",
+    "KernelType",
+    "LogisticUnary",
+    "NormalizationType",
+    "utils",
+]

@@ -1,0 +1,273 @@
+"""pydensecrf's interface: the same numbers from the same calls, where pydensecrf2 is installed."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import segfast.crf as ours
+from segfast.crf import utils
+
+from .ops.test_dense_crf import energies, photo
+
+PARAMETERS = [(80, 13, 10), (67, 3, 4), (49, 5, 4)]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return pytest.importorskip("pydensecrf.densecrf", reason="needs pydensecrf2")
+
+
+def unary_of(labels: int, height: int, width: int) -> np.ndarray:
+    return energies(labels, height, width)[0].reshape(labels, -1).numpy().copy()
+
+
+def far(actual, expected) -> float:
+    return float(np.abs(np.asarray(actual) - np.asarray(expected)).max())
+
+
+@pytest.mark.parametrize(("sxy", "srgb", "weight"), PARAMETERS)
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+def test_lattice_is_pydensecrf_on_photographs(theirs, name, sxy, srgb, weight):
+    image, unary = photo(name, 72, 61), unary_of(21, 72, 61)
+    results = []
+    for dcrf, options in ((theirs, {}), (ours, {"method": "lattice"})):
+        d = dcrf.DenseCRF2D(61, 72, 21, **options)
+        d.setUnaryEnergy(unary)
+        d.addPairwiseGaussian(sxy=3, compat=3)
+        d.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=image, compat=weight)
+        results.append(np.array(d.inference(10)))
+    assert results[1].shape == (21, 72 * 61) and results[1].dtype == np.float32
+    assert far(results[1], results[0]) < 1e-3
+    softmax = np.exp(-unary) / np.exp(-unary).sum(0)
+    assert far(results[0], softmax) > 0.3, "the CRF changed next to nothing"
+
+
+NORMALIZATIONS = ["NO_NORMALIZATION", "NORMALIZE_BEFORE", "NORMALIZE_AFTER", "NORMALIZE_SYMMETRIC"]
+COMPATIBILITIES = {
+    "number": 2,
+    "vector": -np.array([1, 2, 3, 2.5], np.float32),
+    "matrix": np.random.default_rng(0).random((4, 4)).astype(np.float32) - 2 * np.eye(4, dtype=np.float32),
+}
+
+
+def both(theirs, width=30, height=22, labels=4, **terms):
+    """The two classes' objects with the same energies."""
+    unary = unary_of(labels, height, width)
+    pair = theirs.DenseCRF2D(width, height, labels), ours.DenseCRF2D(width, height, labels, method="lattice")
+    for d in pair:
+        d.setUnaryEnergy(unary)
+    return pair
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("form", COMPATIBILITIES)
+def test_normalisations_compatibilities_steps_and_divergence(theirs, normalization, form):
+    image = photo("coffee", 22, 30)
+    pair, steps, divergences = both(theirs), [], []
+    for d, dcrf in zip(pair, (theirs, ours), strict=True):
+        norm = getattr(dcrf, normalization)
+        d.addPairwiseGaussian((2, 3), COMPATIBILITIES[form], dcrf.DIAG_KERNEL, norm)
+        d.addPairwiseBilateral(
+            (20, 30), (13, 9, 20), image, COMPATIBILITIES[form], kernel=dcrf.FULL_KERNEL, normalization=norm
+        )
+        Q, tmp1, tmp2 = d.startInference()
+        seen = [d.klDivergence(Q)]
+        for _ in range(3):
+            d.stepInference(Q, tmp1, tmp2)
+            seen.append(d.klDivergence(Q))
+        steps.append(np.array(Q))
+        divergences.append(seen)
+    assert far(steps[1], steps[0]) < 1e-3
+    np.testing.assert_allclose(divergences[1], divergences[0], rtol=1e-4)
+    assert len(set(divergences[0])) == 4
+    assert far(steps[1], pair[1].inference(3)) < 1e-5
+    assert np.array_equal(pair[1].map(3), np.asarray(pair[0].inference(3)).argmax(0))
+
+
+README = """
+d = dcrf.DenseCRF2D(40, 30, 3)
+U = unary_from_softmax(softmax)
+d.setUnaryEnergy(U)
+d.addPairwiseGaussian(sxy=(3, 3), compat=3, kernel=dcrf.DIAG_KERNEL, normalization=dcrf.NORMALIZE_SYMMETRIC)
+d.addPairwiseBilateral(sxy=(80, 80), srgb=(13, 13, 13), rgbim=im, compat=10,
+                       kernel=dcrf.DIAG_KERNEL, normalization=dcrf.NORMALIZE_SYMMETRIC)
+Q = d.inference(5)
+map = np.argmax(Q, axis=0).reshape((30, 40))
+proba = np.array(Q)
+Q, tmp1, tmp2 = d.startInference()
+divergences = []
+for i in range(5):
+    divergences.append(d.klDivergence(Q))
+    d.stepInference(Q, tmp1, tmp2)
+"""
+
+
+def test_the_manual_s_example_runs_with_either(theirs):
+    import pydensecrf.utils
+
+    softmax = np.exp(-unary_of(3, 30, 40)).reshape(3, 30, 40)
+    found = []
+    for dcrf, module in ((theirs, pydensecrf.utils), (ours, utils)):
+        space = {"np": np, "dcrf": dcrf, "im": photo("astronaut", 30, 40), "softmax": softmax}
+        space["unary_from_softmax"] = module.unary_from_softmax
+        exec(README, space)
+        found.append((space["map"], space["proba"], np.array(space["Q"]), space["divergences"]))
+    assert (found[0][0] == found[1][0]).mean() > 0.99
+    # Here "auto" may be exact, and differs from the lattice by what the lattice is off.
+    assert np.abs(found[0][1] - found[1][1]).mean() < 2e-2 and np.abs(found[0][2] - found[1][2]).mean() < 2e-2
+    assert far(found[1][1], found[1][2]) < 1e-5
+    np.testing.assert_allclose(found[0][3], found[1][3], rtol=2e-2)
+
+
+def test_eight_features(theirs):
+    generator = np.random.default_rng(3)
+    features = (generator.random((8, 300)) * 4).astype(np.float32)
+    unary, results = generator.random((5, 300)).astype(np.float32), []
+    for dcrf, options in ((theirs, {}), (ours, {"method": "lattice"})):
+        d = dcrf.DenseCRF(300, 5, **options)
+        d.setUnaryEnergy(unary)
+        d.addPairwiseEnergy(features, 3)
+        results.append(np.array(d.inference(5)))
+    assert far(*results) < 1e-3
+
+
+def test_any_dimension(theirs):
+    generator = np.random.default_rng(3)
+    volume = generator.random((6, 7, 5, 2)).astype(np.float32)
+    features = utils.create_pairwise_bilateral((3, 3, 2), (0.2, 0.4), volume, chdim=3)
+    places = utils.create_pairwise_gaussian((2, 2, 2), (6, 7, 5))
+    unary = generator.random((3, 210)).astype(np.float32)
+    results = []
+    for dcrf, options in ((theirs, {}), (ours, {"method": "lattice"})):
+        d = dcrf.DenseCRF(210, 3, **options)
+        d.setUnary(dcrf.ConstUnary(unary))
+        d.addPairwiseEnergy(features, compat=4)
+        d.addPairwiseEnergy(places, 3, dcrf.CONST_KERNEL, dcrf.NORMALIZE_BEFORE)
+        results.append(np.array(d.inference(5)))
+    assert far(*results) < 1e-3
+
+
+def test_logistic_unaries(theirs):
+    generator = np.random.default_rng(0)
+    weights, features = (generator.random(shape).astype(np.float32) for shape in ((3, 4), (4, 20)))
+    results = []
+    for dcrf in (theirs, ours):
+        d = dcrf.DenseCRF(20, 3)
+        d.setUnary(dcrf.LogisticUnary(weights, features))
+        results.append(np.array(d.inference(0)))
+    assert far(*results) < 1e-6
+    d = ours.DenseCRF(20, 3)
+    d.setUnaryEnergy(weights, features)
+    assert far(d.inference(0), results[0]) < 1e-6
+
+
+def test_helpers_are_pydensecrf_s():
+    theirs = pytest.importorskip("pydensecrf.utils", reason="needs pydensecrf2")
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, (5, 6))
+    for zero_unsure, count in ((True, 3), (False, 4)):
+        expected = theirs.unary_from_labels(labels, count, 0.7, zero_unsure)
+        actual = utils.unary_from_labels(labels.astype(np.uint8), count, 0.7, zero_unsure)
+        assert actual.dtype == np.float32 and np.array_equal(actual, expected)
+    softmax = generator.dirichlet(np.ones(3), (5, 6)).transpose(2, 0, 1)
+    softmax[:, 0, 0] = (1, 0, 0)
+    for options in ({}, {"scale": 0.5}, {"clip": 0.1}, {"scale": 1, "clip": 1e-3}):
+        expected = theirs.unary_from_softmax(softmax, **options)
+        np.testing.assert_allclose(utils.unary_from_softmax(softmax, **options), expected, rtol=1e-6)
+    with pytest.warns(DeprecationWarning):
+        assert np.array_equal(utils.compute_unary(labels, 3), theirs.compute_unary(labels, 3))
+    with pytest.warns(DeprecationWarning):
+        old = utils.softmax_to_unary(softmax[:, 1:], 0.8)
+    np.testing.assert_allclose(old, theirs.softmax_to_unary(softmax[:, 1:], 0.8), rtol=1e-6)
+    image = generator.integers(0, 255, (5, 6, 3)).astype(np.uint8)
+    for channels, channel_axis in (((13, 14, 15), 2), (13, 2)):
+        expected = theirs.create_pairwise_bilateral((3, 4), channels, image, channel_axis)
+        np.testing.assert_allclose(
+            utils.create_pairwise_bilateral((3, 4), channels, image, channel_axis), expected, rtol=1e-6
+        )
+    gray = utils.create_pairwise_bilateral((3, 4), (9,), image[..., 0])
+    np.testing.assert_allclose(gray, theirs.create_pairwise_bilateral((3, 4), (9,), image[..., 0]), rtol=1e-6)
+    places = utils.create_pairwise_gaussian((3, 4), (5, 6))
+    assert np.array_equal(places, theirs.create_pairwise_gaussian((3, 4), (5, 6)))
+
+
+def test_names_are_pydensecrf_s(theirs):
+    assert {name for name in dir(theirs) if name[0].isupper()} - set(dir(ours)) <= {"Number", "Unary"}
+    for name in NORMALIZATIONS:
+        assert int(getattr(ours, name)) == int(getattr(theirs, name))
+    for cls in ("DenseCRF", "DenseCRF2D"):
+        public = {name for name in dir(getattr(theirs, cls)) if not name.startswith("_")}
+        assert public and public <= set(dir(getattr(ours, cls)))
+
+
+def test_exact_is_the_functional_and_nothing_is_shared_with_the_caller():
+    image, unary = photo("astronaut", 10, 12), unary_of(3, 10, 12)
+    d = ours.DenseCRF2D(12, 10, 3, method="exact")
+    d.setUnaryEnergy(unary.astype(np.float64).copy(order="F"))
+    d.addPairwiseGaussian(2, 3)
+    d.addPairwiseBilateral(8, 13, image, 10)
+    expected = ours.dense_crf.mean_field(
+        torch.from_numpy(unary.copy()).reshape(3, 10, 12),
+        torch.from_numpy(image.copy()).permute(2, 0, 1),
+        iterations=4,
+        theta_alpha=8,
+        theta_gamma=2,
+        method="exact",
+    )
+    first = d.inference(4)
+    image[:], unary[:] = 0, 0
+    assert far(first, expected.reshape(3, -1)) < 1e-6 and np.array_equal(d.inference(4), first)
+    assert repr(d) == "DenseCRF2D(w=12, h=10, nlabels=3, method='exact' (exact, exact))"
+    wide = ours.DenseCRF2D(200, 100, 2)
+    wide.addPairwiseGaussian(3, 3)
+    assert repr(wide) == "DenseCRF2D(w=200, h=100, nlabels=2, method='auto' (lattice))"
+
+
+def test_without_energies_all_labels_are_alike():
+    d = ours.DenseCRF2D(5, 4, 3)
+    d.addPairwiseGaussian(2, 3)
+    assert far(d.inference(3), 1 / 3) < 1e-6 and far(d.startInference()[0], 1 / 3) < 1e-6
+
+
+NAN = float("nan")
+MISTAKES = {
+    "nlabels must be an int of at least 1, got 0": lambda d: ours.DenseCRF(4, 0),
+    "w must be an int of at least 1, got 0": lambda d: ours.DenseCRF2D(0, 4, 2),
+    "method must be one of": lambda d: ours.DenseCRF(4, 2, method="quick"),
+    r"the unary energy must be \[2, 20\]": lambda d: d.setUnaryEnergy(np.zeros((20, 2))),
+    r"u must have 2 dimensions, got the shape \[2, 4, 5\]": lambda d: d.setUnaryEnergy(np.zeros((2, 4, 5))),
+    "the unary energy holds NaN": lambda d: d.setUnaryEnergy(np.full((2, 20), NAN)),
+    r"L must be \[labels, K\]": lambda d: d.setUnaryEnergy(np.zeros((2, 3)), np.zeros((4, 20))),
+    "sxy must be one positive number or 2 of them, got 0": lambda d: d.addPairwiseGaussian(0, 3),
+    "srgb must be .* got -1": lambda d: d.addPairwiseBilateral(3, -1, np.zeros((4, 5, 3)), 3),
+    r"rgbim must be \[4, 5, 3\].* got \[5, 4, 3\]": lambda d: d.addPairwiseBilateral(
+        3, 3, np.zeros((5, 4, 3)), 3
+    ),
+    "rgbim must be finite": lambda d: d.addPairwiseBilateral(3, 3, np.full((4, 5, 3), NAN), 3),
+    r"features must be \[D, 20\]": lambda d: d.addPairwiseEnergy(np.zeros((2, 19)), 3),
+    r"compat must be a number, \[2\] or \[2, 2\]": lambda d: d.addPairwiseGaussian(3, np.zeros(3)),
+    "compat must be a finite number": lambda d: d.addPairwiseGaussian(3, NAN),
+    "is not a valid NormalizationType": lambda d: d.addPairwiseGaussian(3, 3, normalization=7),
+    "iterations must be an int of at least 0, got -1": lambda d: d.inference(-1),
+    r"Q must be \[2, 20\]": lambda d: d.klDivergence(np.zeros((2, 21))),
+    "gt_prob must be between 0 and 1, got 1": lambda d: utils.unary_from_labels([0, 1], 2, 1),
+    r"labels must be integers in 0\.\.2": lambda d: utils.unary_from_labels([0, 3], 2, 0.5),
+    r"scale must be in \(0, 1\]": lambda d: utils.unary_from_softmax(np.ones((2, 3)), scale=2),
+    "sdims must be .* 2 of them": lambda d: utils.create_pairwise_gaussian((1, 2, 3), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes(message):
+    with pytest.raises(ValueError, match=message):
+        MISTAKES[message](ours.DenseCRF2D(5, 4, 2))
+
+
+def test_numpy_integers_and_zero_iterations():
+    d = ours.DenseCRF2D(np.int64(5), np.int32(4), np.int64(2))
+    unary = unary_of(2, 4, 5)
+    d.setUnaryEnergy(unary)
+    assert far(d.inference(np.int64(0)), np.exp(-unary)) < 1e-6
+    assert re.fullmatch(r"DenseCRF2D\(w=5, h=4, nlabels=2, method='auto'\)", repr(d))
