@@ -36,8 +36,11 @@ class Dense(NamedTuple):
     def growth(self) -> float:
         """By what to multiply the input's elements before asking whether the operator `pays`.
 
-        What is saved is passes over the output; a quarter of those, for torch's own convolution is quick.
+        What is saved is passes over the output; a quarter of those count. On a CPU none is, where no norm is:
+        ATen's activation is written over the convolution's result as ours is.
         """
+        if self.norm is None:
+            return 0
         conv = self.conv
         area = conv.stride[0] * conv.stride[1]
         return conv.out_channels / conv.in_channels * (area if conv.transposed else 1 / area) / 4
