@@ -90,7 +90,7 @@ def deeplabv3_resnet50(
         num_classes: channels of the output.
         aux_loss: an auxiliary head on the features before the last, for training.
         output_stride: pixels of the image to one of the last features: 8, torchvision's, with rates 12, 24
-            and 36 in the pyramid, or 16 (coarser, faster) with 6, 12 and 18, as in the paper.
+            and 36 in the pyramid, or 16 (coarser, a quarter of the pixels) with 6, 12, 18, as in the paper.
         in_channels: of the image.
         width_mult: factor on the channels (`segfast.models.encoders.ResNetEncoder`).
         dropout: probability, after the pyramid.

@@ -48,7 +48,7 @@ def fcn_resnet50(
         num_classes: channels of the output.
         aux_loss: an auxiliary head on the features before the last, for training.
         output_stride: pixels of the image to one of the last features: 8, torchvision's, or 16 (coarser,
-            faster).
+            a quarter of the pixels).
         in_channels: of the image.
         width_mult: factor on the channels (`segfast.models.encoders.ResNetEncoder`).
         dropout: probability, in the heads.
