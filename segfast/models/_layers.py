@@ -1,32 +1,13 @@
 """The dense layers that the networks share."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from segfast.nn import Conv2d
-from segfast.nn._chains import fused_form
+from segfast.nn._chains import run_layers
 from segfast.nn._norm import FoldsNorms
-from segfast.nn._pair import pays
-from segfast.ops._backend import fusion_could_help
-
-
-def run_layers(layers: Sequence[nn.Module], input: Any) -> Any:
-    """The layers one after the other; as one operator what is one, in eval: convolution, norm, activation.
-
-    The input may be a list of images (`segfast.functional.conv2d`).
-    """
-    first = input[0] if isinstance(input, list) else input
-    normed = fusion_could_help(first) or any([isinstance(layer, nn.BatchNorm2d) for layer in layers])
-    form = fused_form(layers) if (normed or torch.compiler.is_compiling()) and pays(first, 8) else None
-    if form is not None and pays(first, form.growth()) and form.fits():
-        return form.run(input)
-    for layer in layers:
-        input = layer(input)
-    return input
 
 
 class ConvNormActivation(FoldsNorms, nn.Sequential):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn import Conv2d
+from segfast.nn._chains import run_layers
 from segfast.nn._norm import FoldsNorms
 
 from ._base import SegmentationModel, tensors
-from ._layers import run_layers
 from .encoders import ResNetEncoder
 
 OUTPUT_STRIDES = (8, 16)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from segfast.nn import ASPP, Conv2d
+from segfast.nn._chains import run_layers
 from segfast.nn._norm import FoldsNorms
 
-from ._layers import run_layers
 from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options, refuse_weights
 from .encoders import ResNetEncoder
 from .encoders._base import scaled

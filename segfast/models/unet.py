@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from segfast.functional import conv_transpose2d, up_concat
 from segfast.nn import Conv2d, ConvTranspose2d
+from segfast.nn._chains import run_layers
 from segfast.nn._norm import FoldsNorms
 from segfast.ops.conv_transpose2d.up_concat import geometry
 from segfast.ops.dilated_conv2d import prefers_virtual_concat
 
 from ._base import SegmentationModel
-from ._layers import run_layers
 
 ACTIVATIONS = ("relu", "leaky_relu")
 NORMS = (None, "batch")

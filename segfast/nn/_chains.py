@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..ops._backend import fusion_could_help
 from ._activation import activation_name
 from ._dense import Dense
 from ._norm import activation_of_norm, is_batch_norm
-from ._pair import Pair, is_convolution, is_pointwise, only_forward
+from ._pair import Pair, is_convolution, is_pointwise, only_forward, pays
 from ._rules import own_class
 
 Fused = Dense | Pair
@@ -60,3 +62,21 @@ def fused_form(layers: Sequence[nn.Module]) -> Fused | None:
         return Pair(layers[0]) if is_depthwise(layers[0]) else Dense(layers[0])
     possible = options(layers)
     return possible[0][1] if possible and possible[0][0] == len(layers) else None
+
+
+def run_layers(layers: Sequence[nn.Module], input: Any) -> Any:
+    """The layers one after the other; as one operator what is one, in eval: convolution, norm, activation.
+
+    The input may be a list of images (`segfast.functional.conv2d`).
+    """
+    first = input if isinstance(input, Tensor) or not input else input[0]
+    # Without a norm nothing is saved on a CPU.
+    normed = any([isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) for layer in layers])
+    if pays(first, 8) and (normed or torch.compiler.is_compiling() or fusion_could_help(first)):
+        form = fused_form(layers)
+        takes = isinstance(form, Dense) or (form is not None and first is input)
+        if form is not None and takes and pays(first, form.growth()) and form.fits():
+            return form.run(input)
+    for layer in layers:
+        input = layer(input)
+    return input

@@ -10,10 +10,9 @@ from ..ops._backend import certainly_aten
 from ..ops._epilogue import check_activation
 from ..ops._operands import pair
 from ._activation import activation_module
-from ._chains import fused_form
-from ._dense import Dense
+from ._chains import run_layers
 from ._norm import FoldsNorms
-from ._pair import padded, pays
+from ._pair import padded
 from ._rules import Rule
 
 
@@ -148,13 +147,7 @@ class ConvBNAct(FoldsNorms, nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, input: Any) -> Tensor:
-        first = input if isinstance(input, Tensor) or not input else input[0]
-        if pays(first, 8):
-            form = fused_form(list(self))
-            takes = isinstance(form, Dense) or (form is not None and first is input)
-            if form is not None and takes and pays(first, form.growth()) and form.fits():
-                return form.run(input)
-        return super().forward(input)
+        return run_layers(list(self), input)
 
 
 def _padding_that_keeps_the_size(kernel_size, dilation) -> tuple[int, int]:

@@ -194,16 +194,27 @@ def test_a_proof_of_other_device_code_does_not_count(gpu):
     assert _configs.proven_entries("sm_90") == frozenset()
 
 
-@pytest.mark.parametrize("path", ["conv_transpose2d/forward.py", "_epilogue.py", "_reduce.py"])
-def test_the_digest_follows_the_device_code(path, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [
+        (FORWARD, "conv_transpose2d/forward.py"),
+        *((FORWARD, f"_{name}.py") for name in ("epilogue", "fold", "launch", "reduce")),
+        # Launches of another family's kernels.
+        ("conv_transpose2d_grad_input", "dilated_conv2d/dense.py"),
+        ("conv2d_grad_input", "conv_transpose2d/forward.py"),
+        ("conv2d_grad_weight", "dilated_conv2d/grad_weight.py"),
+        ("pointwise_conv2d_forward", "dilated_conv2d/dense.py"),
+    ],
+)
+def test_the_digest_follows_the_device_code(operation, path, monkeypatch, tmp_path):
     copy = shutil.copytree(Path(_configs.__file__).parent, tmp_path / "kernels")
     monkeypatch.setattr(_configs, "__file__", str(copy / "_configs.py"))
     digest = _configs.source_digest.__wrapped__
-    assert digest(FORWARD) == _configs.source_digest(FORWARD)
+    assert digest(operation) == _configs.source_digest(operation)
     (copy / "configs" / "nvidia-test.json").write_text("{}")
-    assert digest(FORWARD) == _configs.source_digest(FORWARD)
+    assert digest(operation) == _configs.source_digest(operation)
     (copy / path).write_text((copy / path).read_text() + "\n# changed\n")
-    assert digest(FORWARD) != _configs.source_digest(FORWARD)
+    assert digest(operation) != _configs.source_digest(operation)
 
 
 def test_a_row_keeps_the_whole_configuration():

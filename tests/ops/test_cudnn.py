@@ -354,3 +354,15 @@ def test_the_folded_filter_is_remembered_until_something_is_written(monkeypatch)
         run()
         scale.mul_(3)
         run()
+
+
+def test_a_graphs_vectors_are_aligned(monkeypatch):
+    given = []
+    monkeypatch.setattr(_cudnn_graph, "fused_graph", lambda x, w, terms, *rest: given.extend(terms))
+    x, weight, long = torch.randn(1, 4, 5, 5), torch.randn(6, 4, 3, 3), torch.randn(16)
+    one = (1, 1)
+    _cudnn.conv2d_graph(x, weight, None, one, one, one, 1, long[1:7], long[4:10], None, "relu")
+    for (_, vector), values in zip(given, (long[1:7], long[4:10]), strict=True):
+        assert vector.data_ptr() % 16 == 0
+        assert torch.equal(vector.flatten(), values)
+    assert given[1][1].data_ptr() == long[4:].data_ptr()  # no copy that is not needed
