@@ -9,9 +9,10 @@ from segfast._timing import interleave
 from segfast.functional import upsample_argmax, upsample_cross_entropy
 
 FAMILY = [case for case in CASES if case.family == "segmentation_head"]
-# The pair's time over ours on a CPU. Promised is that it is no worse.
-LEAST_SPEEDUP = 1.3
-ATTEMPTS = 3
+# The pair's time over ours on a CPU. Promised is that it is no worse; by how much it is better depends on the
+# cache and the cores, and is printed.
+LEAST_SPEEDUP = 1.0
+ATTEMPTS = 5
 
 
 @pytest.mark.parametrize("case", FAMILY, ids=lambda case: case.name)
