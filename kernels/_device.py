@@ -100,8 +100,14 @@ def dot_precision(dtype: torch.dtype) -> str:
     # Not torch.backends.cudnn.allow_tf32: reading it raises once the newer knob has been set.
     # This is torch.backends.cudnn.conv.fp32_precision, in a tenth of the time.
     precision = torch._C._get_fp32_precision_getter("cuda", "conv")
-    # Three tf32 products recover fp32's accuracy and stay on the matrix units; AMD's have plain fp32.
+    full = fp32_precision()
+    return "tf32" if precision == "tf32" and full != "ieee" else full
+
+
+def fp32_precision() -> str:
+    """Triton's `input_precision` for a dot of fp32 that keeps fp32's accuracy.
+
+    Three tf32 products recover it and stay on the matrix units; AMD's have plain fp32.
+    """
     amd = torch.version.hip if _pretended is None else _pretended.startswith("gfx")
-    if amd:
-        return "ieee"
-    return "tf32" if precision == "tf32" else "tf32x3"
+    return "ieee" if amd else "tf32x3"

@@ -1,17 +1,19 @@
 """`segfast compile-report`: compile every kernel for GPUs that need not be here and judge the machine code.
 
 A row is one kernel with one tile configuration, element type and architecture. It fails where registers
-spill, shared memory does not fit, the matrix instruction expected is missing, or a store is narrower than the
-channels allow. Each family's module in `segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta
-tensors, store width).
+spill, shared memory does not fit, the matrix instruction expected is missing, a store is narrower than the
+channels allow, or a loop over pairs of points has too many instructions. Each family's module in
+`segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta tensors, store width).
 """
 
 import argparse
 import contextlib
 import dataclasses
 import importlib
+import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,7 +32,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
 HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
-           "store", "load", "async", "instr", "bar", "s", "problem")  # fmt: skip
+           "store", "load", "async", "instr", "pair", "bar", "s", "problem")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +64,17 @@ class Row:
     load: tuple[int, int]
     async_copy: tuple[int, int]
     instructions: int
+    per_pair: float
     barriers: int
     seconds: float
     problems: tuple[str, ...]
 
     def cells(self) -> tuple:
         widths = (_span(self.store), _span(self.load), _span(self.async_copy))
+        pair = f"{self.per_pair:.1f}" if self.per_pair else "-"
         return (self.arch, self.dtype, self.specimen, self.kernel, self.tile, self.registers, self.spills,
                 self.shared, self.limit, self.matrix or "-", *widths, self.instructions,
-                self.barriers, f"{self.seconds:.1f}", "; ".join(self.problems) or "-")  # fmt: skip
+                pair, self.barriers, f"{self.seconds:.1f}", "; ".join(self.problems) or "-")  # fmt: skip
 
 
 def _span(widths: tuple[int, int]) -> str:
@@ -107,10 +111,14 @@ def compile_task(task: Task) -> list[Row]:
         for override in _overrides(call) if task.all_candidates else [contextlib.nullcontext()]:
             with override, record_launches() as recorded:
                 call()
-            launches.update(
-                {(plan.kernel.__name__, plan.config): (plan, pointers) for plan, pointers in recorded}
-            )
+            launches.update({_compiled_as(plan): (plan, pointers) for plan, pointers in recorded})
     return [compile_plan(plan, pointers, task, store_bytes) for plan, pointers in launches.values()]
+
+
+def _compiled_as(plan) -> tuple:
+    """What tells one machine code from another: Triton looks at which integers 16 divides, too."""
+    divisible = [isinstance(scalar, int) and scalar % 16 == 0 for scalar in plan.scalars]
+    return (plan.kernel.__name__, plan.config, *plan.constants.items(), *divisible)
 
 
 def _overrides(call) -> list[contextlib.AbstractContextManager]:
@@ -154,7 +162,8 @@ def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
     config = plan.config
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
     tile += f" {config.form}" if config.form else ""
-    expected = expected_matrix(task, plan) if "tt.dot" in compiled.asm["ttir"] else ("",)
+    operands = re.search(r"tt\.dot [^\n]*: tensor<[0-9x]+x(\w+)>", compiled.asm["ttir"])
+    expected = expected_matrix(task, plan, operands[1]) if operands else ("",)
     # AMD's matrix layout holds four values side by side.
     least = min(store_bytes, 4 * DTYPES[task.dtype].itemsize) if task.arch.startswith("gfx") else store_bytes
     problems = []
@@ -166,23 +175,46 @@ def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
         problems.append(f"{' or '.join(expected)} expected")
     if code.store[0] < least:
         problems.append(f"{code.store[0]}-byte store")
+    per_pair = pair_instructions(plan, code)
+    if task.arch == "sm_90" and per_pair > most_per_pair(plan):
+        problems.append(f"{per_pair:.2f} instructions a pair")
     name = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel").removeprefix(f"{task.family}_")
     shared = compiled.metadata.shared
     return Row(task.arch, task.dtype, task.specimen, name, tile, code.registers, code.spills, shared, limit,
                code.matrix, code.store, code.load, code.async_copy, code.instructions,
-               code.barriers, seconds,
+               per_pair, code.barriers, seconds,
                tuple(problems))  # fmt: skip
 
 
-def expected_matrix(task: Task, plan) -> tuple[str, ...]:
-    """The matrix instructions, any of which a dot must have become."""
+def pair_instructions(plan, code) -> float:
+    """Instructions of a thread's main loop for a pair of points, in kernels that go over all pairs; else 0.
+
+    Counted where the exponents are a product, not in the direct form.
+    """
+    if plan.constants.get("DIRECT", True):
+        return 0.0
+    return code.loop * 32 * plan.config.num_warps / (plan.config.block_m * plan.config.block_n)
+
+
+def most_per_pair(plan) -> float:
+    """What `pair_instructions` may be, of the filter of up to 32 channels in two halves with 8 warps.
+
+    On Hopper an exponential takes as long as eight other instructions, and is to set the time.
+    """
+    narrow = plan.constants.get("BLOCK_C", 128) <= 64 and plan.constants.get("DEPTH") == 32
+    narrow &= "BLOCK_F" not in plan.constants
+    return 4.4 if narrow and plan.config.num_warps == 8 else math.inf
+
+
+def expected_matrix(task: Task, plan, operands: str) -> tuple[str, ...]:
+    """The matrix instructions, any of which a dot of "f32" or other operands must have become."""
     newest = _TENSOR_CORE.get(task.arch, "HMMA")
     if newest in ("HGMMA", "tcgen05"):
         # Both take 64 rows at least; fp32 operands do not always lie as they need them.
         rows = plan.config.block_n if plan.config.form == "fused" else plan.config.block_m
         if rows < 64:
             return ("HMMA",)
-        if DTYPES[task.dtype] == torch.float32:
+        if operands == "f32":
             return (newest, "HMMA")
     return (newest,)
 
@@ -241,6 +273,7 @@ def run(args: argparse.Namespace) -> int:
     bad = sum(bool(row.problems) for row in rows)
     table = format_table(HEADERS, [row.cells() for row in rows])
     units = "store, load and async are bytes a thread moves at a time, instr and bar count the whole program"
+    units += ", pair the instructions of a main loop for a pair of points"
     text = f"{table}\n\n{len(rows)} kernels, {bad} with a problem; {units}"
     print(text)
     if args.out is not None:

@@ -12,7 +12,10 @@ import triton
 # The newest first: the first found is the one a kernel is said to use.
 _MATRIX = {r"UTC\w*MMA": "tcgen05", "HGMMA": "HGMMA", "HMMA": "HMMA", "v_mfma": "mfma", "v_wmma": "wmma"}
 _SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.MULTILINE)
+_SASS = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)(?:[^;\n]*?\b(0x[0-9a-f]+)\s*;)?",
+    re.MULTILINE,
+)
 _AMD = re.compile(r"^\s+([a-z]+_\w+)", re.MULTILINE)
 
 
@@ -28,6 +31,7 @@ class MachineCode:
     async_copy: tuple[int, int]  # into shared memory, past the registers
     instructions: int
     barriers: int  # at which the threads of a program wait for each other
+    loop: int = 0  # instructions of the innermost loop with a matrix instruction (NVIDIA); 0 where is none
 
 
 def inspect(compiled: "triton.compiler.CompiledKernel") -> MachineCode:
@@ -48,7 +52,8 @@ def inspect(compiled: "triton.compiler.CompiledKernel") -> MachineCode:
 
 def from_sass(text: str, registers: int, stack: int) -> MachineCode:
     """Read NVIDIA's disassembly."""
-    operations = _SASS.findall(text)
+    lines = _SASS.findall(text)
+    operations = [operation for _, operation, _ in lines]
     local = sum(re.match(r"(LDL|STL)\b", op) is not None for op in operations)
     return MachineCode(
         registers,
@@ -59,7 +64,20 @@ def from_sass(text: str, registers: int, stack: int) -> MachineCode:
         _widths(_sass_bytes(op) for op in operations if re.match(r"LDGSTS\b", op)),
         len(operations),
         sum(op.startswith("BAR.SYNC") for op in operations),
+        _matrix_loop(lines),
     )
+
+
+def _matrix_loop(lines: list[tuple[str, str, str]]) -> int:
+    """The length of the shortest stretch with a matrix instruction that a branch goes back over."""
+    places = {int(address, 16): place for place, (address, _, _) in enumerate(lines)}
+    found = []
+    for end, (_, operation, operand) in enumerate(lines):
+        if re.match(r"BRA\b", operation) and operand:
+            start = places.get(int(operand, 16), end)
+            if start < end and _matrix([op for _, op, _ in lines[start:end]]):
+                found.append(end + 1 - start)
+    return min(found, default=0)
 
 
 def _sass_bytes(operation: str) -> int:

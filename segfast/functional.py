@@ -3,7 +3,7 @@
 import torch
 
 from .ops.conv_transpose2d import conv_transpose2d, up_concat
-from .ops.dense_crf import gaussian_filter, mean_field
+from .ops.dense_crf import gaussian_filter, mean_field, skipped_share
 from .ops.dilated_conv2d import conv2d, parallel_conv2d
 from .ops.segmentation_head import upsample_argmax, upsample_cross_entropy, upsample_dice
 from .ops.separable_conv2d import depthwise_conv2d, separable_conv2d
@@ -16,6 +16,7 @@ __all__ = [
     "mean_field",
     "parallel_conv2d",
     "separable_conv2d",
+    "skipped_share",
     "up_concat",
     "upsample_argmax",
     "upsample_cross_entropy",

@@ -84,6 +84,39 @@ def checked_plans(monkeypatch):
 
 
 @pytest.fixture
+def checked_addresses(monkeypatch):
+    """Holds every load and store to the tensors of its launch: the interpreter reads past them unnoticed."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from segfast.kernels._launch import Plan
+
+    launch, ranges = Plan._launch, []
+
+    def checked(plan, pointers, index):
+        storages = [p.untyped_storage() for p in pointers if p is not None]
+        ranges[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+        return launch(plan, pointers, index)
+
+    def watch(name):
+        access = getattr(InterpreterBuilder, name)
+
+        def watched(builder, pointers, *arguments):
+            mask = arguments[0 if name == "create_masked_load" else 1].data
+            addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape).astype(bool)]
+            inside = [(addresses >= low) & (addresses < high) for low, high in ranges]
+            assert np.logical_or.reduce(inside).all(), f"{name} at {addresses} of {ranges}"
+            return access(builder, pointers, *arguments)
+
+        monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+    monkeypatch.setattr(Plan, "_launch", checked)
+    # Those without a mask come here too.
+    watch("create_masked_load")
+    watch("create_masked_store")
+
+
+@pytest.fixture
 def small_tiles():
     """Depthwise and separable tiles for the interpreter: an empty row takes it as long as a full one."""
     if not INTERPRETING:

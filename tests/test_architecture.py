@@ -16,7 +16,10 @@ LAYERS = ("segfast.kernels", "segfast.ops", "segfast.functional", "segfast.nn", 
 # What sits on top of the layers, for whom they must not care.
 ABOVE = (
     *("segfast.train", "segfast.data", "segfast.cli", "benchmarks", "tests"),
-    *(f"segfast._{name}" for name in ("demo", "segment", "check", "doctor", "tune", "optimize")),
+    *(
+        f"segfast._{name}"
+        for name in ("demo", "segment", "crf_fit", "crf_search", "check", "doctor", "tune", "optimize")
+    ),
     "segfast._compile_report",
 )
 

@@ -68,14 +68,27 @@ def kernel_name(tree: ast.AST) -> Iterator[int]:
             yield function.lineno
 
 
-def two_dots_in_a_loop(tree: ast.AST) -> Iterator[int]:
-    """Two dots into one accumulator miscompile on Blackwell: an innermost loop holds at most one."""
+def two_dots_into_one(tree: ast.AST) -> Iterator[int]:
+    """Two dots into one accumulator miscompile on Blackwell: in a loop each dot adds to one of its own."""
     for function in jit_functions(tree):
         for loop in ast.walk(function):
             if isinstance(loop, ast.For | ast.While):
-                dots = [call for name, call in calls(loop) if name in {"dot", "dot_scaled"}]
-                if len(dots) > 1:
-                    yield dots[1].lineno
+                sums = [_summed_into(statement) for statement in ast.walk(loop)]
+                names = [name for name in sums if name]
+                if len(set(names)) < len(names):
+                    yield loop.lineno
+
+
+def _summed_into(statement: ast.AST) -> str | None:
+    """The accumulator of a statement's dot: what it adds to, or is given as its third argument."""
+    if not isinstance(statement, ast.Assign | ast.AugAssign):
+        return None
+    for name, call in calls(statement.value):
+        if name in {"dot", "dot_scaled"}:
+            given = [*call.args[2:3], *(k.value for k in call.keywords if k.arg == "acc")]
+            target = statement.target if isinstance(statement, ast.AugAssign) else None
+            return next((ast.unparse(node) for node in (*given, target) if node is not None), None)
+    return None
 
 
 class _Widths(ast.NodeVisitor):
@@ -153,7 +166,7 @@ RULES = [
     banned_call,
     absolute_import,
     kernel_name,
-    two_dots_in_a_loop,
+    two_dots_into_one,
     narrow_offset,
 ]
 
@@ -187,9 +200,14 @@ BREAKS = [
         "@triton.jit\ndef _act(x): ...",
     ),
     (
-        two_dots_in_a_loop,
+        two_dots_into_one,
         KERNEL + "for k in range(4):\n        a = tl.dot(x, x, a)\n        a = tl.dot(x, x, a)",
-        KERNEL + "for k in range(4):\n        a = tl.dot(x, x, a)",
+        KERNEL + "for k in range(4):\n        s = tl.dot(x, x)\n        a = tl.dot(s, x, a)",
+    ),
+    (
+        two_dots_into_one,
+        KERNEL + "for k in range(4):\n        a += tl.dot(x, x)\n        a = tl.dot(x, x, acc=a)",
+        KERNEL + "for k in range(4):\n        a += tl.dot(x, x)\n        b = tl.dot(x, x, acc=b)",
     ),
     (narrow_offset, KERNEL + "x += row * stride_x", KERNEL + "x += row.to(tl.int64) * stride_x"),
     (

@@ -1,11 +1,14 @@
 """Mean field of a dense CRF as a layer: CRF-as-RNN."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..ops._registry import is_traced
+from ..ops.dense_crf import chosen_methods
+from ..ops.dense_crf.arguments import check_iterations, check_options, check_tolerance, positive
 from ._rules import Rule
 
 
@@ -15,15 +18,24 @@ class DenseCRF(torch.nn.Module):
     logits [B, L, H, W] and image [B, C, H, W] to refined logits [B, L, H, W], the logarithm of the
     probabilities, for a cross-entropy loss or an argmax. Learned are the labels' mixing by either kernel,
     `bilateral_weight` and `spatial_weight` [L, L], and `compatibility` [L, L], the energy that label i pays
-    for label j. The standard deviations stay as they are.
+    for label j; with `learn_thetas` also the standard deviations. Computes in float32 (float64 for float64),
+    under autocast too; gradients go to logits and image as well.
 
     Args:
         num_labels: L.
         iterations: in training.
         eval_iterations: in evaluation; None for the same number.
-        theta_alpha, theta_beta, theta_gamma, normalization, method: `segfast.functional.mean_field`'s.
+        theta_alpha, theta_beta, theta_gamma, normalization, method, tolerance:
+            `segfast.functional.mean_field`'s. Once it was called, the repr says which methods "auto" took for
+            the image's term and for the spatial one.
         bilateral_weight, spatial_weight: what the weights start from, times the identity; compatibility
             starts from Potts.
+        learn_thetas: `theta_alpha` [2], `theta_beta` [C] (3 if a number is given) and `theta_gamma` [2] are
+            parameters that start from these values. They are to stay positive: on a CPU others are an error.
+
+    Raises:
+        ValueError: a number of iterations below 0, a theta that is not positive, an unknown option; in
+            `forward` what `mean_field` raises.
 
     Source: Zheng et al., "Conditional Random Fields as Recurrent Neural Networks" (2015).
 
@@ -33,6 +45,11 @@ class DenseCRF(torch.nn.Module):
         >>> crf(torch.randn(2, 21, 12, 16), torch.rand(2, 3, 12, 16) * 255).shape
         torch.Size([2, 21, 12, 16])
     """
+
+    # With `learn_thetas` parameters.
+    theta_alpha: float | Sequence[float]
+    theta_beta: float | Sequence[float]
+    theta_gamma: float | Sequence[float]
 
     def __init__(
         self,
@@ -47,27 +64,46 @@ class DenseCRF(torch.nn.Module):
         spatial_weight: float = 3.0,
         normalization: str | None = "symmetric",
         method: str = "auto",
+        tolerance: float = 1e-2,
+        learn_thetas: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.iterations = iterations
         self.eval_iterations = iterations if eval_iterations is None else eval_iterations
-        self.theta_alpha, self.theta_beta, self.theta_gamma = theta_alpha, theta_beta, theta_gamma
-        self.normalization, self.method = normalization, method
+        for count in (self.iterations, self.eval_iterations):
+            check_iterations(count)
+        check_options(method, normalization)
+        self.normalization, self.method, self.tolerance = normalization, method, check_tolerance(tolerance)
+        self.learn_thetas = learn_thetas
+        self._chosen: tuple[str, str] | None = None
         self._starts = bilateral_weight, spatial_weight
         self.bilateral_weight, self.spatial_weight, self.compatibility = (
             torch.nn.Parameter(torch.empty(num_labels, num_labels, device=device, dtype=dtype))
             for _ in range(3)
         )
+        channels = len(theta_beta) if isinstance(theta_beta, Sized) else 3
+        self._theta_starts = {}
+        for name, theta, count in (
+            ("theta_alpha", theta_alpha, 2),
+            ("theta_beta", theta_beta, channels),
+            ("theta_gamma", theta_gamma, 2),
+        ):
+            self._theta_starts[name] = positive(theta, name, count)
+            learned = torch.empty(count, device=device, dtype=dtype) if learn_thetas else None
+            setattr(self, name, theta if learned is None else torch.nn.Parameter(learned))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The weights times the identity, and Potts."""
+        """The weights times the identity, Potts, and the thetas as they were given."""
         parameters = (self.bilateral_weight, self.spatial_weight, self.compatibility)
         with torch.no_grad():
             for parameter, start in zip(parameters, (*self._starts, -1.0), strict=True):
                 torch.nn.init.eye_(parameter).mul_(start)
+            if self.learn_thetas:
+                for name, theta in self._theta_starts.items():
+                    getattr(self, name).copy_(torch.tensor(theta))
 
     def forward(self, logits: Tensor, image: Tensor) -> Tensor:
         # A half's least probability would not do.
@@ -84,14 +120,23 @@ class DenseCRF(torch.nn.Module):
             compatibility=self.compatibility,
             normalization=self.normalization,
             method=self.method,
+            tolerance=self.tolerance,
         )
+        if self.method == "auto" and not is_traced():
+            channels, thetas = image.shape[-3], None
+            if not self.learn_thetas:
+                alpha = positive(self.theta_alpha, "theta_alpha", 2)
+                thetas = alpha, positive(self.theta_beta, "theta_beta", channels)
+            self._chosen = chosen_methods(energies, channels, thetas)
         return q.clamp_min(torch.finfo(q.dtype).tiny).log().to(logits.dtype)
 
     def extra_repr(self) -> str:
+        given = [f"{name}={getattr(self, name)}" for name in self._theta_starts]
+        thetas = "learn_thetas=True" if self.learn_thetas else ", ".join(given)
+        chosen = "" if self._chosen is None else f" ({', '.join(self._chosen)})"
         return (
             f"{self.compatibility.shape[0]}, iterations={self.iterations}, "
-            f"eval_iterations={self.eval_iterations}, theta_alpha={self.theta_alpha}, "
-            f"theta_beta={self.theta_beta}, theta_gamma={self.theta_gamma}, method={self.method!r}"
+            f"eval_iterations={self.eval_iterations}, {thetas}, method={self.method!r}{chosen}"
         )
 
 

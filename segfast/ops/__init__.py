@@ -1,11 +1,11 @@
 """The registered operators: checks, shapes, autograd, choice of backend. Users call `segfast.functional`."""
 
-from . import conv_transpose2d, dilated_conv2d, segmentation_head, separable_conv2d
+from . import conv_transpose2d, dense_crf, dilated_conv2d, segmentation_head, separable_conv2d
 from ._backend import backend, explain, get_backend
 from ._registry import OPERATORS, decompositions
 
 # Operator families bear the same file name in kernels/, segfast/ops/, segfast/nn/, tests/ and benchmarks/.
-FAMILIES = ("conv_transpose2d", "separable_conv2d", "dilated_conv2d", "segmentation_head")
+FAMILIES = ("conv_transpose2d", "separable_conv2d", "dilated_conv2d", "segmentation_head", "dense_crf")
 
 __all__ = [
     "FAMILIES",
@@ -13,6 +13,7 @@ __all__ = [
     "backend",
     "conv_transpose2d",
     "decompositions",
+    "dense_crf",
     "dilated_conv2d",
     "explain",
     "get_backend",

@@ -80,12 +80,14 @@ def get_backend() -> str:
     return _state.backend
 
 
-def use_triton(operation: str, reason_not: Callable[..., str | None], *args: Any) -> bool:
+def use_triton(
+    operation: str, reason_not: Callable[..., str | None], *args: Any, because: str = "proven, faster"
+) -> bool:
     """Whether `operation` runs our kernels for these arguments.
 
     `reason_not(*args)` is the family's predicate: None, or why its kernels cannot serve the call. Under
     "auto" a kernel must moreover be proven on this GPU and measured faster (the predicate's caller passes
-    that in `args`).
+    that in `args`); `because` says in the decision what it was.
 
     Raises:
         NotImplementedError: "triton" was asked for by name and the kernels cannot serve the call.
@@ -95,9 +97,7 @@ def use_triton(operation: str, reason_not: Callable[..., str | None], *args: Any
         return _decided(operation, "aten", "asked for by name", False)
     reason = reason_not(choice, *args)
     if reason is None:
-        return _decided(
-            operation, "triton", "asked for by name" if choice == "triton" else "proven, faster", True
-        )
+        return _decided(operation, "triton", "asked for by name" if choice == "triton" else because, True)
     if choice == "triton":
         raise NotImplementedError(f'{operation}: backend "triton" cannot serve this call: {reason}')
     return _decided(operation, "aten", reason, False)

@@ -114,15 +114,19 @@ _profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
 
 
-def _nobody_listens() -> bool:
-    """No transform, tensor mode, compiler, tracer or profiler would miss seeing the operator."""
-    return not (
+def is_traced() -> bool:
+    """Whether a compiler, a transform, a tensor mode or a tracer is to see the operators that are called."""
+    return (
         torch.compiler.is_compiling()
         or _functorch_active()
-        or _dispatch_modes()
-        or _profiling()
+        or _dispatch_modes() > 0
         or _tracing() is not None
     )
+
+
+def _nobody_listens() -> bool:
+    """No transform, tensor mode, compiler, tracer or profiler would miss seeing the operator."""
+    return not (is_traced() or _profiling())
 
 
 def _distinct(args: Sequence[Any]) -> list[Any]:

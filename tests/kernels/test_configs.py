@@ -130,6 +130,8 @@ def test_every_candidate_fits_the_shared_memory_of_its_architecture(operation, a
             if c.form == "two kernels":  # whose tiles are those of other operations
                 continue
             sizes = (c.block_m, c.block_n, c.block_k)
+            if operation.startswith(("gaussian", "mean_field")):  # where not all of these are a tile's sides
+                sizes = (c.block_m,)
             assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
             if operation.startswith(("conv_transpose2d", "pointwise", "separable")):
                 assert min(sizes) >= 16  # the smallest dot

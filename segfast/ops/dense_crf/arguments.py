@@ -1,13 +1,15 @@
 """What the functions and classes of the dense CRF ask of their arguments, one clear error a mistake."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
+from .._registry import is_traced
+from .exact import Theta
 from .filters import METHODS, NORMALIZATIONS
 from .inference import Compatibility
 
@@ -33,15 +35,26 @@ def check_sizes(other: Tensor, values: Tensor, name: str) -> None:
         )
 
 
-def check_features(features: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """The features in the dtype of the computation."""
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at values: on a GPU it would wait for them, tracing has none."""
+    return tensor.is_cpu and not is_traced() and not is_fake(tensor)
+
+
+def check_finite(values: Tensor, requirement: str) -> None:
+    if is_readable(values) and not values.isfinite().all():
+        raise ValueError(f"{requirement}, got NaN or infinity in it")
+
+
+def check_not_complex(features: Tensor, name: str) -> Tensor:
     if features.is_complex():
         raise ValueError(f"{name} must be real, got {features.dtype}")
-    if features.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} gets no gradient here: pass {name}.detach()")
-    features = features.to(dtype)
-    if not features.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity in it")
+    return features
+
+
+def check_features(features: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """The features in the dtype of the computation."""
+    features = check_not_complex(features, name).to(dtype)
+    check_finite(features, f"{name} must be finite")
     return features
 
 
@@ -62,13 +75,34 @@ def check_count(value: int, name: str) -> int:
     return int(value)
 
 
+def check_tolerance(tolerance: float) -> float:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be a number of at least 0 and less than 1, got {tolerance!r}")
+    return float(tolerance)
+
+
 def positive(value: float | Sequence[float], name: str, count: int) -> tuple[float, ...]:
     """One positive number for all, or one for each."""
-    given = value if np.iterable(value) else [value] * count
+    given = value if isinstance(value, Iterable) else [value] * count
     numbers = tuple(float(v) for v in given)
-    if len(numbers) != count or not all(math.isfinite(v) and v > 0 for v in numbers):
+    if len(numbers) != count or not all(0 < v < math.inf for v in numbers):
         raise ValueError(f"{name} must be one positive number or {count} of them, got {value!r}")
     return numbers
+
+
+def check_theta(value: float | Theta, name: str, count: int, like: Tensor) -> Theta:
+    """`count` standard deviations: numbers, or of a tensor [] or [count] a tensor [count] in like's dtype."""
+    if not isinstance(value, Tensor):
+        return positive(value, name, count)
+    fits = value.dim() <= 1 and all(size == count for size in value.shape)
+    if not fits or value.is_complex() or value.device != like.device:
+        raise ValueError(
+            f"{name} must be a number, [] or [{count}] on {like.device}, "
+            f"got {list(value.shape)}, {value.dtype} on {value.device}"
+        )
+    if is_readable(value) and not (value.isfinite() & (value > 0)).all():
+        raise ValueError(f"{name} must be positive and finite, got {value.tolist()}")
+    return value.to(like.dtype).expand(count)
 
 
 def check_compatibility(
@@ -76,10 +110,11 @@ def check_compatibility(
 ) -> Compatibility:
     """A number as a float, a tensor in the dtype of the computation."""
     if not isinstance(value, Tensor):
-        if not isinstance(value, Real) or not math.isfinite(value):
+        if not isinstance(value, Real) or not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be a finite number or a tensor, got {value!r}")
         return float(value)
-    if tuple(value.shape) not in ((), (labels,), (labels, labels)) or value.device != device:
+    fits = value.dim() <= 2 and all(size == labels for size in value.shape)
+    if not fits or value.device != device:
         raise ValueError(
             f"{name} must be a number, [{labels}] or [{labels}, {labels}] (labels) on {device}, "
             f"got {list(value.shape)} on {value.device}"

@@ -1,12 +1,17 @@
 """Exact Gaussian filtering: over all pairs of points in chunks, and, on a grid, one axis after the other."""
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .._registry import is_traced
 from .chunks import chunks_of
+
+# Standard deviations, one for each feature.
+Theta = Sequence[float] | Tensor
 
 # Elements of the kernel matrix that exist at a time, unless one row has more.
 _CHUNK = 1 << 20
@@ -16,103 +21,151 @@ class AllPairsFilter:
     """diag(after) K diag(before), K_ij = exp(-|f_i - f_j|^2 / 2) with K_ii = 1; values [N, C].
 
     features [N, D], divided by their standard deviations; `before` and `after` [N] or None. Memory is linear.
+    Differentiable, twice too, in all of them.
     """
 
     method = "exact"
 
-    def __init__(self, features: Tensor, before: Tensor | None = None, after: Tensor | None = None):
-        self.features, self.before, self.after = features, before, after
-        centred = features - features.mean(0)
-        half_norm = centred.square().sum(1, keepdim=True) / 2
+    def __init__(self, features: Tensor):
+        self.features = features
+        self.before: Tensor | None = None
+        self.after: Tensor | None = None
+        places = features.detach()
+        self._centred = places - places.mean(0)
+        half_norm = self._centred.square().sum(1, keepdim=True) / 2
         one = torch.ones_like(half_norm)
         # Their product is the exponent, -|f_i|^2 / 2 + f_i f_j - |f_j|^2 / 2.
-        self._rows = torch.cat([centred, -half_norm, one], 1)
-        self._columns = torch.cat([centred, one, -half_norm], 1).T.contiguous()
+        self._rows = torch.cat([self._centred, -half_norm, one], 1)
+        self._columns = torch.cat([self._centred, one, -half_norm], 1).T.contiguous()
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "AllPairsFilter":
-        return AllPairsFilter(self.features, before, after)
+        other = copy.copy(self)
+        other.before, other.after = before, after
+        return other
 
     def __call__(self, values: Tensor) -> Tensor:
-        return _scale(_AllPairs.apply(_scale(values, self.before), self), self.after)
+        return scale(_AllPairs.apply(scale(values, self.before), self.features, self), self.after)
 
     def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return _split(self(values))
+        return split(self(values))
 
     def compute(self, values: Tensor) -> Tensor:
+        """K times the values."""
+        if is_traced():
+            return torch.cat([kernel @ values for _, kernel in self._chunks()])
         out = torch.empty_like(values, memory_format=torch.contiguous_format)
         for rows, kernel in self._chunks():
             torch.matmul(kernel, values, out=out[rows])
         return out
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of K, a chunk at a time, in a buffer that the next chunk overwrites."""
+    def features_gradient(self, grad: Tensor, values: Tensor) -> Tensor:
+        """The gradient of <grad, K values> in the features: [N, D].
+
+        -sum_j s_ij K_ij (f_i - f_j) with s_ij = <grad_i, values_j> + <values_i, grad_j>.
+        """
+        out = torch.empty_like(self._centred)
+        left, right = torch.cat([grad, values], 1), torch.cat([values, grad], 1).T
+        shares = self._rows.new_empty(self._rows_at_once, right.shape[1])
+        for rows, kernel in self._chunks():
+            share = shares[: kernel.shape[0]]
+            torch.matmul(left[rows], right, out=share)
+            share *= kernel
+            torch.matmul(share, self._centred, out=out[rows])
+            out[rows] -= self._centred[rows] * share.sum(1, keepdim=True)
+        return out
+
+    @property
+    def _rows_at_once(self) -> int:
         points = self._rows.shape[0]
-        step = max(1, min(points, _CHUNK // points))
-        buffer = self._rows.new_empty(step, points)
-        lowest = math.log(torch.finfo(buffer.dtype).tiny) / 2
+        return max(1, min(points, _CHUNK // points))
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of K, a chunk at a time, in a buffer that the next chunk overwrites; traced, in new ones."""
+        points, step = self._rows.shape[0], self._rows_at_once
+        # Rounding may leave the exponent of two equal points a little above zero; far below it, where the
+        # kernel no longer counts, denormal numbers would be slow.
+        limits = math.log(torch.finfo(self._rows.dtype).tiny) / 2, 0.0
+        buffer = None if is_traced() else self._rows.new_empty(step, points)
         for start in range(0, points, step):
             rows = slice(start, min(start + step, points))
+            if buffer is None:
+                yield rows, (self._rows[rows] @ self._columns).clamp(*limits).exp()
+                continue
             kernel = buffer[: rows.stop - rows.start]
             torch.matmul(self._rows[rows], self._columns, out=kernel)
-            # Rounding may leave the exponent of two equal points a little above zero; far below it, where the
-            # kernel no longer counts, denormal numbers would be slow.
-            yield rows, kernel.clamp_(lowest, 0).exp_()
+            yield rows, kernel.clamp_(*limits).exp_()
 
 
 class _AllPairs(torch.autograd.Function):
+    """K times the values [N, C], as a function of them and the features [N, D] that K is made of."""
+
     @staticmethod
-    def forward(ctx, values, all_pairs):
+    def forward(ctx, values, features, all_pairs):
         ctx.all_pairs = all_pairs
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(values, features)
         return all_pairs.compute(values)
 
     @staticmethod
     def backward(ctx, grad):
-        # K is symmetric.
-        return _AllPairs.apply(grad, ctx.all_pairs), None
+        all_pairs = ctx.all_pairs
+        if not ctx.needs_input_grad[1]:
+            # K is symmetric.
+            return _AllPairs.apply(grad, all_pairs.features, all_pairs), None, None
+        values, features = ctx.saved_tensors
+        gradient = _features_gradient if torch.is_grad_enabled() else AllPairsFilter.features_gradient
+        grad_values = _AllPairs.apply(grad, features, all_pairs) if ctx.needs_input_grad[0] else None
+        return grad_values, gradient(all_pairs, grad, values), None
+
+
+def _features_gradient(all_pairs: AllPairsFilter, grad: Tensor, values: Tensor) -> Tensor:
+    """`AllPairsFilter.features_gradient` in differentiable operations: K times 2 C (D + 1) channels."""
+    features = all_pairs.features - all_pairs.features.detach().mean(0)
+    extended = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+    wide = torch.cat([values, grad], 1)[:, :, None] * extended[:, None, :]
+    summed = _AllPairs.apply(wide.flatten(1), all_pairs.features, all_pairs).reshape(wide.shape)
+    sums = (torch.cat([grad, values], 1)[:, :, None] * summed).sum(1)
+    return sums[:, :-1] - features * sums[:, -1:]
 
 
 class SeparableFilter:
     """diag(after) K diag(before) over the pixels of an image, K the spatial Gaussian: rows, then columns.
 
-    Standard deviations in pixels, (along x, along y). Values [H W, C] in raster order. No tail is cut off.
+    Standard deviations in pixels, (along x, along y), numbers or a tensor; no tail is cut off. Values
+    [..., H W, C] in raster order. Differentiable in all of them.
     """
 
     method = "exact"
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        theta: tuple[float, ...],
-        like: Tensor,
-        before: Tensor | None = None,
-        after: Tensor | None = None,
-    ):
-        self.size, self.theta, self.like, self.before, self.after = size, theta, like, before, after
-        self._down, self._across = (
-            _toeplitz(n, sigma, like) for n, sigma in zip(size, reversed(theta), strict=True)
-        )
+    def __init__(self, size: tuple[int, int], theta: Theta, like: Tensor):
+        self.before: Tensor | None = None
+        self.after: Tensor | None = None
+        self._down = _toeplitz(size[0], theta[1], like)
+        self._across = _toeplitz(size[1], theta[0], like)
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "SeparableFilter":
-        return SeparableFilter(self.size, self.theta, self.like, before, after)
+        other = copy.copy(self)
+        other.before, other.after = before, after
+        return other
 
     def __call__(self, values: Tensor) -> Tensor:
-        height, width = self.size
-        image = _scale(values, self.before).reshape(height, -1)
-        image = (self._down @ image).reshape(height, width, -1)
-        return _scale((self._across @ image).reshape(height * width, -1), self.after)
+        height, width = self._down.shape[0], self._across.shape[0]
+        image = scale(values, self.before).unflatten(-2, (height, width))
+        image = (self._down @ image.flatten(-2)).reshape(image.shape)
+        return scale((self._across @ image).flatten(-3, -2), self.after)
 
     def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return _split(self(values))
+        return split(self(values))
 
 
-def _split(values: Tensor) -> Iterator[Tensor]:
+def split(values: Tensor) -> Iterator[Tensor]:
     return (values[rows] for rows in chunks_of(values.shape[0]))
 
 
-def _toeplitz(count: int, sigma: float, like: Tensor) -> Tensor:
+def _toeplitz(count: int, sigma: float | Tensor, like: Tensor) -> Tensor:
     positions = torch.arange(count, device=like.device, dtype=like.dtype) / sigma
-    return (-(positions[:, None] - positions).square() / 2).exp_()
+    return (-(positions[:, None] - positions).square() / 2).exp()
 
 
-def _scale(values: Tensor, factors: Tensor | None) -> Tensor:
+def scale(values: Tensor, factors: Tensor | None) -> Tensor:
     return values if factors is None else values * factors[:, None]

@@ -6,15 +6,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .exact import AllPairsFilter, SeparableFilter
+from .exact import AllPairsFilter, SeparableFilter, Theta
 from .lattice import Lattice, LatticeFilter
+from .lattice_gradient import FeatureLatticeFilter
 
 METHODS = ("auto", "lattice", "exact")
 NORMALIZATIONS = ("symmetric", "before", "after", None)
 
 
 class Filter(Protocol):
-    """A linear map of values [N, C], differentiable in them."""
+    """A linear map of values [N, C], differentiable in them and in what it was made from."""
 
     method: str
 
@@ -26,24 +27,33 @@ class Filter(Protocol):
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "Filter": ...
 
 
-def feature_filter(features: Tensor, method: str, normalization: str | None) -> Filter:
-    """The Gaussian filter of points with features [N, D], already divided by their standard deviations."""
+def feature_filter(
+    features: Tensor, method: str, normalization: str | None, *, with_origin: bool = False
+) -> Filter:
+    """The Gaussian filter of points with features [N, D], already divided by their standard deviations.
+
+    Differentiable in the features where they ask for it. `with_origin` is `Lattice`'s.
+    """
     if choose_method(method, *features.shape) == "exact":
         return normalized(AllPairsFilter(features), features, normalization)
-    return normalized(LatticeFilter(Lattice(features)), features, normalization)
+    learns = torch.is_grad_enabled() and features.requires_grad
+    plain = (
+        FeatureLatticeFilter(features) if learns else LatticeFilter(Lattice(features.detach(), with_origin))
+    )
+    return normalized(plain, features, normalization)
 
 
 def grid_filter(
-    size: tuple[int, int], theta: tuple[float, ...], method: str, normalization: str | None, like: Tensor
+    size: tuple[int, int], theta: Theta, method: str, normalization: str | None, like: Tensor
 ) -> Filter:
-    """The spatial Gaussian filter of an image; theta is (along x, along y) in pixels."""
+    """The spatial Gaussian filter of an image; theta is (along x, along y) in pixels, numbers or a tensor."""
     if choose_grid_method(method, size) == "exact":
         separable = SeparableFilter(size, theta, like)
         return normalized(separable, like.new_empty(size[0] * size[1], 0), normalization)
     return feature_filter(grid_features(size, theta, like), "lattice", normalization)
 
 
-def grid_features(size: tuple[int, int], theta: tuple[float, ...], like: Tensor) -> Tensor:
+def grid_features(size: tuple[int, int], theta: Theta, like: Tensor) -> Tensor:
     """[H W, 2]: (x / theta_x, y / theta_y) of the pixels in raster order."""
     rows, columns = (torch.arange(n, device=like.device, dtype=like.dtype) for n in size)
     y, x = torch.meshgrid(rows / theta[1], columns / theta[0], indexing="ij")
@@ -51,18 +61,25 @@ def grid_features(size: tuple[int, int], theta: tuple[float, ...], like: Tensor)
 
 
 def normalized(plain: Filter, like: Tensor, normalization: str | None) -> Filter:
-    """The filter with the row sums n = K 1 divided out.
+    """The filter with the row sums n = K 1 divided out, as `normalizers` says."""
+    if normalization is None:
+        return plain
+    sums = plain(like.new_ones(like.shape[0], 1)).squeeze(1)
+    return plain.scaled(*normalizers(sums, normalization))
+
+
+def normalizers(sums: Tensor, normalization: str | None) -> tuple[Tensor | None, Tensor | None]:
+    """What values are multiplied by before and after a filter with these row sums.
 
     "symmetric" scales by n^-1/2 on both sides, "before" and "after" by 1/n on one side, None not at all.
     """
     if normalization is None:
-        return plain
-    sums = plain(like.new_ones(like.shape[0], 1)).flatten()
+        return None, None
     if normalization == "symmetric":
-        factors = (sums + 1e-20).rsqrt_()
-        return plain.scaled(factors, factors)
-    factors = (sums + 1e-20).reciprocal_()
-    return plain.scaled(factors, None) if normalization == "before" else plain.scaled(None, factors)
+        factors = (sums + 1e-20).rsqrt()
+        return factors, factors
+    factors = (sums + 1e-20).reciprocal()
+    return (factors, None) if normalization == "before" else (None, factors)
 
 
 def choose_method(method: str, points: int, dim: int) -> str:

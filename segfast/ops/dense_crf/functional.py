@@ -1,48 +1,68 @@
 """What users call: Gaussian filtering of points with features, and mean field of a dense CRF on images."""
 
-from collections.abc import Sequence
+import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from .._layout import output_format
+from .._registry import is_traced
+from . import compute, operators
 from .arguments import (
     check_compatibility,
-    check_features,
     check_iterations,
+    check_not_complex,
     check_options,
     check_real,
     check_sizes,
+    check_theta,
+    check_tolerance,
     compute_dtype,
-    positive,
 )
-from .filters import feature_filter, grid_features, grid_filter
-from .inference import Term, compose, infer
+from .exact import Theta
+from .filters import grid_features
+from .inference import compose
+
+# No farther from their mean, features fit the float16 operands of the exact kernel.
+_FLOAT16_SPAN = 100
 
 
 def gaussian_filter(
-    values: Tensor, features: Tensor, *, method: str = "auto", normalization: str | None = None
+    values: Tensor,
+    features: Tensor,
+    *,
+    method: str = "auto",
+    normalization: str | None = None,
+    tolerance: float = 1e-2,
 ) -> Tensor:
     """Sums of the values of all points, weighted by how close their features are.
 
-    `out_i = sum_j exp(-|f_i - f_j|^2 / 2) values_j`, a point's own value included. In PyTorch's operations,
-    on the tensors' device, in float32 (float64 for float64); memory grows linearly with the points.
+    `out_i = sum_j exp(-|f_i - f_j|^2 / 2) values_j`, a point's own value included. In float32 (float64 for
+    float64), under autocast too; memory grows linearly with the points, in training as well.
 
     Args:
-        values: [B, C, ...]. Differentiable, twice too.
+        values: [B, C, ...]. Differentiable.
         features: [B, D, ...], the sizes after D as those after C, divided by the standard deviations.
+            Differentiable, also through n. For the lattice that is the derivative of what it computes,
+            which is smooth but for the seams of its cells.
         method: "exact" takes every pair of points. "lattice" approximates on the permutohedral lattice in
             time linear in the points; its scale is its own, so that only normalised results of the two
             compare. "auto" takes the one of less modelled cost.
         normalization: with n the filtered ones, None for the plain sum; "after" divides the result by n (a
             weighted mean), "before" the values, "symmetric" both by the root of n.
+        tolerance: for the exact method on our kernels, the share of its n that may be skipped of any point,
+            in pairs too far apart to matter; 0 for every pair. `skipped_share` measures it. On a CPU every
+            pair is computed.
+
+    Gradients of gradients exist outside of torch.compile and torch.func, in PyTorch's operations.
 
     Returns:
         The shape and dtype of values.
 
     Raises:
-        ValueError: shapes that do not go together, features that are not finite or ask for a gradient, an
-            unknown option.
+        ValueError: shapes that do not go together, an unknown option, on a CPU features that are not finite.
+            On a GPU, where a check would wait for them, these make the result NaN.
 
     Source: Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (2010).
 
@@ -57,15 +77,40 @@ def gaussian_filter(
     check_real(values, "values")
     check_sizes(features, values, "features")
     check_options(method, normalization)
-    dtype = compute_dtype(values)
-    features = check_features(features, "features", dtype)
-    if values.numel() == 0:
-        return values.clone()
-    filtered = []
-    for value, feature in zip(values.to(dtype).flatten(2), features.flatten(2), strict=True):
-        kernel = feature_filter(feature.T.contiguous(), method, normalization)
-        filtered.append(kernel(value.T).T)
-    return torch.stack(filtered).reshape(values.shape).to(values.dtype)
+    options = method, normalization, check_tolerance(tolerance)
+    features = check_not_complex(features, "features")
+    with _full_precision(values):
+        features = features.to(compute_dtype(values))
+        run = operators.gaussian_filter if _as_operator(values) else compute.gaussian_filter
+        return run(values, features, *options)
+
+
+def skipped_share(features: Tensor, tolerance: float = 1e-2) -> Tensor:
+    """The share of each point's normaliser that `tolerance` makes the exact filter skip, measured.
+
+    With n the sum of a point's weights over all pairs, `1 - (the sum over those computed) / n`. At most
+    `tolerance`, and mostly far less. Zero on a CPU, where every pair is computed.
+
+    Args:
+        features: [B, D, ...], divided by the standard deviations: `gaussian_filter`'s. No gradient.
+        tolerance: at least 0 and less than 1.
+
+    Returns:
+        [B, ...] in float32 (float64 for float64).
+
+    Raises:
+        ValueError: features that are not real or, on a CPU, not finite; a tolerance outside of its range.
+
+    Example:
+        >>> import torch, segfast
+        >>> segfast.functional.skipped_share(torch.rand(1, 5, 4)).tolist()
+        [[0.0, 0.0, 0.0, 0.0]]
+    """
+    if features.dim() < 3 or features.shape[1] == 0:
+        raise ValueError(f"features must be [B, D, ...], D at least 1, got {list(features.shape)}")
+    tolerance = check_tolerance(tolerance)
+    with torch.no_grad(), _full_precision(features):
+        return compute.skipped_share(check_not_complex(features, "features"), tolerance)
 
 
 def mean_field(
@@ -73,35 +118,38 @@ def mean_field(
     image: Tensor | None = None,
     *,
     iterations: int = 10,
-    theta_alpha: float | Sequence[float] = 80.0,
-    theta_beta: float | Sequence[float] = 13.0,
-    theta_gamma: float | Sequence[float] = 3.0,
+    theta_alpha: float | Theta = 80.0,
+    theta_beta: float | Theta = 13.0,
+    theta_gamma: float | Theta = 3.0,
     bilateral_weight: float | Tensor = 10.0,
     spatial_weight: float | Tensor = 3.0,
     compatibility: float | Tensor = 1.0,
     normalization: str | None = "symmetric",
     method: str = "auto",
+    tolerance: float = 1e-2,
 ) -> Tensor:
     """Mean field in a CRF that connects every pixel with every other: the label probabilities.
 
     Each iteration is `Q = softmax(-unary - compatibility (bilateral_weight K_b Q + spatial_weight K_s Q))`,
     from `Q = softmax(-unary)`. K_b and K_s are normalised Gaussian kernels over (x / theta_alpha,
     y / theta_alpha, image / theta_beta) and (x / theta_gamma, y / theta_gamma), a pixel's message to itself
-    included. In PyTorch's operations, on the tensors' device, in float32 (float64 for float64); memory grows
-    linearly with the pixels. The defaults are those of pydensecrf's manual.
+    included. In float32 (float64 for float64), under autocast too; memory grows linearly with the pixels, in
+    training as well. The defaults are those of pydensecrf's manual.
 
     Args:
         unary: [B, L, H, W] or [L, H, W], energies: negative log probabilities, or negated logits.
             Differentiable.
         image: [B, C, H, W] or [C, H, W], any real dtype, commonly RGB in 0..255. None: no bilateral term.
+            Differentiable.
         iterations: 0 returns the softmax.
         theta_alpha, theta_gamma: standard deviations in pixels, one number or (along x, along y).
-        theta_beta: standard deviations in the image's units, one number or one a channel.
+        theta_beta: standard deviations in the image's units, one number or one a channel. Each theta may be
+            a tensor, [] or of so many numbers, and is then differentiable.
         bilateral_weight, spatial_weight: one number, [L] (each label's) or [L, L] (mixed, row i to label i).
             Differentiable. The number 0 leaves the term out.
         compatibility: a number w is Potts, w for each two different labels. [L] is the diagonal, [L, L] the
             whole matrix of energies, row i what label i pays. Differentiable; a matrix need not be symmetric.
-        normalization: "symmetric", "before", "after" or None, see `gaussian_filter`.
+        normalization, tolerance: `gaussian_filter`'s.
         method: "lattice", pydensecrf's own approximation; "exact", all pairs, and for the spatial term rows
             then columns, uncut; "auto", for each term the one of less modelled cost.
 
@@ -109,8 +157,9 @@ def mean_field(
         The shape and dtype of unary; channels_last if it is.
 
     Raises:
-        ValueError: shapes that do not go together, a theta that is not a positive number, an image that is
-            not finite or asks for a gradient, NaN in unary, an unknown option.
+        ValueError: shapes that do not go together, a theta that is not positive, an unknown option, on a CPU
+            an image that is not finite or NaN in unary. On a GPU, where a check of a tensor would wait for
+            it, these make the result NaN.
 
     Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge
     Potentials" (2011); the weights of Zheng et al., "Conditional Random Fields as Recurrent Neural Networks"
@@ -122,66 +171,87 @@ def mean_field(
         >>> segfast.functional.mean_field(unary, image, iterations=5).shape
         torch.Size([2, 21, 16, 16])
     """
-    if unary.dim() == 3:
-        image = None if image is None else image.unsqueeze(0)
-        return mean_field(
-            unary.unsqueeze(0),
-            image,
-            iterations=iterations,
-            theta_alpha=theta_alpha,
-            theta_beta=theta_beta,
-            theta_gamma=theta_gamma,
-            bilateral_weight=bilateral_weight,
-            spatial_weight=spatial_weight,
-            compatibility=compatibility,
-            normalization=normalization,
-            method=method,
-        ).squeeze(0)
-    if unary.dim() != 4 or unary.shape[1] == 0:
+    if unary.dim() not in (3, 4) or unary.shape[-3] == 0:
         raise ValueError(f"unary must be [B, L, H, W] or [L, H, W], got {list(unary.shape)}")
     check_real(unary, "unary")
     check_options(method, normalization)
     check_iterations(iterations)
-    batch, labels, height, width = unary.shape
-    dtype = compute_dtype(unary)
-    alpha, gamma = positive(theta_alpha, "theta_alpha", 2), positive(theta_gamma, "theta_gamma", 2)
-    shared_compatibility, bilateral, spatial = (
-        check_compatibility(value, labels, name, dtype, unary.device)
+    tolerance = check_tolerance(tolerance)
+    single = unary.dim() == 3
+    if single:
+        unary, image = unary.unsqueeze(0), None if image is None else image.unsqueeze(0)
+    size = unary.shape[2], unary.shape[3]
+    like = unary.new_empty(0, dtype=compute_dtype(unary))
+    alpha, gamma = (
+        check_theta(value, name, 2, like)
+        for value, name in ((theta_alpha, "theta_alpha"), (theta_gamma, "theta_gamma"))
+    )
+    shared, bilateral, spatial = (
+        check_compatibility(value, unary.shape[1], name, like.dtype, unary.device)
         for value, name in (
             (compatibility, "compatibility"),
             (bilateral_weight, "bilateral_weight"),
             (spatial_weight, "spatial_weight"),
         )
     )
-    colours = None
-    if image is not None:
-        check_sizes(image, unary, "image")
-        beta = positive(theta_beta, "theta_beta", image.shape[1])
-        colours = check_features(image, "image", dtype) / image.new_tensor(beta, dtype=dtype)[:, None, None]
-    energies = unary.to(dtype)
-    if energies.isnan().any():
-        raise ValueError("unary holds NaN")
-    if unary.numel() == 0:
-        return unary.clone()
+    with _full_precision(unary):
+        features, bounded, thetas = None, False, None
+        if image is not None:
+            check_sizes(image, unary, "image")
+            beta = check_theta(theta_beta, "theta_beta", image.shape[1], like)
+            image = check_not_complex(image, "image")
+            if iterations and not _is_zero(bilateral):
+                if not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
+                    thetas = tuple(alpha), tuple(beta)
+                    bounded = _is_bounded(image, size, *thetas)
+                features = _features(image, size, alpha, beta, like)
+        crf = compute.Crf(
+            features,
+            None if features is None else compose(shared, bilateral),
+            None if _is_zero(spatial) or not iterations else compose(shared, spatial),
+            gamma,
+            iterations,
+            normalization,
+            method,
+            tolerance,
+            bounded,
+            thetas,
+        )
+        run = operators.mean_field if _as_operator(unary) else compute.mean_field
+        q = run(unary, crf)
+    return q.squeeze(0) if single else q
 
-    size, like = (height, width), energies.new_empty(0)
-    spatial_term = bilateral_compatibility = None
-    if not _is_zero(spatial) and iterations:
-        spatial_filter = grid_filter(size, gamma, method, normalization, like)
-        spatial_term = Term(spatial_filter, compose(shared_compatibility, spatial))
-    if colours is not None and not _is_zero(bilateral) and iterations:
-        places = grid_features(size, alpha, like)
-        bilateral_compatibility = compose(shared_compatibility, bilateral)
-    results = []
-    for i in range(batch):
-        terms = [] if spatial_term is None else [spatial_term]
-        if bilateral_compatibility is not None:
-            assert colours is not None
-            features = torch.cat([places, colours[i].flatten(1).T], 1)
-            terms.append(Term(feature_filter(features, method, normalization), bilateral_compatibility))
-        results.append(infer(energies[i].flatten(1).T.contiguous(), terms, iterations))
-    q = torch.stack(results).reshape(batch, height, width, labels).permute(0, 3, 1, 2)
-    return q.to(unary.dtype).contiguous(memory_format=output_format(unary, unary))
+
+def _features(image: Tensor, size: tuple[int, int], alpha: Theta, beta: Theta, like: Tensor) -> Tensor:
+    """[B, H W, 2 + C]: places over alpha beside colours over beta."""
+    colours = image.to(like.dtype).flatten(2).transpose(1, 2)
+    if isinstance(beta, Tensor) or len(set(beta)) == 1:
+        colours = colours / (beta if isinstance(beta, Tensor) else beta[0])
+    else:
+        # Not by a new tensor of numbers: while a CUDA graph is captured, none comes from the host.
+        colours = torch.stack([c / b for c, b in zip(colours.unbind(2), beta, strict=True)], 2)
+    places = grid_features(size, alpha, like)
+    return torch.cat([places.expand(image.shape[0], -1, -1), colours], 2)
+
+
+def _is_bounded(
+    image: Tensor, size: tuple[int, int], alpha: tuple[float, ...], beta: tuple[float, ...]
+) -> bool:
+    """Whether the features of the image are known, without a look at it, to fit float16."""
+    spans = [*(n / sigma for n, sigma in zip(reversed(size), alpha, strict=True)), *(255 / b for b in beta)]
+    return image.dtype == torch.uint8 and math.hypot(*spans) < _FLOAT16_SPAN
+
+
+def _as_operator(tensor: Tensor) -> bool:
+    return is_traced() or tensor.is_meta or is_fake(tensor)
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Out of autocast, which would filter in 16 bits."""
+    kind = tensor.device.type
+    # Meta has no autocast. An exporter would make a function of its own of what a context holds.
+    casts = not tensor.is_meta and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if casts else nullcontext()
 
 
 def _is_zero(weight: float | Tensor) -> bool:

@@ -18,6 +18,10 @@ from .filters import Filter
 Compatibility = float | Tensor
 
 
+# Sums of exponentials between this and its inverse keep their small terms, those of 1e-20 beside 1 too.
+_SMALL = 1e-15
+
+
 class Term(NamedTuple):
     """One pairwise term: the energy is the compatibility applied to the filtered probabilities."""
 
@@ -26,8 +30,8 @@ class Term(NamedTuple):
 
 
 def start(unary: Tensor) -> Tensor:
-    """The probabilities [N, L] of energies [N, L] alone."""
-    return torch.softmax(-unary, 1)
+    """The probabilities [..., N, L] of energies [..., N, L] alone."""
+    return torch.softmax(-unary, -1)
 
 
 def step(q: Tensor, unary: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -35,18 +39,20 @@ def step(q: Tensor, unary: Tensor, terms: Sequence[Term]) -> Tensor:
     logits = -unary
     for term in terms:
         logits = logits - apply_compatibility(term.compatibility, term.filter(q))
-    return torch.softmax(logits, 1)
+    return torch.softmax(logits, -1)
+
+
+def unroll(unary: Tensor, terms: Sequence[Term], iterations: int) -> Tensor:
+    """The probabilities [..., N, L] after so many updates, differentiable in all that they depend on."""
+    q = start(unary)
+    for _ in range(iterations):
+        q = step(q, unary, terms)
+    return q
 
 
 def infer(unary: Tensor, terms: Sequence[Term], iterations: int) -> Tensor:
-    """The probabilities [N, L] after so many updates."""
-    compatibilities = [term.compatibility for term in terms]
-    learns = any(isinstance(value, Tensor) and value.requires_grad for value in (unary, *compatibilities))
+    """The probabilities [N, L] after so many updates, outside of autograd."""
     q = start(unary)
-    if torch.is_grad_enabled() and learns:
-        for _ in range(iterations):
-            q = step(q, unary, terms)
-        return q
     spare = torch.empty_like(q)
     for _ in range(iterations):
         _step_by_chunks(q, unary, terms, spare)
@@ -60,8 +66,22 @@ def _step_by_chunks(q: Tensor, unary: Tensor, terms: Sequence[Term], out: Tensor
     for rows, *filtered in zip(chunks_of(q.shape[0]), *results, strict=True):
         logits = -unary[rows]
         for term, values in zip(terms, filtered, strict=True):
-            logits -= apply_compatibility(term.compatibility, values)
-        torch.softmax(logits, 1, out=out[rows])
+            if _has_labels(term.compatibility):
+                logits -= apply_compatibility(term.compatibility, values)
+            else:
+                logits.add_(values, alpha=float(term.compatibility))
+        _softmax(logits, out[rows])
+
+
+def _softmax(logits: Tensor, out: Tensor) -> None:
+    """Over the labels. Where no exponential leaves the range of numbers, without looking for the maxima."""
+    torch.exp(logits, out=out)
+    sums = out @ out.new_ones(out.shape[1], 1)
+    low, high = torch.aminmax(sums)
+    if low > _SMALL and high < 1 / _SMALL:
+        out /= sums
+    else:
+        torch.softmax(logits, 1, out=out)
 
 
 def kl_divergence(q: Tensor, unary: Tensor, terms: Sequence[Term]) -> Tensor:

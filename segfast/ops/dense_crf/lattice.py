@@ -11,8 +11,10 @@ is then a weighted sum of rows in a fixed order, which `embedding_bag` computes.
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,39 +24,43 @@ _MOST_BITS = 62
 
 
 class Lattice:
-    """The vertices that points occupy: features [N, D], already divided by their standard deviations."""
+    """The vertices that points occupy: features [N, D], already divided by their standard deviations.
 
-    def __init__(self, features: Tensor):
+    Args:
+        with_origin: the vertices around the point zero belong to the lattice as well. densecrf, which takes
+            points by fours, has them where N is no multiple of four.
+    """
+
+    def __init__(self, features: Tensor, with_origin: bool = False):
         points, dim = features.shape
         floor, rank, self.weights = _simplices(features)
-        strides, cells = _strides(floor)
-        coordinates = floor - (floor.amin(1, keepdim=True) - 2)
-        base = (coordinates[:-1] * strides[:-1, None]).sum(0)
-        # From remainder r to r + 1, all coordinates grow by 1 but the one of rank D - r, which falls by D.
-        falls = torch.empty_like(floor).scatter_(0, rank, strides[:, None].expand_as(rank)).flip(0)
-        packed = torch.cat([base[None], base - falls[:-1].cumsum(0)])
-        packed += torch.arange(dim + 1, device=packed.device)[:, None] * cells
-        narrow = cells * (dim + 1) < 2**31
-        index_type = torch.int32 if narrow else torch.int64
-        keys, order = packed.T.flatten().to(index_type).sort(stable=True)
+        packing = _Packing(floor, with_origin)
+        # One row a remainder, and the remainder is the highest part of a key.
+        keys, point = _sorted_rows(packing.vertices(floor, rank), packing.cells * (dim + 1))
+        keys = keys.flatten()
         first = torch.ones_like(keys, dtype=torch.bool)
         torch.ne(keys[1:], keys[:-1], out=first[1:])
         starts = first.nonzero().flatten()
-
-        self.dim, self.vertices, self.order = dim, starts.numel(), order
         index_type = torch.int32 if points * (dim + 1) < 2**31 else torch.int64
-        # Splat: the bag of a vertex holds its points, in their order. Slice: the bag of a point its vertices.
-        ends = torch.cat([starts, starts.new_tensor([order.numel()] * 2)]).to(index_type)
-        self.splat = Bags(order.div(dim + 1, rounding_mode="floor").to(index_type), ends)
-        vertex = torch.empty_like(self.splat.rows)
-        vertex[order] = (first.cumsum(0) - 1).to(index_type)
-        counting = torch.arange(max(points, self.vertices + 1) + 1, device=order.device, dtype=index_type)
-        self.slice = Bags(vertex, counting[: points + 1] * (dim + 1))
-        ends = counting[: self.vertices + 2] * 3
+        vertex = first.cumsum(0, dtype=index_type).sub_(1)
         keys = keys[starts]
+        if with_origin:
+            keys, starts, moved = _inserted(keys, starts, packing.origin(), vertex.numel())
+            vertex = moved.to(index_type)[vertex]
+
+        self.dim, self.vertices = dim, starts.numel()
+        remainders = torch.arange(dim + 1, device=point.device)[:, None]
+        # Where in the weights, taken as one row, those of the sorted vertices are.
+        self.order = (point * (dim + 1) + remainders).flatten()
+        # Splat: the bag of a vertex holds its points, in their order. Slice: the bag of a point its vertices.
+        ends = torch.cat([starts, starts.new_tensor([self.order.numel()] * 2)]).to(index_type)
+        self.splat = Bags(point.flatten().to(index_type), ends)
+        vertex = torch.empty_like(vertex).view(point.shape).scatter_(1, point, vertex.view(point.shape))
+        counting = torch.arange(max(points, self.vertices + 1) + 1, device=point.device, dtype=index_type)
+        self.slice = Bags(vertex.T.flatten(), counting[: points + 1] * (dim + 1))
+        ends = counting[: self.vertices + 2] * 3
         self.blurs = [
-            Bags(_neighbours(keys, strides.tolist(), cells, axis).to(index_type), ends)
-            for axis in range(dim + 1)
+            Bags(packing.neighbours(keys, axis, index_type).flatten(), ends) for axis in range(dim + 1)
         ]
         self.blur_weights = features.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1)
 
@@ -98,74 +104,133 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # The blur spreads by this standard deviation (section 3.1 there); float32 constants as densecrf has them.
     spread = float(torch.tensor(math.sqrt(2 / 3) * (dim + 1), dtype=number))
     scales = [float(torch.tensor(spread / math.sqrt((i + 1) * (i + 2)), dtype=number)) for i in range(dim)]
-    columns = features.T.contiguous()
+    columns = features.T * features.new_tensor(scales)[:, None]
     elevated = columns.new_empty(dim + 1, features.shape[0])
     total = torch.zeros_like(elevated[0])
     for i in range(dim, 0, -1):
-        scaled = columns[i - 1] * scales[i - 1]
-        torch.sub(total, scaled * i, out=elevated[i])
-        total = total + scaled
+        torch.sub(total, columns[i - 1] * i, out=elevated[i])
+        total += columns[i - 1]
     elevated[0] = total
 
     inverse = float(torch.tensor(1 / (dim + 1), dtype=number))
     floor = (elevated * inverse).round_()
-    excess = floor.sum(0).to(torch.int64)
     rest = elevated - floor * (dim + 1)
-    rank = torch.zeros_like(rest, dtype=torch.int64)
+    # How many coordinates come before each: all of a lower index but those that are smaller ...
+    rank = torch.arange(dim + 1, device=rest.device, dtype=torch.int16)[:, None].repeat(1, rest.shape[1])
     for i in range(dim):
-        smaller = rest[i] < rest[i + 1 :]
-        rank[i] += smaller.sum(0)
-        rank[i + 1 :] += ~smaller
-    # The rounded vertex must lie on the plane of coordinates that sum to zero.
-    rank += excess
-    step = (rank < 0).to(torch.int64) - (rank > dim).to(torch.int64)
+        smaller = (rest[i] < rest[i + 1 :]).view(torch.int8)
+        rank[i + 1 :] -= smaller
+        for one in smaller:
+            rank[i] += one
+    # ... turned round, as the rounded vertex must lie on the plane of coordinates that sum to zero.
+    rank += floor.sum(0).to(torch.int16)
+    step = (rank < 0).view(torch.int8) - (rank > dim).view(torch.int8)
     rank += step * (dim + 1)
-    floor = floor.to(torch.int64) + step
+    floor += step
 
-    rest = (elevated - floor * (dim + 1)) * inverse
-    falling = torch.empty_like(rest).scatter_(0, dim - rank, rest)
-    weights = torch.empty_like(rest)
-    torch.sub(falling[1:], falling[:-1], out=weights[1:])
-    torch.add(1 - falling[-1], falling[0], out=weights[0])
-    return floor, rank, weights.T.contiguous()
+    torch.sub(elevated, floor * (dim + 1), out=rest).mul_(inverse)
+    place = rank.to(torch.int64)
+    falling = torch.empty_like(rest).scatter_(0, dim - place, rest)
+    torch.sub(falling[1:], falling[:-1], out=rest[1:])
+    torch.add(1 - falling[-1], falling[0], out=rest[0])
+    return floor.to(torch.int64), place, rest.T.contiguous()
 
 
-def _strides(floor: Tensor) -> tuple[Tensor, int]:
-    """How far apart the packed integers of neighbouring coordinates are, and how many integers there are.
+class _Packing:
+    """Vertices as integers: key = remainder * cells + sum of (coordinate - lowest) * stride.
 
-    The last coordinate follows from the others and has stride 0. Room for one neighbour on either side.
+    Coordinates are in units of D + 1, the remainder apart. The last one follows from the others and has
+    stride 0. There is room for one neighbour on either side.
     """
-    ranges = (floor.amax(1) - floor.amin(1) + 4).tolist()[:-1]
-    strides = [0]
-    cells = 1
-    for size in reversed(ranges):
-        strides.insert(0, cells)
-        cells *= size
-    bits = math.log2(cells * len(strides))
-    if bits >= _MOST_BITS:
-        raise ValueError(
-            f"features: they span 2**{bits:.0f} lattice cells, at most 2**{_MOST_BITS} can be told apart: "
-            "larger standard deviations, fewer features, or method='exact'"
-        )
-    return floor.new_tensor(strides), cells
+
+    def __init__(self, floor: Tensor, with_origin: bool):
+        low, high = floor.amin(1), floor.amax(1)
+        if with_origin:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        self.dim = floor.shape[0] - 1
+        self.cells, self.strides = 1, [0]
+        for size in reversed((high - low + 4).tolist()[:-1]):
+            self.strides.insert(0, self.cells)
+            self.cells *= size
+        bits = math.log2(self.cells * (self.dim + 1))
+        if bits >= _MOST_BITS:
+            raise ValueError(
+                f"features: they span 2**{bits:.0f} lattice cells, at most 2**{_MOST_BITS} can be told "
+                "apart: larger standard deviations, fewer features, or method='exact'"
+            )
+        self._stride = floor.new_tensor(self.strides)[:, None]
+        self._lowest = low[:, None] - 2
+
+    def vertices(self, floor: Tensor, rank: Tensor) -> Tensor:
+        """[D + 1, N] keys: the vertices of all remainders of simplices as `_simplices` describes them."""
+        keys = torch.empty_like(floor)
+        torch.sum((floor - self._lowest) * self._stride, 0, out=keys[0])
+        # From remainder r to r + 1, all coordinates grow by 1 but the one of rank D - r, which falls by D.
+        falls = torch.empty_like(floor).scatter_(0, rank, (self._stride - self.cells).expand_as(rank))
+        for remainder in range(self.dim):
+            torch.sub(keys[remainder], falls[self.dim - remainder], out=keys[remainder + 1])
+        return keys
+
+    def origin(self) -> Tensor:
+        """[D + 1] keys, ascending: the vertices of the simplex that the point zero lies in."""
+        floor = torch.zeros_like(self._lowest)
+        return self.vertices(floor, torch.arange(self.dim + 1, device=floor.device)[:, None]).flatten()
+
+    def neighbours(self, keys: Tensor, axis: int, index_type: torch.dtype) -> Tensor:
+        """[V + 1, 3]: each vertex and its two neighbours along an axis; where none is V, a row of zeros."""
+        count = keys.numel()
+        # One axis grows by D, the others fall by 1: from remainder r to r - 1, and from 0 to D.
+        wanted = keys + (self.strides[axis] - self.cells)
+        lowest = int(torch.searchsorted(keys, self.cells))
+        wanted[:lowest] += self.cells * (self.dim + 1) - sum(self.strides)
+        position = _places(keys, wanted).clamp_(max=count - 1)
+        position = torch.where(keys.index_select(0, position) == wanted, position, count)
+        own = torch.arange(count, device=keys.device, dtype=index_type)
+        rows = torch.full((count + 1, 3), count, device=keys.device, dtype=index_type)
+        rows[:-1, 0] = own
+        rows[:-1, 1] = position
+        rows[:, 2].scatter_(0, position, own)
+        # Those without a neighbour wrote here.
+        rows[-1, 2] = count
+        return rows
 
 
-def _neighbours(keys: Tensor, strides: list[int], cells: int, axis: int) -> Tensor:
-    """[3 (V + 1)]: each vertex and its two neighbours along an axis; where none is V, a row of zeros."""
-    count = keys.numel()
-    # One axis grows by D, the others fall by 1: from remainder r to r - 1, and from 0 to D.
-    wanted = keys + (strides[axis] - cells)
-    lowest = int(torch.searchsorted(keys, cells))
-    wanted[:lowest] += cells * len(strides) - sum(strides)
-    position = torch.searchsorted(keys, wanted).clamp_(max=count - 1)
-    everyone = torch.arange(count + 1, device=keys.device)
-    after = torch.full_like(everyone, count)
-    after[:-1] = torch.where(keys[position] == wanted, position, count)
-    before = torch.full_like(everyone, count)
-    before[after] = everyone
-    # Several had no neighbour and wrote the last place.
-    before[-1] = count
-    return torch.stack([everyone, after, before], 1).flatten()
+def _sorted_rows(keys: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The rows of keys [R, N] below `most` in ascending order, and where each was; equal ones in that order.
+
+    Overwrites the keys.
+    """
+    bits = (keys.shape[1] - 1).bit_length()
+    if keys.device.type != "cpu" or (most - 1).bit_length() + bits > 63:
+        return keys.sort(dim=1, stable=True)
+    # NumPy sorts plain integers several times as fast as PyTorch sorts them with their places.
+    keys <<= bits
+    keys |= torch.arange(keys.shape[1])
+    keys.numpy().sort(axis=1)
+    places = keys & ((1 << bits) - 1)
+    keys >>= bits
+    return keys, places
+
+
+def _places(keys: Tensor, wanted: Tensor) -> Tensor:
+    """Where in ascending keys the wanted ones are, or would be."""
+    if keys.device.type != "cpu":
+        return torch.searchsorted(keys, wanted)
+    # One thread of NumPy, which goes on from the one before, is as fast as two of PyTorch.
+    return torch.from_numpy(np.searchsorted(keys.numpy(), wanted.numpy()))
+
+
+def _inserted(keys: Tensor, starts: Tensor, others: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ascending keys and the starts of their bags, with other keys, whose bags are empty, where missing.
+
+    `end` is the end of the last bag. Third, where each of the keys went.
+    """
+    after = torch.searchsorted(keys, others)
+    missing = keys[after.clamp(max=keys.numel() - 1)] != others
+    after, others = after[missing], others[missing]
+    keys, order = torch.cat([keys, others]).sort()
+    starts = torch.cat([starts, torch.cat([starts, starts.new_tensor([end])])[after]])[order]
+    return keys, starts, order.argsort()[: order.numel() - others.numel()]
 
 
 class LatticeFilter:
@@ -186,11 +251,12 @@ class LatticeFilter:
         self.lattice, self.before, self.after, self.reverse = lattice, before, after, reverse
         weights = lattice.weights
         splat = weights if before is None else weights * before[:, None]
-        self._splat_weights = splat.flatten()[lattice.order]
+        self._splat_weights = splat.flatten().index_select(0, lattice.order)
         alpha = 1 / (1 + 2.0**-lattice.dim)
         self._slice_weights = (weights * (alpha if after is None else after[:, None] * alpha)).flatten()
         self._transposed: LatticeFilter | None = None
-        self._tables: Tensor | None = None
+        # Kept from call to call: fresh memory would cost as much as the blur. One pair a thread.
+        self._kept = threading.local()
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "LatticeFilter":
         return LatticeFilter(self.lattice, before, after, self.reverse)
@@ -213,10 +279,10 @@ class LatticeFilter:
     def _blurred(self, values: Tensor) -> Tensor:
         """The vertices' values [V + 1, C], the last row zero."""
         lattice = self.lattice
-        if self._tables is None or self._tables.shape[2] != values.shape[1]:
-            # Kept from call to call: fresh memory would cost as much as the blur.
-            self._tables = values.new_empty(2, lattice.vertices + 1, values.shape[1])
-        now, spare = self._tables
+        tables = getattr(self._kept, "tables", None)
+        if tables is None or tables.shape[2] != values.shape[1]:
+            tables = self._kept.tables = values.new_empty(2, lattice.vertices + 1, values.shape[1])
+        now, spare = tables
         lattice.splat.sum(values.contiguous(), self._splat_weights, now)
         for blur in reversed(lattice.blurs) if self.reverse else lattice.blurs:
             blur.sum(now, lattice.blur_weights, spare)

@@ -1,0 +1,23 @@
+"""Dense CRF: exact Gaussian filtering of points, the spatial Gaussian of images, the mean-field update."""
+
+from .exact import ExactPairs, build_exact, exact_filter
+from .grad_features import exact_grad_features
+from .pack import exact_pack, exact_unpack, is_split, packed_width
+from .spatial import spatial_gaussian
+from .update import MOST_LABELS, Message, Packed, mean_field_update
+
+__all__ = [
+    "MOST_LABELS",
+    "ExactPairs",
+    "Message",
+    "Packed",
+    "build_exact",
+    "exact_filter",
+    "exact_grad_features",
+    "exact_pack",
+    "exact_unpack",
+    "is_split",
+    "mean_field_update",
+    "packed_width",
+    "spatial_gaussian",
+]

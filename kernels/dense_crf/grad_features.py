@@ -1,0 +1,130 @@
+"""The exact filter's gradient in the features.
+
+With L = sum_i g_i (K v)_i it is dL/df_i = -sum_j s_ij k_ij (f_i - f_j), s_ij = g_i v_j + v_i g_j. One
+product more than the filter makes s, of [g, v] and [v, g] side by side; the last product's columns are the
+features in halves of fp16 and a one, so that both sums come of it: sum_j s_ij k_ij f_j and sum_j s_ij k_ij.
+The pairs left out are the filter's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._configs import Problem, choose_config, register_candidates
+from .._launch import Plan
+from .exact import (
+    ExactPairs,
+    _kernel_values,
+    add_partial_sums,
+    filter_candidates,
+    partial_sums,
+    run_forms,
+    unit_sizes,
+)
+from .pack import exact_pack, exact_unpack
+from .tiles import COLUMNS, ROWS, SCALE
+
+OPERATION = "gaussian_grad_features"
+_MOST_CHANNELS = 64  # at a time: more would spill
+
+
+@triton.jit
+def _gaussian_grad_features_kernel(
+    a_ptr, b_ptr, g_ptr, left_ptr, right_ptr, points_ptr, out_ptr, partial_ptr,
+    list_ptr, units_ptr, outgrown_ptr,
+    N, ROW_TILES, TILES, UNITS, PADDED,
+    D: tl.constexpr, DEPTH: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0).to(tl.int64)
+    row_tile = tl.load(units_ptr + unit).to(tl.int64)
+    wanted = row_tile >= 0
+    if outgrown_ptr is not None:
+        wanted = wanted & ((tl.load(outgrown_ptr) != 0) == DIRECT)
+    if wanted:
+        begin = tl.load(units_ptr + UNITS + unit)
+        end = tl.load(units_ptr + 2 * UNITS + unit)
+        slot = tl.load(units_ptr + 3 * UNITS + unit).to(tl.int64)
+        m = tl.arange(0, BLOCK_M)
+        n = tl.arange(0, BLOCK_N)
+        c = tl.arange(0, BLOCK_C)
+        f = tl.arange(0, BLOCK_F)
+        row = row_tile * BLOCK_M + m
+        a = tl.load(a_ptr + row[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
+        left = tl.load(left_ptr + row[:, None] * BLOCK_C + c[None, :])
+        first = (row_tile // ROW_TILES) * TILES
+        list_ptr += row_tile * TILES
+        acc = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        for t in tl.range(begin, end, num_stages=STAGES):
+            local = tl.load(list_ptr + t).to(tl.int64)
+            start = (first + local) * BLOCK_N
+            p = _kernel_values(a, b_ptr, g_ptr, row, start, N - local * BLOCK_N, PADDED, D, DEPTH, DIRECT,
+                               BLOCK_N)  # fmt: skip
+            right = tl.load(right_ptr + start * BLOCK_C + (n[:, None] * BLOCK_C + c[None, :]))
+            p *= tl.dot(left, tl.trans(right))
+            points = tl.load(points_ptr + start * BLOCK_F + (n[:, None] * BLOCK_F + f[None, :]))
+            acc = tl.dot(p.to(tl.float16), points, acc)
+        offsets = m[:, None] * BLOCK_F + f[None, :]
+        if slot < 0:
+            tl.store(out_ptr + row_tile * BLOCK_M * BLOCK_F + offsets, acc)
+        else:
+            tl.store(partial_ptr + slot * BLOCK_M * BLOCK_F + offsets, acc)
+
+
+register_candidates(OPERATION, filter_candidates)
+
+
+def exact_grad_features(pairs: ExactPairs, grad: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """fp32 [B, N, D]: the gradient of sum(grad * (K values)) in the features that `build_exact` was given.
+
+    grad, values: fp32 [B, N, C], dense.
+    """
+    # Half precision holds them in units of their largest; the sum s keeps both apart.
+    sizes = [t.abs().amax((1, 2)).clamp_(min=torch.finfo(t.dtype).tiny) for t in (grad, values)]
+    grads, parts = (
+        (t / size[:, None, None]).split(_MOST_CHANNELS, 2)
+        for t, size in zip((grad, values), sizes, strict=True)
+    )
+    # Columns: the features' first halves, their second halves, ones.
+    dim = pairs.dim
+    high = pairs.g.half()
+    low = (pairs.g - high).half()
+    width = 16 if 2 * dim < 16 else 32
+    points = torch.zeros((pairs.padded, width), dtype=torch.float16, device=grad.device)
+    points[:, :dim], points[:, dim : 2 * dim], points[:, 2 * dim] = high.T, low.T, 1.0
+    sums = torch.stack([_sums(pairs, *both, points) for both in zip(grads, parts, strict=True)]).sum(0)
+    pull = sums[..., :dim] + sums[..., dim : 2 * dim]
+    own = pairs.g[:, pairs.rows.long().flatten()].T.reshape(pairs.batch, pairs.points, dim)
+    scale = (sizes[0] * sizes[1])[:, None, None] / SCALE
+    return (pull - own * sums[..., 2 * dim : 2 * dim + 1]) * scale
+
+
+def _sums(pairs: ExactPairs, grad: torch.Tensor, values: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """fp32 [B, N, 2 D + 1]: sum_j s_ij k_ij points_j."""
+    left = exact_pack(pairs, torch.cat([grad, values], 2), split=False)
+    right = exact_pack(pairs, torch.cat([values, grad], 2), split=False)
+    width = points.shape[1]
+    out = torch.empty((pairs.padded, width), dtype=torch.float32, device=grad.device)
+    partial = partial_sums(pairs, width)
+
+    def make(direct: bool) -> Plan:
+        channels = left.shape[1]
+        problem = Problem(OPERATION, channels, channels, pairs.dim, 1, torch.float16,
+                          pairs.points * pairs.batch, pairs.padded, channels, pairs.a.shape[1])  # fmt: skip
+        config = choose_config(problem, grad.device)
+        constants = {
+            "D": pairs.dim,
+            "DEPTH": pairs.a.shape[1],
+            "DIRECT": direct,
+            "STAGES": 1 if direct else config.num_stages,
+            "BLOCK_M": ROWS,
+            "BLOCK_N": COLUMNS,
+            "BLOCK_C": channels,
+            "BLOCK_F": width,
+        }
+        units = pairs.units.shape[1]
+        return Plan(_gaussian_grad_features_kernel, (units,), unit_sizes(pairs), constants, config)
+
+    run_forms(pairs, OPERATION, left, make, left, right, points, out, partial)
+    add_partial_sums(pairs, partial, out)
+    return exact_unpack(pairs, out, 2 * pairs.dim + 1, split=False)

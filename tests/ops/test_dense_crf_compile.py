@@ -1,0 +1,245 @@
+"""gaussian_filter and mean_field as operators: what compilers, exporters, transforms and tensor modes see."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import segfast
+from segfast.functional import gaussian_filter, mean_field
+from segfast.ops import OPERATORS
+from tests.fused_conv import draw
+from tests.operators import check_decomposition, check_fake, operators_of
+
+METHODS = ("lattice", "exact")
+SIZE = (5, 6)
+
+
+def crf_inputs(batch=2, labels=3, size=SIZE, learns=True, seed=0):
+    """Everything that mean_field differentiates, by its name."""
+    tensors = {
+        "unary": draw(batch, labels, *size, seed=seed),
+        "image": 40 * draw(batch, 2, *size, seed=seed + 1),
+        "theta_alpha": torch.tensor([3.0, 4.5]),
+        "theta_beta": torch.tensor([30.0, 50.0]),
+        "theta_gamma": torch.tensor(1.6),
+        "bilateral_weight": draw(labels, labels, seed=seed + 2),
+        "spatial_weight": draw(labels, seed=seed + 3),
+        "compatibility": draw(labels, labels, seed=seed + 4),
+    }
+    return {name: t.detach().requires_grad_(learns) for name, t in tensors.items()}
+
+
+def refine(method="lattice", **tensors):
+    return mean_field(**tensors, iterations=2, method=method)
+
+
+def with_gradients(function, tensors):
+    result = function(**tensors)
+    return result, *torch.autograd.grad(result.square().sum(), list(tensors.values()))
+
+
+def operator_calls(channels_last: bool):
+    """(operator, arguments), with everything and with next to nothing."""
+    values, unary = (draw(2, c, *SIZE, seed=c, channels_last=channels_last) for c in (2, 3))
+    features, rows = draw(2, 4, *SIZE, seed=7), draw(2, 30, 4, seed=8)
+    matrix, diagonal, gamma = draw(3, 3), draw(3, seed=1), torch.tensor([1.5, 2.0])
+    for method, normalization in (("lattice", "symmetric"), ("exact", None)):
+        options = method, normalization, 0.01
+        yield OPERATORS["gaussian_filter"].overload, (values, features, *options)
+        for needs in ([True, False], [True, True]):
+            backward = OPERATORS["gaussian_filter_backward"].overload
+            yield backward, (values, 2 * values, features, *options, needs)
+        both = (rows, matrix, diagonal, gamma, None, 2, normalization, method, 0.01, False, None, None)
+        one = (None, None, matrix, None, [1.5, 2.0], 1, normalization, method, 0.01, True, [3.0, 3.0], [9.0])
+        for rest, needs in ((both, [True] * 5), (one, [True, False, False, True, False])):
+            yield OPERATORS["mean_field"].overload, (unary, *rest)
+            yield OPERATORS["mean_field_backward"].overload, (unary + 1, unary, *rest, needs)
+    points = values.flatten(2)
+    yield OPERATORS["gaussian_filter"].overload, (points, features.flatten(2), "lattice", "after", 0.0)
+
+
+CALLS = {
+    f"{call[0]._name.removeprefix('segfast::')} {i} {layout}": call
+    for layout in ("nchw", "channels_last")
+    for i, call in enumerate(operator_calls(layout == "channels_last"))
+}
+
+
+def test_every_operator_has_a_call_here():
+    assert {name.split()[0] for name in CALLS} == operators_of("dense_crf")
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.endswith("nchw")])
+def test_opcheck(name):
+    torch.library.opcheck(*CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fakes_and_decompositions(name):
+    check_fake(*CALLS[name])
+    check_decomposition(*CALLS[name])
+
+
+def test_compiles_whole_and_trains():
+    torch._dynamo.reset()
+    compiled = torch.compile(refine, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in ((5, 7), (6, 9)):
+        tensors = crf_inputs(size=size)
+        with torch.compiler.set_stance("default" if size == (5, 7) else "fail_on_recompile"):
+            actual = with_gradients(compiled, tensors)
+        torch.testing.assert_close(actual, with_gradients(refine, tensors))
+    tensors = crf_inputs(learns=False)
+    torch.testing.assert_close(compiled(**tensors), refine(**tensors))
+
+
+def test_a_compiled_filter_is_the_filter():
+    torch._dynamo.reset()
+
+    def function(values, features):
+        return gaussian_filter(values, features, normalization="symmetric").sin()
+
+    tensors = {"values": draw(2, 3, 40).requires_grad_(), "features": draw(2, 4, 40, seed=1).requires_grad_()}
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(with_gradients(compiled, tensors), with_gradients(function, tensors))
+
+
+@pytest.mark.parametrize("learn_thetas", [False, True])
+def test_the_layer_exports_with_dynamic_sizes(learn_thetas):
+    crf = segfast.nn.DenseCRF(3, learn_thetas=learn_thetas).eval()
+    batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "height", "width"))
+    sizes = {0: batch, 2: height, 3: width}
+    inputs = draw(2, 3, 5, 7), 255 * torch.rand(2, 3, 5, 7)
+    with torch.no_grad():
+        program = torch.export.export(crf, inputs, dynamic_shapes=(sizes, sizes))
+        assert sum(str(n.target) == "segfast.mean_field.default" for n in program.graph.nodes) == 1
+        for size in ((5, 7), (6, 9)):
+            inputs = draw(3, 3, *size), 255 * torch.rand(3, 3, *size)
+            torch.testing.assert_close(program.module()(*inputs), crf(*inputs))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_pairs_decompose_and_a_lattice_stays_whole(method):
+    crf, inputs = segfast.nn.DenseCRF(3, method=method).eval(), (draw(2, 3, *SIZE), 9 * draw(2, 3, *SIZE))
+    with torch.no_grad():
+        program = torch.export.export(crf, inputs).run_decompositions(segfast.decompositions())
+        whole = [n for n in program.graph.nodes if "segfast" in str(n.target)]
+        assert len(whole) == (method == "lattice")
+        torch.testing.assert_close(program.module()(*inputs), crf(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transforms(method):
+    values, features = draw(3, 2, 20), draw(3, 4, 20, seed=1)
+
+    def loss(values, features):
+        return gaussian_filter(values, features, method=method, normalization="symmetric").square().sum()
+
+    def single(values, features):
+        return loss(values[None], features[None])
+
+    expected = torch.autograd.functional.jacobian(loss, (values, features))
+    torch.testing.assert_close(grad(loss, (0, 1))(values, features), expected)
+    torch.testing.assert_close(vmap(grad(single, (0, 1)))(values, features), expected)
+    torch.testing.assert_close(jacrev(loss)(values, features), expected[0])
+    shared = vmap(lambda v: gaussian_filter(v, features, method=method), in_dims=1)(values[:, :, None])
+    separate = torch.stack([gaussian_filter(values[:, i : i + 1], features, method=method) for i in range(2)])
+    torch.testing.assert_close(shared, separate)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_each_image_by_itself(method):
+    crf = segfast.nn.DenseCRF(3, 2, method=method, learn_thetas=True, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in crf.named_parameters()}
+    logits, image = draw(2, 3, *SIZE).double(), 40 * draw(2, 3, *SIZE, seed=1)
+
+    def loss(parameters, logits, image):
+        return functional_call(crf, parameters, (logits[None], image[None]))[:, 0].sum()
+
+    actual = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, logits, image)
+    for i in range(2):
+        crf.zero_grad()
+        crf(logits[i : i + 1], image[i : i + 1])[:, 0].sum().backward()
+        for name, parameter in crf.named_parameters():
+            torch.testing.assert_close(actual[name][i], parameter.grad)
+
+
+def test_second_gradients_of_the_operators_are_an_error():
+    tensors = crf_inputs()
+
+    def loss(unary):
+        return refine(**{**tensors, "unary": unary}).square().sum()
+
+    with pytest.raises(
+        NotImplementedError, match="mean_field has gradients of gradients in eager calls only"
+    ):
+        grad(lambda unary: grad(loss)(unary).square().sum())(tensors["unary"].detach())
+
+
+def test_flops():
+    values, features = draw(2, 3, 50).requires_grad_(), draw(2, 4, 50, seed=1).requires_grad_()
+    counts = {}
+    for method in METHODS:
+        with FlopCounterMode(display=False) as counter:
+            result = gaussian_filter(values, features, method=method)
+        counts[method] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            result = gaussian_filter(values, features, method=method)
+            result.sum().backward()
+        assert counter.get_total_flops() == 4 * counts[method]
+    assert counts == {"exact": 2 * 50**2 * (2 * 3 + 2 * 4 + 4), "lattice": 2 * 50 * 4 * 5 * 3}
+    tensors = crf_inputs(learns=False)
+    with FlopCounterMode(display=False) as counter:
+        refine("exact", **tensors)
+    pixels = 30
+    filters = pixels**2 * (2 * 3 + 2 * 4 + 4) + 2 * 3 * pixels * sum(SIZE)
+    mixing = 2 * 2 * pixels * (3 * 3 + 3 * 3)
+    composing = 2 * 3**3
+    assert counter.get_total_flops() == 2 * (2 * filters + mixing) + composing
+
+
+def test_fake_and_meta_tensors_know_the_shape():
+    for channels_last in (False, True):
+        unary, image = draw(2, 4, *SIZE, channels_last=channels_last), draw(2, 3, *SIZE)
+        real = mean_field(unary, image)
+        with FakeTensorMode() as mode:
+            fake = mean_field(mode.from_tensor(unary), mode.from_tensor(image))
+        meta = mean_field(unary.to("meta"), image.to("meta"))
+        for other in (fake, meta):
+            assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_full_precision(dtype):
+    tensors = crf_inputs(learns=False)
+    tensors["unary"] = tensors["unary"].to(dtype)
+    values, features = draw(1, 3, 40), draw(1, 2, 40, seed=1)
+    expected = refine(**tensors), gaussian_filter(values, features, method="exact")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = refine(**tensors), gaussian_filter(values, features, method="exact")
+        if dtype == torch.float32:
+            compiled = torch.compile(refine, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(**tensors), expected[0], atol=1e-6, rtol=1e-6)
+    assert actual[0].dtype == dtype
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_the_operators_check_values_too():
+    """Behind a compiler, where the functions cannot."""
+    torch._dynamo.reset()
+    compiled = torch.compile(refine, backend="aot_eager", fullgraph=True)
+    for name, message in (
+        ("unary", "unary holds NaN"),
+        ("image", "image must be finite"),
+        ("theta_gamma", "theta_gamma must be positive and finite"),
+    ):
+        tensors = crf_inputs(learns=False)
+        tensors[name] = tensors[name] * float("nan")
+        with pytest.raises(ValueError, match=message):
+            compiled(**tensors)
+
+
+def test_symbolic_tracing_keeps_the_call_whole():
+    traced = torch.fx.symbolic_trace(lambda x, y: segfast.functional.mean_field(x, y, iterations=2))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [mean_field]

@@ -1,0 +1,155 @@
+"""The lattice's integers, its vertices of no point, and images side by side on threads."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import segfast.crf
+from segfast.functional import mean_field
+from segfast.ops.dense_crf import inference, lattice, threads
+from segfast.ops.dense_crf.lattice import Lattice, LatticeFilter
+
+from .test_dense_crf import energies, photo
+
+
+def same(a: Lattice, b: Lattice) -> bool:
+    rows = [[x.splat.rows, x.slice.rows, x.order, *(blur.rows for blur in x.blurs)] for x in (a, b)]
+    return a.vertices == b.vertices and all(map(torch.equal, *rows))
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_sorted_by_numpy_or_by_torch(monkeypatch, dim, scale):
+    features = scale * torch.randn(300, dim, generator=torch.Generator().manual_seed(0))
+    packed, widths = Lattice(features), []
+
+    def spy(keys, most):
+        widths.append((most - 1).bit_length() + (keys.shape[1] - 1).bit_length())
+        return keys.sort(dim=1, stable=True)
+
+    monkeypatch.setattr(lattice, "_sorted_rows", spy)
+    assert same(Lattice(features), packed) and widths
+
+
+def test_keys_too_wide_to_carry_their_places_are_sorted_by_torch():
+    wide = torch.tensor([[7, 5, 5, 9], [2**61, 2**61 + 3, 2**61 + 1, 2**61]])
+    keys, places = lattice._sorted_rows(wide.clone(), 2**62)
+    narrow, narrow_places = lattice._sorted_rows(wide - torch.tensor([[0], [2**61 - 16]]), 32)
+    assert keys[0].tolist() == narrow[0].tolist() == [5, 5, 7, 9]
+    assert (keys[1] - 2**61).tolist() == (narrow[1] - 16).tolist() == [0, 0, 1, 3]
+    assert places.tolist() == narrow_places.tolist() == [[1, 2, 0, 3], [0, 3, 2, 1]]
+
+
+def test_origin_s_vertices_are_those_of_a_point_there_of_no_weight():
+    features = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) / 4 + torch.tensor(
+        [1.5, 0.4, -0.2]
+    )
+    values = torch.randn(50, 4)
+    own, with_origin = Lattice(features), Lattice(features, with_origin=True)
+    points = torch.cat([features, torch.zeros(1, 3)])
+    expected = LatticeFilter(Lattice(points))(torch.cat([values, torch.zeros(1, 4)]))[:-1]
+    actual = LatticeFilter(with_origin)(values)
+    assert own.vertices < with_origin.vertices == Lattice(points).vertices
+    torch.testing.assert_close(actual, expected)
+    assert (LatticeFilter(own)(values) - actual).abs().max() > 1e-3
+    # Of a point at the origin, all are there already; far away there is nothing to be changed.
+    assert same(Lattice(points, with_origin=True), Lattice(points))
+    far = LatticeFilter(Lattice(features + 40, with_origin=True))(values)
+    torch.testing.assert_close(far, LatticeFilter(Lattice(features + 40))(values))
+
+
+@pytest.mark.parametrize("height", [70, 71, 73])
+def test_odd_numbers_of_pixels_are_pydensecrf_s(monkeypatch, height):
+    """It takes pixels by fours."""
+    densecrf = pytest.importorskip("pydensecrf.densecrf", reason="needs pydensecrf (pydensecrf2 on PyPI)")
+    width = 61
+    assert height * width % 4
+    image = photo("chelsea", height, width)
+    unary = energies(21, height, width)[0].flatten(1).numpy()
+
+    def probabilities(module, **options):
+        crf = module.DenseCRF2D(width, height, 21, **options)
+        crf.setUnaryEnergy(unary)
+        crf.addPairwiseGaussian(sxy=3, compat=3)
+        crf.addPairwiseBilateral(sxy=40, srgb=13, rgbim=image, compat=10)
+        return np.array(crf.inference(10))
+
+    theirs = probabilities(densecrf)
+    assert np.abs(probabilities(segfast.crf, method="lattice") - theirs).max() < 1e-4
+    # Without the vertices that its padding makes, they would be apart.
+    monkeypatch.setattr(
+        "segfast.ops.dense_crf.filters.Lattice", lambda features, with_origin: Lattice(features)
+    )
+    assert np.abs(probabilities(segfast.crf, method="lattice") - theirs).max() > 1e-3
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_images_on_threads_are_images_one_by_one(two_threads, monkeypatch, method, mode):
+    unary, image = energies(5, 13, 11, batch=3), 255 * torch.rand(3, 3, 13, 11)
+    seen = set()
+    infer = inference.infer
+
+    def spy(*arguments):
+        seen.add(threading.current_thread().name)
+        return infer(*arguments)
+
+    monkeypatch.setattr("segfast.ops.dense_crf.compute.infer", spy)
+    with mode():
+        together = mean_field(unary, image, iterations=2, method=method)
+        assert threading.main_thread().name not in seen
+        alone = [mean_field(u, i, iterations=2, method=method) for u, i in zip(unary, image, strict=True)]
+    assert threading.main_thread().name in seen
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_what_fails_on_a_thread_is_raised_and_the_threads_are_given_back(two_threads):
+    def fail(i):
+        raise ValueError(f"image {i}")
+
+    with pytest.raises(ValueError, match="image 0"):
+        threads.each_image(fail, 3)
+
+
+def test_each_thread_has_tables_of_its_own():
+    features, values = torch.rand(400, 3), torch.rand(8, 400, 6)
+    kernel = LatticeFilter(Lattice(features))
+    expected = [kernel(v) for v in values]
+    found = [None] * len(values)
+
+    def run(i):
+        for _ in range(20):
+            found[i] = kernel(values[i])
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(len(values))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("shift", [0.0, 90.0, -90.0, 1e4])
+def test_softmax_without_maxima(shift):
+    logits = 5 * torch.randn(50, 7) + shift
+    logits[3] -= 150
+    out = torch.empty_like(logits)
+    inference._softmax(logits.clone(), out)
+    torch.testing.assert_close(out, logits.softmax(1), rtol=1e-5, atol=1e-7)
+    narrow = 5 * torch.randn(50, 7)
+    inference._softmax(narrow.clone(), out)
+    torch.testing.assert_close(out, narrow.softmax(1), rtol=1e-5, atol=0)
+    narrow[0, 0] = torch.nan
+    inference._softmax(narrow.clone(), out)
+    assert out[0].isnan().all() and out[1:].isfinite().all()
