@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("segfast.train._train_command", "train a U-Net on your images, or on the ones shipped"),
     "predict": ("segfast.train._predict_command", "segment images with a trained checkpoint"),
     "segment": ("segfast._segment", "find the person in photos with a pretrained network: mask and overlay"),
+    "crf-fit": ("segfast._crf_fit", "search a dense CRF's parameters on a validation split; does it help?"),
     "check": ("segfast._check", "run a model before and after optimize: error, time, memory"),
     "doctor": ("segfast._doctor", "versions, GPU, what is proven and tuned on it, where caches are"),
     "tune": ("segfast._tune", "time tile sizes beside cuDNN on this GPU and keep the best"),

@@ -1,13 +1,19 @@
 """pydensecrf's interface: the same numbers from the same calls, where pydensecrf2 is installed."""
 
 import re
+import runpy
+import sys
+from inspect import isfunction, signature
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import segfast
 import segfast.crf as ours
 from segfast.crf import utils
+from segfast.ops import dense_crf
 
 from .ops.test_dense_crf import energies, photo
 
@@ -44,6 +50,7 @@ def test_lattice_is_pydensecrf_on_photographs(theirs, name, sxy, srgb, weight):
     assert far(results[0], softmax) > 0.3, "the CRF changed next to nothing"
 
 
+KERNELS = ["CONST_KERNEL", "DIAG_KERNEL", "FULL_KERNEL"]
 NORMALIZATIONS = ["NO_NORMALIZATION", "NORMALIZE_BEFORE", "NORMALIZE_AFTER", "NORMALIZE_SYMMETRIC"]
 COMPATIBILITIES = {
     "number": 2,
@@ -194,12 +201,165 @@ def test_helpers_are_pydensecrf_s():
 
 
 def test_names_are_pydensecrf_s(theirs):
-    assert {name for name in dir(theirs) if name[0].isupper()} - set(dir(ours)) <= {"Number", "Unary"}
-    for name in NORMALIZATIONS:
+    assert {name for name in dir(theirs) if name[0].isupper()} - set(dir(ours)) == {"Number"}
+    for name in NORMALIZATIONS + KERNELS:
         assert int(getattr(ours, name)) == int(getattr(theirs, name))
     for cls in ("DenseCRF", "DenseCRF2D"):
         public = {name for name in dir(getattr(theirs, cls)) if not name.startswith("_")}
         assert public and public <= set(dir(getattr(ours, cls)))
+    assert issubclass(ours.ConstUnary, ours.Unary) and issubclass(ours.LogisticUnary, ours.Unary)
+
+
+def test_helpers_have_pydensecrf_s_arguments():
+    theirs = pytest.importorskip("pydensecrf.utils", reason="needs pydensecrf2")
+    functions = [name for name, value in vars(theirs).items() if isfunction(value) and name[0] != "_"]
+    assert len(functions) >= 6
+    for name in set(functions) - {"warning"}:
+        found, expected = (signature(getattr(m, name)).parameters.values() for m in (utils, theirs))
+        assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cls", ["DenseCRF", "DenseCRF2D"])
+def test_every_argument_by_its_name(theirs, cls, kernel):
+    """Where pydensecrf takes names: not in methods of one argument, nor in DenseCRF2D's constructor."""
+    image, unary = photo("chelsea", 10, 14), unary_of(3, 10, 14)
+    results = []
+    for dcrf, options in ((theirs, {}), (ours, {"method": "lattice"})):
+        choices = {"kernel": getattr(dcrf, kernel), "normalization": dcrf.NORMALIZE_AFTER}
+        if cls == "DenseCRF":
+            d = dcrf.DenseCRF(nvar=140, nlabels=3, **options)
+            d.setUnary(dcrf.ConstUnary(unary))
+        else:
+            d = dcrf.DenseCRF2D(14, 10, 3, **options)
+            d.setUnaryEnergy(u=unary)
+            d.addPairwiseGaussian(sxy=2, compat=3, **choices)
+            d.addPairwiseBilateral(sxy=8, srgb=13, rgbim=image, compat=4, **choices)
+        features = utils.create_pairwise_gaussian(sdims=(3, 4), shape=(10, 14))
+        d.addPairwiseEnergy(features=features, compat=2, **choices)
+        Q, tmp1, tmp2 = d.startInference()
+        d.stepInference(Q=Q, tmp1=tmp1, tmp2=tmp2)
+        results.append((np.array(Q), d.klDivergence(Q), np.array(d.inference(2))))
+    assert far(results[1][0], results[0][0]) < 1e-3 and far(results[1][2], results[0][2]) < 1e-3
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-4)
+
+
+def forms(array: np.ndarray, folder) -> dict[str, object]:
+    """The same values as arrays that share nothing but them."""
+    path = folder / f"{len(list(folder.iterdir()))}.npy"
+    np.save(path, array)
+    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    wide[..., ::2] = array
+    locked = array.copy()
+    locked.setflags(write=False)
+    return {
+        "mapped": np.load(path, mmap_mode="r"),
+        "strided": wide[..., ::2],
+        "reversed": array[::-1, ::-1].copy()[::-1, ::-1],
+        "transposed": array.copy(order="F"),
+        "locked": locked,
+        "double": array.astype(np.float64),
+        "swapped": array.astype(array.dtype.newbyteorder()),
+        "list": array.tolist(),
+    }
+
+
+def test_arrays_of_any_kind(tmp_path):
+    image, unary = photo("coffee", 9, 11), unary_of(3, 9, 11)
+    matrix = np.eye(3, dtype=np.float32) * -2
+
+    def infer(unary, image, matrix):
+        d = ours.DenseCRF2D(11, 9, 3)
+        d.setUnaryEnergy(unary)
+        d.addPairwiseBilateral(5, 13, image, compat=matrix)
+        Q = np.asfortranarray(d.startInference()[0])
+        d.stepInference(Q)
+        assert far(Q, d.inference(1)) < 1e-6
+        return Q
+
+    expected = infer(unary, image, matrix)
+    assert far(expected, np.exp(-unary)) > 0.05
+    variants = [forms(array, tmp_path) for array in (unary, image, matrix)]
+    for name in variants[0]:
+        assert np.array_equal(infer(*(found[name] for found in variants)), expected), name
+
+
+def test_helpers_take_arrays_of_any_kind(tmp_path):
+    softmax = np.random.default_rng(0).dirichlet(np.ones(3), (4, 5)).transpose(2, 0, 1).astype(np.float32)
+    image = np.random.default_rng(0).integers(0, 255, (4, 5, 3)).astype(np.uint8)
+    for softmaxes, images in zip(
+        forms(softmax, tmp_path).items(), forms(image, tmp_path).items(), strict=True
+    ):
+        assert far(utils.unary_from_softmax(softmaxes[1]), utils.unary_from_softmax(softmax)) < 1e-6
+        features = utils.create_pairwise_bilateral((3, 3), 13, images[1], chdim=2)
+        assert np.array_equal(features, utils.create_pairwise_bilateral((3, 3), 13, image, chdim=2)), images[
+            0
+        ]
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1, 2])
+def test_channels_on_any_axis(axis):
+    theirs = pytest.importorskip("pydensecrf.utils", reason="needs pydensecrf2")
+    volume = np.random.default_rng(0).integers(0, 255, (4, 5, 3)).astype(np.uint8)
+    places = (3, 4, 2) if axis == -1 else (3, 4)
+    channels = 13 if axis == -1 else [10 + i for i in range(volume.shape[axis])]
+    expected = theirs.create_pairwise_bilateral(places, channels, volume, axis)
+    found = utils.create_pairwise_bilateral(sdims=places, schan=channels, img=volume, chdim=axis)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+def test_computes_on_torch_s_default_device(monkeypatch, method):
+    """Chosen when the object is made. "meta" has shapes and no values: whatever lay elsewhere would raise."""
+    results = []
+    monkeypatch.setattr(ours, "_array", results.append)
+    monkeypatch.setattr(
+        "segfast.crf.dense_crf.feature_filter", lambda points, *options, **named: lambda q: (points, q)[1]
+    )
+    image, unary = photo("coffee", 6, 7), unary_of(3, 6, 7)
+    with torch.device("meta"):
+        d = ours.DenseCRF2D(7, 6, 3, method=method)
+        d.setUnaryEnergy(unary)
+    if method == "exact":
+        d.addPairwiseGaussian(3, np.eye(3))
+    d.addPairwiseBilateral(80, 13, image, np.ones(3))
+    d.addPairwiseEnergy(np.ones((2, 42)), 3)
+    assert d._on_kernels(5) is False
+    d.startInference()
+    q = dense_crf.step(d._probabilities(unary), d._energies(), d._terms)
+    assert {t.device.type for t in (q, results[0], d._energies())} == {"meta"}
+    assert {c.device.type for c in (term.compatibility for term in d._terms) if torch.is_tensor(c)} == {
+        "meta"
+    }
+    with torch.device("meta"):
+        assert ours.DenseCRF(4, 2)._energies().device.type == "meta"
+        cpu = torch.device("cpu")
+        monkeypatch.setattr(torch, "get_default_device", lambda: cpu)
+        assert ours.DenseCRF(4, 2)._energies().device == cpu
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+def test_on_our_kernels(method):
+    """In Triton's interpreter: the same numbers, and one image's rows in and out."""
+    generator = np.random.default_rng(0)
+    image, unary = generator.integers(0, 255, (5, 6, 3)), generator.random((3, 30)).astype(np.float32)
+    results = []
+    for backend in ("triton", "aten"):
+        with segfast.backend(backend):
+            d = ours.DenseCRF2D(6, 5, 3, method=method)
+            d.setUnaryEnergy(unary)
+            d.addPairwiseGaussian((2, 1.5), 3)
+            d.addPairwiseBilateral(4, 60, image, 2 - 3 * np.eye(3), normalization=ours.NORMALIZE_AFTER)
+            Q, tmp1, tmp2 = d.startInference()
+            d.stepInference(Q, tmp1, tmp2)
+            on_kernels = [isinstance(term.filter, ours._OfOne) for term in d._terms]
+            assert on_kernels == [backend == "triton"] * 2
+            results.append((d.inference(3), Q, d.klDivergence(Q), repr(d)))
+    assert far(results[0][0], results[1][0]) < 1e-3 and far(results[0][1], results[1][1]) < 1e-3
+    assert results[0][2] == pytest.approx(results[1][2], rel=1e-3) and results[0][3] == results[1][3]
+    assert far(results[0][0], results[0][1]) > 0.01
 
 
 def test_exact_is_the_functional_and_nothing_is_shared_with_the_caller():
@@ -271,3 +431,36 @@ def test_numpy_integers_and_zero_iterations():
     d.setUnaryEnergy(unary)
     assert far(d.inference(np.int64(0)), np.exp(-unary)) < 1e-6
     assert re.fullmatch(r"DenseCRF2D\(w=5, h=4, nlabels=2, method='auto'\)", repr(d))
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_page_s_examples_run():
+    page = (ROOT / "docs" / "crf.md").read_text()
+    network, script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    spaces = {}, {}
+    for code, space in zip((network, script), spaces, strict=True):
+        exec(compile(code, "crf.md", "exec"), space)
+    assert spaces[0]["labels"].shape == (2, 60, 80) and spaces[1]["labels"].shape == (30, 40)
+
+
+def test_the_example_has_both_ways_agree(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["crf_refine.py"])
+    found = runpy.run_path(str(ROOT / "examples" / "crf_refine.py"))
+    assert far(found["same"], found["refined"].numpy()) < 1e-5 and 0.001 < found["changed"] < 0.1
+    assert "of the pixels changed sides" in capsys.readouterr().out and Path("out/crf_refine.png").exists()
+
+
+def test_the_example_that_measures(theirs, capsys, monkeypatch):
+    pytest.importorskip("skimage", reason="needs scikit-image's photographs")
+    monkeypatch.setattr(sys, "argv", ["crf_accuracy.py", "28", "chelsea"])
+    runpy.run_path(str(ROOT / "examples" / "crf_accuracy.py"))
+    rows = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| chelsea")
+    ]
+    assert [row[1] for row in rows] == ["80/13, 10", "67/3, 4", "49/5, 4"]
+    for row in rows:
+        # The lattice is off by something, and ours is theirs.
+        assert 1e-4 < float(row[2]) < 0.3 and float(row[5].rstrip(" |")) < 1e-3

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from segfast import _demo
+from segfast._crf_parameters import TEXTBOOK, refine
+from segfast._crf_search import Labelled
 from segfast.cli import main
 from segfast.data import Sample, astronaut
 from segfast.train import load_checkpoint
@@ -38,6 +40,7 @@ def test_best_threshold_with_ties():
 
 def test_a_short_run_misses_the_bar_and_leaves_everything(elsewhere, capsys, monkeypatch):
     reports = []
+    monkeypatch.setattr(_demo, "CRF_TRIALS", 3)
     monkeypatch.setattr(_demo, "write_quick_report", reports.append)
     assert main(["demo", "--steps", "3"]) == 1
     output = capsys.readouterr()
@@ -47,6 +50,9 @@ def test_a_short_run_misses_the_bar_and_leaves_everything(elsewhere, capsys, mon
         assert picture.size[0] > 1000 and picture.size[1] > 1000
     with Image.open("out/segment.png") as picture:
         assert picture.size[0] > 1000 and picture.size[1] > 500
+    with Image.open("out/crf.png") as picture:
+        assert picture.size[0] > 1500 and picture.size[1] > 700
+    assert "textbook CRF" in output.out and "fitted CRF" in output.out and "`segfast crf-fit`" in output.out
     assert load_checkpoint("out/demo.safetensors").config["width"] == _demo.WIDTH
     assert reports == [Path("out")]
 
@@ -55,6 +61,7 @@ def test_reaching_the_bar_is_exit_0(elsewhere, capsys, monkeypatch):
     """With a network that cannot fail: it answers with the truth."""
     _, [test] = nuclei_samples()
     monkeypatch.setattr(_demo, "write_quick_report", lambda out: None)
+    monkeypatch.setattr(_demo, "refine_masks", lambda *args: None)
     monkeypatch.setattr(_demo, "check_model", lambda *args, **kwargs: "")
     monkeypatch.setattr(_demo, "predict", lambda model, image: test.target)
     assert main(["demo", "--steps", "1"]) == 0
@@ -69,6 +76,31 @@ def test_the_portrait_is_drawn_with_its_mask(elsewhere, capsys, monkeypatch):
     assert torch.equal(photo, astronaut().movedim(0, -1)) and mask.shape == (512, 512)
     assert torch.equal(tinted[mask == 1], photo[mask == 1]) and mask.max() == 1
     assert f"{mask.mean():.0%} of it is person" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_crf_is_fitted_to_one_half_and_measured_on_the_other(elsewhere, capsys, monkeypatch):
+    _, [test] = nuclei_samples()
+    # A network that knows the lower half, and of the upper that most of it is background.
+    foreground = torch.full((512, 128), 0.1)
+    foreground[256:] = 0.01 + 0.98 * test.target[256:]
+    nuclei = Labelled(torch.stack([1 - foreground, foreground]), 255 * test.image, test.target)
+    fitted, panels = [], []
+    best = TEXTBOOK._replace(iterations=1)
+    monkeypatch.setattr(_demo, "search", lambda part, trials: fitted.extend(part) or (best, trials))
+    monkeypatch.setattr(Axes, "imshow", lambda axes, panel, **options: panels.append(torch.tensor(panel)))
+    portrait = torch.zeros(512, 512)
+    portrait[100:, 100:400] = 1
+    _demo.refine_masks(Path("out/crf.png"), nuclei, portrait)
+    [upper] = fitted
+    assert torch.equal(upper.target, test.target[:256])
+    printed = capsys.readouterr().out
+    assert "lower half: mean IoU %" in printed and "network alone  100.00" in printed
+    assert "LOWERS the mean IoU" in printed
+    assert torch.equal(panels[0], astronaut().movedim(0, -1)) and torch.equal(panels[1], portrait)
+    assert not torch.equal(panels[2], portrait)
+    assert torch.equal(panels[5], foreground[256:].T) and panels[4].shape == (128, 256, 3)
+    refined = refine(nuclei.probabilities[:, 256:], nuclei.image[:, 256:], best)
+    assert torch.equal(panels[6], refined[1].T)
 
 
 def test_quick_report(elsewhere, capsys, monkeypatch):

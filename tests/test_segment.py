@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from segfast import _segment
+from segfast._crf_figure import Refined, crf_figure
+from segfast._crf_parameters import NO_CRF, Parameters, refine, write_parameters
 from segfast.cli import main
 from segfast.data import astronaut, read_photo, write_image
 
@@ -110,14 +114,15 @@ def test_a_named_output(photo):
     assert pixels("person.overlay.png").shape == (150, 200, 3)
 
 
-@pytest.mark.parametrize("name", ["mine.png", "mine.overlay.png"])
+@pytest.mark.parametrize("name", ["mine.png", "mine.overlay.png", "mine.crf.png"])
 def test_a_file_of_the_user_stays_without_force(photo, capsys, name):
     Path(name).write_text("mine")
-    assert main(["segment", photo, "-o", "mine.png"]) == 2
+    arguments = ["segment", photo, "-o", "mine.png", *(["--crf"] if "crf" in name else [])]
+    assert main(arguments) == 2
     assert f"{name}: exists and is not a file that segfast wrote" in capsys.readouterr().err
     assert Path(name).read_text() == "mine"
-    assert main(["segment", photo, "-o", "mine.png", "--force"]) == 0
-    assert pixels(name).shape[:2] == (150, 200)
+    assert main([*arguments, "--force"]) == 0
+    assert pixels(name).dim() > 1
 
 
 def test_the_photo_itself_stays_even_with_force(photo, capsys):
@@ -142,6 +147,8 @@ def test_the_photo_itself_stays_even_with_force(photo, capsys):
         (["photo.png", "--threshold", "1"], "--threshold must be between 0 and 1, got 1.0"),
         (["photo.png", "--threshold", "nan"], "--threshold must be between 0 and 1, got nan"),
         (["photo.png", "--device", "tpu"], "--device"),
+        (["--crf", "photo.png"], "expected a name ending in .json; put photos before --crf"),
+        (["photo.png", "--crf", "absent.json"], "absent.json: not a readable JSON"),
     ],
 )
 def test_mistakes(photo, portrait, capsys, arguments, message):
@@ -151,7 +158,7 @@ def test_mistakes(photo, portrait, capsys, arguments, message):
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save("nan.tif")
     assert main(["segment", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("segfast: ") and message in error
+    assert error.startswith("segfast") and message in error
     assert not Path("out").exists()
 
 
@@ -169,7 +176,7 @@ SHAPES = {"point": (1, 1), "wide": (3000, 3), "tall": (2, 3000)}
 @pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 def test_any_size(photo, portrait, size):
     portrait.resize(size).save(photo)
-    assert main(["segment", photo]) == 0
+    assert main(["segment", photo, "--crf"]) == 0
     assert pixels("out/photo.mask.png").shape == size[::-1]
     assert pixels("out/photo.overlay.png").shape == (*size[::-1], 3)
 
@@ -253,6 +260,100 @@ def test_write_image_round_trip(tmp_path):
     write_image(tmp_path / "colour.png", colour)
     assert torch.equal(pixels(tmp_path / "grey.png"), grey)
     assert torch.equal(read_photo(tmp_path / "colour.png"), colour)
+
+
+def disc(side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A photo of a disc, the disc, and a mask of it that is blurred and has a hole."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    truth = ((y - side / 2).square() + (x - side / 2).square() < side**2 / 12).float()
+    photo = torch.stack([60 + 120 * truth, 90 - 30 * truth, 90 + 0 * truth]).byte()
+    mask = F.avg_pool2d(truth[None], side // 4 + 1, 1, side // 8, count_include_pad=False)[0]
+    mask[side // 2 :, side // 2 : side // 2 + 3] = 0.3
+    return photo, truth, mask
+
+
+def test_refined_mask_follows_the_photo():
+    photo, truth, mask = disc(96)
+    refined = _segment.refined_mask(mask, photo)
+    assert refined.shape == mask.shape and 0 <= refined.min() <= refined.max() <= 1
+    assert (mask - truth).abs().mean() > 0.05 > 10 * (refined - truth).abs().mean()
+
+
+def test_refined_mask_of_a_large_photo_is_that_of_a_small_one(monkeypatch):
+    """Standard deviations in pixels shrink with the photo; those of a file are for the photo's own size."""
+    photo, truth, mask = disc(96)
+    calls = []
+
+    def errors(found: torch.Tensor) -> torch.Tensor:
+        return ((found >= 0.5) != truth.bool()).double().mean()
+
+    monkeypatch.setattr(
+        _segment,
+        "refine",
+        lambda p, image, *rest: calls.append((p.shape, image.shape, *rest)) or refine(p, image, *rest),
+    )
+    monkeypatch.setattr(_segment, "MAX_PIXELS", 48 * 48)
+    fitted = Parameters(20.0, 9.0, 4.0, 2.0, 1.0, 5), "exact"
+    for given in (None, fitted):
+        refined = _segment.refined_mask(mask, photo, given)
+        assert refined.shape == (96, 96) and errors(refined) < 0.7 * errors(mask)
+    own, (p_shape, image_shape, parameters, method) = calls
+    assert p_shape == (2, 48, 48) and image_shape == (3, 48, 48)
+    assert (parameters, method) == (fitted[0]._replace(theta_alpha=10.0, theta_gamma=2.0), "exact")
+    assert own[2].theta_alpha == pytest.approx(_segment.UNFITTED.theta_alpha * 48 / 512) and own[3] == "auto"
+
+
+def test_crf_writes_the_refined_mask_and_a_picture(photo, capsys):
+    assert main(["segment", photo]) == 0
+    soft = pixels("out/photo.mask.png")
+    capsys.readouterr()
+    assert main(["segment", photo, "--crf"]) == 0
+    captured = capsys.readouterr()
+    assert "1/1" in captured.err and "out/photo.crf.png" in captured.out
+    refined = pixels("out/photo.mask.png")
+    mask = _segment.person_mask(_segment.load_segmenter(), read_photo(photo))
+    expected = (255 * _segment.refined_mask(mask, read_photo(photo))).round().byte()
+    assert torch.equal(refined, expected) and (refined.int() - soft.int()).abs().double().mean() > 2
+    assert torch.equal(
+        pixels("out/photo.overlay.png").movedim(-1, 0), _segment.overlay(read_photo(photo), refined / 255)
+    )
+    assert pixels("out/photo.crf.png").shape[1] > 1500
+    assert main(["segment", photo, "--crf", "--threshold", "0.5", "-o", "person.png"]) == 0
+    assert torch.equal(pixels("person.png") == 255, refined >= 128) and Path("person.crf.png").exists()
+
+
+def test_crf_with_the_parameters_of_a_file(photo, capsys):
+    write_parameters("none.json", NO_CRF, "auto", 3)
+    write_parameters("some.json", NO_CRF._replace(spatial_weight=3.0, iterations=5), "exact", 3)
+    masks = []
+    for arguments in ([], ["--crf", "none.json"], ["--crf", "some.json"]):
+        assert main(["segment", photo, *arguments]) == 0
+        masks.append(pixels("out/photo.mask.png").int())
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_the_picture_s_panels(photo, monkeypatch):
+    panels, titles = [], []
+    monkeypatch.setattr(Axes, "imshow", lambda axes, panel, **options: panels.append(torch.tensor(panel)))
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title, **options: titles.append(title))
+    assert main(["segment", photo, "--crf", "--threshold", "0.5"]) == 0
+    assert titles == ["photo", "network's mask", "refined by the CRF", "difference"]
+    image, before, after, difference = panels
+    assert torch.equal(image, read_photo(photo).movedim(0, -1)) and not torch.equal(before, after)
+    assert torch.equal(after.byte() * 255, pixels("out/photo.mask.png"))
+    for changed, colour in ((after > before, "#e69f00"), (after < before, "#56b4e9")):
+        assert changed.any() and (difference[changed] - torch.tensor(to_rgb(colour))).abs().max() < 1e-6
+    grey = image.double().mean(-1, keepdim=True) / 510
+    assert (difference - grey)[after == before].abs().max() < 1e-6
+
+
+def test_the_picture_of_a_large_photo_is_small():
+    photo, mask = torch.zeros(3, 900, 900, dtype=torch.uint8), torch.rand(900, 900)
+    figure = crf_figure(
+        [Refined(photo, mask, mask), Refined(photo[:1, :301], mask[:301], mask[:301])], "both"
+    )
+    sizes = [axes.images[0].get_array().shape[:2] for axes in figure.axes]
+    assert sizes == [(700, 700)] * 4 + [(234, 700)] * 4
 
 
 def test_computes_on_one_thread_and_gives_the_others_back(photo, monkeypatch):

@@ -2,14 +2,16 @@
 
 The classes, methods, argument names and NumPy conventions are pydensecrf's; results are NumPy arrays where it
 has matrices of its own. Beyond it: the argument `method`, arrays of any real dtype and layout, `map`, and
-errors where it crashes. `segfast.functional.mean_field` is the same in PyTorch, with gradients.
+errors where it crashes. It computes on torch's default device: `with torch.device("cuda"):` around a script
+is all that a GPU takes. `segfast.functional.mean_field` is the same in PyTorch, with gradients and batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -22,6 +24,10 @@ from ..ops.dense_crf.arguments import (
     check_options,
     positive,
 )
+from ..ops.dense_crf.backend import can_use_kernels, choose_kernels_method
+from ..ops.dense_crf.device_filters import DeviceFilter, feature_filters, grid_filters
+from ..ops.dense_crf.exact import split
+from ..ops.dense_crf.filters import Filter, normalized
 from . import utils
 
 
@@ -45,16 +51,24 @@ class NormalizationType(IntEnum):
 CONST_KERNEL, DIAG_KERNEL, FULL_KERNEL = KernelType
 NO_NORMALIZATION, NORMALIZE_BEFORE, NORMALIZE_AFTER, NORMALIZE_SYMMETRIC = NormalizationType
 _NAMES = (None, "before", "after", "symmetric")
+# `segfast.functional.mean_field`'s default.
+TOLERANCE = 1e-2
 
 
-class ConstUnary:
+class Unary:
+    """What `DenseCRF.setUnary` takes: energies [labels, points]."""
+
+    energy: Tensor
+
+
+class ConstUnary(Unary):
     """Energies [labels, points] as they are."""
 
     def __init__(self, u: ArrayLike):
         self.energy = _tensor(u, "u", 2)
 
 
-class LogisticUnary:
+class LogisticUnary(Unary):
     """Energies L f: L [labels, K] applied to the features f [K, points]."""
 
     def __init__(self, L: ArrayLike, f: ArrayLike):
@@ -74,7 +88,10 @@ class DenseCRF:
         nvar: the number of points.
         nlabels: the number of labels.
         method: "lattice", pydensecrf's own approximation; "exact", all pairs; "auto", for each term the one
-            of less modelled cost. The repr says which.
+            of less modelled cost. The repr says which. On our kernels "exact" may skip up to 1 % of a
+            point's weights, in pairs too far apart to matter: `segfast.functional.gaussian_filter`.
+
+    It computes on what was torch's default device when it was made; arrays come from and go to the CPU.
 
     Example:
         >>> import numpy as np, segfast.crf as dcrf
@@ -90,7 +107,7 @@ class DenseCRF:
     def __init__(self, nvar: int, nlabels: int, *, method: str = "auto"):
         self._nvar, self._nlabel = check_count(nvar, "nvar"), check_count(nlabels, "nlabels")
         check_options(method, None)
-        self._method = method
+        self._method, self._device = method, torch.get_default_device()
         self._unary: Tensor | None = None
         self._terms: list[dense_crf.Term] = []
 
@@ -112,7 +129,7 @@ class DenseCRF:
             raise ValueError(f"features must be [D, {self._nvar}] (points), got {list(points.shape)}")
         self._add(points.T, "features", compat, kernel, normalization)
 
-    def setUnary(self, u: ConstUnary | LogisticUnary) -> None:
+    def setUnary(self, u: Unary) -> None:
         """Sets the energies from an object that holds them."""
         self._set(u.energy)
 
@@ -163,25 +180,42 @@ class DenseCRF:
             )
         if energy.isnan().any():
             raise ValueError("the unary energy holds NaN")
-        self._unary = energy.T.contiguous()
+        self._unary = energy.T.contiguous().to(self._device)
 
     def _add(
         self, points: Tensor, source: str, compat: float | ArrayLike, kernel: int, normalization: int
     ) -> None:
         """Adds the term of features [points, D]."""
-        points = check_features(points, source, torch.float32).contiguous()
+        points = check_features(points, source, torch.float32).contiguous().to(self._device)
         name, compatibility = self._options(compat, kernel, normalization)
-        kernel_filter = dense_crf.feature_filter(points, self._method, name)
-        self._terms.append(dense_crf.Term(kernel_filter, compatibility))
+        # densecrf takes points by fours, and pads them by points at zero.
+        padded = self._nvar % 4 != 0
+        with torch.no_grad():
+            if self._on_kernels(points.shape[1]):
+                method = choose_kernels_method(self._method, self._nvar)
+                padding = int(padded and method == "lattice")
+                rows = _longer(points, padding)[None]
+                found: Filter = _OfOne(feature_filters(rows, method, None, TOLERANCE), padding)
+                found = normalized(found, points, name)
+            else:
+                found = dense_crf.feature_filter(points, self._method, name, with_origin=padded)
+        self._terms.append(dense_crf.Term(found, compatibility))
+
+    def _on_kernels(self, dim: int) -> bool:
+        """Whether a filter of so many features runs our kernels."""
+        like = torch.empty(1, device=self._device).expand(1, self._nvar, self._nlabel)
+        return can_use_kernels("mean_field", like, self._nlabel, dim)
 
     def _energies(self) -> Tensor:
-        return torch.zeros(self._nvar, self._nlabel) if self._unary is None else self._unary
+        if self._unary is None:
+            return torch.zeros(self._nvar, self._nlabel, device=self._device)
+        return self._unary
 
     def _probabilities(self, Q: ArrayLike) -> Tensor:
         q = _tensor(Q, "Q", 2)
         if tuple(q.shape) != (self._nlabel, self._nvar):
             raise ValueError(f"Q must be {[self._nlabel, self._nvar]} (labels, points), got {list(q.shape)}")
-        return q.T.contiguous()
+        return q.T.contiguous().to(self._device)
 
     def _options(
         self, compat: float | ArrayLike, kernel: int, normalization: int
@@ -192,8 +226,8 @@ class DenseCRF:
         if np.ndim(compat) == 0:
             value: float | Tensor = float(compat)  # type: ignore[arg-type]
         else:
-            value = torch.from_numpy(np.array(compat, np.float32))
-        value = check_compatibility(value, self._nlabel, "compat", torch.float32, torch.device("cpu"))
+            value = torch.from_numpy(np.array(compat, np.float32)).to(self._device)
+        value = check_compatibility(value, self._nlabel, "compat", torch.float32, self._device)
         if isinstance(value, Tensor) and value.dim() == 2:
             value = (value + value.T) / 2
         return name, value
@@ -226,8 +260,12 @@ class DenseCRF2D(DenseCRF):
         """Adds a term of the places alone; sxy in pixels, one standard deviation or (along x, along y)."""
         name, compatibility = self._options(compat, kernel, normalization)
         theta = positive(sxy, "sxy", 2)
-        like = torch.empty(0)
-        grid = dense_crf.grid_filter((self._h, self._w), theta, self._method, name, like)
+        size, like = (self._h, self._w), torch.empty(1, 0, 0, device=self._device)
+        with torch.no_grad():
+            if self._on_kernels(2):
+                grid: Filter = _OfOne(grid_filters(size, theta, self._method, name, like))
+            else:
+                grid = dense_crf.grid_filter(size, theta, self._method, name, like)
         self._terms.append(dense_crf.Term(grid, compatibility))
 
     def addPairwiseBilateral(
@@ -249,13 +287,35 @@ class DenseCRF2D(DenseCRF):
         image = _tensor(rgbim, "rgbim", 3)
         if tuple(image.shape) != (self._h, self._w, 3):
             raise ValueError(f"rgbim must be {[self._h, self._w, 3]} (h, w, RGB), got {list(image.shape)}")
-        theta, beta = positive(sxy, "sxy", 2), torch.tensor(positive(srgb, "srgb", 3))
-        places = dense_crf.grid_features((self._h, self._w), theta, beta)
+        theta, beta = positive(sxy, "sxy", 2), image.new_tensor(positive(srgb, "srgb", 3))
+        places = dense_crf.grid_features((self._h, self._w), theta, image)
         colours = image.reshape(-1, 3) / beta
         self._add(torch.cat([places, colours], 1), "rgbim", compat, kernel, normalization)
 
     def _sizes(self) -> str:
         return f"w={self._w}, h={self._h}"
+
+
+class _OfOne:
+    """A filter of batches [B, N + padding, C], for one image [N, C]."""
+
+    def __init__(self, batched: DeviceFilter, padding: int = 0):
+        self.batched, self.method, self.padding = batched, batched.method, padding
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return self.batched(_longer(values, self.padding)[None])[0][: values.shape[0]]
+
+    def chunks(self, values: Tensor) -> Iterator[Tensor]:
+        return split(self(values))
+
+    def scaled(self, before: Tensor | None, after: Tensor | None) -> "_OfOne":
+        factors = (None if f is None else _longer(f[:, None], self.padding)[:, 0] for f in (before, after))
+        return _OfOne(self.batched.scaled(*factors), self.padding)
+
+
+def _longer(rows: Tensor, padding: int) -> Tensor:
+    """[N, C] with so many rows of zeros behind."""
+    return F.pad(rows, (0, 0, 0, padding)) if padding else rows
 
 
 def _tensor(values: ArrayLike, name: str, ndim: int) -> Tensor:
@@ -268,7 +328,7 @@ def _tensor(values: ArrayLike, name: str, ndim: int) -> Tensor:
 
 def _array(values: Tensor) -> NDArray[np.float32]:
     """[points, labels] as [labels, points]."""
-    return values.T.contiguous().numpy()
+    return values.T.contiguous().cpu().numpy()
 
 
 __all__ = [
@@ -285,5 +345,6 @@ __all__ = [
     "KernelType",
     "LogisticUnary",
     "NormalizationType",
+    "Unary",
     "utils",
 ]

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._folder import Sample, read_folder, split_columns
-from ._images import IGNORE_INDEX, normalize, read_image, read_mask, write_mask
+from ._folder import Sample, image_and_mask_paths, read_folder, split_columns
+from ._images import IGNORE_INDEX, normalize, read_colours, read_image, read_mask, write_mask
 from ._photo import read_photo, write_image
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "NUCLEI_TRAIN_COLUMNS",
     "Sample",
     "astronaut",
+    "image_and_mask_paths",
     "normalize",
     "nuclei",
+    "read_colours",
     "read_folder",
     "read_image",
     "read_mask",

@@ -18,24 +18,34 @@ class Sample(NamedTuple):
     target: Tensor
 
 
-def read_folder(folder: str | os.PathLike, channels: int = 1, foreground: bool = False) -> list[Sample]:
-    """Read `folder/images/NAME.*` with `folder/masks/NAME.*`, in order of name.
+def image_and_mask_paths(folder: str | os.PathLike) -> list[tuple[Path, Path]]:
+    """`folder/images/NAME.*` with `folder/masks/NAME.*`, in order of name.
 
     Raises:
-        UserError: a folder is missing or empty, an image has no mask, the sizes of a pair differ, or a file
-            is bad (see `read_image`, `read_mask`).
+        UserError: a folder is missing or empty, or an image has no mask.
     """
     images, masks = _by_stem(Path(folder) / "images"), _by_stem(Path(folder) / "masks")
-    samples = []
     for stem, path in sorted(images.items()):
         if stem not in masks:
             raise UserError(f"{path}: no mask named {stem}.* in {Path(folder) / 'masks'}")
-        sample = Sample(read_image(path, channels), read_mask(masks[stem], foreground))
+    return [(path, masks[stem]) for stem, path in sorted(images.items())]
+
+
+def read_folder(folder: str | os.PathLike, channels: int = 1, foreground: bool = False) -> list[Sample]:
+    """Read the images and masks of `image_and_mask_paths`.
+
+    Raises:
+        UserError: as there, and if the sizes of a pair differ, or a file is bad (see `read_image`,
+            `read_mask`).
+    """
+    samples = []
+    for path, mask_path in image_and_mask_paths(folder):
+        sample = Sample(read_image(path, channels), read_mask(mask_path, foreground))
         if sample.image.shape[1:] != sample.target.shape:
             size, mask_size = (
                 f"{shape[0]}x{shape[1]}" for shape in (sample.image.shape[1:], sample.target.shape)
             )
-            raise UserError(f"{masks[stem]}: the mask is {mask_size}, its image {path} is {size}")
+            raise UserError(f"{mask_path}: the mask is {mask_size}, its image {path} is {size}")
         samples.append(sample)
     return samples
 

@@ -71,11 +71,26 @@ def read_image(path: str | os.PathLike, channels: int = 1) -> Tensor:
         UserError: no such file, not an image, several pages, empty, not finite, or no way to `channels`
             channels.
     """
+    return normalize(_read_channels(path, channels)[0])
+
+
+def read_colours(path: str | os.PathLike, channels: int = 3) -> Tensor:
+    """Read an image as `[channels, H, W]` float32 in 0..255, whose differences a dense CRF looks at.
+
+    8-bit images as they are, others normalized; else as `read_image`.
+    """
+    array, as_it_is = _read_channels(path, channels)
+    return torch.from_numpy(array.astype(np.float32)) if as_it_is else 255 * normalize(array)
+
+
+def _read_channels(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, bool]:
+    """The pixels `[channels, H, W]`, and whether the file has them in 8 bits."""
     array = _read_array(path, "image")
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or 0 in array.shape:
         raise UserError(f"{path}: expected an image [H, W] or [C, H, W], got shape {list(array.shape)}")
+    in_8_bits = array.dtype == np.uint8
     if array.dtype == bool:
         array = array.astype(np.uint8)
     if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
@@ -88,7 +103,7 @@ def read_image(path: str | os.PathLike, channels: int = 1) -> Tensor:
         array = np.repeat(array, channels, axis=0)
     if len(array) != channels:
         raise UserError(f"{path}: the image has {len(array)} channels, the network takes {channels}")
-    return normalize(array)
+    return array, in_8_bits
 
 
 def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
