@@ -10,23 +10,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cudnn_graph
+from benchmarks import crf_peers, cudnn_graph
 from benchmarks.case import PYRAMIDS
-from benchmarks.cases import is_depthwise
+from benchmarks.cases import is_crf, is_depthwise
 from benchmarks.environment import dry_run
 from benchmarks.problems import FORMULAS, Formula, Problem, Tensors, folded
 from benchmarks.timing import Candidate, Skipped
 
 Peer = Candidate | Skipped
 COMPILE_MODE = "max-autotune-no-cudagraphs"
-MOST_EXPONENTIALS = 1e12  # of a plain CRF: more would take a minute on the fastest GPU
 
 
 def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
     """Every peer of an operator case; `compiled` adds torch.compile, which takes seconds a case."""
     case = problem.case
-    if case.op == "dense_crf":
-        yield from _crf(problem)
+    if is_crf(case):
+        yield from crf_peers.peers(problem)
         return
     yield Candidate("aten_nchw", problem.bind(problem.formula, problem.contiguous()))
     yield Candidate("aten_nhwc", problem.bind(problem.formula))
@@ -141,35 +140,3 @@ def _cudnn_graph(problem: Problem) -> Iterator[Peer]:
         yield Skipped("cudnn_graph", f"{type(error).__name__}: {error}".splitlines()[0])
         return
     yield Candidate("cudnn_graph", problem.bind(function))
-
-
-def _crf(problem: Problem) -> Iterator[Peer]:
-    case = problem.case
-    if case.exponentials > MOST_EXPONENTIALS:
-        yield Skipped("pytorch_exact", f"{case.exponentials:.1e} exponentials in plain PyTorch take too long")
-    else:
-        yield Candidate("pytorch_exact", problem.bind(problem.formula), note="all pairs, fp32")
-    if importlib.util.find_spec("pydensecrf") is None:
-        yield Skipped("pydensecrf", "pydensecrf is not installed (pydensecrf2 on PyPI)")
-        return
-    # An approximation, shown with its error.
-    yield Candidate(
-        "pydensecrf", lambda: _pydensecrf(problem), note="permutohedral lattice, one CPU core", tolerance=0.5
-    )
-
-
-def _pydensecrf(problem: Problem) -> torch.Tensor:
-    """Set-up and iterations, from and to the problem's device: what a user waits for."""
-    import numpy
-    from pydensecrf import densecrf
-
-    case = problem.case
-    unary, image = (problem.tensors[name].cpu().numpy() for name in ("unary", "image"))
-    labels, height, width = unary.shape
-    crf = densecrf.DenseCRF2D(width, height, labels)
-    crf.setUnaryEnergy(numpy.ascontiguousarray(unary.reshape(labels, -1), dtype=numpy.float32))
-    crf.addPairwiseGaussian(sxy=case["gamma"], compat=case["gaussian_weight"])
-    rgb = numpy.ascontiguousarray(image.transpose(1, 2, 0)).astype(numpy.uint8)
-    crf.addPairwiseBilateral(sxy=case["alpha"], srgb=case["beta"], rgbim=rgb, compat=case["bilateral_weight"])
-    q = numpy.array(crf.inference(case["iterations"]))
-    return torch.from_numpy(q).reshape(labels, height, width).to(problem.device)

@@ -88,8 +88,8 @@ class Case:
     @property
     def exponentials(self) -> float:
         """exp2 evaluations: an exact dense CRF's for each pair of pixels, a softmax's for each logit."""
-        if self.op == "dense_crf":
-            return (self["h"] * self["w"]) ** 2 * self["iterations"]
+        if is_crf(self):
+            return self["n"] * (self["h"] * self["w"]) ** 2 * self["iterations"]
         if not is_head(self) or self.op == "upsample_argmax":
             return 0.0
         passes = {"train": 2, "backward": 1}.get(self.direction, 1)
@@ -113,6 +113,11 @@ def is_depthwise(case: Case) -> bool:
 def is_head(case: Case) -> bool:
     """Whether it upsamples logits on the way to a loss or to labels."""
     return case.op.startswith("upsample_")
+
+
+def is_crf(case: Case) -> bool:
+    """Whether it filters pixels by their places and colours."""
+    return case.op in ("dense_crf", "gaussian_filter")
 
 
 def _itemsize(case: Case) -> int:
@@ -151,7 +156,7 @@ def _work(case: Case, useful: bool) -> float:
         times = 3 if case.direction == "train" else 1
         scale = (case["h"] * case["w"]) / (case["full_h"] * case["full_w"])
         return case["gflop"] * 1e9 * case["n"] * times * scale
-    if case.op == "dense_crf":
+    if is_crf(case):
         # Exponent and filter, each a dot over 32 columns.
         return 128.0 * case.exponentials
     if is_head(case):
@@ -172,7 +177,7 @@ def _work(case: Case, useful: bool) -> float:
 
 
 def _bytes(case: Case) -> float:
-    if case.op in ("model", "dense_crf"):
+    if case.op == "model" or is_crf(case):
         return 0.0
     n, item = case["n"], _itemsize(case)
     if is_head(case):

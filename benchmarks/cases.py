@@ -6,11 +6,12 @@ One list for the benchmarks, the tuner and the tests. Sizes are those of the pap
 
 from collections.abc import Iterator
 
-from benchmarks.case import DIRECTIONS, Case, is_depthwise, is_head, output_size
+from benchmarks.case import DIRECTIONS, Case, is_crf, is_depthwise, is_head, output_size
+from benchmarks.crf_cases import crf, further
 
 __all__ = [
-    "ALONE", "BLOCKS", "CASES", "CONVOLUTIONS", "DIRECTIONS", "HEADS", "LAYERS", "MODELS", "OPERATORS",
-    "Case", "directions", "find", "headline", "is_depthwise", "is_head", "output_size",
+    "ALONE", "BLOCKS", "CASES", "CONVOLUTIONS", "CRFS", "DIRECTIONS", "HEADS", "LAYERS", "MODELS",
+    "OPERATORS", "Case", "directions", "find", "headline", "is_crf", "is_depthwise", "is_head", "output_size",
 ]  # fmt: skip
 
 
@@ -123,13 +124,6 @@ def _head(name, layer, n, classes, height, width, scale, *, small) -> Iterator[C
         yield Case(f"{name}_{ending}", "segmentation_head", op, layer, params, small, direction=direction)
 
 
-def _crf(name, layer, h, w, alpha, beta, weight) -> Case:
-    params = {"n": 1, "labels": 21, "h": h, "w": w, "iterations": 10, "alpha": alpha, "beta": beta}
-    params |= {"bilateral_weight": weight, "gamma": 3, "gaussian_weight": 3}
-    small = {"h": 24, "w": 32, "iterations": 3}
-    return Case(name, "dense_crf", "dense_crf", layer, params, small, dtype="float32")
-
-
 def _model(name, layer, model, size, gflop, *, small, n=8) -> Case:
     params = {"n": n, "model": model, "h": size, "w": size, "full_h": size, "full_w": size, "gflop": gflop}
     return Case(name, "models", "model", layer, params, {"n": 1, "h": small, "w": small})
@@ -177,9 +171,9 @@ OPERATORS = [
           small=_small(256, 256, g=256), direction="grad_weight"),
     _conv(_DILATED, "resnet_layer3_d2_wgrad", "ResNet OS8 layer3 3x3", 8, 256, 65, 3, d=2,
           small=_small(128, 128, 33), direction="grad_weight"),
-    _crf("crf_512_67_3", "DeepLabV2 CRF", 512, 512, 67, 3, 4),
-    _crf("crf_321_160_3", "CRF-RNN", 321, 321, 160, 3, 5),
-    _crf("crf_1024x512_80_13", "pydensecrf README, wide image", 512, 1024, 80, 13, 10),
+    crf("crf_512_67_3", "DeepLabV2 CRF", "512", (67, 3, 4)),
+    crf("crf_321_160_3", "CRF-RNN", "321", (160, 3, 5)),
+    crf("crf_1024x512_80_13", "pydensecrf README, wide image", "1024x512", (80, 13, 10)),
 ]  # fmt: skip
 
 # What the tables name in their notes: fixed bilinear weights, the concatenation, a 150-class head's loss.
@@ -258,6 +252,9 @@ CONVOLUTIONS = [
     *_dense("vgg16_conv6", "VGG16's first classifier in FCN-8s", 512, 4096, 22, 7, p=0, epilogue=_BIAS_RELU),
 ]  # fmt: skip
 
+# Dense CRFs at more sizes, with more and fewer labels, and a part of one.
+CRFS = further(frozenset(_IN_TABLE))
+
 # kernels.md section 7: GFLOP of one image at full size.
 _AT_BATCH_8 = [
     _model("unet_572", "U-Net, 572 pixels, unpadded", "unet", 572, 301, small=188),
@@ -272,7 +269,7 @@ _AT_BATCH_8 = [
 ]  # fmt: skip
 MODELS = [*_AT_BATCH_8, *map(_at_batch_1, _AT_BATCH_8)]
 
-CASES = OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS + MODELS
+CASES = OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS + CRFS + MODELS
 
 
 # Depthwise blocks with batch norm and activation, and the row of the layer alone.
@@ -282,7 +279,7 @@ ALONE["aspp_dw_d12_block"] = "aspp_dw_d12"
 
 def directions(case: Case) -> tuple[str, ...]:
     """The gradients that are measured besides the forward of `case`."""
-    if case.op in ("model", "dense_crf") or is_head(case) or case.direction != "forward":
+    if case.op == "model" or is_crf(case) or is_head(case) or case.direction != "forward":
         return ()
     if case.family == _DILATED and case.op == "conv2d" and case.epilogue in ((), ("bias",)):
         return ("grad_input", "grad_weight", "train")

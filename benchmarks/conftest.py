@@ -51,7 +51,7 @@ class Comparison:
         effort = {"budget_s": SECONDS, "min_rounds": 5} if self.proper else {"budget_s": 0.0, "min_rounds": 1}
         results = measure_problem(problem, found, **effort)
         case = problem.case
-        self.rows += [make_row("pytest", case, m, self.ceilings, self.columns, False) for m in results]
+        self.keep(case, results)
         self.benchmark.extra_info["case"] = case.key
         # The fixture times one call a test: ours, or a peer where there is none of ours.
         runs = [c for c in found if not isinstance(c, Skipped)]
@@ -59,6 +59,10 @@ class Comparison:
         bad = [m for m in results if m.ours and m.status not in ("ok", "skipped")]
         assert not bad, bad
         return results
+
+    def keep(self, case, results):
+        """Add the rows of measurements to the report."""
+        self.rows += [make_row("pytest", case, m, self.ceilings, self.columns, False) for m in results]
 
 
 @pytest.fixture

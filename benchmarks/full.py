@@ -21,6 +21,7 @@ from segfast.functional import (
     conv2d,
     conv_transpose2d,
     depthwise_conv2d,
+    mean_field,
     parallel_conv2d,
     separable_conv2d,
     upsample_cross_entropy,
@@ -251,6 +252,17 @@ def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[torch.Ten
     def branches() -> list[torch.Tensor]:
         return [parallel_conv2d(pyramid, [weight, dense, dense], [1, 2, 4], activation="relu")]
 
+    image = 255 * torch.rand(2, 3, side, side, device=device)
+    energies = x.clone(memory_format=torch.preserve_format)
+
+    def refine(method: str, unary: torch.Tensor) -> torch.Tensor:
+        iterations = 3 if device.type == "cuda" else 1
+        return mean_field(unary, image, iterations=iterations, theta_alpha=20, theta_beta=40, method=method)
+
+    @torch.no_grad()
+    def refined(method: str) -> list[torch.Tensor]:
+        return [refine(method, energies)]
+
     return {
         "conv2d": step_of(lambda x, w: conv2d(x, w, None, 1, 2, 2, activation="relu"), x, dense),
         "parallel_conv2d": (pyramid, branches),
@@ -260,6 +272,11 @@ def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[torch.Ten
         ),
         **{f"separable_conv2d, {f}": step_of(partial(separable, f), x, filters, weight) for f in FORMS},
         "upsample_cross_entropy": step_of(lambda x: upsample_cross_entropy(x, target), x.contiguous()),
+        **{f"mean_field, {m}": step_of(partial(refine, m), x) for m in ("exact", "lattice")},
+        **{
+            f"mean_field without gradients, {m}": (energies, partial(refined, m))
+            for m in ("exact", "lattice")
+        },
     }
 
 

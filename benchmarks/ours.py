@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 import segfast.functional
+from benchmarks import crf_peers
 from benchmarks.baselines import Peer
-from benchmarks.cases import is_depthwise, is_head
+from benchmarks.cases import is_crf, is_depthwise, is_head
 from benchmarks.problems import Formula, Problem, Tensors, affine
 from benchmarks.timing import Candidate, Skipped
 from segfast.nn import BilinearUpsample
@@ -18,6 +19,9 @@ from segfast.nn import BilinearUpsample
 def ours(problem: Problem) -> Iterator[Peer]:
     """The fused operator, or why there is none yet."""
     case = problem.case
+    if is_crf(case):
+        yield from crf_peers.ours(problem)
+        return
     op = "depthwise_conv2d" if is_depthwise(case) else case.op
     if op not in _MAKE:
         yield Skipped("segfast", f"segfast has no {op} yet")

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import crf_problems
 from benchmarks.case import PYRAMIDS
-from benchmarks.cases import Case, is_head, output_size
+from benchmarks.cases import Case, is_crf, is_head, output_size
 
 MOST_IN_FP64 = 2e11  # exponentials of a reference CRF
 
-_WHOLE = ("dense_crf", "upsample_cross_entropy", "upsample_dice")  # one result for the whole batch
+_WHOLE = ("upsample_cross_entropy", "upsample_dice")  # one result for the whole batch
 
 Tensors = dict[str, torch.Tensor]
 Formula = Callable[[Tensors], torch.Tensor]
 
-IMAGES = ("x", "skip", "residual")
+IMAGES = ("x", "skip", "residual", "unary", "image", "values", "features")
 # Arguments that are never differentiated: statistics and the affine part of an eval-mode batch norm, labels.
 CONSTANT = ("mean", "var", "gamma", "beta", "labels")
 
@@ -120,19 +121,6 @@ def _upsample_argmax(case: Case) -> Formula:
     return lambda t: _upsampled(case, t).argmax(1)
 
 
-def _dense_crf(case: Case) -> Formula:
-    def formula(t: Tensors) -> torch.Tensor:
-        return mean_field(
-            t["unary"],
-            t["image"],
-            iterations=case["iterations"],
-            bilateral=(case["alpha"], case["beta"], case["bilateral_weight"]),
-            spatial=(case["gamma"], case["gaussian_weight"]),
-        )
-
-    return formula
-
-
 FORMULAS = {
     "conv2d": _conv2d,
     "conv_transpose2d": _conv_transpose2d,
@@ -143,54 +131,9 @@ FORMULAS = {
     "upsample_cross_entropy": _upsample_cross_entropy,
     "upsample_dice": _upsample_dice,
     "upsample_argmax": _upsample_argmax,
-    "dense_crf": _dense_crf,
+    "dense_crf": crf_problems.dense_crf,
+    "gaussian_filter": crf_problems.gaussian_filter,
 }
-
-
-def mean_field(
-    unary: torch.Tensor,
-    image: torch.Tensor,
-    *,
-    iterations: int,
-    bilateral: tuple[float, float, float],
-    spatial: tuple[float, float],
-    chunk: int = 1 << 24,
-) -> torch.Tensor:
-    """Exact dense-CRF mean field, all pairs, with pydensecrf's symmetric normalisation and Potts weights.
-
-    `unary` [labels, H, W] are negative log probabilities, `image` [3, H, W] in 0..255. Kraehenbuehl and
-    Koltun, 2011.
-    """
-    labels, height, width = unary.shape
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=unary.device), torch.arange(width, device=unary.device), indexing="ij"
-    )
-    xy = torch.stack([columns.flatten(), rows.flatten()], 1).to(unary.dtype)
-    alpha, beta, bilateral_weight = bilateral
-    features = [
-        (torch.cat([xy / alpha, image.flatten(1).T.to(unary.dtype) / beta], 1), bilateral_weight),
-        (xy / spatial[0], spatial[1]),
-    ]
-    features = [(f - f.mean(0), weight) for f, weight in features]
-    step = max(1, chunk // (height * width))
-
-    def filtered(f: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        norm = f.square().sum(1)
-        parts = []
-        for i in range(0, f.shape[0], step):
-            distance = norm[i : i + step, None] + norm - 2 * f[i : i + step] @ f.T
-            parts.append(torch.exp(-0.5 * distance.clamp_min(0)) @ values)
-        return torch.cat(parts)
-
-    scales = [filtered(f, torch.ones_like(f[:, :1])).rsqrt() for f, _ in features]
-    flat = unary.flatten(1).T
-    q = torch.softmax(-flat, 1)
-    for _ in range(iterations):
-        message = torch.zeros_like(flat)
-        for (f, weight), scale in zip(features, scales, strict=True):
-            message += weight * scale * filtered(f, scale * q)
-        q = torch.softmax(message - flat, 1)
-    return q.T.reshape(labels, height, width)
 
 
 class Problem:
@@ -314,12 +257,8 @@ def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Ten
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(*shape, device=device, generator=generator)).to(dtype)
 
-    if case.op == "dense_crf":
-        size = case["h"], case["w"]
-        # Smooth blobs of colour with noise: about as many similar pixels as a photograph has.
-        coarse = 255 * torch.rand(1, 3, 12, 12, device=device, generator=generator)
-        image = F.interpolate(coarse, size, mode="bicubic")[0] + 4 * normal(3, *size).float()
-        return {"unary": 2 * normal(case["labels"], *size).abs(), "image": image.clamp(0, 255).round()}
+    if is_crf(case):
+        return crf_problems.inputs(case, device, generator)
     n, h, w = case["n"], case["h"], case["w"]
     if is_head(case):
         out = case["scale"] * h, case["scale"] * w

@@ -19,6 +19,7 @@ from benchmarks.cases import (
     BLOCKS,
     CASES,
     CONVOLUTIONS,
+    CRFS,
     DIRECTIONS,
     HEADS,
     LAYERS,
@@ -27,6 +28,7 @@ from benchmarks.cases import (
     directions,
     find,
     headline,
+    is_crf,
 )
 from benchmarks.environment import dry_run, environment
 from benchmarks.problems import Problem
@@ -250,8 +252,8 @@ def t1(session: Session) -> None:
     session.measure_ceilings(fresh=True)
     # A CRF in plain PyTorch takes seconds a call: late, lest it take the others' time. The other networks'
     # layers come last: they have the time that is left where this tier runs alone.
-    further = {case.name for case in LAYERS + CONVOLUTIONS}
-    cases = sorted(session.selected(CASES), key=lambda case: (case.name in further, case.op == "dense_crf"))
+    further = {case.name for case in LAYERS + CONVOLUTIONS + CRFS}
+    cases = sorted(session.selected(CASES), key=lambda case: (case.name in further, is_crf(case)))
     session.run_cases(cases, with_ours=False)
 
 
@@ -279,7 +281,7 @@ def t4(session: Session) -> None:
     segfast.backend("triton")
     session.measure_ceilings()
     # The networks' many convolutions take the time of all other families: where they are asked for.
-    further = CONVOLUTIONS if session.family or session.names or session.dry else []
+    further = CONVOLUTIONS + CRFS if session.family or session.names or session.dry else []
     todo = work(session.selected(OPERATORS + BLOCKS + HEADS + LAYERS + further), tiny=session.dry)
     todo = [item for item in todo if f"T4 {item.case.key}" not in session.begun]
     if not session.dry:
@@ -311,7 +313,8 @@ def t5(session: Session) -> None:
     trained = [case.replace(direction="train") for case in models]
     compiled = not session.dry
     session.run_cases(session.selected(models + trained), with_ours=True, compiled=compiled)
-    operators = OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS
+    # A CRF's reference takes seconds: last.
+    operators = OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS + CRFS
     session.run_cases(session.selected(operators), with_ours=True, compiled=compiled)
     for dtype in DTYPES:
         with fp32_precision(dtype):

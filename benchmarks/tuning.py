@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import DIRECTIONS, Case, is_depthwise, is_head, output_size
+from benchmarks.cases import DIRECTIONS, Case, is_crf, is_depthwise, is_head, output_size
 from benchmarks.timing import Measurement
 from segfast._timing import Timing
 from segfast._tune import Tuned
 from segfast._tune_calls import FAMILIES, Family, is_gradient
-from segfast._tune_layers import AnyLayer, Head, Layer, Pyramid
+from segfast._tune_layers import AnyLayer, Head, Image, Layer, Pyramid
 
 # A head's case and direction that are, or are most of, what an operation of its family does.
 _OF_A_HEAD = {
@@ -20,6 +20,7 @@ _OF_A_HEAD = {
     "upsample_dice_sums": ("upsample_dice", "forward"),
     "softmax_expectation": ("upsample_dice", "backward"),
 }
+_MOST_PAIRS = 1e11  # of an exact filter that ATen is timed at
 
 
 class Item(NamedTuple):
@@ -55,7 +56,8 @@ def _tuned(case: Case) -> bool:
     # A table holds for up to four times the pixels: batch 8 stands for 32.
     if case.params.get("n") == 32:
         return False
-    return case.op in ("conv_transpose2d", "separable_conv2d", "conv2d", "aspp_branches") or is_head(case)
+    convolutions = ("conv_transpose2d", "separable_conv2d", "conv2d", "aspp_branches")
+    return case.op in convolutions or is_head(case) or is_crf(case)
 
 
 def _items(case: Case) -> Iterator[Item]:
@@ -68,6 +70,16 @@ def _items(case: Case) -> Iterator[Item]:
             if case.op == op:
                 alone = case.replace(name=f"{case.name}_bare", direction=direction, headline=False)
                 yield Item(family, operation, head, alone)
+        return
+    if is_crf(case):
+        image = Image(*(case[name] for name in ("n", "labels", "h", "w")))
+        for operation in family.operations:
+            # ATen computes every pair.
+            if (
+                operation != "gaussian_filter"
+                or image.batch * (image.height * image.width) ** 2 <= _MOST_PAIRS
+            ):
+                yield Item(family, operation, image, case.replace(name=f"{case.name}_{operation}"))
         return
     if case.op == "aspp_branches":
         pyramid = Pyramid(*(case[name] for name in ("n", "ci", "co", "h", "w")), case["rates"][0])
@@ -102,7 +114,7 @@ def _alone(case: Case, operation: str) -> Case:
 
 
 def _tiny(case: Case) -> Case:
-    small = {"n": 1, "ci": 8, "co": 8, "classes": 5, "h": 3, "w": 3, "scale": 2}
+    small = {"n": 1, "ci": 8, "co": 8, "classes": 5, "labels": 5, "h": 3, "w": 3, "scale": 2}
     small["g"] = 8 if is_depthwise(case) else 1
     params = {name: small.get(name, value) for name, value in case.params.items()}
     return case.replace(params=params, size="tiny", dtype="float32")

@@ -19,12 +19,13 @@ from ._errors import UserError
 from ._files import atomic_write
 from ._timing import interleave
 from ._tune_calls import FAMILIES, Family, is_gradient
-from ._tune_layers import AnyLayer, Calls, Draw, Head, Layer, Pyramid
+from ._tune_layers import AnyLayer, Calls, Draw, Head, Image, Layer, Pyramid
 
 SHAPES = {
     Layer: "N,C_IN,C_OUT,H,W,KERNEL,STRIDE,PADDING[,DILATION[,FUSED]]",
     Head: "N,CLASSES,H,W,SCALE",
     Pyramid: "N,C_IN,C_OUT,H,W,RATE",
+    Image: "N,LABELS,H,W",
 }
 ERROR = 4e-2  # a candidate further than this from ATen, in norm, is wrong
 
@@ -229,7 +230,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SIZES",
         help=f"a layer of --family to tune (repeatable): {SHAPES[Layer]}; a head's {SHAPES[Head]}; "
-        f"an ASPP's {SHAPES[Pyramid]}",
+        f"an ASPP's {SHAPES[Pyramid]}; a CRF's {SHAPES[Image]}",
     )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: %(default)s"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._tune_convolutions import CONV2D_LAYERS, CONV2D_OPERATIONS
+from ._tune_crf import CRF_OPERATIONS, IMAGES
 from ._tune_heads import HEAD_OPERATIONS, HEADS
 from ._tune_layers import AnyLayer, Calls, Draw, Layer, Pyramid, calls_of
 
@@ -179,4 +180,5 @@ FAMILIES = {
         kinds={"parallel_conv2d_forward": Pyramid},
     ),
     "segmentation_head": Family(HEAD_OPERATIONS, HEADS),
+    "dense_crf": Family(CRF_OPERATIONS, IMAGES),
 }

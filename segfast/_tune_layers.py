@@ -80,7 +80,16 @@ class Pyramid(NamedTuple):
         return 1, self.rate, 2 * self.rate, 3 * self.rate
 
 
-AnyLayer = Layer | Head | Pyramid
+class Image(NamedTuple):
+    """Images of so many labels a pixel."""
+
+    batch: int
+    labels: int
+    height: int
+    width: int
+
+
+AnyLayer = Layer | Head | Pyramid | Image
 
 
 class Draw:

@@ -20,8 +20,9 @@ from benchmarks.cases import (
     find,
     headline,
 )
+from benchmarks.crf_problems import mean_field
 from benchmarks.plain_models import plain_model
-from benchmarks.problems import Problem, mean_field
+from benchmarks.problems import Problem
 from segfast._timing import interleave, quantiles
 from segfast.ops import _cudnn_graph
 

@@ -50,7 +50,7 @@ def test_dry_run_walks_all_tiers(dry_run):
     }
     assert {row["direction"] for row in found if row["tier"] == "T3"} == {"backward", "train"}
     assert printed.rstrip().endswith("no GPU figure was taken.")
-    assert "30 of 30 checks passed" in printed
+    assert "34 of 34 checks passed" in printed
     log = (folder / "gpu.log").read_text()
     assert "Traceback" not in log
     assert "WRONG" not in log

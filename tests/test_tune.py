@@ -10,12 +10,12 @@ import torch
 
 import segfast
 from benchmarks import tuning
-from benchmarks.cases import BLOCKS, CONVOLUTIONS, HEADS, LAYERS, OPERATORS, find
+from benchmarks.cases import BLOCKS, CONVOLUTIONS, CRFS, HEADS, LAYERS, OPERATORS, find
 from benchmarks.environment import ROOT
 from segfast import _tune, _tune_calls
 from segfast._tune import Tuned, Tuner, Variant, merge_table, variants, work
 from segfast._tune_calls import FAMILIES, is_gradient
-from segfast._tune_layers import Head, Layer, Pyramid
+from segfast._tune_layers import Head, Image, Layer, Pyramid
 from segfast.cli import main
 from segfast.kernels import Config, _configs, _device
 from segfast.ops import _backend, _cudnn
@@ -32,9 +32,11 @@ UP = Layer(1, 4, 4, 2, 2, 2, 2, 0)
 HEAD = Head(2, 5, 3, 3, 2)
 # Of several channels, so that ATen's result is channels_last as well.
 BARE, PYRAMID = Layer(1, 4, 8, 5, 5, 3, 1, 2, 2), Pyramid(1, 16, 8, 4, 4, 1)
+IMAGE = Image(2, 3, 6, 5)
 # Ours calls a launcher there, which ATen does not stand in for; the dry run holds it to ATen.
 LAUNCHERS = ["pointwise_conv2d_forward"]
 LAUNCHERS += ["upsample_softmax_forward", "upsample_dice_sums", "softmax_expectation"]
+LAUNCHERS += FAMILIES["dense_crf"].operations
 
 
 def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
@@ -52,6 +54,8 @@ def test_tune_without_a_gpu_says_so(capsys, monkeypatch):
     for shape in ("1,4,4,2", "1,0,4,4,2", "1,4,4,2,2,2,2,0"):
         assert main(["tune", "--family", "segmentation_head", "--shape", shape]) == 2
         assert "N,CLASSES,H,W,SCALE" in capsys.readouterr().err
+    assert main(["tune", "--family", "dense_crf", "--shape", "1,21,32"]) == 2
+    assert "N,LABELS,H,W" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,7 @@ def tables(tmp_path_factory):
     variables = {"SEGFAST_DRY_RUN": "1", "TRITON_INTERPRET": "1", "SEGFAST_CACHE": str(folder / "cache")}
     found = {}
     layers_of = {"conv_transpose2d": [UP], "separable_conv2d": [WALKS, TAPS], "segmentation_head": [HEAD]}
+    layers_of["dense_crf"] = [IMAGE]
     layers_of["dilated_conv2d"] = [BARE, BARE._replace(fused=1), PYRAMID]
     for name, layers in layers_of.items():
         shapes = [argument for layer in layers for argument in ("--shape", ",".join(map(str, layer)))]
@@ -259,12 +264,12 @@ def torch_depthwise(x, weight, bias, stride, padding, dilation):
 
 
 def test_work_holds_each_operation_of_each_layer_once():
-    up, separable, convolutions, heads = (len(family.layers) for family in FAMILIES.values())
+    up, separable, convolutions, heads, images = (len(family.layers) for family in FAMILIES.values())
     todo = work({name: family.layers for name, family in FAMILIES.items()})
     pyramids = [layer for layer in FAMILIES["dilated_conv2d"].layers if isinstance(layer, Pyramid)]
     convolutions -= len(pyramids)
     # A gradient is the same whether an epilogue followed or not, and half of the layers have one.
-    assert len(todo) == 3 * up + 5 * separable + 2 * convolutions + len(pyramids) + 5 * heads
+    assert len(todo) == 3 * up + 5 * separable + 2 * convolutions + len(pyramids) + 5 * heads + 4 * images
     names = [operation for _, operation, _ in todo]
     assert names == sorted(names, key=is_gradient)
     assert {name for name in names if is_gradient(name)} == {
@@ -282,7 +287,7 @@ def test_work_holds_each_operation_of_each_layer_once():
 
 
 def test_the_gpu_run_tunes_what_the_cases_need():
-    todo = tuning.work(OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS)
+    todo = tuning.work(OPERATORS + BLOCKS + HEADS + LAYERS + CONVOLUTIONS + CRFS)
     keys = [(item.operation, item.family.layer_of(item.operation, item.layer)) for item in todo]
     assert len(set(keys)) == len(keys)
     assert len({item.case.key for item in todo}) == len(todo)
@@ -314,6 +319,12 @@ def test_the_gpu_run_tunes_what_the_cases_need():
             *(Head(batch, 19, 128, 256, 8) for batch in (1, 8)),
             *(Head(batch, 21, 64, 64, 8) for batch in (1, 8)),
         }
+    images = {Image(1, 21, *size) for size in ((321, 321), (512, 512), (512, 1024))}
+    images |= {Image(1, labels, 512, 512) for labels in (2, 150)} | {Image(16, 21, n, n) for n in (321, 512)}
+    for operation in FAMILIES["dense_crf"].operations:
+        layers = {item.layer for item in todo if item.operation == operation}
+        few = [image for image in images if image.batch == 1 and image.width <= 512]
+        assert layers == (set(few) if operation == "gaussian_filter" else images)
     # A table holds for up to four times the pixels.
     assert {item.layer.batch for item in todo} == {1, 4, 8, 16}
 
