@@ -26,6 +26,7 @@ from .tiles import COLUMNS, ROWS, SCALE
 
 OPERATION = "gaussian_grad_features"
 _MOST_CHANNELS = 64  # at a time: more would spill
+_LARGEST = 2.0**15  # of a feature in halves of fp16
 
 
 @triton.jit
@@ -79,24 +80,26 @@ def exact_grad_features(pairs: ExactPairs, grad: torch.Tensor, values: torch.Ten
 
     grad, values: fp32 [B, N, C], dense.
     """
-    # Half precision holds them in units of their largest; the sum s keeps both apart.
-    sizes = [t.abs().amax((1, 2)).clamp_(min=torch.finfo(t.dtype).tiny) for t in (grad, values)]
-    grads, parts = (
-        (t / size[:, None, None]).split(_MOST_CHANNELS, 2)
-        for t, size in zip((grad, values), sizes, strict=True)
-    )
+    # Half precision holds values in units of their channel's largest, which a channel of grad is then times,
+    # and that in units of the largest of all: channels compare as they do in the sum s.
+    tiny = torch.finfo(grad.dtype).tiny
+    size = values.abs().amax(1, keepdim=True).clamp_(min=tiny)
+    values, grad = values / size, grad * size
+    most = grad.abs().amax((1, 2), keepdim=True).clamp_(min=tiny)
+    grads, parts = (t.split(_MOST_CHANNELS, 2) for t in (grad / most, values))
     # Columns: the features' first halves, their second halves, ones.
     dim = pairs.dim
-    high = pairs.g.half()
-    low = (pairs.g - high).half()
+    unit = (pairs.g.abs().amax(1, keepdim=True) / _LARGEST).clamp_(min=1.0)
+    g = pairs.g / unit
+    high = g.half()
+    low = (g - high).half()
     width = 16 if 2 * dim < 16 else 32
     points = torch.zeros((pairs.padded, width), dtype=torch.float16, device=grad.device)
     points[:, :dim], points[:, dim : 2 * dim], points[:, 2 * dim] = high.T, low.T, 1.0
     sums = torch.stack([_sums(pairs, *both, points) for both in zip(grads, parts, strict=True)]).sum(0)
     pull = sums[..., :dim] + sums[..., dim : 2 * dim]
-    own = pairs.g[:, pairs.rows.long().flatten()].T.reshape(pairs.batch, pairs.points, dim)
-    scale = (sizes[0] * sizes[1])[:, None, None] / SCALE
-    return (pull - own * sums[..., 2 * dim : 2 * dim + 1]) * scale
+    own = g[:, pairs.rows.long().flatten()].T.reshape(pairs.batch, pairs.points, dim)
+    return (pull - own * sums[..., 2 * dim : 2 * dim + 1]) * (most / SCALE * unit.view(1, 1, dim))
 
 
 def _sums(pairs: ExactPairs, grad: torch.Tensor, values: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

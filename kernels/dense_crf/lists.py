@@ -156,7 +156,7 @@ def make_units(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     extra = extra_units(counts.device)
     length, tile = counts.long().sort(descending=True, stable=True)
     longest = ((length.sum() + extra - 1) // extra).clamp_(min=_SHORTEST)
-    units = (length + longest - 1) // longest
+    units = ((length + longest - 1) // longest).clamp_(min=1)
     ends = units.cumsum(0)
     slots = torch.where(units > 1, units, 0)
     first_slot = slots.cumsum(0) - slots

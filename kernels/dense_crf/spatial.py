@@ -113,7 +113,8 @@ def _along(
         )  # fmt: skip
         config = choose_config(problem, values.device)
         blocks = triton.cdiv(length, config.block_m)
-        exponent = -math.log2(math.e) / (2 * theta * theta)
+        # Bounded, or a pixel's distance 0 to itself would be NaN.
+        exponent = max(-math.log2(math.e) / 2 / theta / theta, -1e30)
         constants = {
             "PRECISION": fp32_precision(),
             "BLOCK_M": config.block_m,

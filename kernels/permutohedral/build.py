@@ -11,6 +11,7 @@ from .._configs import Config
 from .._launch import Plan, layout_key, planned
 
 MOST_BITS = 62  # of a packed key
+_SEARCH_STEPS = 30  # of a binary search among all vertices there can be
 _TILE = Config(256, 1, 1, 8, 1)  # points, contributions or vertices of a program
 _ROUND = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds |x| < 2**22 to the nearest even integer
 _FARTHEST = tl.constexpr(2.0**22)  # past it fp32 no longer tells a point's weights apart
@@ -272,7 +273,8 @@ def _neighbours(unique: torch.Tensor, count: torch.Tensor, spans: torch.Tensor, 
 
     def make() -> Plan:
         grid = (min(triton.cdiv(capacity, _TILE.block_m), 1024), dim + 1)
-        scalars = (capacity, capacity.bit_length())
+        # Not from the capacity, which capture changes: so would what is compiled in.
+        scalars = (capacity, _SEARCH_STEPS)
         constants = {"D": dim, "BLOCK": _TILE.block_m}
         return Plan(_permutohedral_neighbours_kernel, grid, scalars, constants, _TILE)
 

@@ -46,18 +46,36 @@ def operator_calls(channels_last: bool):
     features, rows = draw(2, 4, *SIZE, seed=7), draw(2, 30, 4, seed=8)
     matrix, diagonal, gamma = draw(3, 3), draw(3, seed=1), torch.tensor([1.5, 2.0])
     for method, normalization in (("lattice", "symmetric"), ("exact", None)):
-        options = method, normalization, 0.01
+        options = method, normalization, 0.01, "auto"
         yield OPERATORS["gaussian_filter"].overload, (values, features, *options)
         for needs in ([True, False], [True, True]):
             backward = OPERATORS["gaussian_filter_backward"].overload
             yield backward, (values, 2 * values, features, *options, needs)
-        both = (rows, matrix, diagonal, gamma, None, 2, normalization, method, 0.01, False, None, None)
-        one = (None, None, matrix, None, [1.5, 2.0], 1, normalization, method, 0.01, True, [3.0, 3.0], [9.0])
+        both = (
+            rows,
+            matrix,
+            diagonal,
+            gamma,
+            None,
+            2,
+            normalization,
+            method,
+            0.01,
+            False,
+            None,
+            None,
+            "auto",
+        )
+        thetas = [3.0, 3.0], [9.0]
+        one = (None, None, matrix, None, [1.5, 2.0], 1, normalization, method, 0.01, True, *thetas, "auto")
         for rest, needs in ((both, [True] * 5), (one, [True, False, False, True, False])):
             yield OPERATORS["mean_field"].overload, (unary, *rest)
             yield OPERATORS["mean_field_backward"].overload, (unary + 1, unary, *rest, needs)
     points = values.flatten(2)
-    yield OPERATORS["gaussian_filter"].overload, (points, features.flatten(2), "lattice", "after", 0.0)
+    yield (
+        OPERATORS["gaussian_filter"].overload,
+        (points, features.flatten(2), "lattice", "after", 0.0, "auto"),
+    )
 
 
 CALLS = {
@@ -105,17 +123,19 @@ def test_a_compiled_filter_is_the_filter():
     torch.testing.assert_close(with_gradients(compiled, tensors), with_gradients(function, tensors))
 
 
-@pytest.mark.parametrize("learn_thetas", [False, True])
-def test_the_layer_exports_with_dynamic_sizes(learn_thetas):
+@pytest.mark.parametrize(
+    "learn_thetas, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.uint8)]
+)
+def test_the_layer_exports_with_dynamic_sizes(learn_thetas, dtype):
     crf = segfast.nn.DenseCRF(3, learn_thetas=learn_thetas).eval()
     batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "height", "width"))
     sizes = {0: batch, 2: height, 3: width}
-    inputs = draw(2, 3, 5, 7), 255 * torch.rand(2, 3, 5, 7)
+    inputs = draw(2, 3, 5, 7), (255 * torch.rand(2, 3, 5, 7)).to(dtype)
     with torch.no_grad():
         program = torch.export.export(crf, inputs, dynamic_shapes=(sizes, sizes))
         assert sum(str(n.target) == "segfast.mean_field.default" for n in program.graph.nodes) == 1
         for size in ((5, 7), (6, 9)):
-            inputs = draw(3, 3, *size), 255 * torch.rand(3, 3, *size)
+            inputs = draw(3, 3, *size), (255 * torch.rand(3, 3, *size)).to(dtype)
             torch.testing.assert_close(program.module()(*inputs), crf(*inputs))
 
 

@@ -19,6 +19,9 @@ MOST_LABELS, MOST_FEATURES = 256, 8
 
 # "auto" is exact up to so many pairs of pixels an image: some 5 to 10 ms a filter by the model of an H200.
 _MOST_PAIRS = 2e10
+# ... and up to so many pixels: the lists of tiles take 2 bytes for 128 x 64 pairs, 256 MiB an image then.
+_MOST_POINTS = 2**20
+_MOST_IMAGES = 65535  # of a grid's second axis
 
 
 def can_use_kernels(operation: str, tensor: Tensor, labels: int, dim: int) -> bool:
@@ -43,8 +46,11 @@ def reason_not(choice: str, tensor: Tensor, labels: int, dim: int) -> str | None
         reason = f"{labels} labels, the kernels take up to {MOST_LABELS}"
     if reason is None and dim > MOST_FEATURES:
         reason = f"features of {dim} dimensions, the kernels take up to {MOST_FEATURES}"
-    if reason is None and tensor.numel() // labels * (dim + 1) >= 2**31:
-        reason = f"{tensor.numel() // labels} points of {dim} features, the kernels count below 2**31 of both"
+    if reason is None and tensor.shape[0] > _MOST_IMAGES:
+        reason = f"{tensor.shape[0]} images, the kernels take up to {_MOST_IMAGES}"
+    # The spatial term has two features, on a lattice as well.
+    if reason is None and tensor.numel() // labels * (max(dim, 2) + 1) >= 2**30:
+        reason = f"{tensor.numel() // labels} points of {dim} features, the kernels count below 2**30 of both"
     if reason is not None or choice == "triton":
         return reason
     return _unproven(tensor.dtype, tensor.device)
@@ -73,7 +79,7 @@ def choose_kernels_method(
     if method != "auto":
         return method
     share = 1.0 if thetas is None else kept_share(points, *thetas)
-    return "exact" if share * points**2 <= _MOST_PAIRS else "lattice"
+    return "exact" if points <= _MOST_POINTS and share * points**2 <= _MOST_PAIRS else "lattice"
 
 
 def kept_share(points: int, theta_alpha: tuple[float, ...], theta_beta: tuple[float, ...]) -> float:

@@ -3,6 +3,7 @@
 Differentiable by autograd. What users call, and the registered operators, are these.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ def gaussian_filter(
     dtype = compute_dtype(values)
     check_finite(features, "features must be finite")
     if values.numel() == 0:
-        return values.clone(memory_format=format_of(values))
+        return _empty(values, features)
     rows, points = (t.to(dtype).flatten(2).transpose(1, 2).contiguous() for t in (values, features))
     if device.can_use_kernels("gaussian_filter", rows, rows.shape[2], points.shape[2]):
         filtered = device.feature_filters(points, method, normalization, tolerance)(rows)
@@ -49,10 +50,22 @@ def gaussian_filter(
     return result.contiguous(memory_format=format_of(values))
 
 
+def _empty(tensor: Tensor, *others: object) -> Tensor:
+    """The result for no values: what asks for gradients gets zeros."""
+    result = tensor.clone(memory_format=format_of(tensor))
+    for other in others:
+        if isinstance(other, Tensor) and needs_gradient(other):
+            result = result + 0 * other.sum()
+    return result
+
+
 def format_of(tensor: Tensor) -> torch.memory_format:
     """channels_last of images that are so."""
     return output_format(tensor, tensor) if tensor.dim() == 4 else torch.contiguous_format
 
+
+# No farther from their mean, features fit the float16 operands of the exact kernel.
+_FLOAT16_SPAN = 100
 
 Thetas = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -68,8 +81,16 @@ class Crf(NamedTuple):
     normalization: str | None
     method: str
     tolerance: float
-    bounded: bool  # the features are known to span little enough for float16
+    eight_bit: bool  # the image's colours are integers in 0..255
     thetas: Thetas | None  # theta_alpha and theta_beta, if numbers
+
+    def is_bounded(self, size: tuple[int, int]) -> bool:
+        """Whether the features are known, without a look at them, to span little enough for float16."""
+        if not self.eight_bit or self.thetas is None:
+            return False
+        alpha, beta = self.thetas
+        places = (n / sigma for n, sigma in zip(reversed(size), alpha, strict=True))
+        return math.hypot(*places, *(255 / sigma for sigma in beta)) < _FLOAT16_SPAN
 
 
 def mean_field(unary: Tensor, crf: Crf) -> Tensor:
@@ -82,7 +103,7 @@ def mean_field(unary: Tensor, crf: Crf) -> Tensor:
         dim = crf.features.shape[2]
     memory_format = format_of(unary)
     if unary.numel() == 0:
-        return unary.clone(memory_format=memory_format)
+        return _empty(unary, crf.features, crf.bilateral, crf.spatial, crf.gamma)
     batch, labels, height, width = unary.shape
     learns = needs_gradient(unary, crf.features, crf.bilateral, crf.spatial, crf.gamma)
     kernels = device.can_use_kernels("mean_field", unary, labels, dim)
@@ -98,7 +119,7 @@ def mean_field(unary: Tensor, crf: Crf) -> Tensor:
             crf.normalization,
             crf.method,
             crf.tolerance,
-            crf.bounded,
+            crf.is_bounded((height, width)),
             crf.thetas,
         )
     energies = unary.to(compute_dtype(unary)).flatten(2).transpose(1, 2).contiguous()

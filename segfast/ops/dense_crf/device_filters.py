@@ -19,6 +19,7 @@ from .lattice_gradient import simplex_weights
 _MOST_CHANNELS = 256  # at a time; of the exact filter's gradient in the features 128
 # The values of a channel are scaled so, for fp16: their range is then used downwards.
 _LARGEST = 2.0**15
+_FIXED = 2.0**40
 
 Factors = tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
 
@@ -93,7 +94,8 @@ def grid_factors(
 def _row_sums(count: int, sigma: float, device: torch.device) -> Tensor:
     """float64 [count]: sums over all places p of exp(-(p - q)^2 / (2 sigma^2)), those on either side of q."""
     distance = torch.arange(count, dtype=torch.float64, device=device) / sigma
-    sums = (-distance.square() / 2).exp().cumsum(0)
+    # In integers: floating-point cumsum is not deterministic on a GPU.
+    sums = ((-distance.square() / 2).exp() * _FIXED).round_().long().cumsum(0).double() / _FIXED
     return sums + sums.flip(0) - 1
 
 

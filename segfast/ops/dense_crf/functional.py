@@ -1,6 +1,5 @@
 """What users call: Gaussian filtering of points with features, and mean field of a dense CRF on images."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,9 +23,6 @@ from .exact import Theta
 from .filters import grid_features
 from .inference import compose
 
-# No farther from their mean, features fit the float16 operands of the exact kernel.
-_FLOAT16_SPAN = 100
-
 
 def gaussian_filter(
     values: Tensor,
@@ -39,7 +35,8 @@ def gaussian_filter(
     """Sums of the values of all points, weighted by how close their features are.
 
     `out_i = sum_j exp(-|f_i - f_j|^2 / 2) values_j`, a point's own value included. In float32 (float64 for
-    float64), under autocast too; memory grows linearly with the points, in training as well.
+    float64), under autocast too; memory grows linearly with the points, in training as well, but for the
+    exact method's lists on our kernels: 2 bytes for 128 x 64 pairs, 16 MiB for 512 x 512 pixels.
 
     Args:
         values: [B, C, ...]. Differentiable.
@@ -62,7 +59,8 @@ def gaussian_filter(
 
     Raises:
         ValueError: shapes that do not go together, an unknown option, on a CPU features that are not finite.
-            On a GPU, where a check would wait for them, these make the result NaN.
+            On a GPU, where a check would wait for them, these make the result NaN, as do on the lattice
+            points that span more than 2**62 of its cells, an error on a CPU.
 
     Source: Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (2010).
 
@@ -133,8 +131,8 @@ def mean_field(
     Each iteration is `Q = softmax(-unary - compatibility (bilateral_weight K_b Q + spatial_weight K_s Q))`,
     from `Q = softmax(-unary)`. K_b and K_s are normalised Gaussian kernels over (x / theta_alpha,
     y / theta_alpha, image / theta_beta) and (x / theta_gamma, y / theta_gamma), a pixel's message to itself
-    included. In float32 (float64 for float64), under autocast too; memory grows linearly with the pixels, in
-    training as well. The defaults are those of pydensecrf's manual.
+    included. In float32 (float64 for float64), under autocast too; memory is `gaussian_filter`'s. The
+    defaults are those of pydensecrf's manual.
 
     Args:
         unary: [B, L, H, W] or [L, H, W], energies: negative log probabilities, or negated logits.
@@ -159,7 +157,7 @@ def mean_field(
     Raises:
         ValueError: shapes that do not go together, a theta that is not positive, an unknown option, on a CPU
             an image that is not finite or NaN in unary. On a GPU, where a check of a tensor would wait for
-            it, these make the result NaN.
+            it, these make the result NaN, as do thetas too small for the lattice: `gaussian_filter`.
 
     Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge
     Potentials" (2011); the weights of Zheng et al., "Conditional Random Fields as Recurrent Neural Networks"
@@ -195,7 +193,7 @@ def mean_field(
         )
     )
     with _full_precision(unary):
-        features, bounded, thetas = None, False, None
+        features, thetas = None, None
         if image is not None:
             check_sizes(image, unary, "image")
             beta = check_theta(theta_beta, "theta_beta", image.shape[1], like)
@@ -203,7 +201,6 @@ def mean_field(
             if iterations and not _is_zero(bilateral):
                 if not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
                     thetas = tuple(alpha), tuple(beta)
-                    bounded = _is_bounded(image, size, *thetas)
                 features = _features(image, size, alpha, beta, like)
         crf = compute.Crf(
             features,
@@ -214,7 +211,7 @@ def mean_field(
             normalization,
             method,
             tolerance,
-            bounded,
+            image is not None and image.dtype == torch.uint8,
             thetas,
         )
         run = operators.mean_field if _as_operator(unary) else compute.mean_field
@@ -232,14 +229,6 @@ def _features(image: Tensor, size: tuple[int, int], alpha: Theta, beta: Theta, l
         colours = torch.stack([c / b for c, b in zip(colours.unbind(2), beta, strict=True)], 2)
     places = grid_features(size, alpha, like)
     return torch.cat([places.expand(image.shape[0], -1, -1), colours], 2)
-
-
-def _is_bounded(
-    image: Tensor, size: tuple[int, int], alpha: tuple[float, ...], beta: tuple[float, ...]
-) -> bool:
-    """Whether the features of the image are known, without a look at it, to fit float16."""
-    spans = [*(n / sigma for n, sigma in zip(reversed(size), alpha, strict=True)), *(255 / b for b in beta)]
-    return image.dtype == torch.uint8 and math.hypot(*spans) < _FLOAT16_SPAN
 
 
 def _as_operator(tensor: Tensor) -> bool:

@@ -100,11 +100,13 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The first two are [D + 1, N] integers, the vertex in units of D + 1; the weights are [N, D + 1].
     """
     dim = features.shape[1]
-    number = features.dtype
+    rounded = np.float64 if features.dtype == torch.float64 else np.float32
     # The blur spreads by this standard deviation (section 3.1 there); float32 constants as densecrf has them.
-    spread = float(torch.tensor(math.sqrt(2 / 3) * (dim + 1), dtype=number))
-    scales = [float(torch.tensor(spread / math.sqrt((i + 1) * (i + 2)), dtype=number)) for i in range(dim)]
-    columns = features.T * features.new_tensor(scales)[:, None]
+    spread = float(rounded(math.sqrt(2 / 3) * (dim + 1)))
+    columns = features.new_empty(dim, features.shape[0])
+    for i in range(dim):
+        scale = float(rounded(spread / math.sqrt((i + 1) * (i + 2))))
+        torch.mul(features[:, i], scale, out=columns[i])
     elevated = columns.new_empty(dim + 1, features.shape[0])
     total = torch.zeros_like(elevated[0])
     for i in range(dim, 0, -1):
@@ -112,7 +114,7 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total += columns[i - 1]
     elevated[0] = total
 
-    inverse = float(torch.tensor(1 / (dim + 1), dtype=number))
+    inverse = float(rounded(1 / (dim + 1)))
     floor = (elevated * inverse).round_()
     rest = elevated - floor * (dim + 1)
     # How many coordinates come before each: all of a lower index but those that are smaller ...
@@ -127,6 +129,8 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     step = (rank < 0).view(torch.int8) - (rank > dim).view(torch.int8)
     rank += step * (dim + 1)
     floor += step
+    # Of features too large for their type, whose integers mean nothing, a rank is still an index.
+    rank.clamp_(0, dim)
 
     torch.sub(elevated, floor * (dim + 1), out=rest).mul_(inverse)
     place = rank.to(torch.int64)
@@ -205,7 +209,7 @@ def _sorted_rows(keys: Tensor, most: int) -> tuple[Tensor, Tensor]:
         return keys.sort(dim=1, stable=True)
     # NumPy sorts plain integers several times as fast as PyTorch sorts them with their places.
     keys <<= bits
-    keys |= torch.arange(keys.shape[1])
+    keys |= torch.arange(keys.shape[1], device=keys.device)
     keys.numpy().sort(axis=1)
     places = keys & ((1 << bits) - 1)
     keys >>= bits

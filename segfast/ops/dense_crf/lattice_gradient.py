@@ -53,15 +53,19 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # Linear in `grad`, and in differentiable operations. The weight of remainder r is the coordinate of
-        # rank D - r less that of the next rank, both in units of D + 1. (Of NaN the ranks are anything.)
+        # rank D - r less that of the next rank, both in units of D + 1.
         (features,) = ctx.saved_tensors
         dim = features.shape[1]
         rank = _simplices(features.detach())[1].T
-        elevated = (grad - grad.roll(-1, 1)).gather(1, (dim - rank).clamp_(0, dim)) / (dim + 1)
+        elevated = (grad - grad.roll(-1, 1)).gather(1, dim - rank) / (dim + 1)
         # Coordinate i of the elevated point: the scaled features from i on, less i times the one before.
-        feature = torch.arange(1, dim + 1, device=grad.device, dtype=grad.dtype)
-        scales = math.sqrt(2 / 3) * (dim + 1) / (feature * (feature + 1)).sqrt()
-        return (elevated.cumsum(1)[:, :-1] - feature * elevated[:, 1:]) * scales, None
+        # (Not by cumsum, which is not deterministic on a GPU.)
+        columns, total = [], torch.zeros_like(elevated[:, 0])
+        for i in range(1, dim + 1):
+            total = total + elevated[:, i - 1]
+            spread = math.sqrt(2 / 3) * (dim + 1) / math.sqrt(i * (i + 1))
+            columns.append((total - i * elevated[:, i]) * spread)
+        return torch.stack(columns, 1), None
 
 
 class _Filter(torch.autograd.Function):

@@ -1,7 +1,9 @@
 """The dense CRF as registered operators, and their autograd: what compilers, exporters and transforms see.
 
 Each runs the functions of `compute`, to which the vertices of a lattice and the lists of tiles are nobody
-else's business; a gradient's operator runs the forward again. Eager calls need none of them.
+else's business; a gradient's operator runs the forward again. The calling thread's backend is an argument:
+gradients are computed in a thread of their own, and must be those of the same method. Eager calls need none
+of them.
 """
 
 import math
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import backend
+from .._backend import backend, get_backend
 from .._layout import in_format
 from .._registry import Differentiable, Operator, needs_autograd
 from . import compute
@@ -21,7 +23,7 @@ from .filters import choose_grid_method, choose_method
 
 
 def _mean_field(unary, features, bilateral, spatial, learned_gamma, gamma, iterations, normalization,
-                method, tolerance, bounded, alpha, beta) -> Tensor:  # fmt: skip
+                method, tolerance, eight_bit, alpha, beta) -> Tensor:  # fmt: skip
     if learned_gamma is not None:
         gamma = check_theta(learned_gamma, "theta_gamma", 2, learned_gamma)
     thetas = None if alpha is None else (tuple(alpha), tuple(beta))
@@ -34,7 +36,7 @@ def _mean_field(unary, features, bilateral, spatial, learned_gamma, gamma, itera
         normalization,
         method,
         tolerance,
-        bounded,
+        eight_bit,
         thetas,
     )
     return compute.mean_field(unary, crf)
@@ -52,8 +54,9 @@ def _nothing(tensor: Tensor) -> Tensor:
 
 
 def _forward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(tensor, *rest):
-        with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    def run(tensor, *args):
+        *rest, name = args
+        with backend(name), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             result = function(tensor, *rest)
         # The strides of sizes 1 too are those of the fake.
         if result.dim() == 4:
@@ -84,13 +87,13 @@ def _backward(function: Callable[..., Tensor], count: int) -> Callable[..., tupl
     """`run(grad, *arguments, needs)`: the gradients that `needs` asks for of function's first `count`."""
 
     def run(grad, *args):
-        needs = args[-1]
+        *args, name, needs = args
         inputs = [
             None if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(args[:count], needs, strict=True)
         ]
-        with _autograd(), torch.autocast(grad.device.type, enabled=False):
-            result = function(*inputs, *args[count:-1])
+        with backend(name), _autograd(), torch.autocast(grad.device.type, enabled=False):
+            result = function(*inputs, *args[count:])
             wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
             found = iter(torch.autograd.grad(result, wanted, grad, materialize_grads=True))
         return tuple(
@@ -109,16 +112,20 @@ def _fake_gradients(count: int) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-def _decomposition(run: Callable[..., Any], is_exact: Callable[..., bool]) -> Callable[..., Any]:
-    """`run`; where it is to be traced, and would look for a lattice's vertices, the operator stays whole."""
+def _decomposition(
+    run: Callable[..., Any], is_exact: Callable[..., bool], choice: int = -1
+) -> Callable[..., Any]:
+    """`run` on ATen; where it is to be traced, and would look for a lattice's vertices, it stays an operator.
+
+    `choice` is the place of the argument that names the backend.
+    """
 
     def reference(*args):
-        if not torch._C._len_torch_dispatch_stack():
-            return run(*args)
-        if not is_exact(*args):
+        if torch._C._len_torch_dispatch_stack() and not is_exact(*args):
             return NotImplemented
-        with backend("aten"):
-            return run(*args)
+        chosen = list(args)
+        chosen[choice] = "aten"
+        return run(*chosen)
 
     return reference
 
@@ -162,11 +169,11 @@ def _mean_field_flops(unary, features, bilateral, spatial, learned_gamma, gamma,
     return iterations * total
 
 
-_FILTER = "Tensor values, Tensor features, str method, str? normalization, float tolerance"
+_FILTER = "Tensor values, Tensor features, str method, str? normalization, float tolerance, str backend"
 _CRF = (
     "Tensor unary, Tensor? features, Tensor? bilateral, Tensor? spatial, Tensor? learned_gamma, "
-    "float[]? gamma, SymInt iterations, str? normalization, str method, float tolerance, bool bounded, "
-    "float[]? alpha, float[]? beta"
+    "float[]? gamma, SymInt iterations, str? normalization, str method, float tolerance, bool eight_bit, "
+    "float[]? alpha, float[]? beta, str backend"
 )
 GAUSSIAN_FILTER = Operator(
     f"gaussian_filter({_FILTER}) -> Tensor",
@@ -180,7 +187,7 @@ GAUSSIAN_FILTER_BACKWARD = Operator(
     f"gaussian_filter_backward(Tensor grad, {_FILTER}, bool[2] needs) -> (Tensor, Tensor)",
     kernels=_backward(compute.gaussian_filter, 2),
     reference=_decomposition(
-        _backward(compute.gaussian_filter, 2), lambda grad, *args: _filter_is_exact(*args)
+        _backward(compute.gaussian_filter, 2), lambda grad, *args: _filter_is_exact(*args), -2
     ),
     fake=_fake_gradients(2),
     per_sample=(0, 1, 2),
@@ -197,7 +204,7 @@ MEAN_FIELD = Operator(
 MEAN_FIELD_BACKWARD = Operator(
     f"mean_field_backward(Tensor grad, {_CRF}, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels=_backward(_mean_field, 5),
-    reference=_decomposition(_backward(_mean_field, 5), lambda grad, *args: _mean_field_is_exact(*args)),
+    reference=_decomposition(_backward(_mean_field, 5), lambda grad, *args: _mean_field_is_exact(*args), -2),
     fake=_fake_gradients(5),
     flops=lambda grad, *args, **__: 3 * _mean_field_flops(*args),
 )
@@ -218,7 +225,7 @@ class _GaussianFilter(Differentiable):
         needs = list(ctx.needs_input_grad[:2])
         args = (grad, *ctx.saved_tensors, *ctx.options, needs)
         run = _GaussianFilterGradients.call if needs_autograd(*args[:3]) else GAUSSIAN_FILTER_BACKWARD
-        return (*_needed(run(*args), needs), None, None, None)
+        return (*_needed(run(*args), needs), *[None] * 4)
 
 
 class _GaussianFilterGradients(Differentiable):
@@ -250,7 +257,7 @@ class _MeanField(Differentiable):
         needs = list(ctx.needs_input_grad[:5])
         args = (grad, *ctx.saved_tensors, *ctx.options, needs)
         run = _MeanFieldGradients.call if needs_autograd(*args[:6]) else MEAN_FIELD_BACKWARD
-        return (*_needed(run(*args), needs), *[None] * 8)
+        return (*_needed(run(*args), needs), *[None] * 9)
 
 
 class _MeanFieldGradients(Differentiable):
@@ -280,7 +287,7 @@ def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 def gaussian_filter(values: Tensor, features: Tensor, *options) -> Tensor:
     """`compute.gaussian_filter` as one operator."""
     run = _GaussianFilter.call if needs_autograd(values, features) else GAUSSIAN_FILTER
-    return run(values, features, *options)
+    return run(values, features, *options, get_backend())
 
 
 def mean_field(unary: Tensor, crf: compute.Crf) -> Tensor:
@@ -295,7 +302,7 @@ def mean_field(unary: Tensor, crf: compute.Crf) -> Tensor:
     gamma = None if isinstance(crf.gamma, Tensor) else list(crf.gamma)
     alpha, beta = (None, None) if crf.thetas is None else map(list, crf.thetas)
     run = _MeanField.call if needs_autograd(*tensors) else MEAN_FIELD
-    return run(*tensors, gamma, *crf[4:-1], alpha, beta)
+    return run(*tensors, gamma, *crf[4:-1], alpha, beta, get_backend())
 
 
 def _diagonal(energies: compute.Compatibility | None, unary: Tensor) -> Tensor | None:

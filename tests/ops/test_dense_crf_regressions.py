@@ -1,0 +1,179 @@
+"""Inputs at the limits of the dense CRF's number formats, sizes and threads, on both paths."""
+
+import threading
+
+import pytest
+import torch
+
+import segfast
+from segfast.functional import gaussian_filter, mean_field
+from segfast.kernels.dense_crf import lists
+from segfast.ops import OPERATORS
+from segfast.ops.dense_crf import backend, device_filters, lattice
+from segfast.ops.dense_crf.compute import Crf
+
+from .test_dense_crf_kernels import small_device  # noqa: F401
+
+
+def huge(dim=5, points=20):
+    torch.manual_seed(0)
+    features = 3 * torch.rand(1, dim, points)
+    features[0, :, 5] = torch.randn(dim) * 1e9
+    return features
+
+
+@pytest.mark.parametrize("scale", [1e8, 1e30, float("inf")])
+def test_simplices_of_features_too_large_have_ranks_that_are_indices(scale):
+    _, rank, _ = lattice._simplices(torch.randn(1000, 5) * scale)
+    assert rank.min() >= 0 and rank.max() <= 5
+
+
+def test_features_that_span_too_much_are_an_error_on_a_cpu():
+    with pytest.raises(ValueError, match=r"features: they span 2\*\*\d+ lattice cells"):
+        gaussian_filter(torch.rand(1, 2, 20), huge(), method="lattice")
+
+
+@pytest.mark.interpreter
+def test_features_that_span_too_much_are_nan_on_our_kernels(monkeypatch):
+    """Where nothing may be read back: in the gradients too."""
+    monkeypatch.setattr("segfast.ops.dense_crf.compute.check_finite", lambda *args: None)
+    features = huge().requires_grad_()
+    values = torch.rand(1, 2, 20, requires_grad=True)
+    with segfast.backend("triton"):
+        result = gaussian_filter(values, features, method="lattice")
+    assert result.isnan().all()
+    assert all(g.isnan().any() for g in torch.autograd.grad(result.sum(), (features, values)))
+
+
+def test_lattice_of_a_cpu_s_tensors_whatever_the_default_device():
+    values, features = torch.rand(1, 2, 30), torch.rand(1, 5, 30)
+    expected = gaussian_filter(values, features, method="lattice")
+    with torch.device("meta"):
+        assert torch.equal(gaussian_filter(values, features, method="lattice"), expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("small", [1e-4, 1e-6, 1e-8])
+def test_feature_gradients_of_channels_in_different_units(small):
+    """As of a loss relative to each channel."""
+    torch.manual_seed(0)
+    features, values = torch.rand(1, 3, 40, requires_grad=True), torch.rand(1, 2, 40)
+    values, weights = values * torch.tensor([1, small]).view(1, 2, 1), torch.rand(1, 2, 40)
+    weights = weights / values.mean(2, keepdim=True)
+    found = []
+    for name in ("triton", "aten"):
+        with segfast.backend(name):
+            result = gaussian_filter(values, features, method="exact", tolerance=0.0)
+            found += torch.autograd.grad((result * weights).sum(), features)
+    torch.testing.assert_close(*found, atol=2e-3 * found[1].abs().max().item(), rtol=0)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("far", [1e3, 1e5, 1e7])
+def test_feature_gradients_of_a_point_far_away(far):
+    torch.manual_seed(0)
+    features, values = 3 * torch.rand(1, 3, 200), torch.rand(1, 2, 200)
+    features[0, 0, 5] = far
+    found = []
+    for name, dtype in (("triton", torch.float32), ("aten", torch.float64)):
+        points = features.to(dtype).requires_grad_()
+        with segfast.backend(name):
+            result = gaussian_filter(values.to(dtype), points, method="exact", tolerance=0.0)
+            found += torch.autograd.grad(result.sum(), points)
+    # Half precision tells features apart by the largest's share of 2**-22.
+    allowed = max(5e-3 * found[1].abs().max().item(), far * 2.0**-22)
+    torch.testing.assert_close(found[0].double(), found[1], atol=allowed, rtol=0)
+
+
+@pytest.mark.interpreter
+def test_backward_of_a_compiled_call_takes_the_forward_s_backend():
+    """Of 400 points "auto" is exact on our kernels, on PyTorch's operations the lattice, on another scale."""
+    torch.manual_seed(0)
+    values, features = torch.rand(1, 2, 400), 3 * torch.rand(1, 5, 400)
+    points = features.clone().requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(gaussian_filter, backend="aot_eager", fullgraph=True)
+    with segfast.backend("triton"):
+        expected = torch.autograd.grad(gaussian_filter(values, points).sum(), points)[0]
+        result = compiled(values, points)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(result.sum(), points)))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_operators_on_a_cpu_run_whatever_backend_they_were_made_with():
+    """An exported program keeps the name of the backend."""
+    values, features = torch.rand(1, 2, 30), torch.rand(1, 5, 30)
+    reference = OPERATORS["gaussian_filter"].reference
+    results = [reference(values, features, "exact", None, 0.0, name) for name in ("triton", "aten")]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("count, sigma", [(1, 3.0), (7, 0.4), (700, 30.0), (90, 1e-30), (90, 1e6)])
+def test_row_sums_of_the_spatial_term(count, sigma):
+    places = torch.arange(count, dtype=torch.float64)
+    expected = (-((places[:, None] - places) / sigma).square() / 2).exp().sum(1)
+    actual = device_filters._row_sums(count, sigma, places.device)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=1e-10)
+
+
+@pytest.mark.interpreter
+def test_spatial_kernel_narrower_than_its_number_format():
+    unary = torch.rand(1, 2, 5, 6)
+    with segfast.backend("triton"):
+        actual = mean_field(unary, theta_gamma=1e-200, iterations=2, method="exact")
+    torch.testing.assert_close(actual, mean_field(unary, theta_gamma=1e-3, iterations=2, method="exact"))
+
+
+def test_lists_without_an_entry_are_units_of_nothing():
+    """Which write zeros, instead of leaving memory as it was."""
+    table, cuts = lists.make_units(torch.tensor([3, 0, 5]))
+    owners = table[0].tolist()
+    assert sorted(o for o in owners if o >= 0) == [0, 1, 2]
+    assert table[1:3, owners.index(1)].tolist() == [0, 0] and (cuts[2] <= 1).all()
+
+
+@pytest.mark.parametrize(
+    "shape, dim, reason",
+    [
+        ((70000, 2, 4, 4), 5, "70000 images, the kernels take up to 65535"),
+        ((16, 1, 4096, 4096), 3, "268435456 points of 3 features"),
+        ((16, 1, 5000, 5000), 0, "400000000 points of 0 features"),
+    ],
+)
+def test_more_than_the_kernels_count(monkeypatch, shape, dim, reason):
+    monkeypatch.setattr(backend, "kernel_reason_not", lambda choice, tensor: None)
+    unary = torch.empty(1).expand(shape)
+    assert backend.reason_not("triton", unary, shape[1], dim).startswith(reason)
+    assert backend.reason_not("triton", unary[:1], shape[1], dim) is None
+
+
+def test_auto_keeps_the_lists_of_tiles_small():
+    narrow = (5.0, 5.0), (1.0, 1.0, 1.0)
+    assert backend.choose_kernels_method("auto", 2**20, narrow) == "exact"
+    assert backend.choose_kernels_method("auto", 2**20 + 1, narrow) == "lattice"
+
+
+def test_features_are_known_to_fit_by_sizes_and_thetas_alone():
+    crf = Crf(None, None, None, (3.0, 3.0), 1, None, "exact", 0.0, True, ((80.0, 80.0), (13.0,) * 3))
+    assert crf.is_bounded((512, 512)) and not crf.is_bounded((80, 8000))
+    assert not crf._replace(eight_bit=False).is_bounded((4, 4))
+    assert not crf._replace(thetas=None).is_bounded((4, 4))
+    assert not crf._replace(thetas=((80.0, 80.0), (1.0,) * 3)).is_bounded((4, 4))
+
+
+@pytest.mark.parametrize("batch, labels", [(0, 3), (2, 3)])
+def test_nothing_to_compute_gives_zero_gradients(batch, labels):
+    height = 4 if batch == 0 else 0
+    unary, image = torch.rand(batch, labels, height, 5), torch.rand(batch, 3, height, 5)
+    weight, theta = torch.ones(labels, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    image.requires_grad_()
+    q = mean_field(unary, image, bilateral_weight=weight, theta_gamma=theta)
+    assert q.shape == unary.shape
+    gradients = torch.autograd.grad(q.sum(), (image, weight, theta))
+    assert [g.abs().sum() for g in gradients] == [0, 0, 0]
+    features = torch.rand(batch, 2, height, requires_grad=True)
+    gradient = torch.autograd.grad(gaussian_filter(torch.rand(batch, 3, height), features).sum(), features)[0]
+    assert gradient.shape == features.shape and (gradient == 0).all()
