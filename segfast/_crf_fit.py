@@ -152,9 +152,13 @@ def _samples(args: argparse.Namespace, device: torch.device) -> list[Labelled]:
     else:
         raise UserError("--data needs the network: --checkpoint or --probabilities")
     samples: list[Labelled] = []
-    for (path, probabilities, colours), (_, mask_path) in zip(_bar(found, len(paths)), paths, strict=True):
+    for (path, probabilities, colours), (image_path, mask_path) in zip(
+        _bar(found, len(paths)), paths, strict=True
+    ):
         target = read_mask(mask_path, args.foreground)
-        _check(path, probabilities, mask_path, target, samples)
+        sizes = {path: probabilities.shape[1:], image_path: colours.shape[1:], mask_path: target.shape}
+        _check_sizes(sizes)
+        _check_classes(path, probabilities, mask_path, target, samples)
         start = target.shape[1] - max(1, round(target.shape[1] * args.unseen))
         cut = (tensor[..., start:] for tensor in (probabilities.to(device), colours.to(device), target))
         samples.append(Labelled(*cut))
@@ -225,13 +229,19 @@ def _read_probabilities(path: Path) -> Tensor:
     return found.clamp_min(0)
 
 
-def _check(
+def _check_sizes(sizes: dict[Path, torch.Size]) -> None:
+    """What is one image's must be of one size, that of its mask, the last."""
+    *others, mask = sizes
+    for path in others:
+        if sizes[path] != sizes[mask]:
+            found = " and ".join(f"{s[0]}x{s[1]}" for s in (sizes[mask], sizes[path]))
+            raise UserError(f"{mask} and {path}: different sizes, {found}")
+
+
+def _check_classes(
     path: Path, probabilities: Tensor, mask_path: Path, target: Tensor, earlier: list[Labelled]
 ) -> None:
-    """What is one image's must be of one size, and all of as many classes."""
-    if probabilities.shape[1:] != target.shape:
-        sizes = " and ".join(f"{s[0]}x{s[1]}" for s in (target.shape, probabilities.shape[1:]))
-        raise UserError(f"{mask_path} and {path}: different sizes, {sizes}")
+    """As many in all images, and no mask with others."""
     classes = earlier[0].probabilities.shape[0] if earlier else max(2, len(probabilities))
     if len(probabilities) != classes:
         raise UserError(f"{path}: {len(probabilities)} classes, expected {classes}")

@@ -1,8 +1,8 @@
 """The parameters of a dense CRF as the commands pass them on: applied to probabilities, kept in a JSON."""
 
 import json
-import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,9 @@ def read_parameters(path: str | os.PathLike, channels: int) -> tuple[Parameters,
 
 
 def _in_range(name: str, value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or one of JSON's unlimited integers
         return False
     if name == "iterations":
         return isinstance(value, int) and value >= 0

@@ -20,7 +20,7 @@ from ._table import format_table
 from ._threads import one_thread
 from .data import read_photo, write_image
 from .models import SelfieSegmenter
-from .train._figures import save_figure
+from .train._figures import new_figure, save_figure
 from .train._predict import channels_last
 from .train._progress import load_tqdm
 
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     photos = [Path(photo) for photo in args.photos]
     kinds = ["mask", "overlay"] if args.crf is None else ["mask", "overlay", "crf"]
     outputs = _outputs(photos, kinds, args.output, args.force)
+    if args.crf is not None:
+        new_figure()  # or say what is missing, before the first file is written
     model = load_segmenter(device)
     rows: list[list[object]] = []
     for path, (mask_path, overlay_path, *crf_path) in zip(_bar(photos, args.crf), outputs, strict=True):

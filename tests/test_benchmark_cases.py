@@ -251,6 +251,14 @@ def test_candidates_are_interleaved():
     assert quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
 
 
+def test_a_far_slower_candidate_is_timed_apart():
+    assert timing._paced({"ours": 0.002, "peer": 0.15, "another": 0.019}) == [["ours", "peer", "another"]]
+    assert timing._paced({"slow": 0.5, "ours": 0.002, "peer": 0.1}) == [["ours", "peer"], ["slow"]]
+    # All of them slow, and none ten times as slow as another: side by side.
+    assert timing._paced({"ours": 0.3, "peer": 2.0}) == [["ours", "peer"]]
+    assert timing._paced({}) == []
+
+
 def test_mean_field_is_the_sum_over_all_pairs():
     """Against the definition, pixel by pixel."""
     torch.manual_seed(0)

@@ -309,6 +309,12 @@ def test_arrays_that_are_no_probabilities(folder, capsys, message):
     assert ".npy" in error and message in error
 
 
+def test_an_image_of_another_size_than_its_mask(folder, capsys):
+    Image.fromarray(np.zeros((24, 31, 3), np.uint8)).save("data/images/1.png")
+    assert main(ARRAYS) == 2
+    assert "1.png and data/images/1.png: different sizes, 24x32 and 24x31" in capsys.readouterr().err
+
+
 def test_arrays_that_are_missing_or_too_many(folder, capsys):
     np.savez("data/network/1.npz", a=HALF, b=HALF)
     Path("data/network/1.npy").unlink()
@@ -365,6 +371,7 @@ FILES = {
     "bilateral_weight is nan": {"bilateral_weight": float("nan")},
     "iterations is 2.5": {"iterations": 2.5},
     "iterations is True": {"iterations": True},
+    "theta_alpha is 1000": {"theta_alpha": 10**400},
     "method must be one of auto, lattice, exact, got 'fast'": {"method": "fast"},
 }
 

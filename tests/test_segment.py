@@ -368,3 +368,10 @@ def test_computes_on_one_thread_and_gives_the_others_back(photo, monkeypatch):
         assert counts == [1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_without_matplotlib_nothing_is_written(photo, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["segment", photo, "--crf"]) == 2
+    assert "pictures need the package matplotlib" in capsys.readouterr().err
+    assert not Path("out").exists()
