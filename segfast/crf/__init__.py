@@ -223,10 +223,14 @@ class DenseCRF:
         """The name of the normalisation and the energies of a term."""
         KernelType(kernel)
         name = _NAMES[NormalizationType(normalization)]
+        value: float | Tensor
         if np.ndim(compat) == 0:
-            value: float | Tensor = float(compat)  # type: ignore[arg-type]
+            value = compat.item() if hasattr(compat, "item") else compat  # type: ignore[union-attr, assignment]
         else:
-            value = torch.from_numpy(np.array(compat, np.float32)).to(self._device)
+            value = _tensor(compat, "compat", np.ndim(compat))
+            if not value.isfinite().all():
+                raise ValueError("compat must be finite, got NaN or infinity in it")
+            value = value.to(self._device)
         value = check_compatibility(value, self._nlabel, "compat", torch.float32, self._device)
         if isinstance(value, Tensor) and value.dim() == 2:
             value = (value + value.T) / 2
@@ -320,6 +324,8 @@ def _longer(rows: Tensor, padding: int) -> Tensor:
 
 def _tensor(values: ArrayLike, name: str, ndim: int) -> Tensor:
     """A float32 tensor of its own memory."""
+    if np.iscomplexobj(values):
+        raise ValueError(f"{name} must be real, got complex numbers")
     array = np.array(values, np.float32)
     if array.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got the shape {list(array.shape)}")

@@ -8,7 +8,13 @@ from torch import Tensor
 from .. import functional as F
 from ..ops._registry import is_traced
 from ..ops.dense_crf import chosen_methods
-from ..ops.dense_crf.arguments import check_iterations, check_options, check_tolerance, positive
+from ..ops.dense_crf.arguments import (
+    check_count,
+    check_iterations,
+    check_options,
+    check_tolerance,
+    positive,
+)
 from ._rules import Rule
 
 
@@ -70,6 +76,7 @@ class DenseCRF(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_count(num_labels, "num_labels")
         self.iterations = iterations
         self.eval_iterations = iterations if eval_iterations is None else eval_iterations
         for count in (self.iterations, self.eval_iterations):
@@ -83,7 +90,8 @@ class DenseCRF(torch.nn.Module):
             torch.nn.Parameter(torch.empty(num_labels, num_labels, device=device, dtype=dtype))
             for _ in range(3)
         )
-        channels = len(theta_beta) if isinstance(theta_beta, Sized) else 3
+        several = isinstance(theta_beta, Sized) and getattr(theta_beta, "ndim", 1) != 0
+        channels = len(theta_beta) if several else 3  # type: ignore[arg-type]
         self._theta_starts = {}
         for name, theta, count in (
             ("theta_alpha", theta_alpha, 2),
@@ -92,7 +100,8 @@ class DenseCRF(torch.nn.Module):
         ):
             self._theta_starts[name] = positive(theta, name, count)
             learned = torch.empty(count, device=device, dtype=dtype) if learn_thetas else None
-            setattr(self, name, theta if learned is None else torch.nn.Parameter(learned))
+            given = self._theta_starts[name] if hasattr(theta, "ndim") else theta
+            setattr(self, name, given if learned is None else torch.nn.Parameter(learned))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,6 +115,8 @@ class DenseCRF(torch.nn.Module):
                     getattr(self, name).copy_(torch.tensor(theta))
 
     def forward(self, logits: Tensor, image: Tensor) -> Tensor:
+        if not logits.is_floating_point():
+            raise ValueError(f"logits must be floating point, got {logits.dtype}")
         # A half's least probability would not do.
         energies = -logits if logits.dtype == torch.float64 else -logits.float()
         q = F.mean_field(

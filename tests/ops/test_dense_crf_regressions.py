@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,3 +178,63 @@ def test_nothing_to_compute_gives_zero_gradients(batch, labels):
     features = torch.rand(batch, 2, height, requires_grad=True)
     gradient = torch.autograd.grad(gaussian_filter(torch.rand(batch, 3, height), features).sum(), features)[0]
     assert gradient.shape == features.shape and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("far", [1e5, 1e6])
+def test_all_pairs_in_float32_where_half_norms_cancel(far):
+    features = torch.tensor([[[0.0, 1.0, 2.0, far]]], requires_grad=True)
+    values = torch.tensor([[[1.0, 0.5, 2.0, 1.0]]])
+    actual = gaussian_filter(values, features, method="exact")
+    gradient = torch.autograd.grad(actual.square().sum(), features)[0]
+    wide = features.detach().double().requires_grad_()
+    expected = gaussian_filter(values.double(), wide, method="exact")
+    torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-6)
+    expected_gradient = torch.autograd.grad(expected.square().sum(), wide)[0]
+    torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_s_logits_and_labels():
+    crf = segfast.nn.DenseCRF(2)
+    for logits in (torch.ones(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4) > 0, torch.ones(1, 2, 3, 4) + 0j):
+        with pytest.raises(ValueError, match=f"logits must be floating point, got {logits.dtype}"):
+            crf(logits, torch.rand(1, 3, 3, 4))
+    for count in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="num_labels must be an int of at least 1"):
+            segfast.nn.DenseCRF(count)
+
+
+def test_a_sigma_without_dimensions_is_a_number():
+    unary, image = torch.rand(1, 2, 5, 6), 255 * torch.rand(1, 3, 5, 6)
+    expected = mean_field(unary, image, theta_gamma=2.0, theta_alpha=30.0)
+    actual = mean_field(unary, image, theta_gamma=np.array(2.0), theta_alpha=np.float32(30))
+    assert torch.equal(actual, expected)
+    layer = segfast.nn.DenseCRF(2, theta_alpha=torch.tensor(30.0), theta_beta=np.array(9.0))
+    assert torch.equal(
+        layer(-unary, image), segfast.nn.DenseCRF(2, theta_alpha=30, theta_beta=9)(-unary, image)
+    )
+    crf = segfast.crf.DenseCRF2D(6, 5, 2)
+    crf.addPairwiseGaussian(torch.tensor(3.0), np.array(3))
+    assert np.isfinite(crf.inference(2)).all()
+
+
+def test_errors_name_what_the_caller_gave():
+    crf = segfast.crf.DenseCRF2D(6, 5, 2)
+    for compat, message in (
+        (np.full((2, 2), np.nan), "compat must be finite"),
+        (None, "compat must be a finite number or a tensor, got None"),
+        ("a", "compat must be a finite number or a tensor, got 'a'"),
+        (np.ones(2) + 0j, "compat must be real"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            crf.addPairwiseGaussian(1, compat)
+    with pytest.raises(ValueError, match="u must be real"):
+        crf.setUnaryEnergy(np.ones((2, 30)) + 0j)
+    unary = torch.rand(2, 3, 4)
+    with pytest.raises(
+        ValueError, match=r"image must be \[C, H, W\] beside a unary \[L, H, W\], got \[1, 3, 3, 4\]"
+    ):
+        mean_field(unary, torch.rand(1, 3, 3, 4))
+    with pytest.raises(ValueError, match="theta_gamma must be one positive number or 2"):
+        mean_field(unary, theta_gamma=None)
+    with pytest.raises(ValueError, match=r"spatial_weight must be a number, .*complex64"):
+        mean_field(unary, spatial_weight=torch.ones(2) + 0j)

@@ -83,8 +83,12 @@ def check_tolerance(tolerance: float) -> float:
 
 def positive(value: float | Sequence[float], name: str, count: int) -> tuple[float, ...]:
     """One positive number for all, or one for each."""
-    given = value if isinstance(value, Iterable) else [value] * count
-    numbers = tuple(float(v) for v in given)
+    # Of an array or a tensor [] too.
+    several = isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
+    try:
+        numbers = tuple(float(v) for v in (value if several else [value] * count))  # type: ignore[union-attr, arg-type]
+    except (TypeError, ValueError):
+        numbers = ()
     if len(numbers) != count or not all(0 < v < math.inf for v in numbers):
         raise ValueError(f"{name} must be one positive number or {count} of them, got {value!r}")
     return numbers
@@ -114,9 +118,9 @@ def check_compatibility(
             raise ValueError(f"{name} must be a finite number or a tensor, got {value!r}")
         return float(value)
     fits = value.dim() <= 2 and all(size == labels for size in value.shape)
-    if not fits or value.device != device:
+    if not fits or value.is_complex() or value.device != device:
         raise ValueError(
             f"{name} must be a number, [{labels}] or [{labels}, {labels}] (labels) on {device}, "
-            f"got {list(value.shape)} on {value.device}"
+            f"got {list(value.shape)}, {value.dtype} on {value.device}"
         )
     return value.to(dtype)

@@ -30,7 +30,9 @@ class AllPairsFilter:
         self.features = features
         self.before: Tensor | None = None
         self.after: Tensor | None = None
-        places = features.detach()
+        # In float64, where there is such a thing: far from the mean, half norms cancel in the exponent.
+        self._dtype = features.dtype
+        places = features.detach().to(self._dtype if features.device.type == "mps" else torch.float64)
         self._centred = places - places.mean(0)
         half_norm = self._centred.square().sum(1, keepdim=True) / 2
         one = torch.ones_like(half_norm)
@@ -65,14 +67,14 @@ class AllPairsFilter:
         """
         out = torch.empty_like(self._centred)
         left, right = torch.cat([grad, values], 1), torch.cat([values, grad], 1).T
-        shares = self._rows.new_empty(self._rows_at_once, right.shape[1])
+        shares = grad.new_empty(self._rows_at_once, right.shape[1])
         for rows, kernel in self._chunks():
             share = shares[: kernel.shape[0]]
             torch.matmul(left[rows], right, out=share)
-            share *= kernel
+            share = share.mul_(kernel).to(out.dtype)
             torch.matmul(share, self._centred, out=out[rows])
             out[rows] -= self._centred[rows] * share.sum(1, keepdim=True)
-        return out
+        return out.to(self._dtype)
 
     @property
     def _rows_at_once(self) -> int:
@@ -80,19 +82,25 @@ class AllPairsFilter:
         return max(1, min(points, _CHUNK // points))
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of K, a chunk at a time, in a buffer that the next chunk overwrites; traced, in new ones."""
+        """Rows of K, a chunk at a time, in buffers that the next chunk overwrites; traced, in new ones."""
         points, step = self._rows.shape[0], self._rows_at_once
         # Rounding may leave the exponent of two equal points a little above zero; far below it, where the
         # kernel no longer counts, denormal numbers would be slow.
-        limits = math.log(torch.finfo(self._rows.dtype).tiny) / 2, 0.0
-        buffer = None if is_traced() else self._rows.new_empty(step, points)
+        limits = math.log(torch.finfo(self._dtype).tiny) / 2, 0.0
+        traced = is_traced()
+        if not traced:
+            exponents = self._rows.new_empty(step, points)
+            same = self._rows.dtype == self._dtype
+            kernels = self._rows.new_empty(0 if same else step, points, dtype=self._dtype)
         for start in range(0, points, step):
             rows = slice(start, min(start + step, points))
-            if buffer is None:
-                yield rows, (self._rows[rows] @ self._columns).clamp(*limits).exp()
+            if traced:
+                yield rows, (self._rows[rows] @ self._columns).to(self._dtype).clamp(*limits).exp()
                 continue
-            kernel = buffer[: rows.stop - rows.start]
-            torch.matmul(self._rows[rows], self._columns, out=kernel)
+            count = rows.stop - rows.start
+            kernel = torch.matmul(self._rows[rows], self._columns, out=exponents[:count])
+            if not same:
+                kernel = kernels[:count].copy_(kernel)
             yield rows, kernel.clamp_(*limits).exp_()
 
 

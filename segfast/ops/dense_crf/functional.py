@@ -176,6 +176,8 @@ def mean_field(
     check_iterations(iterations)
     tolerance = check_tolerance(tolerance)
     single = unary.dim() == 3
+    if single and image is not None and image.dim() != 3:
+        raise ValueError(f"image must be [C, H, W] beside a unary [L, H, W], got {list(image.shape)}")
     if single:
         unary, image = unary.unsqueeze(0), None if image is None else image.unsqueeze(0)
     size = unary.shape[2], unary.shape[3]
