@@ -34,7 +34,7 @@ def conv2d_aten(
         scale = shift = None
     y = _convolution(input, weight, bias, stride, padding, dilation, groups)
     if lossless and scale is not None and shift is not None and not _needs_gradient(y, scale, shift):
-        factor, term = scale.to(y.dtype)[:, None, None], shift.to(y.dtype)[:, None, None]
+        factor, term = (t.to(y.dtype).view(-1, 1, 1) for t in (scale, shift))
         y, scale, shift = torch.addcmul(term, y, factor), None, None
     if scale is None and shift is None and not y.requires_grad and not _functorch_active():
         if lossless and residual is not None and not residual.requires_grad:
@@ -104,8 +104,9 @@ def _convolution(input, weight, bias, stride, padding, dilation, groups: int) ->
             and ((kernel - 1 - drop) * d - p >= size)
         ):
             drop += 1
-        trimmed = trimmed.narrow(2 + axis, drop, kernel - 2 * drop)
-        pads[axis] = p - drop * d
+        if drop:
+            trimmed = trimmed.narrow(2 + axis, drop, kernel - 2 * drop)
+            pads[axis] = p - drop * d
     if bias is None or groups == 1 or bias.dtype != input.dtype or _needs_gradient(input, weight, bias):
         return F.conv2d(input, trimmed, bias, stride, pads, dilation, groups)
     return F.conv2d(input, trimmed, None, stride, pads, dilation, groups).add_(bias[:, None, None])
