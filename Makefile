@@ -20,7 +20,7 @@ help: ## list the targets
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
-demo: .venv/.installed-demo ## train a small U-Net (out/demo.png), segment a portrait (out/segment.png), benchmark
+demo: .venv/.installed-demo ## train a small U-Net (out/demo.png), segment a portrait (out/segment.png), refine both (out/crf.png), benchmark
 	$(BIN)/segfast demo
 
 # The kernels' tests need TRITON_INTERPRET=1 before triton is imported and keep one core busy: they run beside

@@ -16,7 +16,7 @@ FEW = ("resnet_layer3_d2_layer", "aspp_n8_33")
 # "Never slower" on a CPU, where ASPP's padding is no work and its pooled branch no image: the plain layers'
 # time over ours, at batch 1, 513 pixels and output stride 16.
 LEAST_SPEEDUP = 0.95  # at these rates a CPU computes the same taps: parity, but for noise
-ATTEMPTS = 5
+ATTEMPTS = 8
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,13 @@ def test_aspp_is_no_slower_on_a_cpu(device):
         pytest.skip("the taps that meet only padding are left out by our kernels there")
     from benchmarks.ours import ours
 
-    problem = Problem(find("aspp_n1_33").cpu(), device)
-    runs = {"plain": problem.bind(problem.formula), "ours": next(ours(problem)).run}
-    best = 0.0
-    for run in runs.values():
-        run()
+    best, kept = 0.0, []
     for _ in range(ATTEMPTS):
+        # Somewhere else in memory each time: where the images lie is worth several percent to either.
+        kept.append(problem := Problem(find("aspp_n1_33").cpu(), device))
+        runs = {"plain": problem.bind(problem.formula), "ours": next(ours(problem)).run}
+        for run in runs.values():
+            run()
         times = interleave(runs, device, budget_s=0.4, min_rounds=5)
         # p20 rather than the median: another process on the machine makes times longer, never shorter.
         best = max(best, times["plain"].wall_p20 / times["ours"].wall_p20)

@@ -92,8 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @one_thread()
 def run(args: argparse.Namespace) -> int:
     """Search, print the accuracy before and after, whichever way it went, and write the parameters."""
-    if args.trials < 1:
-        raise UserError(f"--trials must be at least 1, got {args.trials}")
+    if args.trials < 2:
+        raise UserError(f"--trials must be at least 2 (no CRF and the textbook's), got {args.trials}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     if not args.seconds > 0:
         raise UserError(f"--seconds must be above 0, got {args.seconds}")
     if Path(args.output).suffix != ".json":

@@ -108,8 +108,8 @@ def search(
     steps from the best ones, a coordinate at a time. Equal seeds try equal values, unless time runs out.
 
     Args:
-        trials: at most so many, those two included.
-        seconds: no trial starts later.
+        trials: at most so many, those two included, which are always tried.
+        seconds: no other trial starts later.
         on_trial: called after each with the best accuracy so far.
     """
     deadline = time.monotonic() + seconds
@@ -122,7 +122,8 @@ def search(
         """Whether there was a trial left for it."""
         if parameters in tried:
             return True
-        if tried and (len(tried) >= trials or time.monotonic() >= deadline):
+        # What the result is compared with is always tried.
+        if len(tried) > 1 and (len(tried) >= trials or time.monotonic() >= deadline):
             return False
         tried[parameters] = accuracy(samples, parameters, method)
         if on_trial is not None:

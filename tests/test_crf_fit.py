@@ -92,8 +92,8 @@ def test_search_is_seeded_and_within_its_budget(monkeypatch):
     assert any(w[0] == 0 for w in weights) and any(w[1] == 0 for w in weights) and (0, 0) not in weights
     # Steps along theta_beta, which alone counts here, lead down from the best of the random ones.
     assert min(p.theta_beta for p in first[30:]) < 0.5 * min(p.theta_beta for p in first[:30])
-    assert tried(monkeypatch, trials=1) == [NO_CRF]
-    assert tried(monkeypatch, trials=50, seconds=1e-9) == [NO_CRF]
+    assert tried(monkeypatch, trials=2) == [NO_CRF, TEXTBOOK]
+    assert tried(monkeypatch, trials=50, seconds=1e-9) == [NO_CRF, TEXTBOOK]
 
 
 def test_split_by_rows_or_by_images():
@@ -251,12 +251,13 @@ def test_a_file_of_the_user_stays_without_force(folder, capsys):
     assert main(ARRAYS) == 2
     assert "out/crf.json: exists and is not a file that segfast wrote" in capsys.readouterr().err
     assert Path("out/crf.json").read_text() == "{}"
-    assert main([*ARRAYS, "--trials", "1", "--force"]) == 0
-    assert read_parameters("out/crf.json", 3) == (NO_CRF, "auto")
+    assert main([*ARRAYS, "--trials", "2", "--force"]) == 0
+    assert read_parameters("out/crf.json", 3) == (TEXTBOOK, "auto")
 
 
 MISTAKES = {
-    "--trials must be at least 1, got 0": ["--trials", "0"],
+    "--trials must be at least 2 (no CRF and the textbook's), got 1": ["--trials", "1"],
+    "--seed must be from 0 to 2**63 - 1, got 9223372036854775808": ["--seed", str(2**63)],
     "--seconds must be above 0, got nan": ["--seconds", "nan"],
     "--output out/crf.txt: expected a name ending in .json": ["-o", "out/crf.txt"],
     "--holdout 1.5: expected a fraction between 0 and 1": ["--holdout", "1.5"],
@@ -290,6 +291,7 @@ HALF = np.full((2, *SIZE), 0.5, np.float32)
 ARRAY_MISTAKES = {
     "different sizes, 24x32 and 24x31": HALF[..., 1:],
     "expected probabilities, which sum to 1, got -3 to 3": np.stack([HALF[0] + 2.5, HALF[0] - 3.5]),
+    "expected probabilities, which sum to 1, got 0.6 to 0.6": HALF + 0.1,
     "expected probabilities, which sum to 1": np.full_like(HALF, np.nan),
     "3 classes, expected 2": np.full((3, *SIZE), 1 / 3),
     "1 classes, expected 2": np.ones((1, *SIZE)),
@@ -334,7 +336,7 @@ def test_masks_that_do_not_fit(folder, capsys):
     assert "0.png: class 2, the network knows 0 to 1" in capsys.readouterr().err
     for i in range(3):
         Image.fromarray(np.full(SIZE, 3, np.uint8)).save(f"data/masks/{i}.png")
-    assert main([*ARRAYS, "--foreground", "--trials", "1"]) == 0
+    assert main([*ARRAYS, "--foreground", "--trials", "2"]) == 0
 
 
 def test_masks_without_a_pixel_to_score(folder, capsys):

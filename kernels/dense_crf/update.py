@@ -23,10 +23,9 @@ class Message(NamedTuple):
     """What a filter sends, and what it costs: fp32, in one of three forms.
 
     "raster": values [B, N, L]. "gathered": values [rows, CV] of labels packed as `exact_pack` does, row index
-    [B, N] for each pixel. "lattice":
-    values [vertices, L], index and weights [B, N, D + 1]. `after` [B, N] scales the messages. A number w as
-    the compatibility adds w message to the logits, a vector [L] subtracts its product with the message, a
-    matrix [L, L] subtracts message @ matrix.T; contiguous, fp32.
+    [B, N] for each pixel. "lattice": values [vertices, L], index and weights [B, N, D + 1]. `after` [B, N]
+    scales the messages. A number w as the compatibility adds w message to the logits, a vector [L] subtracts
+    its product with the message, a matrix [L, L] subtracts message @ matrix.T; contiguous, fp32.
     """
 
     kind: str

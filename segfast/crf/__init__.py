@@ -8,6 +8,7 @@ is all that a GPU takes. `segfast.functional.mean_field` is the same in PyTorch,
 
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from ..ops.dense_crf.arguments import (
     check_features,
     check_iterations,
     check_options,
+    check_tolerance,
     positive,
 )
-from ..ops.dense_crf.backend import can_use_kernels, choose_kernels_method
+from ..ops.dense_crf.backend import Thetas, can_use_kernels, choose_kernels_method
 from ..ops.dense_crf.device_filters import DeviceFilter, feature_filters, grid_filters
 from ..ops.dense_crf.exact import split
 from ..ops.dense_crf.filters import Filter, normalized
@@ -51,8 +53,6 @@ class NormalizationType(IntEnum):
 CONST_KERNEL, DIAG_KERNEL, FULL_KERNEL = KernelType
 NO_NORMALIZATION, NORMALIZE_BEFORE, NORMALIZE_AFTER, NORMALIZE_SYMMETRIC = NormalizationType
 _NAMES = (None, "before", "after", "symmetric")
-# `segfast.functional.mean_field`'s default.
-TOLERANCE = 1e-2
 
 
 class Unary:
@@ -88,8 +88,9 @@ class DenseCRF:
         nvar: the number of points.
         nlabels: the number of labels.
         method: "lattice", pydensecrf's own approximation; "exact", all pairs; "auto", for each term the one
-            of less modelled cost. The repr says which. On our kernels "exact" may skip up to 1 % of a
-            point's weights, in pairs too far apart to matter: `segfast.functional.gaussian_filter`.
+            of less modelled cost. The repr says which.
+        tolerance: for "exact" on our kernels, the share of a point's weights that may be skipped, in pairs
+            too far apart to matter: `segfast.functional.gaussian_filter`.
 
     It computes on what was torch's default device when it was made; arrays come from and go to the CPU.
 
@@ -104,9 +105,10 @@ class DenseCRF:
         DenseCRF(nvar=100, nlabels=5, method='auto' (exact))
     """
 
-    def __init__(self, nvar: int, nlabels: int, *, method: str = "auto"):
-        self._nvar, self._nlabel = check_count(nvar, "nvar"), check_count(nlabels, "nlabels")
+    def __init__(self, nvar: int, nlabels: int, *, method: str = "auto", tolerance: float = 1e-2):
+        self._nvar, self._nlabel = _count(nvar, "nvar"), _count(nlabels, "nlabels")
         check_options(method, None)
+        self._tolerance = check_tolerance(tolerance)
         self._method, self._device = method, torch.get_default_device()
         self._unary: Tensor | None = None
         self._terms: list[dense_crf.Term] = []
@@ -139,6 +141,7 @@ class DenseCRF:
 
     def inference(self, niter: int) -> NDArray[np.float32]:
         """The probabilities [labels, points] after so many iterations of mean field."""
+        niter = _whole(niter)
         check_iterations(niter)
         with torch.no_grad():
             return _array(dense_crf.infer(self._energies(), self._terms, niter))
@@ -178,24 +181,30 @@ class DenseCRF:
                 f"the unary energy must be {[self._nlabel, self._nvar]} (labels, points), "
                 f"got {list(energy.shape)}"
             )
-        if energy.isnan().any():
-            raise ValueError("the unary energy holds NaN")
+        if not (energy > -np.inf).all():
+            raise ValueError("the unary energy holds NaN or -inf")
         self._unary = energy.T.contiguous().to(self._device)
 
     def _add(
-        self, points: Tensor, source: str, compat: float | ArrayLike, kernel: int, normalization: int
+        self,
+        points: Tensor,
+        source: str,
+        compat: float | ArrayLike,
+        kernel: int,
+        normalization: int,
+        thetas: Thetas | None = None,
     ) -> None:
-        """Adds the term of features [points, D]."""
+        """Adds the term of features [points, D]; thetas: `choose_kernels_method`'s."""
         points = check_features(points, source, torch.float32).contiguous().to(self._device)
         name, compatibility = self._options(compat, kernel, normalization)
         # densecrf takes points by fours, and pads them by points at zero.
         padded = self._nvar % 4 != 0
         with torch.no_grad():
             if self._on_kernels(points.shape[1]):
-                method = choose_kernels_method(self._method, self._nvar)
+                method = choose_kernels_method(self._method, self._nvar, thetas)
                 padding = int(padded and method == "lattice")
                 rows = _longer(points, padding)[None]
-                found: Filter = _OfOne(feature_filters(rows, method, None, TOLERANCE), padding)
+                found: Filter = _OfOne(feature_filters(rows, method, None, self._tolerance), padding)
                 found = normalized(found, points, name)
             else:
                 found = dense_crf.feature_filter(points, self._method, name, with_origin=padded)
@@ -250,9 +259,9 @@ class DenseCRF2D(DenseCRF):
         (16, 24)
     """
 
-    def __init__(self, w: int, h: int, nlabels: int, *, method: str = "auto"):
-        self._w, self._h = check_count(w, "w"), check_count(h, "h")
-        super().__init__(w * h, nlabels, method=method)
+    def __init__(self, w: int, h: int, nlabels: int, *, method: str = "auto", tolerance: float = 1e-2):
+        self._w, self._h = _count(w, "w"), _count(h, "h")
+        super().__init__(self._w * self._h, nlabels, method=method, tolerance=tolerance)
 
     def addPairwiseGaussian(
         self,
@@ -291,10 +300,10 @@ class DenseCRF2D(DenseCRF):
         image = _tensor(rgbim, "rgbim", 3)
         if tuple(image.shape) != (self._h, self._w, 3):
             raise ValueError(f"rgbim must be {[self._h, self._w, 3]} (h, w, RGB), got {list(image.shape)}")
-        theta, beta = positive(sxy, "sxy", 2), image.new_tensor(positive(srgb, "srgb", 3))
-        places = dense_crf.grid_features((self._h, self._w), theta, image)
-        colours = image.reshape(-1, 3) / beta
-        self._add(torch.cat([places, colours], 1), "rgbim", compat, kernel, normalization)
+        thetas = positive(sxy, "sxy", 2), positive(srgb, "srgb", 3)
+        places = dense_crf.grid_features((self._h, self._w), thetas[0], image)
+        colours = image.reshape(-1, 3) / image.new_tensor(thetas[1])
+        self._add(torch.cat([places, colours], 1), "rgbim", compat, kernel, normalization, thetas)
 
     def _sizes(self) -> str:
         return f"w={self._w}, h={self._h}"
@@ -315,6 +324,15 @@ class _OfOne:
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "_OfOne":
         factors = (None if f is None else _longer(f[:, None], self.padding)[:, 0] for f in (before, after))
         return _OfOne(self.batched.scaled(*factors), self.padding)
+
+
+def _whole(value: Any) -> Any:
+    """An int for a float that is one, as Cython takes it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _count(value: Any, name: str) -> int:
+    return check_count(_whole(value), name)
 
 
 def _longer(rows: Tensor, padding: int) -> Tensor:

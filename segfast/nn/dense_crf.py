@@ -22,7 +22,8 @@ class DenseCRF(torch.nn.Module):
     """Refines a network's logits by mean field in a CRF over all pairs of pixels, whose weights it learns.
 
     logits [B, L, H, W] and image [B, C, H, W] to refined logits [B, L, H, W], the logarithm of the
-    probabilities, for a cross-entropy loss or an argmax. Learned are the labels' mixing by either kernel,
+    probabilities, for a cross-entropy loss or an argmax. The image in 0..255: `theta_beta` is in its units,
+    and of an image in 0..1 the default sees one colour. Learned are the labels' mixing by either kernel,
     `bilateral_weight` and `spatial_weight` [L, L], and `compatibility` [L, L], the energy that label i pays
     for label j; with `learn_thetas` also the standard deviations. Computes in float32 (float64 for float64),
     under autocast too; gradients go to logits and image as well.
@@ -32,8 +33,8 @@ class DenseCRF(torch.nn.Module):
         iterations: in training.
         eval_iterations: in evaluation; None for the same number.
         theta_alpha, theta_beta, theta_gamma, normalization, method, tolerance:
-            `segfast.functional.mean_field`'s. Once it was called, the repr says which methods "auto" took for
-            the image's term and for the spatial one.
+            `segfast.functional.mean_field`'s, with the defaults of Zheng et al. Once it was called, the repr
+            says which methods "auto" took for the image's term and for the spatial one.
         bilateral_weight, spatial_weight: what the weights start from, times the identity; compatibility
             starts from Potts.
         learn_thetas: `theta_alpha` [2], `theta_beta` [C] (3 if a number is given) and `theta_gamma` [2] are
@@ -114,7 +115,7 @@ class DenseCRF(torch.nn.Module):
                 for name, theta in self._theta_starts.items():
                     getattr(self, name).copy_(torch.tensor(theta))
 
-    def forward(self, logits: Tensor, image: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, image: Tensor | None) -> Tensor:
         if not logits.is_floating_point():
             raise ValueError(f"logits must be floating point, got {logits.dtype}")
         # A half's least probability would not do.
@@ -133,7 +134,7 @@ class DenseCRF(torch.nn.Module):
             method=self.method,
             tolerance=self.tolerance,
         )
-        if self.method == "auto" and not is_traced():
+        if self.method == "auto" and image is not None and not is_traced():
             channels, thetas = image.shape[-3], None
             if not self.learn_thetas:
                 alpha = positive(self.theta_alpha, "theta_alpha", 2)
@@ -145,6 +146,10 @@ class DenseCRF(torch.nn.Module):
         given = [f"{name}={getattr(self, name)}" for name in self._theta_starts]
         thetas = "learn_thetas=True" if self.learn_thetas else ", ".join(given)
         chosen = "" if self._chosen is None else f" ({', '.join(self._chosen)})"
+        if self.normalization != "symmetric":
+            chosen += f", normalization={self.normalization!r}"
+        if self.tolerance != 1e-2:
+            chosen += f", tolerance={self.tolerance:g}"
         return (
             f"{self.compatibility.shape[0]}, iterations={self.iterations}, "
             f"eval_iterations={self.eval_iterations}, {thetas}, method={self.method!r}{chosen}"

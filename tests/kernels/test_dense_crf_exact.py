@@ -12,8 +12,9 @@ from segfast.kernels.dense_crf import (
     exact_unpack,
 )
 from segfast.kernels.dense_crf import lists as lists_module
-from segfast.kernels.dense_crf.lists import make_units
+from segfast.kernels.dense_crf.lists import make_lists, make_units
 from segfast.kernels.dense_crf.order import hilbert_keys
+from segfast.kernels.dense_crf.tiles import make_tiles
 
 pytestmark = pytest.mark.interpreter
 
@@ -99,6 +100,14 @@ def test_features_that_outgrow_half_precision_take_the_direct_form():
     assert build_exact(features / 20, 0.0).outgrown.item() == 0
 
 
+def test_only_one_form_computes():
+    pairs = build_exact(points(1, 200, 5), 0.0)
+    packed = exact_pack(pairs, values_for(points(1, 200, 5), 4))
+    # Which the direct form alone reads.
+    broken = pairs._replace(g=torch.full_like(pairs.g, float("nan")))
+    assert torch.equal(exact_filter(broken, packed), exact_filter(pairs, packed))
+
+
 @pytest.mark.parametrize("tolerance", [0.3, 1e-2])
 def test_no_point_loses_more_than_the_tolerance(tolerance):
     features = photo(theta=(5.0, 6.0))
@@ -117,6 +126,37 @@ def test_no_point_loses_more_than_the_tolerance(tolerance):
     actual = exact_unpack(pairs, exact_filter(pairs, exact_pack(pairs, ones)), 1)[0, :, 0]
     reference = (kernel * kept).sum(1)
     assert ((actual - reference).abs() <= ROUNDING * reference).all()
+
+
+@pytest.mark.parametrize(
+    ("places", "is_sharp"),
+    [
+        ([0.0] * 128 + [3.0] * 128, True),
+        ([0.0] * 128 + [3.5] * 512, True),
+        # Wider balls than boxes, on the other side.
+        ([0.0] * 128 + ([-40.0] + [-3.0] * 63) * 2, True),
+        # Tiles whose points are far from their mean, which is near.
+        ([0.0] * 128 + [5.0, -5.0] * 192 + [3.5] * 128, True),
+        # One row of many loses more than the others.
+        ([0.0] * 127 + [6.0] + [9.0] * 128, False),
+    ],
+)
+def test_the_farthest_tiles_go_where_the_tolerance_just_allows_it(places, is_sharp):
+    features = torch.tensor(places)[None, :, None]
+    kernel = kernel_matrix(features)[0]
+    far = features[0, :, 0] == places[-1]
+    share = (kernel[:128, far].sum(1) / kernel[:128].sum(1)).max().item()
+    order = torch.arange(len(places), dtype=torch.int32)[None]
+
+    def kept(tolerance):
+        """The column tiles of the first row tile."""
+        lists, counts = make_lists(make_tiles(features, order, len(places)), 1, len(places), tolerance)
+        return set(lists[0, : counts[0]].tolist())
+
+    tiles = set(range(len(places) // 64))
+    assert kept(0.95 * share) == tiles
+    if is_sharp:
+        assert kept(1.05 * share) == tiles - set((far.nonzero().flatten() // 64).tolist())
 
 
 def kept_pairs(pairs):
@@ -197,6 +237,10 @@ def test_scales_and_factors_of_packing():
     assert packed[:, 3:8].eq(0).all() and packed[:, 11:].eq(0).all()
     assert packed[:, 8:11].abs().max() < 2**-10 * packed[:, :3].abs().max()
     assert packed.abs().sum(1).count_nonzero() <= 2 * 140
+    both_halves = (packed[:, :3].float() + packed[:, 8:11].float())[pairs.rows.long()]
+    torch.testing.assert_close(
+        both_halves, before[..., None] * values / scale[:, None], rtol=2**-20, atol=2**-24
+    )
     actual = exact_unpack(pairs, exact_filter(pairs, packed), 3, after.contiguous(), scale)
     wide = before[..., None].double() * values.double()
     reference = after[..., None] * (kernel_matrix(features) @ wide)
@@ -247,6 +291,13 @@ def test_gradient_of_the_features(count, dim, channels, spread):
     assert pairs.outgrown.item() == (spread > 2.0)
     actual = exact_grad_features(pairs, grad, values)
     assert (actual - wide.grad).abs().max() <= 5e-4 * wide.grad.abs().max()
+
+
+def test_the_lists_integers_hold_their_tiles():
+    for tiles, dtype in ((2**15 - 2, torch.int16), (2**15 + 2, torch.int32)):
+        with record_launches():
+            pairs = build_exact(torch.empty(1, 64 * tiles, 2, device="meta"), 1e-2, True)
+        assert pairs.lists.dtype == dtype
 
 
 def test_launches_of_a_filter():

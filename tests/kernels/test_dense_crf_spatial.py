@@ -74,6 +74,17 @@ def test_what_is_cut_off_is_less_than_rounding():
     torch.testing.assert_close(actual[0, 0, 0].double(), row[radius - 1], atol=0, rtol=2e-5)
 
 
+@pytest.mark.parametrize("theta", [2.0, 2.4])
+def test_the_last_pixel_of_the_radius_counts(theta):
+    # Where a block of pixels and its first step begin.
+    radius = math.ceil(spatial.REACH * theta)
+    values = torch.zeros(1, 64, 1)
+    values[0, 16 - radius] = 1.0
+    with override_config("spatial_gaussian", Config(16, 16, 16, 4, 1)):
+        actual = spatial_gaussian(values, (1, 64), (theta, theta))
+    torch.testing.assert_close(actual[0, 16, 0].double(), matrix(64, theta)[0, radius], atol=0, rtol=2e-5)
+
+
 def test_nan_stays_within_its_reach():
     values = torch.ones(1, 256, 1)
     values[0, 0] = float("nan")

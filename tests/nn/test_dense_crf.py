@@ -50,6 +50,17 @@ def test_it_learns(example):
     assert len(changed) == 3 and min(changed) > 0
 
 
+def test_normalization_is_mean_field_s_and_the_impossible_stays_finite(example):
+    logits, image = example
+    for normalization in ("before", "after"):
+        crf = segfast.nn.DenseCRF(4, 2, 2, normalization=normalization)
+        options = {"theta_alpha": 160, "theta_beta": 3, "bilateral_weight": 5.0, "spatial_weight": 3.0}
+        expected = mean_field(-logits, image, iterations=2, normalization=normalization, **options).log()
+        torch.testing.assert_close(crf(logits, image), expected, rtol=1e-4, atol=1e-4)
+    logits[:, 0] += 1e4
+    assert segfast.nn.DenseCRF(4)(logits, image).isfinite().all()
+
+
 def test_state_copies_and_repr(example):
     crf = segfast.nn.DenseCRF(4, method="exact").eval()
     with torch.no_grad():
@@ -146,6 +157,16 @@ def test_repr_says_what_auto_chose(example):
     exact = segfast.nn.DenseCRF(2, method="exact", learn_thetas=True)
     exact(*small)
     assert repr(exact).endswith("eval_iterations=10, learn_thetas=True, method='exact')")
+
+
+def test_auto_is_asked_with_the_thetas_that_are_numbers(example, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "segfast.nn.dense_crf.chosen_methods", lambda *args: asked.append(args[1:]) or ("exact", "exact")
+    )
+    for learn_thetas in (False, True):
+        segfast.nn.DenseCRF(4, theta_alpha=(80.0, 90.0), learn_thetas=learn_thetas)(*example)
+    assert asked == [(3, ((80.0, 90.0), (3.0, 3.0, 3.0))), (3, None)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

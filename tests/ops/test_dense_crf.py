@@ -7,6 +7,7 @@ import torch
 import segfast
 from segfast.functional import gaussian_filter, mean_field
 from segfast.ops import dense_crf
+from segfast.ops.dense_crf import inference
 from segfast.ops.dense_crf.lattice import Lattice
 
 METHODS = ("lattice", "exact")
@@ -199,6 +200,16 @@ def test_forms_of_weights_and_compatibility():
     torch.testing.assert_close(run(bilateral_weight=0.0), mean_field(unary, iterations=3, method="exact"))
 
 
+def test_the_compatibility_applies_to_what_the_weight_returns():
+    filtered = torch.rand(6, 3)
+    forms = torch.rand(2, 3, 3).unbind(0), torch.rand(2, 3).unbind(0)
+    for compatibility, _ in forms:
+        for _, weight in forms:
+            both = [t if t.dim() == 2 else t.diag() for t in (weight, compatibility)]
+            actual = inference.apply_compatibility(inference.compose(compatibility, weight), filtered)
+            torch.testing.assert_close(actual, filtered @ both[0].T @ both[1].T)
+
+
 def test_batch_layout_dtype_and_no_iterations():
     unary, image = energies(5, 12, 10, batch=3), torch.rand(3, 3, 12, 10) * 255
     whole = mean_field(unary, image)
@@ -283,7 +294,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"iterations": 1.5}, "iterations must be an int"),
         ({"method": "fast"}, "method must be one of 'auto', 'lattice', 'exact', got 'fast'"),
         ({"normalization": "none"}, "normalization must be one of .* got 'none'"),
-        ({"image": torch.rand(1, 3, 5, 4)}, r"image must be \[1, 'D', 4, 4\].* got \[1, 3, 5, 4\]"),
+        ({"image": torch.rand(1, 3, 5, 4)}, r"image must be \[1, C, 4, 4\].* got \[1, 3, 5, 4\]"),
         ({"image": torch.full((1, 3, 4, 4), NAN)}, "image must be finite"),
         ({"image": torch.full((1, 3, 4, 4), INFINITE)}, "image must be finite"),
         (

@@ -51,7 +51,7 @@ LAYER_MISTAKES = {
     "unary holds NaN": lambda crf, x, y: crf(torch.where(x > 1.9, NAN, x), y),
     "image must be finite": lambda crf, x, y: crf(x, torch.where(y > 250, NAN, y)),
     "image must be finite, and": lambda crf, x, y: crf(x, torch.where(y > 250, INFINITE, y)),
-    r"image must be \[2, 'D', 6, 7\].* got \[1, 3, 6, 7\]": lambda crf, x, y: crf(x, y[:1]),
+    r"image must be \[2, C, 6, 7\].* got \[1, 3, 6, 7\]": lambda crf, x, y: crf(x, y[:1]),
     r"image must be .* got \[2, 3, 7, 6\]": lambda crf, x, y: crf(x, y.mT),
     r"image must be .* got \[2, 0, 6, 7\]": lambda crf, x, y: crf(x, y[:, :0]),
     "image must be real, got torch.complex64": lambda crf, x, y: crf(x, y + 0j),

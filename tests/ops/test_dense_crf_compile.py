@@ -211,6 +211,10 @@ def test_flops():
     assert counts == {"exact": 2 * 50**2 * (2 * 3 + 2 * 4 + 4), "lattice": 2 * 50 * 4 * 5 * 3}
     tensors = crf_inputs(learns=False)
     with FlopCounterMode(display=False) as counter:
+        mean_field(tensors["unary"], method="lattice", iterations=2)
+    # Splat and slice of two features, three labels; then what each pays.
+    assert counter.get_total_flops() == 2 * 2 * (30 * 4 * 3 * 3 + 2 * 30 * 3)
+    with FlopCounterMode(display=False) as counter:
         refine("exact", **tensors)
     pixels = 30
     filters = pixels**2 * (2 * 3 + 2 * 4 + 4) + 2 * 3 * pixels * sum(SIZE)

@@ -67,6 +67,16 @@ def test_compatibilities_and_strides(method, poisoned_empty):
     check(*both(unary[:, :, ::2, 1:], image[:, :, ::2, 1:], method=method, iterations=1, **options))
 
 
+def test_weights_on_the_device_are_their_numbers(poisoned_empty):
+    unary, image = scene(batch=1, size=(4, 5))
+    weights = {"bilateral_weight": torch.tensor(2.0), "spatial_weight": torch.tensor(0.5)}
+    actual, expected = both(unary, image, method="exact", iterations=1, **weights)
+    check(actual, expected)
+    # And not those of the call before.
+    check(*both(unary, image, method="exact", iterations=1, spatial_weight=4.0))
+    check(*both(unary, image, method="exact", iterations=1, spatial_weight=0.5))
+
+
 def test_half_precision_unaries(poisoned_empty):
     actual, expected = both(*scene(dtype=torch.float16), method="exact", iterations=1)
     assert actual.dtype == torch.float16

@@ -58,6 +58,11 @@ def test_origin_s_vertices_are_those_of_a_point_there_of_no_weight():
     assert same(Lattice(points, with_origin=True), Lattice(points))
     far = LatticeFilter(Lattice(features + 40, with_origin=True))(values)
     torch.testing.assert_close(far, LatticeFilter(Lattice(features + 40))(values))
+    # No vertex of a point is taken for one of the origin's.
+    line = torch.linspace(0, 6, 50)[:, None]
+    for shift in range(-20, 14):
+        points = torch.cat([line + shift, torch.zeros(1, 1)])
+        assert Lattice(line + shift, with_origin=True).vertices == Lattice(points).vertices, shift
 
 
 @pytest.mark.parametrize("height", [70, 71, 73])
@@ -126,6 +131,11 @@ def test_each_thread_has_tables_of_its_own():
     features, values = torch.rand(400, 3), torch.rand(8, 400, 6)
     kernel = LatticeFilter(Lattice(features))
     expected = [kernel(v) for v in values]
+    kept = []
+    other = threading.Thread(target=lambda: kept.append(hasattr(kernel._kept, "tables")))
+    other.start()
+    other.join()
+    assert hasattr(kernel._kept, "tables") and kept == [False]
     found = [None] * len(values)
 
     def run(i):
@@ -150,6 +160,11 @@ def test_softmax_without_maxima(shift):
     narrow = 5 * torch.randn(50, 7)
     inference._softmax(narrow.clone(), out)
     torch.testing.assert_close(out, narrow.softmax(1), rtol=1e-5, atol=0)
+    for lone in (-60.0, 60.0):
+        unlikely = torch.tensor([[lone, lone - 45.0]])
+        small = torch.empty_like(unlikely)
+        inference._softmax(unlikely.clone(), small)
+        torch.testing.assert_close(small, unlikely.softmax(1), rtol=1e-5, atol=0)
     narrow[0, 0] = torch.nan
     inference._softmax(narrow.clone(), out)
     assert out[0].isnan().all() and out[1:].isfinite().all()

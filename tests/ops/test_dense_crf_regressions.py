@@ -1,5 +1,7 @@
 """Inputs at the limits of the dense CRF's number formats, sizes and threads, on both paths."""
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -10,7 +12,7 @@ import segfast
 from segfast.functional import gaussian_filter, mean_field
 from segfast.kernels.dense_crf import lists
 from segfast.ops import OPERATORS
-from segfast.ops.dense_crf import backend, device_filters, lattice
+from segfast.ops.dense_crf import backend, device, device_filters, lattice, operators
 from segfast.ops.dense_crf.compute import Crf
 
 from .test_dense_crf_kernels import small_device  # noqa: F401
@@ -32,6 +34,21 @@ def test_simplices_of_features_too_large_have_ranks_that_are_indices(scale):
 def test_features_that_span_too_much_are_an_error_on_a_cpu():
     with pytest.raises(ValueError, match=r"features: they span 2\*\*\d+ lattice cells"):
         gaussian_filter(torch.rand(1, 2, 20), huge(), method="lattice")
+    # From 62 bits on, not from some more.
+    torch.manual_seed(0)
+    points = torch.randn(20, 5)
+    with pytest.raises(ValueError, match=r"they span 2\*\*62 lattice cells"):
+        for scale in range(1300, 1500, 10):
+            lattice.Lattice(points * scale)
+
+
+@pytest.mark.interpreter
+def test_the_kernels_keys_have_62_bits_too():
+    torch.manual_seed(0)
+    points = torch.randn(1, 20, 5)
+    for scale in (1300, 1500):
+        broken = segfast.kernels.build_permutohedral(points * scale).weights.isnan()
+        assert broken.all() if scale == 1500 else not broken.any()
 
 
 @pytest.mark.interpreter
@@ -112,6 +129,52 @@ def test_operators_on_a_cpu_run_whatever_backend_they_were_made_with():
     assert torch.equal(*results)
 
 
+@pytest.mark.interpreter
+def test_operators_run_on_the_backend_they_are_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr(device, "can_use_kernels", lambda *args: seen.append(segfast.get_backend()))
+    with segfast.backend("aten"):
+        OPERATORS["gaussian_filter"](torch.rand(1, 2, 9), torch.rand(1, 3, 9), "exact", None, 0.0, "auto")
+    assert seen == ["auto"]
+
+
+def test_operators_hand_on_all_of_a_crf(monkeypatch):
+    crf = Crf(None, None, None, (3.0, 2.0), 4, "after", "exact", 0.25, True, ((80.0, 70.0), (13.0, 1.0, 2.0)))
+    seen = []
+    monkeypatch.setattr(operators.compute, "mean_field", lambda unary, crf: seen.append(crf) or unary.clone())
+    operators.mean_field(torch.rand(1, 2, 3, 4), crf)
+    assert [tuple(found.gamma) for found in seen] == [crf.gamma]
+    assert seen[0][4:] == crf[4:]
+
+
+def test_operators_know_no_autocast():
+    """Which an exported program may be run under."""
+    unary, energies = torch.rand(1, 2, 5, 6), -torch.eye(2)
+    args = (
+        unary,
+        None,
+        None,
+        energies,
+        None,
+        [2.0, 2.0],
+        1,
+        "symmetric",
+        "exact",
+        0.0,
+        False,
+        None,
+        None,
+        "aten",
+    )
+    forward, backward = (OPERATORS[name].reference for name in ("mean_field", "mean_field_backward"))
+    needs = [True, False, False, True, False]
+    results = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append([forward(*args), *backward(unary, *args, needs)])
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("count, sigma", [(1, 3.0), (7, 0.4), (700, 30.0), (90, 1e-30), (90, 1e6)])
 def test_row_sums_of_the_spatial_term(count, sigma):
     places = torch.arange(count, dtype=torch.float64)
@@ -126,6 +189,25 @@ def test_spatial_kernel_narrower_than_its_number_format():
     with segfast.backend("triton"):
         actual = mean_field(unary, theta_gamma=1e-200, iterations=2, method="exact")
     torch.testing.assert_close(actual, mean_field(unary, theta_gamma=1e-3, iterations=2, method="exact"))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_device", "checked_plans")
+def test_plans_are_for_the_factors_that_there_are():
+    kernels, factors, scale = segfast.kernels, torch.rand(1, 20), torch.rand(1, 3)
+    features, values, unary = torch.rand(1, 20, 2), torch.rand(1, 20, 3), torch.rand(1, 3, 4, 5)
+    lattice = kernels.build_permutohedral(features)
+    for bounded in (False, True):
+        pairs = kernels.build_exact(features, 0.0, bounded)
+        for factor in (None, factors):
+            for size in (None, scale):
+                packed = kernels.exact_pack(pairs, values, factor, size)
+                kernels.exact_unpack(pairs, kernels.exact_filter(pairs, packed), 3, factor, size)
+            kernels.mean_field_update(unary, packed=kernels.Packed(packed, pairs.rows, factor))
+    for factor, axes in ((None, (None, None)), (factors, (torch.rand(5), torch.rand(4)))):
+        kernels.permutohedral_slice(lattice, kernels.permutohedral_blur(lattice, values, factor), factor)
+        for after in ((None, None), (torch.rand(5), torch.rand(4))):
+            kernels.spatial_gaussian(values, (4, 5), (2.0, 2.0), axes, after)
 
 
 def test_lists_without_an_entry_are_units_of_nothing():
@@ -163,6 +245,42 @@ def test_features_are_known_to_fit_by_sizes_and_thetas_alone():
     assert not crf._replace(eight_bit=False).is_bounded((4, 4))
     assert not crf._replace(thetas=None).is_bounded((4, 4))
     assert not crf._replace(thetas=((80.0, 80.0), (1.0,) * 3)).is_bounded((4, 4))
+    wide = crf._replace(thetas=((800.0, 8.0), (13.0,) * 3))
+    assert wide.is_bounded((80, 8000)) and not wide.is_bounded((8000, 80))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_device")
+def test_tolerance_and_thetas_reach_the_kernels_from_every_function(monkeypatch):
+    tolerances, thetas = [], []
+    build, choose = segfast.kernels.build_exact, device_filters.choose_kernels_method
+
+    def built(features, tolerance, bounded=False):
+        tolerances.append(tolerance)
+        return build(features, tolerance, bounded)
+
+    def chosen(method, points, *given):
+        thetas.extend(given)
+        return choose(method, points, *given)
+
+    monkeypatch.setattr(segfast.kernels, "build_exact", built)
+    for module in (device, device_filters):
+        monkeypatch.setattr(module, "choose_kernels_method", chosen)
+    unary, image = torch.rand(1, 2, 2, 3), torch.rand(1, 3, 2, 3)
+    layer = segfast.nn.DenseCRF(2, 1, 1, tolerance=0.5, method="exact", theta_alpha=(160.0, 80.0))
+    points = segfast.crf.DenseCRF(6, 2, method="exact")
+    options = {"iterations": 1, "method": "exact", "theta_alpha": (4.0, 5.0), "theta_beta": (1.0, 2.0, 3.0)}
+    with segfast.backend("triton"):
+        gaussian_filter(unary, image, method="exact", tolerance=0.125)
+        mean_field(unary, image, tolerance=0.25, **options)
+        mean_field(unary.requires_grad_(), image, tolerance=0.375, **options)
+        with torch.no_grad():
+            layer(unary, image)
+        points.addPairwiseEnergy(np.zeros((2, 6), np.float32), 1.0)
+        segfast.functional.skipped_share(image, 0.75)
+    assert tolerances == [0.125, 0.25, 0.375, 0.5, 1e-2, 0.75, 0.0]
+    given = (4.0, 5.0), (1.0, 2.0, 3.0)
+    assert [t for t in thetas if t] == [given, given, ((160.0, 80.0), (3.0,) * 3)]
 
 
 @pytest.mark.parametrize("batch, labels", [(0, 3), (2, 3)])
@@ -191,6 +309,19 @@ def test_all_pairs_in_float32_where_half_norms_cancel(far):
     torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-6)
     expected_gradient = torch.autograd.grad(expected.square().sum(), wide)[0]
     torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_all_pairs_far_from_the_origin():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(1, 2, 30, generator=generator, dtype=torch.float64)
+    features = torch.randint(24, (1, 3, 30), generator=generator).double() / 8
+    found = []
+    for shift in (0.0, 2.0**28):
+        places = (features + shift).requires_grad_()
+        result = gaussian_filter(values, places, method="exact")
+        (first,) = torch.autograd.grad(result.square().sum(), places, create_graph=True)
+        found.append([result, first, *torch.autograd.grad(first.square().sum(), places)])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_a_layer_s_logits_and_labels():
@@ -238,3 +369,55 @@ def test_errors_name_what_the_caller_gave():
         mean_field(unary, theta_gamma=None)
     with pytest.raises(ValueError, match=r"spatial_weight must be a number, .*complex64"):
         mean_field(unary, spatial_weight=torch.ones(2) + 0j)
+
+
+def test_minus_infinity_is_named_where_nan_is():
+    unary = torch.rand(2, 3, 4)
+    unary[0, 1, 2] = -float("inf")
+    with pytest.raises(ValueError, match="unary holds NaN or -inf"):
+        mean_field(unary)
+    with pytest.raises(ValueError, match="the unary energy holds NaN or -inf"):
+        segfast.crf.DenseCRF2D(4, 3, 2).setUnaryEnergy(unary.flatten(1).numpy())
+    unary[0, 1, 2] = float("inf")
+    assert mean_field(unary, iterations=2)[0, 1, 2] == 0
+
+
+def test_a_drop_in_takes_whole_floats_and_is_copied():
+    crf = segfast.crf.DenseCRF2D(24.0, 17, 5.0, method="lattice", tolerance=0.0)
+    crf.addPairwiseGaussian(3, 3)
+    crf.setUnaryEnergy(np.random.default_rng(0).random((5, 24 * 17)))
+    expected = crf.inference(2.0)
+    for other in (copy.deepcopy(crf), pickle.loads(pickle.dumps(crf))):
+        assert np.array_equal(other.inference(2), expected)
+    for wrong in (24.5, "24"):
+        with pytest.raises(ValueError, match="w must be an int"):
+            segfast.crf.DenseCRF2D(wrong, 17, 5)
+    with pytest.raises(ValueError, match="tolerance must be a number"):
+        segfast.crf.DenseCRF2D(24, 17, 5, tolerance=1)
+
+
+def test_a_drop_in_chooses_as_mean_field_does(monkeypatch):
+    """By how many pairs the thetas let count."""
+    chosen = []
+
+    def choose(method, points, thetas=None):
+        chosen.append(thetas)
+        return "exact"
+
+    monkeypatch.setattr(segfast.crf, "choose_kernels_method", choose)
+    monkeypatch.setattr(segfast.crf.DenseCRF, "_on_kernels", lambda self, dim: True)
+    monkeypatch.setattr(segfast.crf, "feature_filters", lambda rows, *options: lambda values: values)
+    monkeypatch.setattr(segfast.crf, "_OfOne", lambda batched, padding: batched)
+    monkeypatch.setattr(segfast.crf, "normalized", lambda found, points, name: found)
+    crf = segfast.crf.DenseCRF2D(6, 5, 2)
+    crf.addPairwiseBilateral(80, (13, 12, 11), np.zeros((5, 6, 3)), 10)
+    crf.addPairwiseEnergy(np.zeros((2, 30)), 10)
+    assert chosen == [((80.0, 80.0), (13.0, 12.0, 11.0)), None]
+
+
+def test_a_layer_without_an_image_and_its_repr():
+    logits = torch.rand(1, 2, 5, 6)
+    layer = segfast.nn.DenseCRF(2, normalization="after", tolerance=0.0)
+    assert layer(logits, None).shape == logits.shape
+    assert "normalization='after', tolerance=0" in repr(layer)
+    assert "normalization" not in repr(segfast.nn.DenseCRF(2))

@@ -5,7 +5,7 @@ from .compute import chosen_methods
 from .evidence import proofs
 from .filters import choose_grid_method, choose_method, feature_filter, grid_features, grid_filter
 from .functional import gaussian_filter, mean_field, skipped_share
-from .inference import Term, infer, kl_divergence, start, step, unroll
+from .inference import Term, infer, kl_divergence, start, step
 from .specimens import specimens
 
 __all__ = [
@@ -26,5 +26,4 @@ __all__ = [
     "specimens",
     "start",
     "step",
-    "unroll",
 ]

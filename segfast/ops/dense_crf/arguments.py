@@ -24,13 +24,14 @@ def check_real(values: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be real floating point, got {values.dtype}")
 
 
-def check_sizes(other: Tensor, values: Tensor, name: str) -> None:
-    """[B, D, ...] beside [B, C, ...], D at least 1."""
+def check_sizes(other: Tensor, values: Tensor, name: str, axis: str = "D") -> None:
+    """[B, D, ...] beside [B, C, ...], D at least 1; `axis` is what the message calls it."""
     sizes = [(t.dim(), *t.shape[:1], *t.shape[2:]) for t in (other, values)]
     if sizes[0] != sizes[1] or other.shape[1] == 0 or other.device != values.device:
         batch, *places = values.shape[:1] + values.shape[2:]
+        shape = ", ".join(map(str, (batch, axis, *places)))
         raise ValueError(
-            f"{name} must be {[batch, 'D', *places]} on {values.device}, D at least 1, "
+            f"{name} must be [{shape}] on {values.device}, {axis} at least 1, "
             f"got {list(other.shape)} on {other.device}"
         )
 

@@ -66,12 +66,14 @@ def _unproven(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def choose_kernels_method(
-    method: str, points: int, thetas: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-) -> str:
+# (theta_alpha along x and y, theta_beta of each channel)
+Thetas = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def choose_kernels_method(method: str, points: int, thetas: Thetas | None = None) -> str:
     """ "exact" or "lattice" for the features of an image on our kernels: as asked for, or by the pairs.
 
-    thetas: (theta_alpha along x and y, theta_beta of each channel); None for features of unknown origin.
+    thetas: None for features of unknown origin.
     Chosen from sizes alone, so that the same call always takes the same way.
     """
     if method not in METHODS:

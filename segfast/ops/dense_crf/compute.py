@@ -14,7 +14,7 @@ from .._layout import output_format
 from .._registry import is_traced
 from . import device
 from .arguments import check_finite, compute_dtype, is_readable
-from .backend import reason_not
+from .backend import Thetas, reason_not
 from .exact import Theta
 from .filters import (
     Filter,
@@ -67,8 +67,6 @@ def format_of(tensor: Tensor) -> torch.memory_format:
 # No farther from their mean, features fit the float16 operands of the exact kernel.
 _FLOAT16_SPAN = 100
 
-Thetas = tuple[tuple[float, ...], tuple[float, ...]]
-
 
 class Crf(NamedTuple):
     """What mean field computes with, beside the unaries."""
@@ -95,8 +93,8 @@ class Crf(NamedTuple):
 
 def mean_field(unary: Tensor, crf: Crf) -> Tensor:
     """The probabilities of energies [B, L, H, W], in their shape and dtype; channels_last if they are."""
-    if is_readable(unary) and unary.isnan().any():
-        raise ValueError("unary holds NaN")
+    if is_readable(unary) and not (unary > -math.inf).all():
+        raise ValueError("unary holds NaN or -inf")
     dim = 0
     if crf.features is not None:
         check_finite(crf.features, "image must be finite, and be so divided by its theta")

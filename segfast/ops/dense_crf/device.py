@@ -13,19 +13,16 @@ from torch import Tensor
 
 from .._layout import output_format
 from .._operands import load_kernels
-from .backend import MOST_LABELS, OPERATIONS, can_use_kernels, choose_kernels_method, kept_share
+from .backend import Thetas, can_use_kernels, choose_kernels_method
 from .device_filters import feature_filters, grid_factors, grid_filters
 from .filters import grid_features, normalizers
 from .inference import Compatibility
 
 __all__ = [
-    "MOST_LABELS",
-    "OPERATIONS",
     "can_use_kernels",
     "choose_kernels_method",
     "feature_filters",
     "grid_filters",
-    "kept_share",
     "mean_field_kernels",
 ]
 
@@ -46,7 +43,7 @@ def mean_field_kernels(
     method: str,
     tolerance: float,
     bounded: bool = False,
-    thetas: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    thetas: Thetas | None = None,
 ) -> Tensor:
     """`mean_field` of energies [B, L, H, W], fp32, fp16 or bf16, of any strides: their shape and dtype.
 

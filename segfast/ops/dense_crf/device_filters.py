@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._operands import load_kernels
-from .backend import choose_kernels_method
+from .backend import Thetas, choose_kernels_method
 from .filters import grid_features, normalizers
 from .lattice_gradient import simplex_weights
 
@@ -45,7 +45,7 @@ def feature_filters(
     method: str,
     normalization: str | None,
     tolerance: float,
-    thetas: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    thetas: Thetas | None = None,
 ) -> DeviceFilter:
     """The filter of points with features [B, N, D], divided by their standard deviations.
 

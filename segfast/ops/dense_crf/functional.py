@@ -156,8 +156,8 @@ def mean_field(
 
     Raises:
         ValueError: shapes that do not go together, a theta that is not positive, an unknown option, on a CPU
-            an image that is not finite or NaN in unary. On a GPU, where a check of a tensor would wait for
-            it, these make the result NaN, as do thetas too small for the lattice: `gaussian_filter`.
+            an image that is not finite, NaN or -inf in unary. On a GPU, where a check of a tensor would wait
+            for it, these make the result NaN, as do thetas too small for the lattice: `gaussian_filter`.
 
     Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge
     Potentials" (2011); the weights of Zheng et al., "Conditional Random Fields as Recurrent Neural Networks"
@@ -197,7 +197,7 @@ def mean_field(
     with _full_precision(unary):
         features, thetas = None, None
         if image is not None:
-            check_sizes(image, unary, "image")
+            check_sizes(image, unary, "image", "C")
             beta = check_theta(theta_beta, "theta_beta", image.shape[1], like)
             image = check_not_complex(image, "image")
             if iterations and not _is_zero(bilateral):

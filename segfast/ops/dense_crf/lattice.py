@@ -262,6 +262,12 @@ class LatticeFilter:
         # Kept from call to call: fresh memory would cost as much as the blur. One pair a thread.
         self._kept = threading.local()
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _kept=threading.local())
+
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "LatticeFilter":
         return LatticeFilter(self.lattice, before, after, self.reverse)
 
