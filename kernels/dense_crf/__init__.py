@@ -4,10 +4,9 @@ from .exact import ExactPairs, build_exact, exact_filter
 from .grad_features import exact_grad_features
 from .pack import exact_pack, exact_unpack, is_split, packed_width
 from .spatial import spatial_gaussian
-from .update import MOST_LABELS, Message, Packed, mean_field_update
+from .update import Message, Packed, mean_field_update
 
 __all__ = [
-    "MOST_LABELS",
     "ExactPairs",
     "Message",
     "Packed",

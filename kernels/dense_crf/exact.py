@@ -90,25 +90,42 @@ def _kernel_values(
 
 
 @triton.jit
+def _work_unit(units_ptr, outgrown_ptr, UNITS, DIRECT: tl.constexpr):
+    """Whether this program has work in its form; its row tile, first and end of its list's part, its slot."""
+    unit = tl.program_id(0).to(tl.int64)
+    row_tile = tl.load(units_ptr + unit).to(tl.int64)
+    wanted = row_tile >= 0
+    if outgrown_ptr is not None:
+        wanted = wanted & ((tl.load(outgrown_ptr) != 0) == DIRECT)
+    begin = tl.load(units_ptr + UNITS + unit)
+    end = tl.load(units_ptr + 2 * UNITS + unit)
+    slot = tl.load(units_ptr + 3 * UNITS + unit).to(tl.int64)
+    return wanted, row_tile, begin, end, slot
+
+
+@triton.jit
+def _store_sums(
+    out_ptr, partial_ptr, row_tile, slot, acc, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    offsets = tl.arange(0, BLOCK_M)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if slot < 0:
+        tl.store(out_ptr + row_tile * BLOCK_M * WIDTH + offsets, acc)
+    else:
+        tl.store(partial_ptr + slot * BLOCK_M * WIDTH + offsets, acc)
+
+
+@triton.jit
 def _gaussian_filter_kernel(
     a_ptr, b_ptr, g_ptr, values_ptr, out_ptr, partial_ptr, list_ptr, units_ptr, outgrown_ptr,
     N, ROW_TILES, TILES, UNITS, PADDED,
     D: tl.constexpr, DEPTH: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.program_id(0).to(tl.int64)
-    row_tile = tl.load(units_ptr + unit).to(tl.int64)
-    wanted = row_tile >= 0
-    if outgrown_ptr is not None:
-        wanted = wanted & ((tl.load(outgrown_ptr) != 0) == DIRECT)
+    wanted, row_tile, begin, end, slot = _work_unit(units_ptr, outgrown_ptr, UNITS, DIRECT)
     if wanted:
-        begin = tl.load(units_ptr + UNITS + unit)
-        end = tl.load(units_ptr + 2 * UNITS + unit)
-        slot = tl.load(units_ptr + 3 * UNITS + unit).to(tl.int64)
-        m = tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
         c = tl.arange(0, BLOCK_C)
-        row = row_tile * BLOCK_M + m
+        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         a = tl.load(a_ptr + row[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
         first = (row_tile // ROW_TILES) * TILES
         list_ptr += row_tile * TILES
@@ -120,11 +137,7 @@ def _gaussian_filter_kernel(
                                BLOCK_N)  # fmt: skip
             values = tl.load(values_ptr + start * BLOCK_C + (n[:, None] * BLOCK_C + c[None, :]))
             acc = tl.dot(p.to(tl.float16), values, acc)
-        offsets = m[:, None] * BLOCK_C + c[None, :]
-        if slot < 0:
-            tl.store(out_ptr + row_tile * BLOCK_M * BLOCK_C + offsets, acc)
-        else:
-            tl.store(partial_ptr + slot * BLOCK_M * BLOCK_C + offsets, acc)
+        _store_sums(out_ptr, partial_ptr, row_tile, slot, acc, BLOCK_M, BLOCK_C)
 
 
 @triton.jit
@@ -157,7 +170,56 @@ def filter_candidates(problem: Problem, arch: str) -> list[Config]:
 register_candidates(OPERATION, filter_candidates)
 
 
-def add_partial_sums(pairs: ExactPairs, partial: torch.Tensor, out: torch.Tensor) -> None:
+def exact_filter(pairs: ExactPairs, values: torch.Tensor) -> torch.Tensor:
+    """fp32 [padded, width]: the sums for every sorted row; values fp16 of the same shape, dense.
+
+    The width is a power of two from 16 to 256; the padding's rows of values are finite.
+    """
+    return tile_sums(pairs, OPERATION, _gaussian_filter_kernel, values.shape[1], values)
+
+
+def tile_sums(
+    pairs: ExactPairs, operation: str, kernel, width: int, *operands: torch.Tensor, **constants: int
+) -> torch.Tensor:
+    """fp32 [padded, width]: what `kernel` sums over the listed tiles, in either form that may be needed.
+
+    operands: fp16 [padded, columns], dense; the first one's columns are BLOCK_C.
+    """
+    operand, device = operands[0], operands[0].device
+    channels, depth = operand.shape[1], pairs.a.shape[1]
+    row_tiles, columns = pairs.lists.shape
+    units = pairs.units.shape[1]
+    out = torch.empty((pairs.padded, width), dtype=torch.float32, device=device)
+    slots = most_slots(row_tiles, columns, device)
+    partial = torch.empty((slots * ROWS, width), dtype=torch.float32, device=device)
+
+    def make(direct: bool) -> Plan:
+        problem = Problem(operation, channels, channels, pairs.dim, 1, torch.float16,
+                          pairs.points * pairs.batch, pairs.padded, channels, depth)  # fmt: skip
+        config = choose_config(problem, device)
+        shared = {
+            "D": pairs.dim,
+            "DEPTH": depth,
+            "DIRECT": direct,
+            # The direct form's loops are within each other: nothing to overlap.
+            "STAGES": 1 if direct else config.num_stages,
+            "BLOCK_M": ROWS,
+            "BLOCK_N": COLUMNS,
+            "BLOCK_C": channels,
+        }
+        scalars = (pairs.points, columns * COLUMNS // ROWS, columns, units, pairs.padded)
+        return Plan(kernel, (units,), scalars, shared | constants, config)
+
+    lists = (pairs.lists, pairs.units, pairs.outgrown)
+    for direct in (False,) if pairs.outgrown is None else (False, True):
+        key = (operation, device, direct, pairs.batch, pairs.points, layout_key(operand, pairs.g, *lists))
+        plan = planned(key, lambda direct=direct: make(direct))
+        plan(pairs.a, pairs.b, pairs.g, *operands, out, partial, *lists)
+    _add_partial_sums(pairs, partial, out)
+    return out
+
+
+def _add_partial_sums(pairs: ExactPairs, partial: torch.Tensor, out: torch.Tensor) -> None:
     """Sum the parts of every row tile that several programs worked on."""
     width = out.shape[1]
 
@@ -168,56 +230,3 @@ def add_partial_sums(pairs: ExactPairs, partial: torch.Tensor, out: torch.Tensor
                     Config(_REDUCED, width, 1, 4, 1))  # fmt: skip
 
     planned(("add_partial_sums", out.device, width, tuple(pairs.cuts.shape)), make)(partial, out, pairs.cuts)
-
-
-def partial_sums(pairs: ExactPairs, width: int) -> torch.Tensor:
-    """Memory for the sums of every row tile that may be several programs' work."""
-    row_tiles, column_tiles = pairs.lists.shape
-    slots = most_slots(row_tiles, column_tiles, pairs.a.device)
-    return torch.empty((slots * ROWS, width), dtype=torch.float32, device=pairs.a.device)
-
-
-def exact_filter(pairs: ExactPairs, values: torch.Tensor) -> torch.Tensor:
-    """fp32 [padded, width]: the sums for every sorted row; values fp16 of the same shape, dense.
-
-    The width is a power of two from 16 to 256; the padding's rows of values are finite.
-    """
-    width = values.shape[1]
-    out = torch.empty((pairs.padded, width), dtype=torch.float32, device=values.device)
-    partial = partial_sums(pairs, width)
-
-    def make(direct: bool) -> Plan:
-        problem = Problem(OPERATION, width, width, pairs.dim, 1, torch.float16, pairs.points * pairs.batch,
-                          pairs.padded, width, pairs.a.shape[1])  # fmt: skip
-        config = choose_config(problem, values.device)
-        constants = {
-            "D": pairs.dim,
-            "DEPTH": pairs.a.shape[1],
-            "DIRECT": direct,
-            # The direct form's loops are within each other: nothing to overlap.
-            "STAGES": 1 if direct else config.num_stages,
-            "BLOCK_M": ROWS,
-            "BLOCK_N": COLUMNS,
-            "BLOCK_C": width,
-        }
-        units = pairs.units.shape[1]
-        return Plan(_gaussian_filter_kernel, (units,), unit_sizes(pairs), constants, config)
-
-    run_forms(pairs, "exact_filter", values, make, values, out, partial)
-    add_partial_sums(pairs, partial, out)
-    return out
-
-
-def unit_sizes(pairs: ExactPairs) -> tuple[int, int, int, int, int]:
-    """N, row tiles and column tiles an image, work units, padded rows: what the pairs' kernels ask for."""
-    columns = pairs.lists.shape[1]
-    return pairs.points, columns * COLUMNS // ROWS, columns, pairs.units.shape[1], pairs.padded
-
-
-def run_forms(pairs: ExactPairs, name: str, operand: torch.Tensor, make, *pointers: torch.Tensor) -> None:
-    """Launch `make(direct)`'s plan on the pairs and `pointers`, in the form or forms that may be needed."""
-    shared = (pairs.lists, pairs.units, pairs.outgrown)
-    for direct in (False,) if pairs.outgrown is None else (False, True):
-        key = (name, operand.device, direct, pairs.batch, pairs.points, layout_key(operand, pairs.g, *shared))
-        plan = planned(key, lambda direct=direct: make(direct))
-        plan(pairs.a, pairs.b, pairs.g, *pointers, *shared)

@@ -10,19 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Problem, choose_config, register_candidates
-from .._launch import Plan
-from .exact import (
-    ExactPairs,
-    _kernel_values,
-    add_partial_sums,
-    filter_candidates,
-    partial_sums,
-    run_forms,
-    unit_sizes,
-)
+from .._configs import register_candidates
+from .exact import ExactPairs, _kernel_values, _store_sums, _work_unit, filter_candidates, tile_sums
 from .pack import exact_pack, exact_unpack
-from .tiles import COLUMNS, ROWS, SCALE
+from .tiles import SCALE
 
 OPERATION = "gaussian_grad_features"
 _MOST_CHANNELS = 64  # at a time: more would spill
@@ -37,20 +28,12 @@ def _gaussian_grad_features_kernel(
     D: tl.constexpr, DEPTH: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.program_id(0).to(tl.int64)
-    row_tile = tl.load(units_ptr + unit).to(tl.int64)
-    wanted = row_tile >= 0
-    if outgrown_ptr is not None:
-        wanted = wanted & ((tl.load(outgrown_ptr) != 0) == DIRECT)
+    wanted, row_tile, begin, end, slot = _work_unit(units_ptr, outgrown_ptr, UNITS, DIRECT)
     if wanted:
-        begin = tl.load(units_ptr + UNITS + unit)
-        end = tl.load(units_ptr + 2 * UNITS + unit)
-        slot = tl.load(units_ptr + 3 * UNITS + unit).to(tl.int64)
-        m = tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
         c = tl.arange(0, BLOCK_C)
         f = tl.arange(0, BLOCK_F)
-        row = row_tile * BLOCK_M + m
+        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         a = tl.load(a_ptr + row[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
         left = tl.load(left_ptr + row[:, None] * BLOCK_C + c[None, :])
         first = (row_tile // ROW_TILES) * TILES
@@ -65,11 +48,7 @@ def _gaussian_grad_features_kernel(
             p *= tl.dot(left, tl.trans(right))
             points = tl.load(points_ptr + start * BLOCK_F + (n[:, None] * BLOCK_F + f[None, :]))
             acc = tl.dot(p.to(tl.float16), points, acc)
-        offsets = m[:, None] * BLOCK_F + f[None, :]
-        if slot < 0:
-            tl.store(out_ptr + row_tile * BLOCK_M * BLOCK_F + offsets, acc)
-        else:
-            tl.store(partial_ptr + slot * BLOCK_M * BLOCK_F + offsets, acc)
+        _store_sums(out_ptr, partial_ptr, row_tile, slot, acc, BLOCK_M, BLOCK_F)
 
 
 register_candidates(OPERATION, filter_candidates)
@@ -107,27 +86,7 @@ def _sums(pairs: ExactPairs, grad: torch.Tensor, values: torch.Tensor, points: t
     left = exact_pack(pairs, torch.cat([grad, values], 2), split=False)
     right = exact_pack(pairs, torch.cat([values, grad], 2), split=False)
     width = points.shape[1]
-    out = torch.empty((pairs.padded, width), dtype=torch.float32, device=grad.device)
-    partial = partial_sums(pairs, width)
-
-    def make(direct: bool) -> Plan:
-        channels = left.shape[1]
-        problem = Problem(OPERATION, channels, channels, pairs.dim, 1, torch.float16,
-                          pairs.points * pairs.batch, pairs.padded, channels, pairs.a.shape[1])  # fmt: skip
-        config = choose_config(problem, grad.device)
-        constants = {
-            "D": pairs.dim,
-            "DEPTH": pairs.a.shape[1],
-            "DIRECT": direct,
-            "STAGES": 1 if direct else config.num_stages,
-            "BLOCK_M": ROWS,
-            "BLOCK_N": COLUMNS,
-            "BLOCK_C": channels,
-            "BLOCK_F": width,
-        }
-        units = pairs.units.shape[1]
-        return Plan(_gaussian_grad_features_kernel, (units,), unit_sizes(pairs), constants, config)
-
-    run_forms(pairs, OPERATION, left, make, left, right, points, out, partial)
-    add_partial_sums(pairs, partial, out)
+    out = tile_sums(
+        pairs, OPERATION, _gaussian_grad_features_kernel, width, left, right, points, BLOCK_F=width
+    )
     return exact_unpack(pairs, out, 2 * pairs.dim + 1, split=False)

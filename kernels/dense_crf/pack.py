@@ -1,8 +1,8 @@
 """Between images' rows [B, N, C] and the exact filter's sorted, padded, half-precision ones.
 
 Up to 64 channels are split into two halves of fp16 each, the second in the second half of the columns. One
-alone is off by up to 2**-12 of a value, and in the same way all over a flat region, which ten iterations of
-mean field can turn into some 5e-3 of a probability. The kernel values' own rounding averages out.
+alone is off by up to 2**-12 of a value, and in the same way all over a flat region, which mean field
+amplifies from iteration to iteration. The kernel values' own rounding averages out.
 """
 
 import torch

@@ -16,8 +16,6 @@ from .._device import bounded, fp32_precision
 from .._launch import Plan, layout_key, planned
 from .pack import is_split
 
-MOST_LABELS = 256
-
 
 class Message(NamedTuple):
     """What a filter sends, and what it costs: fp32, in one of three forms.

@@ -5,8 +5,9 @@ import torch
 
 from segfast.kernels import Config, override_config
 from segfast.kernels._launch import record_launches
-from segfast.kernels.dense_crf import MOST_LABELS, Message, Packed, mean_field_update, packed_width
+from segfast.kernels.dense_crf import Message, Packed, mean_field_update, packed_width
 from segfast.kernels.dense_crf.pack import is_split
+from segfast.ops.dense_crf.backend import MOST_LABELS
 
 pytestmark = pytest.mark.interpreter
 

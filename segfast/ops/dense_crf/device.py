@@ -14,7 +14,7 @@ from torch import Tensor
 from .._layout import output_format
 from .._operands import load_kernels
 from .backend import Thetas, can_use_kernels, choose_kernels_method
-from .device_filters import feature_filters, grid_factors, grid_filters
+from .device_filters import LARGEST, feature_filters, grid_factors, grid_filters
 from .filters import grid_features, normalizers
 from .inference import Compatibility
 
@@ -25,10 +25,6 @@ __all__ = [
     "grid_filters",
     "mean_field_kernels",
 ]
-
-# Probabilities are packed into fp16 times a factor for the normalisation. Its largest becomes this, which
-# fp16 holds, so that the smallest, of pixels with many others like them, are as far as can be from underflow.
-_LARGEST = 2.0**15
 
 
 def mean_field_kernels(
@@ -111,7 +107,8 @@ class _ExactTerm:
             sums = kernels.exact_unpack(self.pairs, sums, 1).squeeze(2)
             before, self.after = normalizers(sums, normalization)
         if before is not None:
-            scale = before.amax(1, keepdim=True) / _LARGEST
+            # The factors of pixels with many others like them are small: as far as can be from underflow.
+            scale = before.amax(1, keepdim=True) / LARGEST
             before = before / scale
             self.after = scale.expand_as(before).contiguous() if self.after is None else self.after * scale
         # Rows that pad the tiles stay zero.

@@ -17,8 +17,8 @@ from .filters import grid_features, normalizers
 from .lattice_gradient import simplex_weights
 
 _MOST_CHANNELS = 256  # at a time; of the exact filter's gradient in the features 128
-# The values of a channel are scaled so, for fp16: their range is then used downwards.
-_LARGEST = 2.0**15
+# What is packed into fp16 is scaled so: its range is then used downwards.
+LARGEST = 2.0**15
 _FIXED = 2.0**40
 
 Factors = tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
@@ -130,7 +130,7 @@ def _exact_sums(pairs: Any, values: Tensor) -> Tensor:
     kernels = load_kernels()
     values = values.contiguous()
     tiny = torch.finfo(values.dtype).tiny
-    scale = (values.abs().amax(1) / _LARGEST).clamp_min(tiny)
+    scale = (values.abs().amax(1) / LARGEST).clamp_min(tiny)
     sums = kernels.exact_filter(pairs, kernels.exact_pack(pairs, values, scale=scale))
     return kernels.exact_unpack(pairs, sums, values.shape[2], scale=scale)
 
