@@ -36,7 +36,7 @@ def peers(problem: Problem) -> Iterator[Peer]:
     else:
         yield Candidate("pytorch_exact", problem.bind(problem.formula), note="all pairs, fp32")
     if problem.device.type == "cuda":
-        lattice = problem.bind(_ours(case, "lattice"))
+        lattice = problem.bind(ours_by(case, "lattice"))
         yield Candidate("pytorch_lattice", _on("aten", lattice), note="torch operations", tolerance=LATTICE)
     yield from _keops(problem)
     yield from _pydensecrf(problem)
@@ -51,11 +51,12 @@ def ours(problem: Problem) -> Iterator[Peer]:
     case = problem.case
     for method, tolerance in (("lattice", LATTICE), ("exact", EXACT), ("auto", LATTICE)):
         name = "segfast" if method == "auto" else f"segfast_{method}"
-        run = problem.bind(_ours(case, method))
+        run = problem.bind(ours_by(case, method))
         yield Candidate(name, run, ours=True, note=f"image {case['image']}", tolerance=tolerance)
 
 
-def _ours(case: Case, method: str) -> Formula:
+def ours_by(case: Case, method: str) -> Formula:
+    """segfast's function for the case, by that method."""
     if case.op == "gaussian_filter":
         options = {"method": method, "normalization": "symmetric"}
         return lambda t: segfast.functional.gaussian_filter(t["values"], t["features"], **options)
@@ -239,8 +240,15 @@ def pydensecrf(params: Mapping[str, Any], unary: numpy.ndarray, image: numpy.nda
     """Probabilities [labels, H, W] of energies like them and an image [3, H, W] in 0..255."""
     from pydensecrf import densecrf
 
+    return solve(densecrf, params, unary, image)
+
+
+def solve(
+    densecrf: Any, params: Mapping[str, Any], unary: numpy.ndarray, image: numpy.ndarray, **options: Any
+) -> numpy.ndarray:
+    """The same by pydensecrf or what replaces it; `options` are its class's."""
     labels, height, width = unary.shape
-    crf = densecrf.DenseCRF2D(width, height, labels)
+    crf = densecrf.DenseCRF2D(width, height, labels, **options)
     crf.setUnaryEnergy(numpy.ascontiguousarray(unary.reshape(labels, -1), dtype=numpy.float32))
     crf.addPairwiseGaussian(sxy=params["gamma"], compat=params["gaussian_weight"])
     rgb = numpy.ascontiguousarray(image.transpose(1, 2, 0)).astype(numpy.uint8)

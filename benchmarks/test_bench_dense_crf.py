@@ -7,7 +7,7 @@ import torch
 import segfast
 import segfast.crf
 from benchmarks.cases import CASES, find, is_crf
-from benchmarks.crf_peers import core_count, pydensecrf
+from benchmarks.crf_peers import core_count, ours_by, pydensecrf, solve
 from benchmarks.problems import Problem
 from benchmarks.timing import Measurement
 from segfast._timing import interleave
@@ -27,32 +27,6 @@ ONE_IMAGE, BATCH, ONE_CORE = 1.2, 1.5, 1.0
 @pytest.mark.parametrize("case", FAMILY, ids=lambda case: case.name)
 def test_filter_and_mean_field(compare, case):
     compare(case)
-
-
-def _drop_in(params, unary, image):
-    """`benchmarks.crf_peers.pydensecrf` with the import replaced."""
-    labels, height, width = unary.shape
-    crf = segfast.crf.DenseCRF2D(width, height, labels, method="lattice")
-    crf.setUnaryEnergy(unary.reshape(labels, -1))
-    crf.addPairwiseGaussian(sxy=params["gamma"], compat=params["gaussian_weight"])
-    rgb = image.transpose(1, 2, 0).astype(np.uint8)
-    weight = params["bilateral_weight"]
-    crf.addPairwiseBilateral(sxy=params["alpha"], srgb=params["beta"], rgbim=rgb, compat=weight)
-    return crf.inference(params["iterations"]).reshape(labels, height, width)
-
-
-def _batched(case, unary, image):
-    return segfast.functional.mean_field(
-        unary,
-        image,
-        iterations=case["iterations"],
-        theta_alpha=case["alpha"],
-        theta_beta=case["beta"],
-        theta_gamma=case["gamma"],
-        bilateral_weight=case["bilateral_weight"],
-        spatial_weight=case["gaussian_weight"],
-        method="lattice",
-    )
 
 
 def _paired(mine, theirs, least, seconds):
@@ -99,8 +73,9 @@ def test_faster_than_pydensecrf_on_a_cpu(compare, threads, images, thetas, size)
         return [pydensecrf(case.params, *one) for one in zip(unary, image, strict=True)]
 
     def mine():
-        one = images == 1
-        return [_drop_in(case.params, unary[0], image[0])] if one else _batched(case, t["unary"], t["image"])
+        if images == 1:
+            return [solve(segfast.crf, case.params, unary[0], image[0], method="lattice")]
+        return ours_by(case, "lattice")(t)
 
     far = np.abs(np.stack([*map(np.asarray, mine())]) - np.stack(theirs()))
     # Of a number of pixels that is no multiple of four, pydensecrf's lattice has more vertices than the
