@@ -32,7 +32,7 @@ STRENGTH = 0.65
 # Of --crf without a file, for a photo whose longer side is 512. Chosen by eye: the package has no labelled
 # portraits to fit them to.
 UNFITTED = Parameters(40.0, 8.0, 3.0, 3.0, 3.0, 5)
-# Mean field of larger photos runs on this many pixels, which takes seconds on one core, and 1 GB of memory.
+# Mean field of larger photos runs on this many pixels, for time and memory.
 MAX_PIXELS = 1 << 20
 
 

@@ -1,6 +1,8 @@
 """The dense CRF's benchmark: its cases, its peers where they are and where they are not, its table."""
 
+import csv
 import importlib.util
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from benchmarks import crf_peers, rows, suite, timing
 from benchmarks.cases import CASES, find, is_crf
 from benchmarks.crf_cases import GOALS_MS, PHOTOS
+from benchmarks.environment import ROOT
 from benchmarks.problems import Problem
 from benchmarks.report import markdown, ratio
 
@@ -122,3 +125,26 @@ def test_report_has_the_median_and_the_worst_photograph():
     assert "| crf_512_67_3_n16 | pydensecrf_all_cores | 1 | 2000 | 2000 | 8 |  |  |" in text
     # What "auto" takes is rated, not what it might have taken.
     assert ratio(found[:3]) == pytest.approx(32 / 8.5)
+
+
+def test_the_docs_figures_are_those_of_the_rows():
+    """docs/crf.md's table: pydensecrf's median over ours."""
+    with (ROOT / "benchmarks" / "results" / "cpu" / "dense_crf.csv").open(newline="") as file:
+        measured = list(csv.DictReader(file))
+    ours = [row for row in measured if row["candidate"] == "segfast"]
+    found = set()
+    for mine, theirs in zip(ours, (row for row in measured if row["candidate"] == "pydensecrf"), strict=True):
+        assert mine["case"] == theirs["case"]
+        threads = re.fullmatch(r"CPU, (\d) threads", mine["note"])[1]
+        found.add((mine["case"], threads, f"{float(theirs['wall_us']) / float(mine['wall_us']):.2f}"))
+    columns = ("321_80_13", "321_67_3", "512_80_13", "512_67_3")
+    said = set()
+    for line in (ROOT / "docs" / "crf.md").read_text().splitlines():
+        row = re.match(r"\| (one|four) images?, (one|two) threads? \|(.*)\|$", line)
+        if row:
+            batch, threads = "_n4" * (row[1] == "four"), "2" if row[2] == "two" else "1"
+            cells = (cell.strip() for cell in row[3].split("|"))
+            said |= {
+                (f"crf_{c}{batch}", threads, cell) for c, cell in zip(columns, cells, strict=True) if cell
+            }
+    assert len(said) == 12 and said == found

@@ -17,7 +17,7 @@ OPERATIONS = (
 )
 MOST_LABELS, MOST_FEATURES = 256, 8
 
-# "auto" is exact up to so many pairs of pixels an image: some 5 to 10 ms a filter by the model of an H200.
+# "auto" is exact up to so many pairs of pixels an image. Not measured.
 _MOST_PAIRS = 2e10
 # ... and up to so many pixels: the lists of tiles take 2 bytes for 128 x 64 pairs, 256 MiB an image then.
 _MOST_POINTS = 2**20
@@ -87,12 +87,11 @@ def choose_kernels_method(method: str, points: int, thetas: Thetas | None = None
 def kept_share(points: int, theta_alpha: tuple[float, ...], theta_beta: tuple[float, ...]) -> float:
     """The share of all pairs in an RGB photograph that the exact filter computes at tolerance 1e-2, modelled.
 
-    Fitted to 24 means over a few colour photographs each of 321^2 (theta_alpha 49 to 160, theta_beta 3 to
-    20), 512^2 and 1024^2 pixels, in tiles of 128 x 64: off by 12 % (root mean square), at worst 32 %. Single
-    photographs are up to three times apart. With r the ratio of theta_alpha to the side,
-    1 - exp(-57 theta_beta^0.9 (r / (1 + 4 r))^0.45 / side^1.1): a wider kernel keeps more, but past half the
-    side the colours alone decide; more pixels fill the tiles more densely. Colours are taken for 0..255, or
-    for 0..1 where a theta_beta is below 1, which no image of 0..255 has.
+    Fitted to means over a few colour photographs each of 321^2 (theta_alpha 49 to 160, theta_beta 3 to 20),
+    512^2 and 1024^2 pixels, in tiles of 128 x 64; a single photograph may be far from it. With r the ratio of
+    theta_alpha to the side, 1 - exp(-57 theta_beta^0.9 (r / (1 + 4 r))^0.45 / side^1.1): a wider kernel keeps
+    more, but past half the side the colours alone decide; more pixels fill the tiles more densely. Colours
+    are taken for 0..255, or for 0..1 where a theta_beta is below 1, which no image of 0..255 has.
     """
     side = math.sqrt(points)
     ratio = _mean(theta_alpha) / side

@@ -99,8 +99,7 @@ def choose_grid_method(method: str, size: tuple[int, int]) -> str:
     return "exact" if _separable_seconds(points, sum(size)) <= _lattice_seconds(points, 2) else "lattice"
 
 
-# Seconds for ten filters of 21 channels with their setup, fitted to one core of an AMD EPYC, from 8 x 8 to
-# 400 x 400 pixels with colours at random. Only their order counts.
+# A model of what ten filters of 21 channels take with their setup on one core. Only their order counts.
 def _all_pairs_seconds(points: int) -> float:
     return 2e-8 * points**2
 

@@ -207,7 +207,7 @@ def _sorted_rows(keys: Tensor, most: int) -> tuple[Tensor, Tensor]:
     bits = (keys.shape[1] - 1).bit_length()
     if keys.device.type != "cpu" or (most - 1).bit_length() + bits > 63:
         return keys.sort(dim=1, stable=True)
-    # NumPy sorts plain integers several times as fast as PyTorch sorts them with their places.
+    # NumPy has a faster sort of plain integers than PyTorch has of integers with their places.
     keys <<= bits
     keys |= torch.arange(keys.shape[1], device=keys.device)
     keys.numpy().sort(axis=1)
@@ -220,7 +220,7 @@ def _places(keys: Tensor, wanted: Tensor) -> Tensor:
     """Where in ascending keys the wanted ones are, or would be."""
     if keys.device.type != "cpu":
         return torch.searchsorted(keys, wanted)
-    # One thread of NumPy, which goes on from the one before, is as fast as two of PyTorch.
+    # NumPy's search goes on from where the one before ended, and the wanted ones are all but in order.
     return torch.from_numpy(np.searchsorted(keys.numpy(), wanted.numpy()))
 
 
@@ -259,7 +259,7 @@ class LatticeFilter:
         alpha = 1 / (1 + 2.0**-lattice.dim)
         self._slice_weights = (weights * (alpha if after is None else after[:, None] * alpha)).flatten()
         self._transposed: LatticeFilter | None = None
-        # Kept from call to call: fresh memory would cost as much as the blur. One pair a thread.
+        # Kept from call to call: fresh memory has to be mapped first. One pair a thread.
         self._kept = threading.local()
 
     def __getstate__(self) -> dict[str, object]:
