@@ -90,9 +90,8 @@ def _kernel_values(
 
 
 @triton.jit
-def _work_unit(units_ptr, outgrown_ptr, UNITS, DIRECT: tl.constexpr):
-    """Whether this program has work in its form; its row tile, first and end of its list's part, its slot."""
-    unit = tl.program_id(0).to(tl.int64)
+def _work_unit(units_ptr, outgrown_ptr, unit, UNITS, DIRECT: tl.constexpr):
+    """Whether a unit is work in this form; its row tile, first and end of its list's part, its slot."""
     row_tile = tl.load(units_ptr + unit).to(tl.int64)
     wanted = row_tile >= 0
     if outgrown_ptr is not None:
@@ -121,7 +120,8 @@ def _gaussian_filter_kernel(
     D: tl.constexpr, DEPTH: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    wanted, row_tile, begin, end, slot = _work_unit(units_ptr, outgrown_ptr, UNITS, DIRECT)
+    unit = tl.program_id(0).to(tl.int64)
+    wanted, row_tile, begin, end, slot = _work_unit(units_ptr, outgrown_ptr, unit, UNITS, DIRECT)
     if wanted:
         n = tl.arange(0, BLOCK_N)
         c = tl.arange(0, BLOCK_C)

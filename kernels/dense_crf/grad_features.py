@@ -28,7 +28,8 @@ def _gaussian_grad_features_kernel(
     D: tl.constexpr, DEPTH: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    wanted, row_tile, begin, end, slot = _work_unit(units_ptr, outgrown_ptr, UNITS, DIRECT)
+    unit = tl.program_id(0).to(tl.int64)
+    wanted, row_tile, begin, end, slot = _work_unit(units_ptr, outgrown_ptr, unit, UNITS, DIRECT)
     if wanted:
         n = tl.arange(0, BLOCK_N)
         c = tl.arange(0, BLOCK_C)
