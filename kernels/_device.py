@@ -14,6 +14,7 @@ from ._launch import Plan, forget_plans
 _SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
                   "sm_103": 232448, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840}  # fmt: skip
 _pretended: str | None = None
+_inline_ptx = True
 
 
 def interpreting() -> bool:
@@ -31,6 +32,34 @@ def pretend_architecture(name: str) -> Iterator[None]:
         yield
     finally:
         _pretended = previous
+        forget_plans()
+
+
+def inline_ptx() -> bool:
+    """True if a kernel may use NVIDIA's assembler: not in the interpreter, not on AMD, not where it is off.
+
+    Every `tl.inline_asm_elementwise` stands under `if PTX:`, a constexpr parameter to which the launcher
+    passes this, with the same in Triton's own operations beside it.
+    """
+    if not _inline_ptx or interpreting():
+        return False
+    amd = torch.version.hip if _pretended is None else _pretended.startswith("gfx")
+    return not amd
+
+
+@contextlib.contextmanager
+def without_inline_ptx() -> Iterator[None]:
+    """Let kernels take the plain form of what they write in PTX, for devices that execute Triton's IR only.
+
+    The simulated device is one; `tests/device/conftest.py` enters this there.
+    """
+    global _inline_ptx
+    previous, _inline_ptx = _inline_ptx, False
+    forget_plans()
+    try:
+        yield
+    finally:
+        _inline_ptx = previous
         forget_plans()
 
 

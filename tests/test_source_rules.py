@@ -161,7 +161,21 @@ def narrow_offset(tree: ast.AST) -> Iterator[int]:
         yield from widths.found
 
 
+def inline_assembly_without_plain_form(tree: ast.AST) -> Iterator[int]:
+    """Inline assembly stands under `if PTX:`, so that devices that know Triton's IR only run the kernel."""
+    guarded = {
+        id(call)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If | ast.IfExp) and ast.unparse(branch.test).startswith("PTX")
+        for _, call in calls(branch)
+    }
+    for name, call in calls(tree):
+        if name.startswith("inline_asm") and id(call) not in guarded:
+            yield call.lineno
+
+
 RULES = [
+    inline_assembly_without_plain_form,
     masked_load_needs_other,
     banned_call,
     absolute_import,
@@ -186,6 +200,11 @@ def test_rule(rule):
 KERNEL = "@triton.jit\ndef _toy_kernel(x, stride_x, BLOCK):\n    row = tl.program_id(0)\n    "
 
 BREAKS = [
+    (
+        inline_assembly_without_plain_form,
+        KERNEL + "x = tl.inline_asm_elementwise(x)",
+        KERNEL + "if PTX:\n        x = tl.inline_asm_elementwise(x)",
+    ),
     (masked_load_needs_other, "tl.load(x, mask=m)", "tl.load(x, mask=m, other=0.0)"),
     (masked_load_needs_other, "tl.load(x, m)", "tl.load(x)"),
     (banned_call, "@triton.autotune(configs=[])\ndef f(): ...", "@triton.jit\ndef f(): ..."),

@@ -8,16 +8,16 @@ import triton
 import triton.language as tl
 
 from .._configs import Config, Problem, geometry_variant
-from .._device import architecture, interpreting
+from .._device import inline_ptx
 
 Pair = tuple[int, int]
 
 
 @triton.jit
-def _widen(x, ASM: tl.constexpr):
+def _widen(x, PTX: tl.constexpr):
     # bfloat16 to float32 in one instruction an element: the compiler takes two, one to part a pair and one to
-    # shift. ASM on NVIDIA GPUs only.
-    if ASM:
+    # shift. PTX on NVIDIA GPUs only.
+    if PTX:
         x = tl.inline_asm_elementwise(
             "{.reg .b32 lo, hi; shl.b32 lo, $2, 16; and.b32 hi, $2, 0xffff0000;"
             " mov.b32 $0, lo; mov.b32 $1, hi;}",
@@ -45,11 +45,9 @@ def _load_rows(
     return pixels
 
 
-def widens_by_asm(t: torch.Tensor) -> bool:
-    """Whether `_widen` may use NVIDIA's assembler: not in the interpreter, not on AMD."""
-    if t.dtype != torch.bfloat16 or interpreting() or torch.version.hip is not None:
-        return False
-    return not architecture(t.device).startswith("gfx")
+def widens_by_ptx(t: torch.Tensor) -> bool:
+    """True if `_widen` converts a value of `t`'s dtype by NVIDIA's assembler."""
+    return t.dtype == torch.bfloat16 and inline_ptx()
 
 
 def vector(itemsize: int, taps: int) -> int:

@@ -32,7 +32,7 @@ from ._shared import (
     vector,
     walk_tile,
     wide_rows,
-    widens_by_asm,
+    widens_by_ptx,
 )
 
 
@@ -45,7 +45,7 @@ def _depthwise_conv2d_rows_kernel(
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, FLIP: tl.constexpr,
-    ACTIVATION: tl.constexpr, ASM: tl.constexpr,
+    ACTIVATION: tl.constexpr, PTX: tl.constexpr,
     ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def _depthwise_conv2d_rows_kernel(
         ahead = _load_rows(x_base, tl.where(step + 1 < steps, row, H), column, c, c_ok, H, W, stride_xh,
                            stride_xw, KERNEL_W, STRIDE_H, DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
         for p in tl.static_range(STRIDE_H * KERNEL_W):
-            x = _widen(pixels[p], ASM)
+            x = _widen(pixels[p], PTX)
             added = ()
             for i in tl.static_range(DEPTH):
                 if i * STRIDE_H + p // KERNEL_W < KERNEL_H:
@@ -209,7 +209,7 @@ def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, ne
         "C": channels,
         "FLIP": flip,
         "ACTIVATION": activation,
-        "ASM": widens_by_asm(x),
+        "PTX": widens_by_ptx(x),
         "ALIGN_X": min(most, pixel_alignment(x)),
         "ALIGN_Y": min(most, pixel_alignment(y)),
         "ALIGN_W": min(most, tap_alignment(weight)),

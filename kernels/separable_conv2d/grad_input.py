@@ -21,7 +21,7 @@ from ._shared import (
     vector,
     walk_tile,
     wide_rows,
-    widens_by_asm,
+    widens_by_ptx,
 )
 from .depthwise import walk_plan
 
@@ -33,7 +33,7 @@ def _depthwise_conv2d_phases_kernel(
     stride_gn, stride_gh, stride_gw, stride_xn, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw,
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    ASM: tl.constexpr, ALIGN_G: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_W: tl.constexpr,
+    PTX: tl.constexpr, ALIGN_G: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_W: tl.constexpr,
     WIDE_INDEX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # Pixels (STRIDE_H * j + ph, STRIDE_W * i + pw) of all phases (ph, pw), for BLOCK_H rows j and BLOCK_W
@@ -75,7 +75,7 @@ def _depthwise_conv2d_phases_kernel(
             g_row = g_base + tl.multiple_of(oh.to(tl.int64) * stride_gh, ALIGN_G)
             g = tl.load(g_row + tl.multiple_of(ow * stride_gw, ALIGN_G)[:, None] + c[None, :],
                         mask=ok[:, None] & c_ok[None, :], other=0.0)  # fmt: skip
-            gradients = gradients + (_widen(g, ASM),)
+            gradients = gradients + (_widen(g, PTX),)
         for tap in tl.static_range(KERNEL_H * KERNEL_W):
             added = ()
             for phase in tl.static_range(STRIDE_H * STRIDE_W):
@@ -164,7 +164,7 @@ def _phases_plan(gy, weight, gx, geometry) -> Plan:
                *image_strides(gx), *filter_strides(weight))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
-        "ASM": widens_by_asm(gx),
+        "PTX": widens_by_ptx(gx),
         "ALIGN_G": min(most, pixel_alignment(gy)),
         "ALIGN_X": min(most, pixel_alignment(gx)),
         "ALIGN_W": min(most, tap_alignment(weight)),

@@ -21,7 +21,7 @@ from ._shared import (
     vector,
     walk_tile,
     wide_rows,
-    widens_by_asm,
+    widens_by_ptx,
 )
 
 
@@ -32,7 +32,7 @@ def _depthwise_conv2d_grad_weight_rows_kernel(
     stride_xn, stride_xh, stride_xw, stride_gn, stride_gh, stride_gw,
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ASM: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PTX: tl.constexpr,
     ALIGN_X: tl.constexpr, ALIGN_G: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _depthwise_conv2d_grad_weight_rows_kernel(
                            DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
         for step in tl.range(0, steps, num_stages=1):
             # recent[i] is row step - i of the strip's gradients; past its end come zeros.
-            recent = (_widen(g_ahead, ASM),) + recent[: DEPTH - 1]
+            recent = (_widen(g_ahead, PTX),) + recent[: DEPTH - 1]
             pixels = ahead
             oh += DILATION_H
             row += DILATION_H * STRIDE_H
@@ -80,7 +80,7 @@ def _depthwise_conv2d_grad_weight_rows_kernel(
             ahead = _load_rows(x_base, tl.where(step + 1 < steps, row, H), column, c, c_ok, H, W, stride_xh,
                                stride_xw, KERNEL_W, STRIDE_H, DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
             for p in tl.static_range(STRIDE_H * KERNEL_W):
-                x = _widen(pixels[p], ASM)
+                x = _widen(pixels[p], PTX)
                 added = ()
                 for tap in tl.static_range(TAPS):
                     if tap % (STRIDE_H * KERNEL_W) == p:
@@ -203,7 +203,7 @@ def _rows_plan(x, gy, geometry) -> Plan:
                *image_strides(gy))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
-        "ASM": widens_by_asm(x),
+        "PTX": widens_by_ptx(x),
         "ALIGN_X": min(most, pixel_alignment(x)),
         "ALIGN_G": min(most, pixel_alignment(gy)),
         "WIDE_INDEX": wide_rows(x, gy),

@@ -25,7 +25,7 @@ from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from ..dilated_conv2d.dense import candidates, make_dense
-from ._shared import Geometry, _widen, tap_alignment, widens_by_asm
+from ._shared import Geometry, _widen, tap_alignment, widens_by_ptx
 from .depthwise import depthwise_conv2d_forward
 
 
@@ -40,7 +40,7 @@ def _separable_conv2d_fused_kernel(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     DEPTHWISE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    ASM: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr,
+    PTX: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr,
     WIDE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # C counts the channels between the two convolutions. Outputs are the fastest program index: programs that
@@ -82,7 +82,7 @@ def _separable_conv2d_fused_kernel(
                             + (k // MULTIPLIER)[None, :],
                             mask=ok[:, None] & k_ok[None, :], other=0.0)  # fmt: skip
                 wd = tl.load(wd_row + tl.multiple_of(tap, ALIGN_W), mask=k_ok, other=0.0)
-                between += _widen(x, ASM) * wd.to(tl.float32)[None, :]
+                between += _widen(x, PTX) * wd.to(tl.float32)[None, :]
         between = _affine(between, depthwise_bias_ptr, depthwise_scale_ptr, depthwise_shift_ptr, k, k_ok)
         between = _activate(between, negative_slope, DEPTHWISE_ACTIVATION)
         w = tl.load(w_rows + k[None, :], mask=c_ok[:, None] & k_ok[None, :], other=0.0)
@@ -150,7 +150,7 @@ def _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, con
         "DEPTHWISE_ACTIVATION": activations[0],
         "ACTIVATION": activations[1],
         "PRECISION": dot_precision(x.dtype),
-        "ASM": widens_by_asm(x),
+        "PTX": widens_by_ptx(x),
         "ALIGN_X": pixel_alignment(x),
         "ALIGN_Y": pixel_alignment(out, residual),
         "ALIGN_W": tap_alignment(wd),
