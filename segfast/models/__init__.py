@@ -89,10 +89,10 @@ def model_name(model: nn.Module) -> str:
 def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename the keys of another code base's checkpoint to those of `model`, for `model.load_state_dict`.
 
-    For `UNet`: the layout of `milesial/Pytorch-UNet` (`inc.double_conv.0.weight`, ..., `outc.conv.bias`)
-    with or without `module.` in front; entries that are not tensors are dropped. Outputs agree where the
-    input's sides are multiples of `2**depth`; elsewhere that code pads the up-convolution's output with
-    zeros, this one lets it run on.
+    For `UNet`: the layout of `milesial/Pytorch-UNet` (`inc.double_conv.0.weight`, ..., `outc.conv.bias`);
+    entries that are not tensors are dropped. A padded `model` then computes what that network does at every
+    size: its `config["zero_pad_up"]` is set to True, which a `UNet` that is to read the renamed weights by
+    itself is given as an argument.
 
     For `DeepLabV3Plus` and the encoders in `segfast.models.encoders`: the classifiers of torchvision
     (`mobilenet_v2`) and timm (`mobilenetv2_100`, `xception65`), or their encoders, with or without `encoder.`

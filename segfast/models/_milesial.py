@@ -33,6 +33,7 @@ def remap(state_dict: Mapping[str, Any], model: "UNet") -> dict[str, Tensor]:
 
     A bias before a batch norm, which older checkpoints have, is folded into the running mean:
     `conv + bias - mean` is `conv - (mean - bias)`, and in training the norm subtracts the bias anyway.
+    A padded `model` is told that its up-convolutions end in zeros where a side is odd (`zero_pad_up`).
 
     Raises:
         ValueError: the bilinear variant, another architecture, or sizes that are not those of `model`.
@@ -64,6 +65,7 @@ def remap(state_dict: Mapping[str, Any], model: "UNet") -> dict[str, Tensor]:
             raise ValueError(
                 f"{key}: the checkpoint has {list(renamed[key].shape)}, the model {list(value.shape)}"
             )
+    model.config["zero_pad_up"] = model.padded
     return renamed
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from segfast.functional import conv_transpose2d, up_concat
 from segfast.nn import Conv2d, ConvTranspose2d
 from segfast.nn._chains import run_layers
 from segfast.nn._norm import FoldsNorms
-from segfast.ops.conv_transpose2d.up_concat import geometry
+from segfast.ops.conv_transpose2d.up_concat import geometry, up_convolution
 from segfast.ops.dilated_conv2d import prefers_virtual_concat
 
 from ._base import SegmentationModel
@@ -70,14 +71,30 @@ class DecoderBlock(nn.Module):
         self.up = ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
         self.conv = DoubleConv(2 * out_channels, out_channels, **conv_options)
 
-    def forward(self, input: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, input: Tensor, skip: Tensor, zero_pad: bool = False) -> Tensor:
+        """`zero_pad`: fill with zeros what the up-convolution lacks to the skip's size."""
         # The up-convolution's result will be like the skip, with as many channels.
         first: Any = self.conv.conv1
-        if prefers_virtual_concat([skip, skip], first.weight):
-            extra, _, _ = geometry(input, skip, self.up.weight, (2, 2), (0, 0))
-            up = conv_transpose2d(input, self.up.weight, self.up.bias, 2, output_padding=extra)
-            return self.conv([skip, up])
-        return self.conv(up_concat(input, skip, self.up.weight, self.up.bias, stride=2))
+        apart = prefers_virtual_concat([skip, skip], first.weight)
+        short = zero_pad and _may_be_short(input, skip)
+        if not (apart or short):
+            return self.conv(up_concat(input, skip, self.up.weight, self.up.bias, stride=2))
+        if zero_pad:
+            up = conv_transpose2d(input, self.up.weight, self.up.bias, 2)
+            if short:
+                (height, width), (rows, columns) = up.shape[-2:], skip.shape[-2:]
+                up = F.pad(up, (0, columns - width, 0, rows - height))
+        else:
+            extra, _, size = geometry(input, skip, self.up.weight, (2, 2), (0, 0))
+            up = up_convolution(input, self.up.weight, self.up.bias, (2, 2), (0, 0), extra, size)
+        return self.conv([skip, up])
+
+
+def _may_be_short(input: Tensor, skip: Tensor) -> bool:
+    """Whether twice the input may be smaller than the skip: always, where sizes may be free."""
+    if torch.compiler.is_compiling():
+        return True  # asked, it would compile anew for every parity
+    return any(2 * n != have for n, have in zip(input.shape[-2:], skip.shape[-2:], strict=True))
 
 
 class UNet(SegmentationModel):
@@ -97,6 +114,9 @@ class UNet(SegmentationModel):
         activation: "relu" or "leaky_relu".
         negative_slope: of "leaky_relu".
         norm: None (the paper's) or "batch"; the 3x3 convolutions then have no bias.
+        zero_pad_up: of the padded network: the row or column that an up-convolution lacks to its skip, where
+            a side is odd, is zero, as in `milesial/Pytorch-UNet`. By default the up-convolution runs on
+            there: the row or column holds its bias.
 
     Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H', W']`.
 
@@ -121,6 +141,7 @@ class UNet(SegmentationModel):
         activation: str = "relu",
         negative_slope: float = 0.01,
         norm: str | None = None,
+        zero_pad_up: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -135,6 +156,8 @@ class UNet(SegmentationModel):
             raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+        if zero_pad_up and not padded:
+            raise ValueError("zero_pad_up is for the padded network, got zero_pad_up=True and padded=False")
         self.config = {
             "in_channels": in_channels,
             "num_classes": num_classes,
@@ -144,6 +167,7 @@ class UNet(SegmentationModel):
             "activation": activation,
             "negative_slope": negative_slope,
             "norm": norm,
+            "zero_pad_up": zero_pad_up,
         }
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -221,7 +245,7 @@ class UNet(SegmentationModel):
             x = self.pool(x)
         x = self.bottleneck(x)
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
-            x = block(x, skip)
+            x = block(x, skip, self.config["zero_pad_up"])
         return self.head(x)
 
     def check_size(self, height: int, width: int) -> None:

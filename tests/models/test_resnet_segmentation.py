@@ -37,7 +37,6 @@ class TestDeepLabV3ResNet50(ModelTester):
     parameters = 42_004_074
     scores = {"out", "aux"}  # noqa: RUF012
     dynamic = False
-    example = (48, 64)
 
 
 def segmentation():

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import segfast.models.unet
 from segfast.models import UNet, create, remap_state_dict
+from segfast.train import load_checkpoint, predict_scores, save_checkpoint
 from tests.models.tester import ModelTester
 
 
@@ -238,15 +240,25 @@ def milesial(in_channels=3, num_classes=2, width=4, depth=4, bias=False, bilinea
 
 
 def run_milesial(net, x):
+    """Its published forward: the up-convolution is padded with zeros to the skip's size."""
     skips = [net.inc.double_conv(x)]
     for level in range(1, net.depth + 1):
         pool, block = getattr(net, f"down{level}").maxpool_conv
         skips.append(block.double_conv(pool(skips[-1])))
-    x = skips.pop()
+    x2 = skips.pop()
     for level in range(1, net.depth + 1):
-        up = getattr(net, f"up{level}")
-        x = up.conv.double_conv(torch.cat([skips.pop(), up.up(x)], 1))
-    return net.outc.conv(x)
+        step = getattr(net, f"up{level}")
+        x1, x2 = step.up(x2), skips.pop()
+        rows, columns = (x2.size(axis) - x1.size(axis) for axis in (2, 3))
+        x1 = F.pad(x1, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        x2 = step.conv.double_conv(torch.cat([x2, x1], 1))
+    return net.outc.conv(x2)
+
+
+def load_milesial(theirs, **options):
+    model = UNet(3, 2, width=4, norm="batch", **options)
+    model.load_state_dict(remap_state_dict(theirs.state_dict(), model))
+    return model
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["current", "with conv bias"])
@@ -257,10 +269,73 @@ def test_milesial_checkpoint_loads_and_computes_the_same(bias, prefix):
     checkpoint["mask_values"] = [0, 1]  # their training script adds this
     model = UNet(3, 2, width=4, norm="batch")
     model.load_state_dict(remap_state_dict(checkpoint, model))
-    image = torch.randn(2, 3, 32, 48)
+    image = torch.randn(2, 3, 33, 50)
     for train in (False, True, False):  # the training pass moves the running statistics of both
         expected, output = run_milesial(theirs.train(train), image), model.train(train)(image)
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
+MILESIAL_SIZES = [(16, 16), (17, 23), (31, 31), (33, 50), (40, 47), (16, 65)]
+
+
+@pytest.mark.parametrize("size", MILESIAL_SIZES, ids=str)
+@pytest.mark.parametrize("apart", [False, True], ids=["one buffer", "images apart"])
+def test_milesial_network_at_every_size(size, apart, monkeypatch, tmp_path):
+    theirs = milesial().eval()
+    model = load_milesial(theirs).eval()
+    # As on our kernel, which reads skip and up-convolution where they lie.
+    monkeypatch.setattr(segfast.models.unet, "prefers_virtual_concat", lambda images, weight: apart)
+    image = torch.randn(2, 3, *size)
+    expected, output = run_milesial(theirs, image), model(image)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+    gradient = torch.randn_like(output)
+    wanted = torch.autograd.grad(expected, [getattr(theirs, f"up{i}").up.bias for i in range(1, 5)], gradient)
+    found = torch.autograd.grad(output, [block.up.bias for block in model.decoder], gradient)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(segfast.optimize(model)(image), expected, rtol=1e-3, atol=1e-4)
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    loaded = load_checkpoint(tmp_path / "model.safetensors")
+    torch.testing.assert_close(loaded(image), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(predict_scores(model, image[0]), expected[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{}, {"zero_pad_up": True}, {"padded": False, "depth": 1}], ids=str)
+def test_exports_for_a_range_of_sizes(options, strict):
+    """As plain torch's does, from 32 on: below, the deepest maps are one pixel, which torch asks about."""
+    torch.manual_seed(0)
+    model = UNet(width=2, **options).eval()
+    for block in model.decoder:
+        torch.nn.init.constant_(block.up.bias, 1)
+    height, width = (torch.export.Dim(name, min=32, max=512) for name in ("height", "width"))
+    example = torch.randn(1, 1, 64, 96)
+    program = torch.export.export(
+        model, (example,), dynamic_shapes=({2: height, 3: width},), strict=strict
+    ).module()
+    for size in ((32, 48), (37, 51), (63, 33), (64, 40)):
+        image = torch.randn(1, 1, *size)
+        torch.testing.assert_close(program(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_one_program_for_all_parities():
+    """Compiled for free sizes, a network loaded from there is not compiled anew for odd ones."""
+    theirs = milesial(depth=2).eval()
+    model = UNet(3, 2, width=4, depth=2, norm="batch")
+    model.load_state_dict(remap_state_dict(theirs.state_dict(), model))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.eval(), fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for size in ((32, 48), (33, 50), (34, 35), (47, 41)):
+            image = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(image), run_milesial(theirs, image), rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def test_zero_padding_is_of_the_padded_network():
+    with pytest.raises(ValueError, match="zero_pad_up is for the padded network"):
+        UNet(padded=False, zero_pad_up=True)
+    model = load_milesial(milesial(), padded=False)
+    assert create("unet", **model.config).config == model.config and not model.config["zero_pad_up"]
 
 
 def test_milesial_checkpoint_of_another_depth():

@@ -134,6 +134,27 @@ def test_exports_with_dynamic_sizes(backend):
         torch.testing.assert_close(decomposed.module()(*inputs(3, 4)), model(*inputs(3, 4)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("crop", [0, 3])
+def test_a_decoders_step_exports_for_odd_sizes_too(backend, crop):
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = torch.nn.Parameter(draw(3, 2, 2, 2)), torch.nn.Parameter(draw(2))
+
+        def forward(self, skip):
+            small = F.max_pool2d(skip, 2)
+            return up_concat(small[..., crop:, crop:], skip, self.weight, self.bias)
+
+    model = Step().eval()
+    height, width = (torch.export.Dim(name, min=10, max=64) for name in ("height", "width"))
+    with segfast.backend(backend), torch.no_grad():
+        program = torch.export.export(model, (draw(1, 3, 12, 16),), dynamic_shapes=({2: height, 3: width},))
+        for size in ((12, 16), (13, 11), (10, 21)):
+            skip = draw(1, 3, *size)
+            torch.testing.assert_close(program.module()(skip), model(skip))
+
+
 def test_symbolic_tracing_keeps_the_calls_whole():
     class Step(torch.nn.Module):
         def __init__(self):

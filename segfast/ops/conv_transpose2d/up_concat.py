@@ -26,17 +26,20 @@ def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pa
     """
     size = output_size(input, weight, stride, padding, (0, 0), (1, 1))
     extra, crop, final = [], [], []
-    for axis, up, have, s in zip(("height", "width"), size, skip.shape[-2:], stride, strict=True):
-        if up > have:
+    for i, axis in enumerate(("height", "width")):
+        up, have, s = size[i], skip.shape[2 + i], stride[i]
+        # As much of the input as the skip has room for. torch.export sees without a guard that half of a free
+        # size is half of it; that twice the half is at most the whole, it does not see.
+        most = (have + 2 * padding[i] - weight.shape[2 + i]) // s + 1
+        if input.shape[2 + i] > most:
             raise ValueError(
                 f"up_concat: the up-convolution's {axis} {up} is larger than the skip's {have}; pad the "
                 f"network's input or give a larger skip (input {list(input.shape)}, "
                 f"skip {list(skip.shape)}, stride {s})"
             )
-        missing = have - up
-        grows = missing < s
-        extra.append(missing if grows else 0)
-        crop.append(0 if grows else missing // 2)
+        grows = input.shape[2 + i] == most
+        extra.append(have - up if grows else 0)
+        crop.append(0 if grows else (have - up) // 2)
         final.append(have if grows else up)
     return (extra[0], extra[1]), (crop[0], crop[1]), (final[0], final[1])
 
@@ -110,11 +113,33 @@ def _up_concat_aten(input, skip, weight, bias, stride, padding, activation, nega
     if autocast_dtype(input) is None:
         _result_shape(input, skip, weight, bias, stride, padding)
     extra, crop, size = geometry(input, skip, weight, stride, padding)
-    up = conv_transpose2d(
-        input, weight, bias, stride, padding, extra, activation=activation, negative_slope=negative_slope
-    )
-    skip = skip[:, :, crop[0] : crop[0] + size[0], crop[1] : crop[1] + size[1]]
+    options = {"activation": activation, "negative_slope": negative_slope}
+    up = up_convolution(input, weight, bias, stride, padding, extra, size, **options)
+    if torch.compiler.is_exporting():
+        skip = _cut(skip, crop, size)
+    else:
+        skip = skip[:, :, crop[0] : crop[0] + size[0], crop[1] : crop[1] + size[1]]
     return torch.cat([skip.to(up.dtype), up], 1)
+
+
+def up_convolution(
+    input, weight, bias, stride: Pair, padding: Pair, extra: Pair, size: Pair, **options
+) -> Tensor:
+    """The transposed convolution of `size`: `extra`, of `geometry`, is its output padding.
+
+    torch.export asks whether a padding of free size is negative: there the whole of what may be lacking is
+    computed, and cut.
+    """
+    if not torch.compiler.is_exporting():
+        return conv_transpose2d(input, weight, bias, stride, padding, extra, **options)
+    most = (stride[0] - 1, stride[1] - 1)
+    return _cut(conv_transpose2d(input, weight, bias, stride, padding, most, **options), (0, 0), size)
+
+
+def _cut(image: Tensor, start: Pair, size: Pair) -> Tensor:
+    """`size` pixels from `start` on, by negative padding: slices of free size tie an export to one."""
+    (top, left), (height, width) = start, image.shape[-2:]
+    return F.pad(image, (-left, left + size[1] - width, -top, top + size[0] - height))
 
 
 UP_CONCAT = Operator(
