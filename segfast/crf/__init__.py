@@ -6,7 +6,7 @@ errors where it crashes. It computes on torch's default device: `with torch.devi
 is all that a GPU takes. `segfast.functional.mean_field` is the same in PyTorch, with gradients and batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -27,8 +27,8 @@ from ..ops.dense_crf.arguments import (
     positive,
 )
 from ..ops.dense_crf.backend import Thetas, can_use_kernels, choose_kernels_method
+from ..ops.dense_crf.chunks import Passes, passes_of
 from ..ops.dense_crf.device_filters import DeviceFilter, feature_filters, grid_filters
-from ..ops.dense_crf.exact import split
 from ..ops.dense_crf.filters import Filter, normalized
 from . import utils
 
@@ -318,8 +318,8 @@ class _OfOne:
     def __call__(self, values: Tensor) -> Tensor:
         return self.batched(_longer(values, self.padding)[None])[0][: values.shape[0]]
 
-    def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return split(self(values))
+    def passes(self, values: Tensor) -> Passes:
+        return passes_of(self(values))
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "_OfOne":
         factors = (None if f is None else _longer(f[:, None], self.padding)[:, 0] for f in (before, after))

@@ -1,14 +1,11 @@
-"""The lattice's integers, its vertices of no point, and images side by side on threads."""
-
-import threading
+"""The lattice's integers and its vertices of no point, and the softmax over labels."""
 
 import numpy as np
 import pytest
 import torch
 
 import segfast.crf
-from segfast.functional import mean_field
-from segfast.ops.dense_crf import inference, lattice, threads
+from segfast.ops.dense_crf import inference, lattice
 from segfast.ops.dense_crf.lattice import Lattice, LatticeFilter
 
 from .test_dense_crf import energies, photo
@@ -26,20 +23,17 @@ def test_sorted_by_numpy_or_by_torch(monkeypatch, dim, scale):
     packed, widths = Lattice(features), []
 
     def spy(keys, most):
-        widths.append((most - 1).bit_length() + (keys.shape[1] - 1).bit_length())
-        return keys.sort(dim=1, stable=True)
+        widths.append((most - 1).bit_length() + (keys.numel() - 1).bit_length())
+        return keys.sort(stable=True)
 
-    monkeypatch.setattr(lattice, "_sorted_rows", spy)
+    monkeypatch.setattr(lattice, "sorted_keys", spy)
     assert same(Lattice(features), packed) and widths
 
 
 def test_keys_too_wide_to_carry_their_places_are_sorted_by_torch():
-    wide = torch.tensor([[7, 5, 5, 9], [2**61, 2**61 + 3, 2**61 + 1, 2**61]])
-    keys, places = lattice._sorted_rows(wide.clone(), 2**62)
-    narrow, narrow_places = lattice._sorted_rows(wide - torch.tensor([[0], [2**61 - 16]]), 32)
-    assert keys[0].tolist() == narrow[0].tolist() == [5, 5, 7, 9]
-    assert (keys[1] - 2**61).tolist() == (narrow[1] - 16).tolist() == [0, 0, 1, 3]
-    assert places.tolist() == narrow_places.tolist() == [[1, 2, 0, 3], [0, 3, 2, 1]]
+    for offset, most in ((0, 2**62), (2**61, 2**62), (0, 32)):
+        keys, places = lattice.sorted_keys(torch.tensor([7, 5, 5, 9]) + offset, most)
+        assert (keys - offset).tolist() == [5, 5, 7, 9] and places.tolist() == [1, 2, 0, 3]
 
 
 def test_origin_s_vertices_are_those_of_a_point_there_of_no_weight():
@@ -88,66 +82,6 @@ def test_odd_numbers_of_pixels_are_pydensecrf_s(monkeypatch, height):
         "segfast.ops.dense_crf.filters.Lattice", lambda features, with_origin: Lattice(features)
     )
     assert np.abs(probabilities(segfast.crf, method="lattice") - theirs).max() > 1e-3
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("method", ["lattice", "exact"])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_images_on_threads_are_images_one_by_one(two_threads, monkeypatch, method, mode):
-    unary, image = energies(5, 13, 11, batch=3), 255 * torch.rand(3, 3, 13, 11)
-    seen = set()
-    infer = inference.infer
-
-    def spy(*arguments):
-        seen.add(threading.current_thread().name)
-        return infer(*arguments)
-
-    monkeypatch.setattr("segfast.ops.dense_crf.compute.infer", spy)
-    with mode():
-        together = mean_field(unary, image, iterations=2, method=method)
-        assert threading.main_thread().name not in seen
-        alone = [mean_field(u, i, iterations=2, method=method) for u, i in zip(unary, image, strict=True)]
-    assert threading.main_thread().name in seen
-    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-6)
-
-
-def test_what_fails_on_a_thread_is_raised_and_the_threads_are_given_back(two_threads):
-    def fail(i):
-        raise ValueError(f"image {i}")
-
-    with pytest.raises(ValueError, match="image 0"):
-        threads.each_image(fail, 3)
-
-
-def test_each_thread_has_tables_of_its_own():
-    features, values = torch.rand(400, 3), torch.rand(8, 400, 6)
-    kernel = LatticeFilter(Lattice(features))
-    expected = [kernel(v) for v in values]
-    kept = []
-    other = threading.Thread(target=lambda: kept.append(hasattr(kernel._kept, "tables")))
-    other.start()
-    other.join()
-    assert hasattr(kernel._kept, "tables") and kept == [False]
-    found = [None] * len(values)
-
-    def run(i):
-        for _ in range(20):
-            found[i] = kernel(values[i])
-
-    workers = [threading.Thread(target=run, args=(i,)) for i in range(len(values))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("shift", [0.0, 90.0, -90.0, 1e4])

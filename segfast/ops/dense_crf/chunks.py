@@ -1,8 +1,44 @@
-"""Results are computed some rows at a time: a part of the cache, and enough work for a few threads."""
+"""Results are computed some rows at a time: a part of the cache, and pieces for a few threads."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .threads import Task
 
 _ROWS_AT_ONCE = 16384
 
 
+class Passes(NamedTuple):
+    """How a filter computes a result [N, C]."""
+
+    # Stages of tasks that do not depend on each other, to be done one stage after the other.
+    stages: list[list[Task]]
+    # What then returns the result's rows of a chunk, counted as by `chunks_of`.
+    part: Callable[[int], Tensor]
+    # Called when the result has been read.
+    end: Callable[[], None] = lambda: None
+
+
 def chunks_of(count: int) -> list[slice]:
-    """The rows 0 .. count in slices that every part of the dense CRF agrees on."""
-    return [slice(i, min(i + _ROWS_AT_ONCE, count)) for i in range(0, count, _ROWS_AT_ONCE)]
+    """The rows 0 .. count in slices that every part of the dense CRF agrees on.
+
+    Of many rows a multiple of eight slices, which two, four and eight threads share evenly.
+    """
+    if count < _ROWS_AT_ONCE // 4:
+        return pieces_of(count, 1)
+    chunks = max(2, -(-count // _ROWS_AT_ONCE))
+    return pieces_of(count, chunks if chunks == 2 else -(-chunks // 8) * 8)
+
+
+def pieces_of(count: int, most: int = 8) -> list[slice]:
+    """0 .. count in so many slices of about one size, none of them empty."""
+    pieces = min(count, most)
+    return [slice(count * i // pieces, count * (i + 1) // pieces) for i in range(pieces)]
+
+
+def passes_of(values: Tensor) -> Passes:
+    """Of a result [N, C] that is there."""
+    chunks = chunks_of(values.shape[0])
+    return Passes([], lambda chunk: values[chunks[chunk]])

@@ -25,7 +25,7 @@ from .filters import (
     grid_filter,
 )
 from .inference import Compatibility, Term, infer, unroll
-from .threads import each_image
+from .threads import each_image, on_threads
 
 
 def gaussian_filter(
@@ -150,9 +150,9 @@ def _image_by_image(energies: Tensor, size: tuple[int, int], crf: Crf, unrolls: 
         return (unroll if unrolls else infer)(energies[i], terms, crf.iterations)
 
     images = energies.shape[0]
-    if unrolls or energies.device.type != "cpu":
+    if unrolls:
         return torch.stack([one(i) for i in range(images)])
-    return torch.stack(each_image(one, images))
+    return torch.stack(on_threads(energies, lambda: each_image(one, images)))
 
 
 def _on_kernels(energies: Tensor, size: tuple[int, int], crf: Crf, unrolls: bool) -> Tensor:

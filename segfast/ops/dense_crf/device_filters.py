@@ -5,7 +5,7 @@ PyTorch's operations on its results, and autograd's to differentiate. K is symme
 transpose blurs in the other order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._operands import load_kernels
 from .backend import Thetas, choose_kernels_method
+from .chunks import Passes, passes_of
 from .filters import grid_features, normalizers
 from .lattice_gradient import simplex_weights
 
@@ -36,8 +37,8 @@ class DeviceFilter:
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "DeviceFilter":
         return DeviceFilter(self.plain, self.method, before, after)
 
-    def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return iter([self(values)])
+    def passes(self, values: Tensor) -> Passes:
+        return passes_of(self(values))
 
 
 def feature_filters(

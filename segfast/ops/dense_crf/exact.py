@@ -1,6 +1,7 @@
 """Exact Gaussian filtering: over all pairs of points in chunks, and, on a grid, one axis after the other."""
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._registry import is_traced
-from .chunks import chunks_of
+from .chunks import Passes, chunks_of, pieces_of
+from .threads import Task, each, on_threads
 
 # Standard deviations, one for each feature.
 Theta = Sequence[float] | Tensor
@@ -48,17 +50,32 @@ class AllPairsFilter:
     def __call__(self, values: Tensor) -> Tensor:
         return scale(_AllPairs.apply(scale(values, self.before), self.features, self), self.after)
 
-    def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return split(self(values))
+    def passes(self, values: Tensor) -> Passes:
+        values, out = scale(values, self.before), torch.empty_like(values)
+        chunks = chunks_of(values.shape[0])
+
+        def part(chunk: int) -> Tensor:
+            rows = chunks[chunk]
+            return out[rows] if self.after is None else out[rows] * self.after[rows, None]
+
+        return Passes([self._products(values, out)], part)
 
     def compute(self, values: Tensor) -> Tensor:
         """K times the values."""
         if is_traced():
             return torch.cat([kernel @ values for _, kernel in self._chunks()])
         out = torch.empty_like(values, memory_format=torch.contiguous_format)
-        for rows, kernel in self._chunks():
-            torch.matmul(kernel, values, out=out[rows])
+        on_threads(values, lambda: each(self._products(values, out)))
         return out
+
+    def _products(self, values: Tensor, out: Tensor) -> list[Task]:
+        """What is to be done for K times the values to be in `out`."""
+
+        def write(rows: slice) -> None:
+            for some, kernel in self._chunks(rows):
+                torch.matmul(kernel, values, out=out[some])
+
+        return [functools.partial(write, rows) for rows in pieces_of(values.shape[0])]
 
     def features_gradient(self, grad: Tensor, values: Tensor) -> Tensor:
         """The gradient of <grad, K values> in the features: [N, D].
@@ -67,13 +84,18 @@ class AllPairsFilter:
         """
         out = torch.empty_like(self._centred)
         left, right = torch.cat([grad, values], 1), torch.cat([values, grad], 1).T
-        shares = grad.new_empty(self._rows_at_once, right.shape[1])
-        for rows, kernel in self._chunks():
-            share = shares[: kernel.shape[0]]
-            torch.matmul(left[rows], right, out=share)
-            share = share.mul_(kernel).to(out.dtype)
-            torch.matmul(share, self._centred, out=out[rows])
-            out[rows] -= self._centred[rows] * share.sum(1, keepdim=True)
+
+        def write(some: slice) -> None:
+            shares = grad.new_empty(self._rows_at_once, right.shape[1])
+            for rows, kernel in self._chunks(some):
+                share = shares[: kernel.shape[0]]
+                torch.matmul(left[rows], right, out=share)
+                share = share.mul_(kernel).to(out.dtype)
+                torch.matmul(share, self._centred, out=out[rows])
+                out[rows] -= self._centred[rows] * share.sum(1, keepdim=True)
+
+        pieces = pieces_of(grad.shape[0])
+        on_threads(grad, lambda: each(functools.partial(write, some) for some in pieces))
         return out.to(self._dtype)
 
     @property
@@ -81,9 +103,10 @@ class AllPairsFilter:
         points = self._rows.shape[0]
         return max(1, min(points, _CHUNK // points))
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, of: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Rows of K, a chunk at a time, in buffers that the next chunk overwrites; traced, in new ones."""
         points, step = self._rows.shape[0], self._rows_at_once
+        of = slice(0, points) if of is None else of
         # Rounding may leave the exponent of two equal points a little above zero; far below it, where the
         # kernel no longer counts, denormal numbers would be slow.
         limits = math.log(torch.finfo(self._dtype).tiny) / 2, 0.0
@@ -92,8 +115,8 @@ class AllPairsFilter:
             exponents = self._rows.new_empty(step, points)
             same = self._rows.dtype == self._dtype
             kernels = self._rows.new_empty(0 if same else step, points, dtype=self._dtype)
-        for start in range(0, points, step):
-            rows = slice(start, min(start + step, points))
+        for start in range(of.start, of.stop, step):
+            rows = slice(start, min(start + step, of.stop))
             if traced:
                 yield rows, (self._rows[rows] @ self._columns).to(self._dtype).clamp(*limits).exp()
                 continue
@@ -162,12 +185,27 @@ class SeparableFilter:
         image = (self._down @ image.flatten(-2)).reshape(image.shape)
         return scale((self._across @ image).flatten(-3, -2), self.after)
 
-    def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return split(self(values))
+    def passes(self, values: Tensor) -> Passes:
+        height, width = self._down.shape[0], self._across.shape[0]
+        image = scale(values, self.before).reshape(height, -1)
+        between, out = torch.empty_like(image), torch.empty_like(image)
+        flat, chunks = out.view(values.shape), chunks_of(values.shape[0])
 
+        def down(rows: slice) -> None:
+            torch.matmul(self._down[rows], image, out=between[rows])
 
-def split(values: Tensor) -> Iterator[Tensor]:
-    return (values[rows] for rows in chunks_of(values.shape[0]))
+        def across(rows: slice) -> None:
+            for row in range(rows.start, rows.stop):
+                torch.matmul(self._across, between[row].view(width, -1), out=out[row].view(width, -1))
+
+        def part(chunk: int) -> Tensor:
+            rows = chunks[chunk]
+            return flat[rows] if self.after is None else flat[rows] * self.after[rows, None]
+
+        stages: list[list[Task]] = [
+            [functools.partial(axis, rows) for rows in pieces_of(height)] for axis in (down, across)
+        ]
+        return Passes(stages, part)
 
 
 def _toeplitz(count: int, sigma: float | Tensor, like: Tensor) -> Tensor:

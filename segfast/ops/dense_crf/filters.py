@@ -1,11 +1,11 @@
 """Which filter serves a term, and its normalisation."""
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .chunks import Passes
 from .exact import AllPairsFilter, SeparableFilter, Theta
 from .lattice import Lattice, LatticeFilter
 from .lattice_gradient import FeatureLatticeFilter
@@ -21,8 +21,8 @@ class Filter(Protocol):
 
     def __call__(self, values: Tensor) -> Tensor: ...
 
-    def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        """The same result by the slices of `chunks_of`, outside of autograd."""
+    def passes(self, values: Tensor) -> Passes:
+        """The same result outside of autograd."""
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "Filter": ...
 

@@ -4,6 +4,8 @@ Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gauss
 algorithm 1, with the conventions of its published code: a pixel sends itself a message too.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from .chunks import chunks_of
 from .filters import Filter
+from .threads import each, on_threads
 
 # A number w is Potts: -w on the diagonal, which up to a constant is w for each pair of different labels. A
 # vector [L] is the diagonal itself, a matrix [L, L] the whole: energies, entry (i, j) what i pays for j.
@@ -52,25 +55,41 @@ def unroll(unary: Tensor, terms: Sequence[Term], iterations: int) -> Tensor:
 
 def infer(unary: Tensor, terms: Sequence[Term], iterations: int) -> Tensor:
     """The probabilities [N, L] after so many updates, outside of autograd."""
-    q = start(unary)
-    spare = torch.empty_like(q)
-    for _ in range(iterations):
-        _step_by_chunks(q, unary, terms, spare)
-        q, spare = spare, q
-    return q
+
+    def run() -> Tensor:
+        q, spare = torch.empty_like(unary), torch.empty_like(unary)
+        each(functools.partial(_start, unary, q, rows) for rows in chunks_of(unary.shape[0]))
+        for _ in range(iterations):
+            _step_by_chunks(q, unary, terms, spare)
+            q, spare = spare, q
+        return q
+
+    return on_threads(unary, run)
+
+
+def _start(unary: Tensor, out: Tensor, rows: slice) -> None:
+    out[rows] = start(unary[rows])
 
 
 def _step_by_chunks(q: Tensor, unary: Tensor, terms: Sequence[Term], out: Tensor) -> None:
     """`step` written to `out`, some pixels at a time, whose messages do not leave the cache meanwhile."""
-    results = [term.filter.chunks(q) for term in terms]
-    for rows, *filtered in zip(chunks_of(q.shape[0]), *results, strict=True):
+    filters = [term.filter.passes(q) for term in terms]
+    # No term waits for another.
+    for stage in itertools.zip_longest(*[passes.stages for passes in filters], fillvalue=()):
+        each(itertools.chain(*stage))
+
+    def update(chunk: int, rows: slice) -> None:
         logits = -unary[rows]
-        for term, values in zip(terms, filtered, strict=True):
+        for term, passes in zip(terms, filters, strict=True):
             if _has_labels(term.compatibility):
-                logits -= apply_compatibility(term.compatibility, values)
+                logits -= apply_compatibility(term.compatibility, passes.part(chunk))
             else:
-                logits.add_(values, alpha=float(term.compatibility))
+                logits.add_(passes.part(chunk), alpha=float(term.compatibility))
         _softmax(logits, out[rows])
+
+    each(functools.partial(update, *numbered) for numbered in enumerate(chunks_of(q.shape[0])))
+    for passes in filters:
+        passes.end()
 
 
 def _softmax(logits: Tensor, out: Tensor) -> None:

@@ -9,16 +9,17 @@ constant to it, so that one sort finds the vertices and one binary search an axi
 is then a weighted sum of rows in a fixed order, which `embedding_bag` computes.
 """
 
+import functools
 import itertools
 import math
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import chunks_of
+from .chunks import Passes, chunks_of
+from .threads import Task, each, on_threads
 
 _MOST_BITS = 62
 
@@ -32,37 +33,76 @@ class Lattice:
     """
 
     def __init__(self, features: Tensor, with_origin: bool = False):
+        on_threads(features, functools.partial(self._build, features, with_origin))
+
+    def _build(self, features: Tensor, with_origin: bool) -> None:
         points, dim = features.shape
-        floor, rank, self.weights = _simplices(features)
+        floor, rank, self.weights = simplices(features)
         packing = _Packing(floor, with_origin)
         # One row a remainder, and the remainder is the highest part of a key.
-        keys, point = _sorted_rows(packing.vertices(floor, rank), packing.cells * (dim + 1))
-        keys = keys.flatten()
-        first = torch.ones_like(keys, dtype=torch.bool)
-        torch.ne(keys[1:], keys[:-1], out=first[1:])
-        starts = first.nonzero().flatten()
+        keys = torch.empty_like(floor)
+        each(functools.partial(packing.vertices, floor, rank, keys, rows) for rows in chunks_of(points))
+        remainders = [_Remainder(row, packing.cells * (dim + 1)) for row in keys]
+        each(remainder.sort for remainder in remainders)
+        del floor, rank, keys
+        firsts = [remainder.starts.numel() for remainder in remainders]
+        keys = torch.cat([remainder.keys for remainder in remainders])
+        starts = torch.cat([remainder.starts + i * points for i, remainder in enumerate(remainders)])
         index_type = torch.int32 if points * (dim + 1) < 2**31 else torch.int64
-        vertex = first.cumsum(0, dtype=index_type).sub_(1)
-        keys = keys[starts]
+        moved = torch.arange(keys.numel(), device=keys.device, dtype=index_type)
         if with_origin:
-            keys, starts, moved = _inserted(keys, starts, packing.origin(), vertex.numel())
-            vertex = moved.to(index_type)[vertex]
+            keys, starts, moved = _inserted(keys, starts, packing.origin(), points * (dim + 1))
+            moved = moved.to(index_type)
 
         self.dim, self.vertices = dim, starts.numel()
-        remainders = torch.arange(dim + 1, device=point.device)[:, None]
         # Where in the weights, taken as one row, those of the sorted vertices are.
-        self.order = (point * (dim + 1) + remainders).flatten()
+        self.order = torch.empty(dim + 1, points, device=keys.device, dtype=torch.int64)
+        splat = torch.empty(dim + 1, points, device=keys.device, dtype=index_type)
+        vertex = torch.empty(points, dim + 1, device=keys.device, dtype=index_type)
+        neighbours = [
+            torch.empty(self.vertices + 1, 3, device=keys.device, dtype=index_type) for _ in range(dim + 1)
+        ]
+        each(
+            [functools.partial(packing.neighbours, keys, i, out) for i, out in enumerate(neighbours)]
+            + [
+                functools.partial(remainder.place, i, of, splat[i], self.order[i], vertex[:, i])
+                for i, (remainder, of) in enumerate(zip(remainders, moved.split(firsts), strict=True))
+            ]
+        )
+        self.order = self.order.flatten()
         # Splat: the bag of a vertex holds its points, in their order. Slice: the bag of a point its vertices.
         ends = torch.cat([starts, starts.new_tensor([self.order.numel()] * 2)]).to(index_type)
-        self.splat = Bags(point.flatten().to(index_type), ends)
-        vertex = torch.empty_like(vertex).view(point.shape).scatter_(1, point, vertex.view(point.shape))
-        counting = torch.arange(max(points, self.vertices + 1) + 1, device=point.device, dtype=index_type)
-        self.slice = Bags(vertex.T.flatten(), counting[: points + 1] * (dim + 1))
+        self.splat = Bags(splat.flatten(), ends)
+        counting = torch.arange(max(points, self.vertices + 1) + 1, device=keys.device, dtype=index_type)
+        self.slice = Bags(vertex.flatten(), counting[: points + 1] * (dim + 1))
         ends = counting[: self.vertices + 2] * 3
-        self.blurs = [
-            Bags(packing.neighbours(keys, axis, index_type).flatten(), ends) for axis in range(dim + 1)
-        ]
+        self.blurs = [Bags(rows.flatten(), ends) for rows in neighbours]
         self.blur_weights = features.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1)
+
+
+class _Remainder:
+    """The vertices of one remainder: keys [N], one a point, which `sort` overwrites."""
+
+    def __init__(self, keys: Tensor, most: int):
+        self.keys, self._most = keys, most
+
+    def sort(self) -> None:
+        """The keys in ascending order, each once; where its points start, which are in their order."""
+        keys, self._points = sorted_keys(self.keys, self._most)
+        first = torch.ones_like(keys, dtype=torch.bool)
+        torch.ne(keys[1:], keys[:-1], out=first[1:])
+        self.starts = first.nonzero().flatten()
+        self._vertex = first.cumsum(0).sub_(1)
+        self.keys = keys[self.starts]
+
+    def place(self, remainder: int, moved: Tensor, splat: Tensor, order: Tensor, vertex: Tensor) -> None:
+        """Writes [N] each: the points by vertices, where their weights are, and of each point the vertex.
+
+        moved: the places of the vertices among all.
+        """
+        splat.copy_(self._points)
+        torch.add(self._points * vertex.stride(0), remainder, out=order)
+        vertex[self._points] = moved[self._vertex]
 
 
 class Bags:
@@ -77,28 +117,48 @@ class Bags:
             ends[chunk.start : chunk.stop + 1] - low for chunk, low in zip(self.chunks, bounds, strict=False)
         ]
 
-    def sums(self, table: Tensor, weights: Tensor) -> Iterator[Tensor]:
-        """The weighted sums, a chunk of rows at a time."""
-        for used, ends in zip(self._used, self._ends, strict=True):
-            rows, factors = self.rows[used], weights[used]
-            yield torch.embedding_bag(table, rows, ends, False, 0, False, factors, include_last_offset=True)[
-                0
-            ]
+    def part(self, chunk: int, table: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sums of a chunk of rows."""
+        used = self._used[chunk]
+        rows, ends, factors = self.rows[used], self._ends[chunk], weights[used]
+        return torch.embedding_bag(table, rows, ends, False, 0, False, factors, include_last_offset=True)[0]
+
+    def parts(self, table: Tensor, weights: Tensor, out: Tensor) -> list[Task]:
+        """What is to be done for all weighted sums to be in `out`."""
+
+        part = functools.partial(self.part, table=table, weights=weights)
+        return [functools.partial(_write, out, part, *numbered) for numbered in enumerate(self.chunks)]
 
     def sum(self, table: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """All of them."""
         if out is None:
             out = table.new_empty(self.count, table.shape[1])
-        for chunk, summed in zip(self.chunks, self.sums(table, weights), strict=True):
-            out[chunk] = summed
+        each(self.parts(table, weights, out))
         return out
 
 
-def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _write(out: Tensor, part: Callable[[int], Tensor], chunk: int, rows: slice) -> None:
+    out[rows] = part(chunk)
+
+
+def simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of every point, the vertex of remainder 0, the rank of each coordinate, the barycentric weights.
 
     The first two are [D + 1, N] integers, the vertex in units of D + 1; the weights are [N, D + 1].
     """
+    points, dim = features.shape
+    floor = torch.empty(dim + 1, points, device=features.device, dtype=torch.int64)
+    rank, weights = torch.empty_like(floor), features.new_empty(points, dim + 1)
+
+    def write(rows: slice) -> None:
+        floor[:, rows], rank[:, rows], weights[rows] = _simplices(features[rows])
+
+    each(functools.partial(write, rows) for rows in chunks_of(points))
+    return floor, rank, weights
+
+
+def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`simplices`, of a chunk of points."""
     dim = features.shape[1]
     rounded = np.float64 if features.dtype == torch.float64 else np.float32
     # The blur spreads by this standard deviation (section 3.1 there); float32 constants as densecrf has them.
@@ -137,7 +197,7 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     falling = torch.empty_like(rest).scatter_(0, dim - place, rest)
     torch.sub(falling[1:], falling[:-1], out=rest[1:])
     torch.add(1 - falling[-1], falling[0], out=rest[0])
-    return floor.to(torch.int64), place, rest.T.contiguous()
+    return floor, place, rest.T
 
 
 class _Packing:
@@ -165,23 +225,24 @@ class _Packing:
         self._stride = floor.new_tensor(self.strides)[:, None]
         self._lowest = low[:, None] - 2
 
-    def vertices(self, floor: Tensor, rank: Tensor) -> Tensor:
-        """[D + 1, N] keys: the vertices of all remainders of simplices as `_simplices` describes them."""
-        keys = torch.empty_like(floor)
+    def vertices(self, floor: Tensor, rank: Tensor, out: Tensor, rows: slice) -> None:
+        """Writes [D + 1, N] keys: the vertices of all remainders of simplices as `simplices` has them."""
+        floor, rank, keys = floor[:, rows], rank[:, rows], out[:, rows]
         torch.sum((floor - self._lowest) * self._stride, 0, out=keys[0])
         # From remainder r to r + 1, all coordinates grow by 1 but the one of rank D - r, which falls by D.
         falls = torch.empty_like(floor).scatter_(0, rank, (self._stride - self.cells).expand_as(rank))
         for remainder in range(self.dim):
             torch.sub(keys[remainder], falls[self.dim - remainder], out=keys[remainder + 1])
-        return keys
 
     def origin(self) -> Tensor:
         """[D + 1] keys, ascending: the vertices of the simplex that the point zero lies in."""
         floor = torch.zeros_like(self._lowest)
-        return self.vertices(floor, torch.arange(self.dim + 1, device=floor.device)[:, None]).flatten()
+        keys = torch.empty_like(floor)
+        self.vertices(floor, torch.arange(self.dim + 1, device=floor.device)[:, None], keys, slice(0, 1))
+        return keys.flatten()
 
-    def neighbours(self, keys: Tensor, axis: int, index_type: torch.dtype) -> Tensor:
-        """[V + 1, 3]: each vertex and its two neighbours along an axis; where none is V, a row of zeros."""
+    def neighbours(self, keys: Tensor, axis: int, rows: Tensor) -> None:
+        """Writes [V + 1, 3]: each vertex and its two neighbours along an axis; where none is, V: zeros."""
         count = keys.numel()
         # One axis grows by D, the others fall by 1: from remainder r to r - 1, and from 0 to D.
         wanted = keys + (self.strides[axis] - self.cells)
@@ -189,28 +250,27 @@ class _Packing:
         wanted[:lowest] += self.cells * (self.dim + 1) - sum(self.strides)
         position = _places(keys, wanted).clamp_(max=count - 1)
         position = torch.where(keys.index_select(0, position) == wanted, position, count)
-        own = torch.arange(count, device=keys.device, dtype=index_type)
-        rows = torch.full((count + 1, 3), count, device=keys.device, dtype=index_type)
+        own = torch.arange(count, device=keys.device, dtype=rows.dtype)
+        rows.fill_(count)
         rows[:-1, 0] = own
         rows[:-1, 1] = position
         rows[:, 2].scatter_(0, position, own)
         # Those without a neighbour wrote here.
         rows[-1, 2] = count
-        return rows
 
 
-def _sorted_rows(keys: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The rows of keys [R, N] below `most` in ascending order, and where each was; equal ones in that order.
+def sorted_keys(keys: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The keys [N] below `most` in ascending order, and where each was; equal ones in that order.
 
     Overwrites the keys.
     """
-    bits = (keys.shape[1] - 1).bit_length()
+    bits = (keys.numel() - 1).bit_length()
     if keys.device.type != "cpu" or (most - 1).bit_length() + bits > 63:
-        return keys.sort(dim=1, stable=True)
+        return keys.sort(stable=True)
     # NumPy has a faster sort of plain integers than PyTorch has of integers with their places.
     keys <<= bits
-    keys |= torch.arange(keys.shape[1], device=keys.device)
-    keys.numpy().sort(axis=1)
+    keys |= torch.arange(keys.numel(), device=keys.device)
+    keys.numpy().sort()
     places = keys & ((1 << bits) - 1)
     keys >>= bits
     return keys, places
@@ -259,14 +319,15 @@ class LatticeFilter:
         alpha = 1 / (1 + 2.0**-lattice.dim)
         self._slice_weights = (weights * (alpha if after is None else after[:, None] * alpha)).flatten()
         self._transposed: LatticeFilter | None = None
-        # Kept from call to call: fresh memory has to be mapped first. One pair a thread.
-        self._kept = threading.local()
+        # Tables kept from call to call, since fresh memory has to be mapped first: a pair for each call that
+        # there was at once.
+        self._kept: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_kept"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state, _kept=threading.local())
+        vars(self).update(state, _kept=[])
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "LatticeFilter":
         return LatticeFilter(self.lattice, before, after, self.reverse)
@@ -280,24 +341,32 @@ class LatticeFilter:
     def __call__(self, values: Tensor) -> Tensor:
         return _LatticeFilter.apply(values, self)
 
-    def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return self.lattice.slice.sums(self._blurred(values), self._slice_weights)
+    def passes(self, values: Tensor) -> Passes:
+        lattice = self.lattice
+        tables = self._kept.pop() if self._kept else None
+        if tables is None or tables.shape[2] != values.shape[1]:
+            # The vertices' values [V + 1, C], the last row zero.
+            tables = values.new_empty(2, lattice.vertices + 1, values.shape[1])
+        now, spare = tables
+        stages = [lattice.splat.parts(values.contiguous(), self._splat_weights, now)]
+        for blur in reversed(lattice.blurs) if self.reverse else lattice.blurs:
+            stages.append(blur.parts(now, lattice.blur_weights, spare))
+            now, spare = spare, now
+        part = functools.partial(lattice.slice.part, table=now, weights=self._slice_weights)
+        return Passes(stages, part, functools.partial(self._kept.append, tables))
 
     def compute(self, values: Tensor) -> Tensor:
-        return self.lattice.slice.sum(self._blurred(values), self._slice_weights)
+        def run() -> Tensor:
+            stages, part, end = self.passes(values)
+            for stage in stages:
+                each(stage)
+            out = torch.empty_like(values, memory_format=torch.contiguous_format)
+            chunks = enumerate(self.lattice.slice.chunks)
+            each(functools.partial(_write, out, part, *numbered) for numbered in chunks)
+            end()
+            return out
 
-    def _blurred(self, values: Tensor) -> Tensor:
-        """The vertices' values [V + 1, C], the last row zero."""
-        lattice = self.lattice
-        tables = getattr(self._kept, "tables", None)
-        if tables is None or tables.shape[2] != values.shape[1]:
-            tables = self._kept.tables = values.new_empty(2, lattice.vertices + 1, values.shape[1])
-        now, spare = tables
-        lattice.splat.sum(values.contiguous(), self._splat_weights, now)
-        for blur in reversed(lattice.blurs) if self.reverse else lattice.blurs:
-            blur.sum(now, lattice.blur_weights, spare)
-            now, spare = spare, now
-        return now
+        return on_threads(values, run)
 
 
 class _LatticeFilter(torch.autograd.Function):

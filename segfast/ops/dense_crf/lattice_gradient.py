@@ -6,13 +6,13 @@ and its vertices stay. The filter is thus piecewise smooth in the features, and 
 
 import copy
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .exact import scale, split
-from .lattice import Lattice, LatticeFilter, _simplices
+from .chunks import Passes, passes_of
+from .exact import scale
+from .lattice import Lattice, LatticeFilter, simplices
 
 
 class FeatureLatticeFilter:
@@ -35,8 +35,8 @@ class FeatureLatticeFilter:
     def __call__(self, values: Tensor) -> Tensor:
         return scale(_Filter.apply(scale(values, self.before), self._weights, self._plain), self.after)
 
-    def chunks(self, values: Tensor) -> Iterator[Tensor]:
-        return split(self(values))
+    def passes(self, values: Tensor) -> Passes:
+        return passes_of(self(values))
 
 
 def simplex_weights(features: Tensor, weights: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class _Weights(torch.autograd.Function):
         # rank D - r less that of the next rank, both in units of D + 1.
         (features,) = ctx.saved_tensors
         dim = features.shape[1]
-        rank = _simplices(features.detach())[1].T
+        rank = simplices(features.detach())[1].T
         elevated = (grad - grad.roll(-1, 1)).gather(1, dim - rank) / (dim + 1)
         # Coordinate i of the elevated point: the scaled features from i on, less i times the one before.
         # (Not by cumsum, which is not deterministic on a GPU.)
