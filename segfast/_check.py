@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._errors import UserError
-from ._load_model import FORMS, describe, input_channels, load_model, parse_device, parse_dtype, parse_size
+from ._errors import UserError, describe
+from ._load_model import FORMS, input_channels, load_model, parse_device, parse_dtype, parse_size
 from ._optimize import Report, optimize, report
 from ._table import format_table
 from ._timing import Timing, interleave

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._errors import UserError
+from ._errors import UserError, describe
 
 FORMS = "segfast:unet, path/to/file.py:factory, torchvision:NAME, smp:NAME, timm:NAME"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -67,12 +67,6 @@ def input_channels(model: nn.Module) -> int:
         if isinstance(module, nn.Conv2d):
             return module.in_channels
     raise UserError("the model has no Conv2d to tell its input channels by; give --channels")
-
-
-def describe(error: BaseException) -> str:
-    """An exception's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _segfast(name: str) -> Callable[[], Any]:

@@ -89,6 +89,9 @@ def model_name(model: nn.Module) -> str:
 def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename the keys of another code base's checkpoint to those of `model`, for `model.load_state_dict`.
 
+    The checkpoint may hold the weights under "state_dict" or "model", beside an epoch and an optimizer, and
+    its keys what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put into them.
+
     For `UNet`: the layout of `milesial/Pytorch-UNet` (`inc.double_conv.0.weight`, ..., `outc.conv.bias`);
     entries that are not tensors are dropped. A padded `model` then computes what that network does at every
     size: its `config["zero_pad_up"]` is set to True, which a `UNet` that is to read the renamed weights by
@@ -105,9 +108,9 @@ def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[st
     Keys that already are the model's own come back unchanged.
 
     Raises:
-        ValueError: the bilinear U-Net (it has no up-convolution), unknown or missing keys, or other sizes
-            than the model's.
-        TypeError: the model has no foreign layout to read.
+        ValueError: the bilinear U-Net (it has no up-convolution), unknown or missing keys, no tensors at all,
+            or other sizes than the model's.
+        TypeError: the model has no foreign layout to read, or the checkpoint is no mapping.
     """
     remap = getattr(model, "remap_state_dict", None)
     if remap is None:

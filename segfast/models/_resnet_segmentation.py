@@ -10,7 +10,7 @@ from segfast.nn import Conv2d
 from segfast.nn._chains import run_layers
 from segfast.nn._norm import FoldsNorms
 
-from ._base import SegmentationModel, tensors
+from ._base import SegmentationModel, tensors, unlike
 from .encoders import ResNetEncoder
 
 OUTPUT_STRIDES = (8, 16)
@@ -109,8 +109,7 @@ class ResNetSegmentation(SegmentationModel):
             aux = {key: value for key, value in own.items() if key.startswith("aux_classifier.")}
             state = aux | state
             if state.keys() != own.keys():
-                unlike = ", ".join(sorted(state.keys() ^ own.keys())[:3])
-                raise ValueError(f"the checkpoint is of another network, different in {unlike}, ...")
+                raise ValueError(f"the checkpoint is of another network: {unlike(state, own)}")
             return state
         backbone = self.backbone.remap_state_dict(state)
         return own | {f"backbone.{key}": value for key, value in backbone.items()}

@@ -18,7 +18,7 @@ from segfast.nn._norm import FoldsNorms, PooledBatchNorm2d
 from segfast.nn._pair import Pair, only_forward, pays
 from segfast.nn._pyramid import Pyramid
 
-from ._base import SegmentationModel, tensors
+from ._base import SegmentationModel, tensors, unlike
 from ._layers import conv_norm_activation
 from .encoders import Encoder, MobileNetV2Encoder, Xception65Encoder
 
@@ -187,9 +187,8 @@ class DeepLabV3Plus(SegmentationModel):
             return state
         in_encoder = [key.startswith("encoder.") for key in state]
         if any(in_encoder) and not all(in_encoder):
-            unlike = ", ".join(sorted(state.keys() ^ own.keys())[:3])
             raise ValueError(
-                f"the checkpoint is of another network with an encoder, different in {unlike}, ...; "
+                f"the checkpoint is of another network with an encoder: {unlike(state, own)}; "
                 "to read that encoder alone, remap and load into `model.encoder`"
             )
         encoder = self.encoder.remap_state_dict(state)

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from segfast._errors import UserError
+from segfast._errors import UserError, describe
 from segfast._files import atomic_write
 from segfast.models import SegmentationModel, create, model_name
 
 HEADER = "segfast"
+# What to do with another program's checkpoint.
+_FOREIGN = "other weights: segfast.models.remap_state_dict, load_state_dict, segfast.train.save_checkpoint"
 
 
 def save_checkpoint(model: SegmentationModel, path: str | os.PathLike) -> None:
@@ -46,16 +48,17 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # SafetensorError, OSError
-        raise UserError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not a readable safetensors file ({describe(error)}); {_FOREIGN}") from error
     if HEADER not in metadata:
-        raise UserError(f"{path}: no segfast model in the file's header; `segfast train` writes one")
+        seen = ", ".join(sorted(state)[:3]) or "nothing"
+        raise UserError(f"{path}: no segfast model in the file's header, but {seen}, ...; {_FOREIGN}")
     try:
         header = json.loads(metadata[HEADER])
         model = create(header["model"], **header["config"])
         model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of the JSON, of the constructor, of the sizes
         raise UserError(
-            f"{path}: the weights do not fit the model in the header ({str(error).splitlines()[0]})"
+            f"{path}: the weights do not fit the model in the header ({describe(error)})"
         ) from error
     return model.eval().to(device)
 

@@ -238,7 +238,7 @@ class TestCheckpoints:
         }
 
     def test_of_another_network(self):
-        with pytest.raises(ValueError, match=r"another network, different in classifier\.0\.bias"):
+        with pytest.raises(ValueError, match=r"another network: it has classifier\.0\.bias"):
             state = self.build().state_dict() | {"classifier.0.bias": torch.zeros(1)}
             remap_state_dict(state, self.build())
         with pytest.raises(

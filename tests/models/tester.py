@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import segfast
-from segfast.models import SegmentationModel, create, list_models
+from segfast.models import SegmentationModel, create, list_models, remap_state_dict
 from segfast.models._base import main_scores
 from segfast.train import load_checkpoint, predict, save_checkpoint
 from segfast.train._loop import cross_entropy
@@ -138,6 +138,35 @@ class ModelTester:
         loaded = load_checkpoint(tmp_path / "model.safetensors")
         assert type(loaded) is type(model) and loaded.config == model.config
         torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        "prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."]
+    )
+    @pytest.mark.parametrize("inside", [None, "state_dict", "model"])
+    def test_own_weights_as_training_scripts_keep_them(self, prefix, inside):
+        model = self.build()
+        state = {prefix + name: value for name, value in model.state_dict().items()}
+        if inside is not None:
+            state = {"epoch": 3, inside: state, "optimizer": {"state": {}}, "best": torch.tensor(0.5)}
+        found = remap_state_dict(state, self.build())
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+
+    def test_what_is_no_checkpoint_of_it_is_named(self):
+        model = self.build()
+        for state, message in (
+            (
+                {"weights": {"a": torch.zeros(1)}, "epoch": 3},
+                r"holds no tensors; it has 'weights' \(a dict\)",
+            ),
+            ({}, "holds no tensors; it has nothing"),
+            ({"state_dict": {"up7.weight": torch.zeros(1)}}, r"up7\.weight"),
+            ({"module.a": torch.zeros(1), "a": torch.zeros(1)}, "has a twice"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                remap_state_dict(state, model)
+        with pytest.raises(TypeError, match="mapping of names to tensors, got Linear"):
+            remap_state_dict(nn.Linear(1, 1), model)
 
     def test_deepcopy_and_pickle(self):
         model = self.build().eval()

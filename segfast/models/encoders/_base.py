@@ -52,9 +52,9 @@ class Encoder(nn.Module):
     def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `segfast.models.remap_state_dict`.
 
-        Reads the encoder's own keys and those of the published classifiers, with or without `module.` in
-        front. A classifier's head is dropped, and of a network with an `encoder.` only that is read. Where a
-        checkpoint is older than the counters `num_batches_tracked`, the encoder's are kept.
+        Reads the encoder's own keys and those of the published classifiers. A classifier's head is dropped,
+        and of a network with an `encoder.` only that is read. Where a checkpoint is older than the counters
+        `num_batches_tracked`, the encoder's are kept.
         """
         state = tensors(state_dict)
         if any(key.startswith("encoder.") for key in state):
