@@ -195,7 +195,7 @@ def make_zoned(
         "BLOCK_K": config.block_k,
     }
     plan = Plan(_conv2d_zoned_kernel, (len(starts) - 1,), scalars, constants, config)
-    work, ends = (torch.tensor(t, dtype=torch.int32).to(x.device) for t in (rows, starts))
+    work, ends = (torch.tensor(t, dtype=torch.int32, device="cpu").to(x.device) for t in (rows, starts))
     return Zoned(plan, work, ends, split, activation, slope)
 
 

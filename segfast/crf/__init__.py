@@ -92,7 +92,8 @@ class DenseCRF:
         tolerance: for "exact" on our kernels, the share of a point's weights that may be skipped, in pairs
             too far apart to matter: `segfast.functional.gaussian_filter`.
 
-    It computes on what was torch's default device when it was made; arrays come from and go to the CPU.
+    It computes on what was torch's default device when it was made (for "meta" on the CPU); arrays come from
+    and go to the CPU.
 
     Example:
         >>> import numpy as np, segfast.crf as dcrf
@@ -109,7 +110,9 @@ class DenseCRF:
         self._nvar, self._nlabel = _count(nvar, "nvar"), _count(nlabels, "nlabels")
         check_options(method, None)
         self._tolerance = check_tolerance(tolerance)
-        self._method, self._device = method, torch.get_default_device()
+        self._method, device = method, torch.get_default_device()
+        # On meta there would be no numbers to give back.
+        self._device = torch.device("cpu") if device.type == "meta" else device
         self._unary: Tensor | None = None
         self._terms: list[dense_crf.Term] = []
 
@@ -212,12 +215,12 @@ class DenseCRF:
 
     def _on_kernels(self, dim: int) -> bool:
         """Whether a filter of so many features runs our kernels."""
-        like = torch.empty(1, device=self._device).expand(1, self._nvar, self._nlabel)
+        like = torch.empty(1, dtype=torch.float32, device=self._device).expand(1, self._nvar, self._nlabel)
         return can_use_kernels("mean_field", like, self._nlabel, dim)
 
     def _energies(self) -> Tensor:
         if self._unary is None:
-            return torch.zeros(self._nvar, self._nlabel, device=self._device)
+            return torch.zeros(self._nvar, self._nlabel, dtype=torch.float32, device=self._device)
         return self._unary
 
     def _probabilities(self, Q: ArrayLike) -> Tensor:
@@ -273,7 +276,8 @@ class DenseCRF2D(DenseCRF):
         """Adds a term of the places alone; sxy in pixels, one standard deviation or (along x, along y)."""
         name, compatibility = self._options(compat, kernel, normalization)
         theta = positive(sxy, "sxy", 2)
-        size, like = (self._h, self._w), torch.empty(1, 0, 0, device=self._device)
+        size = self._h, self._w
+        like = torch.empty(1, 0, 0, dtype=torch.float32, device=self._device)
         with torch.no_grad():
             if self._on_kernels(2):
                 grid: Filter = _OfOne(grid_filters(size, theta, self._method, name, like))

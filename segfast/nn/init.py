@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def bilinear_kernel(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def bilinear_kernel(
+    size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Tensor:
     """The 1-D kernel [size] of bilinear interpolation, as FCN initialises its upsampling (Long et al. 2015).
 
     Example:
@@ -13,7 +15,7 @@ def bilinear_kernel(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     factor = (size + 1) // 2
     centre = factor - 1 if size % 2 else factor - 0.5
-    return 1 - (torch.arange(size, dtype=dtype) - centre).abs() / factor
+    return 1 - (torch.arange(size, dtype=dtype, device=device) - centre).abs() / factor
 
 
 @torch.no_grad()
@@ -38,8 +40,7 @@ def bilinear_(weight: Tensor) -> Tensor:
             "weight must be [C, C, kH, kW], or [C, 1, kH, kW] with one filter a channel, "
             f"got {list(weight.shape)}"
         )
-    rows = bilinear_kernel(weight.shape[2], torch.float64)
-    columns = bilinear_kernel(weight.shape[3], torch.float64)
+    rows, columns = (bilinear_kernel(n, torch.float64, "cpu") for n in weight.shape[2:])
     filters = torch.outer(rows, columns).to(weight)
     weight.zero_()
     each = torch.arange(weight.shape[0], device=weight.device)

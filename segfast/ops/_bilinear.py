@@ -65,7 +65,7 @@ def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dila
     flat = diagonal.reshape(channels, -1)
     peak = flat.abs().argmax(1)
     value = flat.gather(1, peak[:, None])
-    each = torch.arange(channels)
+    each = torch.arange(channels, device=weight.device)
     columns = diagonal[each, peak // kernel_w]  # the row through the largest weight
     rows = diagonal[each, :, peak % kernel_w] / torch.where(value == 0, 1, value)
     if not torch.isfinite(flat).all():

@@ -42,7 +42,7 @@ class PatchSampler:
         self.size = size
         self.batch_size = batch_size
         self.augment = augment
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """A batch: float32 `[N, C, size, size]` and int64 `[N, size, size]`."""
@@ -50,10 +50,17 @@ class PatchSampler:
         return torch.stack(images), torch.stack(targets)
 
     def _uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=self.generator).item()
+        draw = torch.rand((), generator=self.generator, dtype=torch.float32, device="cpu")
+        return low + (high - low) * draw.item()
+
+    def _normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+
+    def _below(self, end: int) -> int:
+        return int(torch.randint(end, (), generator=self.generator, device="cpu"))
 
     def _patch(self) -> Sample:
-        index = int(torch.randint(len(self.samples), (), generator=self.generator))
+        index = self._below(len(self.samples))
         image, target = self.samples[index]
         grid = self._grid(*target.shape)[None]
         patch = _read(image, grid, "bilinear")
@@ -63,7 +70,7 @@ class PatchSampler:
 
     def _grid(self, height: int, width: int) -> Tensor:
         """Where each pixel of a patch is read, `[size, size, 2]`, x and y in [-1, 1] over the image."""
-        offsets = torch.arange(self.size, dtype=torch.float32) - (self.size - 1) / 2
+        offsets = torch.arange(self.size, dtype=torch.float32, device="cpu") - (self.size - 1) / 2
         y, x = torch.meshgrid(offsets, offsets, indexing="ij")
         if self.augment:
             angle, scale = self._uniform(0, 2 * math.pi), 2 ** self._uniform(-0.32, 0.32)
@@ -82,11 +89,11 @@ class PatchSampler:
         room = length - self.size
         if room <= 0:
             return (length - 1) / 2
-        return half + int(torch.randint(room + 1, (), generator=self.generator))
+        return half + self._below(room + 1)
 
     def _displacement(self) -> Tensor:
         nodes = max(2, self.size // ELASTIC_SPACING + 1)
-        coarse = ELASTIC_SIGMA * torch.randn(1, 2, nodes, nodes, generator=self.generator)
+        coarse = ELASTIC_SIGMA * self._normal((1, 2, nodes, nodes))
         return F.interpolate(coarse, size=(self.size, self.size), mode="bicubic", align_corners=True)[0]
 
     def _intensity(self, patch: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ class PatchSampler:
             self._uniform(-0.05, 0.05),
             2 ** self._uniform(-0.5, 0.5),
         )
-        noise = self._uniform(0, 0.03) * torch.randn(patch.shape, generator=self.generator)
+        noise = self._uniform(0, 0.03) * self._normal(patch.shape)
         return gain * patch.clamp(0, 1) ** gamma + offset + noise
 
 

@@ -103,8 +103,9 @@ def fit(
         FloatingPointError: the loss is not finite.
     """
     options = options or Options()
-    device = next(model.parameters()).device
-    weight = None if options.class_weights is None else torch.tensor(options.class_weights, device=device)
+    like = next(model.parameters())
+    device = like.device
+    weight = None if options.class_weights is None else like.new_tensor(options.class_weights)
     optimizer = make_optimizer(model, options)
     model.train()
     losses = []
@@ -128,7 +129,7 @@ def fit(
 
 def evaluate(model: nn.Module, samples: Iterable[Sample], num_classes: int) -> Scores:
     """IoU per class and their mean over all pixels of `samples`, each predicted whole (see `predict`)."""
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device="cpu")
     for image, target in samples:
         confusion += confusion_matrix(predict(model, image), target, num_classes)
     return scores(confusion)

@@ -63,7 +63,7 @@ def _positions(size: int, out_size: int, mode: str, align_corners: bool, scale: 
     if mode == "nearest":
         # ATen looks at no factor where the size stays or doubles, and always computes in fp32.
         exact = out_size in (size, 2 * size)
-        step = torch.tensor(size / out_size, device="cpu") if exact else ratio().float()
+        step = torch.tensor(size / out_size, dtype=torch.float32, device="cpu") if exact else ratio().float()
         low = (position.float() * step).floor().long().clamp_(max=size - 1)
         return low, torch.zeros(out_size, dtype=precise, device="cpu")
     if align_corners:
