@@ -8,7 +8,8 @@ import torch
 from benchmarks.environment import environment
 from benchmarks.rows import make_row
 from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
-from benchmarks.timing import Skipped
+from benchmarks.timing import Measurement, Skipped
+from segfast._timing import interleave
 
 SECONDS = 1.0  # of timing, each case
 ROWS = pytest.StashKey[list]()
@@ -59,6 +60,23 @@ class Comparison:
         bad = [m for m in results if m.ours and m.status not in ("ok", "skipped")]
         assert not bad, bad
         return results
+
+    def side_by_side(self, case, runs, notes=None, seconds=SECONDS):
+        """Time calls by their candidates' names, "segfast" being ours, whose results the test has compared.
+
+        Without --benchmark nothing is timed. The report shows the ratio; no test fails for it.
+        """
+        self.benchmark.extra_info["case"] = case.key
+        self.benchmark.pedantic(runs["segfast"], rounds=5 if self.proper else 1)
+        if self.proper:
+            times = interleave(runs, self.device, budget_s=seconds, min_rounds=3)
+            self.keep(
+                case,
+                [
+                    Measurement(name, name == "segfast", "ok", (notes or {}).get(name, ""), timing=timed)
+                    for name, timed in times.items()
+                ],
+            )
 
     def keep(self, case, results):
         """Add the rows of measurements to the report."""

@@ -1,11 +1,12 @@
 """What a call of segfast costs on the host beyond the plain ATen op, on tiny tensors, in microseconds.
 
-`python -m benchmarks.overhead` prints JSON. Our kernels' launches are recorded instead of made: so it works
-on CPU tensors under `TRITON_INTERPRET=1`; without that, the way from "auto" to ATen is measured.
+`python -m benchmarks.overhead [ROUNDS]` prints JSON. Our kernels' launches are recorded instead of made:
+so it works on CPU tensors under `TRITON_INTERPRET=1`; without that, the way from "auto" to ATen is measured.
 """
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -13,28 +14,33 @@ import torch
 import torch.nn.functional as F
 
 import segfast
+from segfast._timing import quantiles
 from segfast.kernels import interpreting, record_launches
 
 ROUNDS, CALLS = 150, 40
+Quantiles = tuple[float, float, float]
 
 
-def lowest(
-    runs: dict[str, Callable[[], object]], between: Callable[[], object] = lambda: None
-) -> dict[str, float]:
-    """Microseconds of a call of each, the lowest of many short blocks: as if nothing else ran."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _, (name, run) in itertools.product(range(ROUNDS), runs.items()):
+def blocks(
+    runs: dict[str, Callable[[], object]], rounds: int, between: Callable[[], object] = lambda: None
+) -> dict[str, Quantiles]:
+    """Microseconds of a call of each: median, p20 and p80 of many short blocks, one of each in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _, (name, run) in itertools.product(range(rounds), runs.items()):
         between()
         run()
         start = time.perf_counter_ns()
         for _ in range(CALLS):
             run()
-        best[name] = min(best[name], (time.perf_counter_ns() - start) / (1e3 * CALLS))
-    return best
+        samples[name].append((time.perf_counter_ns() - start) / (1e3 * CALLS))
+    return {name: quantiles(found) for name, found in samples.items()}
 
 
-def measure() -> dict[str, float]:
-    """`aten`, `segfast` and their difference `over`, each also `_grad`: the weight requires a gradient."""
+def measure(rounds: int = ROUNDS) -> tuple[dict[str, dict[str, Quantiles]], int]:
+    """Of `plain` calls, and of those whose weight requires a `grad`, the times of "aten" and "segfast".
+
+    Second, how many launches of our kernels the last call came with.
+    """
     torch.set_num_threads(1)
     x, weight = (
         t.contiguous(memory_format=torch.channels_last)
@@ -50,18 +56,13 @@ def measure() -> dict[str, float]:
     segfast.backend("triton" if interpreting() else "auto")
     found = {}
     with record_launches() as launches:
-        for suffix, w in (("", weight), ("_grad", learnt)):
+        for name, w in (("plain", weight), ("grad", learnt)):
             runs = {"aten": call(F.conv_transpose2d, w), "segfast": call(ours, w)}
-            if not suffix:
-                with torch.no_grad():
-                    times = lowest(runs, launches.clear)
-            else:
-                times = lowest(runs, launches.clear)
-            found |= {name + suffix: value for name, value in times.items()}
-            found["over" + suffix] = times["segfast"] - times["aten"]
-        found["launches"] = float(len(launches))
-    return found
+            with torch.set_grad_enabled(name == "grad"):
+                found[name] = blocks(runs, rounds, launches.clear)
+        return found, len(launches)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    times, launches = measure(*map(int, sys.argv[1:]))
+    print(json.dumps({"times": times, "launches": launches}))

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import segfast
+from benchmarks.case import Case
 from benchmarks.cases import CASES, LAYERS, directions, find
 from benchmarks.problems import Problem
 from segfast._threads import one_thread
-from segfast._timing import interleave
 from segfast.ops.separable_conv2d import separable
 
 CPU = torch.device("cpu")
@@ -20,12 +20,7 @@ ON_GPU = torch.cuda.is_available()
 OTHER_BATCHES = {case.name for case in LAYERS if case["n"] != 8}
 FEW = ("mobilenetv2_dw144", "xception_middle_dw_layer", "efficientnet_dw144_k5_s2", "decoder_sep_256")
 
-# "Never slower" on a CPU: at most 5 % more than the plain layers, the noise of p20 on a machine that does
-# other things too, and for one layer the microseconds our Python may add to a call (see test_bench_overhead).
-NOISE = 1.05
-CALL_US = 2.0
-ATTEMPTS = 8
-# channels, side, kernel, stride, padding, dilation
+# Of modules on a CPU: channels, side, kernel, stride, padding, dilation.
 SIZES = {
     "xception": (256, 65, 3, 1, 1, 1),
     "mobilenetv2": (72, 129, 3, 1, 1, 1),
@@ -91,26 +86,23 @@ def _block(channels, kernel, *geometry) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize(("make", "call_us"), [(_layer, CALL_US), (_block, 0.0)], ids=["layer", "block"])
+@pytest.mark.parametrize("make", [_layer, _block], ids=["layer", "block"])
 @one_thread()
-def test_never_slower_than_plain_layers_on_a_cpu(name, make, call_us):
+@torch.no_grad()
+def test_modules_on_a_cpu(compare, name, make):
+    if ON_GPU:
+        pytest.skip("the sizes are a CPU's")
     torch.manual_seed(0)
-    channels, side, *geometry = SIZES[name]
-    plain, ours = (m.eval().to(memory_format=torch.channels_last) for m in make(channels, *geometry))
+    channels, side, kernel, *geometry = SIZES[name]
+    plain, ours = (m.eval().to(memory_format=torch.channels_last) for m in make(channels, kernel, *geometry))
     x = torch.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
-        ratios, kept = [], []
-        for attempt in range(ATTEMPTS):
-            # Somewhere else in memory each time: where the images lie is worth several percent to either.
-            x = x.clone(memory_format=torch.preserve_format)
-            kept += [x, torch.empty(4096 * attempt + 100)]
-            times = interleave({"plain": partial(plain, x), "ours": partial(ours, x)}, CPU, budget_s=0.15)
-            # p20 rather than the median: another process makes times longer, never shorter.
-            ratios.append((times["ours"].wall_p20 - call_us) / times["plain"].wall_p20)
-            if ratios[-1] <= NOISE:
-                return
-    pytest.fail(f"{name}: {min(ratios):.3f} times the plain layers at best, {ratios}")
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+    sizes = {"n": 1, "ci": channels, "co": channels, "h": side, "w": side, "k": kernel, "g": channels}
+    sizes |= dict(zip("spd", geometry, strict=True))
+    op = "conv2d" if make is _layer else "separable_conv2d"
+    layer = f"{type(ours).__name__}, {name}"
+    case = Case(layer, "separable_conv2d", op, layer, sizes, {}, dtype="float32", size="cpu")
+    compare.side_by_side(case, {"segfast": partial(ours, x), "plain": partial(plain, x)})
 
 
 def _kept_for_backward(function, inputs) -> int:

@@ -99,6 +99,13 @@ def dense_crf():
     yield lambda: functional.skipped_share(features)
 
 
+def dense_crf_kernels():
+    """Once a form: the interpreter takes seconds a call."""
+    unary, image = draw(1, 3, 4, 5), 255 * draw(1, 3, 4, 5, seed=1).sigmoid()
+    for method in ("lattice", "exact"):
+        yield lambda method=method: functional.mean_field(unary, image, iterations=1, method=method)
+
+
 def pydensecrf():
     rng = np.random.default_rng(0)
     unary, image = rng.random((3, 90), np.float32), rng.integers(0, 256, (9, 10, 3)).astype(np.uint8)
@@ -191,7 +198,13 @@ FAMILIES = [
     networks,
     training,
 ]
-IN_KERNELS = [convolution, transposed_convolution, separable_convolution, segmentation_head, dense_crf]
+IN_KERNELS = [
+    convolution,
+    transposed_convolution,
+    separable_convolution,
+    segmentation_head,
+    dense_crf_kernels,
+]
 
 
 def results(call):

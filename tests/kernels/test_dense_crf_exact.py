@@ -299,7 +299,11 @@ def test_gradient_of_the_features(count, dim, channels, spread):
 
 def cancelling(features, values, grad):
     """The sum of the magnitudes of the terms of both sums that a feature's gradient is the difference of."""
-    values, grad, centred = values.double(), grad.double(), (features - features.mean(1, keepdim=True)).double()
+    values, grad, centred = (
+        values.double(),
+        grad.double(),
+        (features - features.mean(1, keepdim=True)).double(),
+    )
     weights = kernel_matrix(features) * (grad @ values.mT + values @ grad.mT).abs()
     return weights @ centred.abs() + weights.sum(2, keepdim=True) * centred.abs()
 
