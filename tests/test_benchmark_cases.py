@@ -1,5 +1,6 @@
 """What the benchmarks measure, without a GPU: the case list, the formulas, the gate, the peers."""
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from benchmarks.cases import (
 from benchmarks.crf_problems import mean_field
 from benchmarks.plain_models import plain_model
 from benchmarks.problems import Problem
+from segfast import _timing
 from segfast._timing import interleave, quantiles
 from segfast.ops import _cudnn_graph
 
@@ -239,8 +241,10 @@ def test_relative_error_never_passes_nan_or_another_shape():
     assert timing.relative_error(1.5 * ones, ones) == pytest.approx(0.5)
 
 
-def test_candidates_are_interleaved():
+def test_candidates_are_interleaved(monkeypatch):
     order = []
+    clock = SimpleNamespace(perf_counter=itertools.count(step=1e-3).__next__)
+    monkeypatch.setattr(_timing, "time", clock)
     found = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, budget_s=0.0)
     blocks = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     # Blocks of one candidate alternate, and every second round begins with the other one.

@@ -12,6 +12,7 @@ import torch
 from benchmarks import record, rows
 from benchmarks.cases import CASES, find
 from benchmarks.environment import ROOT
+from benchmarks.gpu import DRY_RUN_S
 from segfast._tune_calls import FAMILIES
 
 
@@ -23,7 +24,6 @@ def _run_gpu(folder, *arguments, **variables):
         env=environment | variables,
         capture_output=True,
         text=True,
-        timeout=300,
     )
 
 
@@ -75,7 +75,7 @@ def session(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
 
     def start(tier, *names, **options):
-        return Session(tier, tmp_path, 60.0, None, names, **options)
+        return Session(tier, tmp_path, DRY_RUN_S, None, names, **options)
 
     with segfast.backend("auto"):
         yield start
@@ -202,7 +202,8 @@ def test_peers_need_no_kernel_of_ours(tmp_path):
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from pathlib import Path\n"
         "from benchmarks.tiers import Session, run_tier\n"
-        f"run_tier(Session('T1', Path({str(tmp_path)!r}), 60.0, None, ['unet_up3', 'resnet_layer3_d2']))\n"
+        f"names, folder = ['unet_up3', 'resnet_layer3_d2'], Path({str(tmp_path)!r})\n"
+        f"run_tier(Session('T1', folder, {DRY_RUN_S}, None, names))\n"
     )
     environment = dict(os.environ, SEGFAST_DRY_RUN="1", PYTHONPATH=str(ROOT))
     done = subprocess.run(

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 import types
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 import segfast
-from segfast import _check, cli
+from segfast import _check, _timing, cli
 from segfast._check import CheckResult, Difference, check_model
 from segfast._errors import UserError
 from segfast._load_model import load_model, parse_size
@@ -80,16 +79,17 @@ class TestVerdict:
 
 @pytest.mark.parametrize(("slow", "worth_it"), [("aten", True), ("auto", False)])
 def test_a_difference_in_time_is_found(monkeypatch, slow, worth_it):
-    right = segfast.nn.ConvTranspose2d.forward
+    right, now = segfast.nn.ConvTranspose2d.forward, [0.0]
 
-    def sleep_on_one_backend(self, x):
-        time.sleep(0.05 if segfast.get_backend() == slow else 0)
+    def slow_on_one_backend(self, x):
+        now[0] += 5e-3 if segfast.get_backend() == slow else 1e-3
         return right(self, x)
 
-    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", sleep_on_one_backend)
+    monkeypatch.setattr(_timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", slow_on_one_backend)
     found = check_model(segfast.nn.ConvTranspose2d(4, 4, 2), torch.randn(1, 4, 3, 3), **QUICK)
     assert found.agrees and found.worth_it is worth_it
-    assert (found.ratio > 2) is worth_it and (found.ratio < 0.5) is not worth_it
+    assert found.ratio == pytest.approx(5 if worth_it else 1 / 5)
 
 
 def test_the_page_names_everything():
