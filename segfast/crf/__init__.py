@@ -92,8 +92,7 @@ class DenseCRF:
         tolerance: for "exact" on our kernels, the share of a point's weights that may be skipped, in pairs
             too far apart to matter: `segfast.functional.gaussian_filter`.
 
-    It computes on what was torch's default device when it was made (for "meta" on the CPU); arrays come from
-    and go to the CPU.
+    It computes on what was torch's default device when it was made; arrays come from and go to the CPU.
 
     Example:
         >>> import numpy as np, segfast.crf as dcrf
@@ -110,9 +109,7 @@ class DenseCRF:
         self._nvar, self._nlabel = _count(nvar, "nvar"), _count(nlabels, "nlabels")
         check_options(method, None)
         self._tolerance = check_tolerance(tolerance)
-        self._method, device = method, torch.get_default_device()
-        # On meta there would be no numbers to give back.
-        self._device = torch.device("cpu") if device.type == "meta" else device
+        self._method, self._device = method, torch.get_default_device()
         self._unary: Tensor | None = None
         self._terms: list[dense_crf.Term] = []
 
