@@ -5,8 +5,21 @@ Needs torch and triton only, and imports nothing of segfast.
 
 if __name__ == "kernels":
     # With the repository's root on sys.path, `import kernels` finds this folder instead of Hugging Face's
-    # package of that name, which transformers imports unguarded. Offer nothing, so that such an import fails
-    # as if it were absent.
+    # package of that name, which transformers imports unguarded: hand over to it. Where it is not installed,
+    # offer nothing, so that such an import fails as if nothing were here.
+    import importlib.util
+    import os
+    import sys
+    from importlib.machinery import PathFinder
+
+    _elsewhere = [p for p in sys.path if not os.path.isdir(os.path.join(p, "kernels", "permutohedral"))]
+    _spec = PathFinder.find_spec("kernels", _elsewhere)
+    # A folder without `__init__.py`, of any name in the current directory, has no loader of its own.
+    if _spec is not None and _spec.origin is not None and _spec.loader is not None:
+        # The import system returns what stands under the name once this module has run.
+        sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
+
     def __getattr__(name: str):
         raise AttributeError(
             f"this folder is segfast's: import segfast.kernels, not kernels (asked for {name!r})"

@@ -162,8 +162,7 @@ def test_bare_import_of_kernels_offers_nothing():
     # As transformers does with Hugging Face's package of that name: import it, then look for its attributes.
     code = """
 import kernels, sys
-print([name for name in vars(kernels) if not name.startswith("__")])
-print("triton" in sys.modules)
+print("Config" in vars(kernels), "triton" in sys.modules)
 try:
     kernels.get_kernel
 except AttributeError as error:
@@ -173,9 +172,43 @@ try:
 except ImportError:
     print("ImportError")
 """
-    names, triton, message, missing = run(code, cwd=ROOT)
-    assert (names, triton, missing) == ("[]", "False", "ImportError")
+    names, message, missing = run(code, cwd=ROOT)
+    assert (names, missing) == ("False False", "ImportError")
     assert "import segfast.kernels" in message
+
+
+@pytest.mark.parametrize(
+    "first", ["from kernels import get_kernel", "import kernels.layer", "import segfast"]
+)
+def test_bare_import_of_kernels_hands_over_to_the_installed_package(tmp_path, first):
+    """transformers' imports find Hugging Face's package although this folder comes first on the path."""
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from .layer import Mode\ndef get_kernel(): return 'theirs'\n")
+    (package / "layer.py").write_text("import kernels\nclass Mode: home = kernels\n")
+    code = f"""
+{first}
+from kernels import get_kernel
+import kernels, kernels.layer, sys
+print(get_kernel(), kernels.__file__, kernels.__spec__.name, hasattr(kernels, "Config"))
+print(kernels.layer.Mode.home is kernels is sys.modules["kernels"])
+import segfast.kernels
+print(segfast.kernels.Config.__name__, segfast.kernels is kernels)
+"""
+    # A second checkout on the path is none of theirs either.
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    (twin / "kernels").symlink_to(ROOT / "kernels")
+    theirs, same, ours = run(code, twin, package.parent, cwd=ROOT)
+    assert theirs == f"theirs {package / '__init__.py'} kernels False"
+    assert (same, ours) == ("True", "Config False")
+
+
+def test_an_error_in_the_installed_kernels_package_is_told_as_it_is(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('theirs is broken')\n")
+    code = "try:\n    import kernels\nexcept ImportError as error:\n    print(error)"
+    assert run(code, tmp_path, cwd=ROOT) == ["theirs is broken"]
 
 
 def test_import_touches_no_driver_compiler_or_network(tmp_path):
