@@ -1,12 +1,13 @@
 """`segfast compile-report`: compile every kernel for GPUs that need not be here and judge the machine code.
 
-A row is one kernel with one tile configuration, element type and architecture. It fails where registers
-spill, shared memory does not fit, the matrix instruction expected is missing, a store is narrower than the
-channels allow, or a loop over pairs of points has too many instructions. Each family's module in
-`segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta tensors, store width).
+A row is one kernel with one tile configuration, element type and architecture. It fails where the kernel does
+not compile, registers spill, shared memory does not fit, the matrix instruction expected is missing, a store
+is narrower than the channels allow, or a loop over pairs of points has too many instructions. Each family's
+module in `segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta tensors, store width).
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,13 @@ class Row:
     seconds: float
     problems: tuple[str, ...]
 
+    @classmethod
+    def failed(cls, task: Task, problem: str, kernel: str = "-", tile: str = "-") -> "Row":
+        """The row of what has no machine code."""
+        none = (0, 0)
+        return cls(task.arch, task.dtype, task.specimen, kernel, tile, 0, 0, 0, 0, "", none, none, none,
+                   0, 0.0, 0, 0.0, (problem,))  # fmt: skip
+
     def cells(self) -> tuple:
         widths = (_span(self.store), _span(self.load), _span(self.async_copy))
         pair = f"{self.per_pair:.1f}" if self.per_pair else "-"
@@ -100,7 +109,29 @@ def _specimens(family: str, dtype: str) -> Iterator[tuple]:
 
 
 def compile_task(task: Task) -> list[Row]:
-    """Record the launches of one task and compile each."""
+    """Record the launches of one task and compile each; an error becomes a row."""
+    try:
+        launches, store_bytes = _launches(task)
+    except Exception as error:
+        return [Row.failed(task, f"cannot be launched: {_last_line(error)}")]
+    rows = []
+    for plan, pointers in launches:
+        try:
+            rows.append(compile_plan(plan, pointers, task, store_bytes))
+        except Exception as error:
+            problem = f"does not compile: {_last_line(error)}"
+            rows.append(Row.failed(task, problem, _kernel_name(plan, task), _tile(plan.config)))
+    return rows
+
+
+def _last_line(error: Exception) -> str:
+    """The kind of `error` and what it says at the end; Triton's begin with the source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _launches(task: Task) -> tuple[list[tuple], int]:
+    """The launches of one task, (plan, pointers), each machine code once, and the width of their stores."""
     from .kernels import pretend_architecture, record_launches
 
     call, store_bytes = next(
@@ -112,7 +143,7 @@ def compile_task(task: Task) -> list[Row]:
             with override, record_launches() as recorded:
                 call()
             launches.update({_compiled_as(plan): (plan, pointers) for plan, pointers in recorded})
-    return [compile_plan(plan, pointers, task, store_bytes) for plan, pointers in launches.values()]
+    return list(launches.values()), store_bytes
 
 
 def _compiled_as(plan) -> tuple:
@@ -159,9 +190,6 @@ def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
     code = inspect(compiled)
     with pretend_architecture(task.arch):
         limit = shared_memory_limit(torch.device("meta"))
-    config = plan.config
-    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
-    tile += f" {config.form}" if config.form else ""
     operands = re.search(r"tt\.dot [^\n]*: tensor<[0-9x]+x(\w+)>", compiled.asm["ttir"])
     expected = expected_matrix(task, plan, operands[1]) if operands else ("",)
     # AMD's matrix layout holds four values side by side.
@@ -178,12 +206,20 @@ def compile_plan(plan, pointers, task: Task, store_bytes: int) -> Row:
     per_pair = pair_instructions(plan, code)
     if task.arch == "sm_90" and per_pair > most_per_pair(plan):
         problems.append(f"{per_pair:.2f} instructions a pair")
-    name = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel").removeprefix(f"{task.family}_")
-    shared = compiled.metadata.shared
+    name, tile, shared = _kernel_name(plan, task), _tile(plan.config), compiled.metadata.shared
     return Row(task.arch, task.dtype, task.specimen, name, tile, code.registers, code.spills, shared, limit,
                code.matrix, code.store, code.load, code.async_copy, code.instructions,
                per_pair, code.barriers, seconds,
                tuple(problems))  # fmt: skip
+
+
+def _kernel_name(plan, task: Task) -> str:
+    return plan.kernel.__name__.removeprefix("_").removesuffix("_kernel").removeprefix(f"{task.family}_")
+
+
+def _tile(config) -> str:
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    return f"{tile} {config.form}" if config.form else tile
 
 
 def pair_instructions(plan, code) -> float:
@@ -230,13 +266,31 @@ def compile_report(work: Sequence[Task], processes: int = 2, progress: bool = Tr
     """The rows of `work`, in its order. Triton's cache makes a second run quick."""
     from tqdm import tqdm
 
-    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
-        results = pool.imap(compile_task, work)
-        return [
-            row
-            for rows in tqdm(results, total=len(work), disable=not progress, unit="specimen")
-            for row in rows
-        ]
+    results = _results(work, processes)
+    bar = tqdm(results, total=len(work), disable=not progress, unit="specimen")
+    return [row for rows in bar for row in rows]
+
+
+def _results(work: Sequence[Task], processes: int) -> Iterator[list[Row]]:
+    """The rows of each task. A compiler that ends its process costs the task a row, and no other."""
+    done = 0
+    try:
+        with _pool(processes) as pool:
+            for rows in pool.map(compile_task, work):
+                yield rows
+                done += 1
+    except BrokenProcessPool:
+        for task in work[done:]:
+            try:
+                with _pool(1) as pool:
+                    yield pool.submit(compile_task, task).result()
+            except BrokenProcessPool:
+                yield [Row.failed(task, "the compiler ended its process")]
+
+
+def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,16 +1,29 @@
 """The kernels' machine code, compiled for four architectures (all with SEGFAST_ALL_ARCHITECTURES=1)."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from segfast import _compile_report
-from segfast._compile_report import ARCHITECTURES, Task, compile_plan, compile_report, main, tasks
+from segfast._compile_report import (
+    ARCHITECTURES,
+    Task,
+    compile_plan,
+    compile_report,
+    compile_task,
+    main,
+    tasks,
+)
 from segfast._machine_code import from_sass
-from segfast.kernels import Config, override_config, pretend_architecture, record_launches
+from segfast.kernels import Config, _launch, override_config, pretend_architecture, record_launches
+from segfast.kernels._reduce import reduce_partials
 
 FAMILY = "conv_transpose2d"
 EVERY = os.environ.get("SEGFAST_ALL_ARCHITECTURES") == "1"
@@ -105,6 +118,47 @@ def test_a_narrow_store_is_seen():
     row = judged("fcn8s_up8 grad_input")
     assert row.store == (2, 2)
     assert row.problems == ("2-byte store",)
+
+
+@triton.jit
+def _broken_kernel(out_ptr, scale):
+    tl.store(out_ptr, tl.full((4,), scale, tl.float32))  # a block to one address
+
+
+def test_what_does_not_compile_is_a_row_and_ends_nothing(monkeypatch, capsys):
+    out = torch.empty(64, device="meta")
+
+    def call():
+        _launch.Plan(_broken_kernel, (1,), (0.5,), {}, Config(1, 1, 1, 4, 1))(out)
+        reduce_partials(torch.empty(2, 64, device="meta"), out)
+
+    def refuse():
+        raise ValueError("a launcher's\nown fault")
+
+    specimens = [("broken", call, 4), ("refused", refuse, 4)]
+    monkeypatch.setattr(_compile_report, "_specimens", lambda *_: specimens)
+    rows = [row for name, *_ in specimens for row in compile_task(Task(FAMILY, "sm_90", "bf16", name))]
+    assert [row.kernel for row in rows] == ["broken", "reduce_partials", "-"]
+    broken, good, refused = [" ".join(row.problems) for row in rows]
+    assert re.fullmatch(r"does not compile: \w+Error: .*\w.*", broken)
+    assert (good, refused) == ("", "cannot be launched: ValueError: own fault")
+    monkeypatch.setattr(_compile_report, "compile_report", lambda *_: rows)
+    assert main(["--arch", "sm_90"]) == 1
+    assert "3 kernels, 2 with a problem" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class _EndsTheProcess(Task):
+    def __reduce__(self):  # what a compiler's failed assertion does
+        return os._exit, (1,)
+
+
+def test_a_compiler_that_ends_its_process_is_a_row_and_ends_nothing():
+    work = tasks([FAMILY], ["sm_90"], ["bf16"], ("unet_up4 grad",))
+    fatal = _EndsTheProcess(FAMILY, "sm_90", "bf16", "fatal")
+    rows = compile_report([work[0], fatal, *work[1:]], processes=2, progress=False)
+    assert [row.specimen for row in rows if row.problems] == ["fatal"]
+    assert {row.specimen for row in rows} == {"fatal", *(task.specimen for task in work)}
 
 
 def test_reading_a_disassembly():
