@@ -16,6 +16,9 @@ def pytest_configure(config):
         "markers",
         "interpreter: runs Triton kernels on CPU tensors; needs TRITON_INTERPRET=1 set before the start",
     )
+    config.addinivalue_line(
+        "markers", "compat: part of the sample of every family that `make compat` runs under other versions"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -24,6 +27,27 @@ def pytest_collection_modifyitems(config, items):
         if ("interpreter" in item.keywords) != INTERPRETING:
             wanted = "TRITON_INTERPRET=1" if not INTERPRETING else "TRITON_INTERPRET unset"
             item.add_marker(pytest.mark.skip(reason=f"runs in the session with {wanted}"))
+
+
+@pytest.fixture(autouse=INTERPRETING, scope="session")
+def boolean_masks():
+    """Holds every mask to booleans: Triton 3.9's interpreter takes no integers, those before do."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def watch(name, place):
+        access = getattr(InterpreterBuilder, name)
+
+        def watched(builder, *arguments):
+            assert arguments[place].data.dtype == np.bool_, f"{name}: a mask of {arguments[place].data.dtype}"
+            return access(builder, *arguments)
+
+        patch.setattr(InterpreterBuilder, name, watched)
+
+    with pytest.MonkeyPatch.context() as patch:
+        watch("create_masked_load", 1)
+        watch("create_masked_store", 2)
+        yield
 
 
 @pytest.fixture

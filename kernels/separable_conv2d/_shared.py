@@ -27,6 +27,13 @@ def _widen(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def _mask(ok):
+    # Of a block's and scalars' comparisons: Triton 3.9's interpreter makes integers of these together, and
+    # takes no mask but booleans. For the compiler this is `ok` itself.
+    return ok != 0
+
+
+@triton.jit
 def _load_rows(
     x_base, first_row, column, c, c_ok, H, W, stride_xh, stride_xw,
     KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -37,7 +44,7 @@ def _load_rows(
     for p in tl.static_range(STRIDE_H * KERNEL_W):
         row = first_row + DILATION_H * (p // KERNEL_W)
         iw = column + DILATION_W * (p % KERNEL_W)
-        ok = (iw >= 0) & (iw < W) & (row >= 0) & (row < H)
+        ok = _mask((iw >= 0) & (iw < W) & (row >= 0) & (row < H))
         x_row = x_base + tl.multiple_of(row.to(tl.int64) * stride_xh, ALIGN_X)
         x = tl.load(x_row + tl.multiple_of(iw * stride_xw, ALIGN_X)[:, None] + c[None, :],
                     mask=ok[:, None] & c_ok[None, :], other=0.0)  # fmt: skip

@@ -23,6 +23,7 @@ from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_a
 from ._shared import (
     Geometry,
     _load_rows,
+    _mask,
     _widen,
     filter_strides,
     make_problem,
@@ -116,7 +117,7 @@ def _depthwise_conv2d_rows_kernel(
         oh = residue + DILATION_H * (first + step - DEPTH + 1)
         y = _affine(sums[DEPTH - 1], bias_ptr, scale_ptr, shift_ptr, c, c_ok)
         y = _activate(y, negative_slope, ACTIVATION)
-        ok = y_ok & (oh < OH) & (step >= DEPTH - 1)
+        ok = _mask(y_ok & (oh < OH) & (step >= DEPTH - 1))
         y_row = y_base + tl.multiple_of(oh.to(tl.int64) * stride_yh, ALIGN_Y)
         tl.store(y_row + y_columns, y.to(y_ptr.dtype.element_ty), mask=ok)
         if sums_ptr is not None:

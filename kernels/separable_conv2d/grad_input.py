@@ -13,6 +13,7 @@ from .._configs import Config, Problem, choose_config, register_candidates
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from ._shared import (
     Geometry,
+    _mask,
     _widen,
     filter_strides,
     make_problem,
@@ -71,7 +72,7 @@ def _depthwise_conv2d_phases_kernel(
         for o in tl.static_range(ROWS * COLUMNS):
             oh = j + (o // COLUMNS + LEAST_H)
             ow = i + (o % COLUMNS + LEAST_W)
-            ok = (ow >= 0) & (ow < OW) & (oh >= 0) & (oh < OH)
+            ok = _mask((ow >= 0) & (ow < OW) & (oh >= 0) & (oh < OH))
             g_row = g_base + tl.multiple_of(oh.to(tl.int64) * stride_gh, ALIGN_G)
             g = tl.load(g_row + tl.multiple_of(ow * stride_gw, ALIGN_G)[:, None] + c[None, :],
                         mask=ok[:, None] & c_ok[None, :], other=0.0)  # fmt: skip
@@ -99,7 +100,7 @@ def _depthwise_conv2d_phases_kernel(
             x_row = x_base + tl.multiple_of(ih.to(tl.int64) * stride_xh, ALIGN_X)
             tl.store(x_row + tl.multiple_of(iw * stride_xw, ALIGN_X)[:, None] + c[None, :],
                      sums[phase].to(gx_ptr.dtype.element_ty),
-                     mask=((iw < W) & (ih < H))[:, None] & c_ok[None, :])  # fmt: skip
+                     mask=_mask((iw < W) & (ih < H))[:, None] & c_ok[None, :])  # fmt: skip
 
 
 @triton.jit

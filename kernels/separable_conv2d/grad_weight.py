@@ -15,6 +15,7 @@ from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_a
 from ._shared import (
     Geometry,
     _load_rows,
+    _mask,
     _widen,
     make_problem,
     tap_tiles,
@@ -66,7 +67,7 @@ def _depthwise_conv2d_grad_weight_rows_kernel(
         steps = HEIGHT + DEPTH - 1
         # The next step's rows are on their way while this one's are multiplied.
         g_ahead = tl.load(g_base + tl.multiple_of(oh.to(tl.int64) * stride_gh, ALIGN_G) + g_columns,
-                          mask=g_ok & (oh < OH), other=0.0)  # fmt: skip
+                          mask=_mask(g_ok & (oh < OH)), other=0.0)  # fmt: skip
         ahead = _load_rows(x_base, row, column, c, c_ok, H, W, stride_xh, stride_xw, KERNEL_W, STRIDE_H,
                            DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
         for step in tl.range(0, steps, num_stages=1):
@@ -76,7 +77,7 @@ def _depthwise_conv2d_grad_weight_rows_kernel(
             oh += DILATION_H
             row += DILATION_H * STRIDE_H
             g_ahead = tl.load(g_base + tl.multiple_of(oh.to(tl.int64) * stride_gh, ALIGN_G) + g_columns,
-                              mask=g_ok & (oh < OH) & (step + 1 < HEIGHT), other=0.0)  # fmt: skip
+                              mask=_mask(g_ok & (oh < OH) & (step + 1 < HEIGHT)), other=0.0)  # fmt: skip
             ahead = _load_rows(x_base, tl.where(step + 1 < steps, row, H), column, c, c_ok, H, W, stride_xh,
                                stride_xw, KERNEL_W, STRIDE_H, DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
             for p in tl.static_range(STRIDE_H * KERNEL_W):
