@@ -33,11 +33,12 @@ def options(layers: Sequence[nn.Module]) -> list[tuple[int, Fused]]:
     prefix, slope = "", None
     for length, layer in enumerate(layers[1:], 2):
         activation = activation_name(layer)
-        if is_batch_norm(layer) and not {prefix + "norm", prefix + "activation"} & stage.keys():
+        follows_activation = prefix + "activation" in stage
+        if is_batch_norm(layer) and prefix + "norm" not in stage and not follows_activation:
             stage[prefix + "norm"] = layer
             activation = activation_of_norm(layer)
         elif activation is not None and activation[0] is not None:
-            if prefix + "activation" in stage:
+            if follows_activation:
                 break
         elif kind is Pair and own_class(layer) is nn.Conv2d and is_pointwise(layer) and not prefix:
             stage["pointwise"], prefix = layer, "pointwise_"

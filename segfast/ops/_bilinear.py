@@ -5,6 +5,7 @@ and columns one after the other. A 64x64 kernel at stride 32 then costs 2 multip
 of 64 * 64 * channels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,13 +95,16 @@ def _upsample_rows(x: Tensor, kernel: Tensor, stride: int, padding: int, out: in
     filters = F.pad(kernel, (0, taps * stride - length)).unflatten(-1, (taps, stride))
     matrix = filters.flip(-2).transpose(-1, -2)  # [F, stride, taps], oldest input first as in the windows
     matrix = matrix[0] if kernel.shape[0] == 1 else matrix[:, None]
-    y = (matrix @ windows).flatten(-3, -2)  # [..., j * stride, R]
+    y = _dense(matrix @ windows, (*x.shape[:-2], steps * stride, x.shape[-1]))  # [..., j * stride, R]
     return y.narrow(-2, padding, out)
 
 
-def _dense(t: Tensor) -> Tensor:
-    """`t` with exactly its shape's strides: `contiguous` alone leaves those of sizes 1 as they are."""
-    return t.contiguous().flatten().view(t.shape)
+def _dense(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """`t` as `shape`, with exactly that shape's strides: `contiguous` leaves those of sizes 1 as they are.
+
+    By way of one dimension: torch 2.11 cannot export the merging of two out of several with free sizes.
+    """
+    return t.contiguous().flatten().view(shape)
 
 
 def upsample_separable(
@@ -130,6 +134,10 @@ def upsample_separable(
         y = _upsample_rows(input.transpose(-1, -2), columns, *geometry[1]).transpose(-1, -2)
         y = _upsample_rows(y.contiguous(), rows, *geometry[0])
     # Not `memory_format=`, which vmap does not know.
-    y = _dense(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if channels_last else _dense(y)
+    if channels_last:
+        y = y.permute(0, 2, 3, 1)
+        y = _dense(y, y.shape).permute(0, 3, 1, 2)
+    else:
+        y = _dense(y, y.shape)
     # Under autocast the products are narrower than the bias.
     return y if bias is None else y + bias.to(y.dtype)[:, None, None]
