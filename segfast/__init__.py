@@ -31,8 +31,11 @@ if not (Path(__file__).parent / "kernels" / "__init__.py").exists():
     sys.meta_path.append(_CheckoutFinder())
 
 from . import functional, nn  # noqa: E402
+from ._fork import compute_on_one_thread_where_forked  # noqa: E402
 from ._optimize import optimize, report, restore  # noqa: E402
 from .ops import backend, decompositions, explain, get_backend  # noqa: E402
+
+compute_on_one_thread_where_forked()
 
 __all__ = [
     "backend",

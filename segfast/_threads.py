@@ -1,6 +1,7 @@
 """How many threads torch computes with."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -12,9 +13,11 @@ def one_thread() -> Iterator[None]:
 
     Small layers gain a third from a second thread, and lose tenfold to it on a busy machine.
     """
-    threads = torch.get_num_threads()
+    threads, process = torch.get_num_threads(), os.getpid()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        # A process forked inside has not got those threads.
+        if os.getpid() == process:
+            torch.set_num_threads(threads)
