@@ -44,9 +44,9 @@ def on_threads(like: Tensor, compute: Callable[[], Result]) -> Result:
         return compute()
     with _starting:
         threads = torch.get_num_threads()
-    if threads == 1:
+        pool = _workers(threads) if threads > 1 else None
+    if pool is None:
         return compute()
-    pool = _workers(threads)
     return pool.submit(_in_pool(pool, threads, compute)).result()
 
 
@@ -114,21 +114,31 @@ def _in_pool(pool: ThreadPoolExecutor, threads: int, compute: Callable[[], Resul
 
 @functools.cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "segfast", _compute_alone)
-
-
-def _compute_alone() -> None:
-    """From now on torch computes on one thread in this thread, and on as many as before in all others.
+    """So many threads, in each of which torch computes on that one thread.
 
     `torch.set_num_threads` is about the thread that calls it, and about those that have not computed or asked
-    for their number yet: for them another thread takes it back.
+    for their number yet: for them another thread takes it back. All start here, so that this is over when the
+    first call returns.
     """
-    with _starting:
+    pool = ThreadPoolExecutor(threads, "segfast")
+    everyone = threading.Barrier(threads)
+
+    def begin() -> int:
         before = torch.get_num_threads()
+        everyone.wait()
         torch.set_num_threads(1)
-        other = threading.Thread(target=torch.set_num_threads, args=(before,))
-        other.start()
-        other.join()
+        return before
+
+    try:
+        begun = [pool.submit(begin) for _ in range(threads)]
+    except BaseException:
+        everyone.abort()  # no more threads are to be had
+        raise
+    before = max(one.result() for one in begun)
+    other = threading.Thread(target=torch.set_num_threads, args=(before,))
+    other.start()
+    other.join()
+    return pool
 
 
 def _forget_threads() -> None:
