@@ -1,8 +1,6 @@
 """Whole networks in plain torch.nn: what segfast's models are measured against."""
 
-import importlib
 import itertools
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -113,24 +111,6 @@ class FCN8sVGG16(nn.Module):
 
 def _at(x: torch.Tensor, offset: int, size: torch.Size) -> torch.Tensor:
     return x[:, :, offset : offset + size[0], offset : offset + size[1]]
-
-
-def import_torchvision() -> ModuleType:
-    """torchvision; also where its compiled operators do not fit this torch (CUDA's wheel beside a CPU torch).
-
-    Without them its import fails at two operators that it describes to the compiler. Declared here, they can
-    be described; networks call neither.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-    for name in ("nms", "qnms"):
-        torch.library.define(
-            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
-    return importlib.import_module("torchvision")
 
 
 def _deeplabv3plus(encoder: str) -> nn.Module:

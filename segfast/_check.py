@@ -135,7 +135,8 @@ def check_model(
         budget_s: seconds to spend on timing; five runs of each are made however long they take.
 
     Raises:
-        UserError: the model cannot be copied, does not accept `example`, or returns no floating-point tensor.
+        UserError: the model is scripted, cannot be copied, does not accept `example`, or returns no
+            floating-point tensor.
 
     Example:
         >>> import torch
@@ -145,6 +146,8 @@ def check_model(
         True
     """
     inputs = example if isinstance(example, tuple) else (example,)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("the model is scripted or traced, its code compiled already; check it before that")
     lead = next((t for t in inputs if isinstance(t, Tensor)), None)
     if lead is None:
         raise UserError("example must be a tensor or hold one")
@@ -354,7 +357,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images a call (1)")
     parser.add_argument("--channels", type=int, help="of the input (the first Conv2d's)")
     parser.add_argument("--train", action="store_true", help="compare gradients, time forward and backward")
-    parser.add_argument("--dtype", default="float32", help="float32, float16, bfloat16 or float64 (float32)")
+    parser.add_argument(
+        "--dtype", default="float32", help="float32, float16, bfloat16 or float64, or fp32, ... (float32)"
+    )
     parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time to spend on timing (5)")
 
@@ -367,6 +372,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--seconds must be positive and finite, got {args.seconds}")
     torch.manual_seed(0)
     model = load_model(args.model).to(device, dtype)
     channels = args.channels or input_channels(model)

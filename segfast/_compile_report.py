@@ -27,6 +27,8 @@ import torch
 
 from ._errors import UserError
 from ._files import atomic_write
+from ._load_model import dtype_name
+from ._output import claim
 from ._table import format_table
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -311,13 +313,15 @@ def run(args: argparse.Namespace) -> int:
     from .kernels import interpreting
     from .ops import FAMILIES
 
-    for option, given, known in (("--arch", args.arch, ARCHITECTURES), ("--family", args.family, FAMILIES),
-                                 ("--dtype", args.dtype, DTYPES)):  # fmt: skip
+    args.dtype = [dtype_name(text, list(DTYPES)) for text in args.dtype]
+    for option, given, known in (("--arch", args.arch, ARCHITECTURES), ("--family", args.family, FAMILIES)):
         for value in given:
             if value not in known:
                 raise UserError(f"{option} must be among {', '.join(known)}, got {value!r}")
     if args.processes < 1:
         raise UserError(f"--processes must be positive, got {args.processes}")
+    if args.out is not None:
+        claim(args.out, force=True)
     if interpreting():
         return _without_interpreter(args)
     work = tasks(args.family, args.arch, args.dtype, args.specimen, args.all_candidates)

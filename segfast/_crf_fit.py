@@ -6,6 +6,7 @@ Potentials" (2011), section 4. Values copied from elsewhere often lower the accu
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from ._crf_search import (
     accuracy_table,
     describe,
     labelled,
+    permutation_note,
     search,
     split,
     verdict,
 )
 from ._demo import STEPS, trained_model
 from ._errors import UserError
-from ._load_model import parse_device
+from ._load_model import check_seed, parse_device
 from ._output import claim
 from ._threads import one_thread
 from .data import IGNORE_INDEX, image_and_mask_paths, read_colours, read_image, read_mask
@@ -94,14 +96,16 @@ def run(args: argparse.Namespace) -> int:
     """Search, print the accuracy before and after, whichever way it went, and write the parameters."""
     if args.trials < 2:
         raise UserError(f"--trials must be at least 2 (no CRF and the textbook's), got {args.trials}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
+    check_seed(args.seed)
     if not args.seconds > 0:
         raise UserError(f"--seconds must be above 0, got {args.seconds}")
     if Path(args.output).suffix != ".json":
         raise UserError(f"--output {args.output}: expected a name ending in .json")
     output = claim(args.output, force=args.force)
     samples = _samples(args, parse_device(args.device))
+    note = permutation_note(samples)
+    if note is not None:
+        print(f"segfast: {note}", file=sys.stderr)
     fitted, held_out = split(samples, args.holdout, args.seed)
     for name, part in (("fitted", fitted), ("held-out", held_out)):
         if not any((sample.target != IGNORE_INDEX).any() for sample in part):

@@ -76,11 +76,8 @@ def write_parameters(
         "channels": channels,
         **about,
     }
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_parameters(path: str | os.PathLike, channels: int) -> tuple[Parameters, str]:

@@ -27,6 +27,7 @@ from ._crf_search import (
     verdict,
 )
 from ._errors import UserError
+from ._load_model import check_seed
 from ._output import claim
 from ._segment import load_segmenter, overlay, person_mask, refined_mask
 from ._table import format_table
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps ({STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of weights and patches (0)")
     parser.add_argument("--out", default="out", metavar="FOLDER", help="where the results go (out)")
+    parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
 
 
 @one_thread()
@@ -62,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     """0 if the network reaches `REQUIRED_IOU` on the held-out region, else 1."""
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
+    check_seed(args.seed)
     out = Path(args.out)
     names = ("demo.png", "demo.safetensors", "segment.png", "crf.png", REPORT)
-    picture, checkpoint, portrait, refined, _ = (claim(out / name, folder=out) for name in names)
+    picture, checkpoint, portrait, refined, _ = (claim(out / name, force=args.force) for name in names)
     start = time.perf_counter()
     train, [test] = nuclei_samples()
     print(

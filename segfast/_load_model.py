@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import nn
 
 from ._errors import UserError, describe
 
-FORMS = "segfast:unet, path/to/file.py:factory, torchvision:NAME, smp:NAME, timm:NAME"
+FORMS = "segfast:unet, path/to/file.py:factory, package.module:factory, torchvision:NAME, smp:NAME, timm:NAME"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+# Both spellings are taken wherever a dtype is.
+SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
 def load_model(spec: str) -> nn.Module:
@@ -30,7 +32,9 @@ def load_model(spec: str) -> nn.Module:
     if source in _LIBRARIES:
         build: Callable[[], Any] = _LIBRARIES[source](name)
     elif source.endswith(".py"):
-        build = _factory(Path(source), name)
+        build = _factory(_imported_file(Path(source)), source, name)
+    elif all(part.isidentifier() for part in source.split(".")):
+        build = _factory(_imported_module(source), source, name)
     else:
         raise UserError(f"MODEL must be one of {FORMS}; got {spec!r}")
     # Whatever the factory raises is its author's to read.
@@ -105,14 +109,38 @@ def _timm(name: str) -> Callable[[], Any]:
 _LIBRARIES = {"segfast": _segfast, "torchvision": _torchvision, "smp": _smp, "timm": _timm}
 
 
-def _installed(module: str) -> Any:
+def import_torchvision(module: str = "torchvision") -> Any:
+    """torchvision, or what imports it; also where its compiled operators do not fit this torch.
+
+    That is so of PyPI's wheel, which is for CUDA, beside a CPU build of torch: the import fails at two
+    operators that it describes to the compiler. Declared here, they can be described; networks call neither.
+    """
     try:
         return importlib.import_module(module)
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+    for name in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+    return importlib.import_module(module)
+
+
+def _installed(module: str) -> Any:
+    try:
+        return import_torchvision(module)
     except Exception as error:  # also a RuntimeError, where a compiled library does not go with this torch
-        raise UserError(f"cannot import {module.partition('.')[0]}: {describe(error)}") from error
+        remedy = ""
+        if "torchvision" in str(error) and not isinstance(error, ModuleNotFoundError):
+            remedy = (
+                f"; torchvision must be built for this torch, {torch.__version__}: install both from one "
+                "index, for CPUs https://download.pytorch.org/whl/cpu"
+            )
+        raise UserError(f"cannot import {module.partition('.')[0]}: {describe(error)}{remedy}") from error
 
 
-def _factory(path: Path, name: str) -> Callable[[], Any]:
+def _imported_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"no file {path}")
     spec = importlib.util.spec_from_file_location(f"_segfast_user_{path.stem}", path)
@@ -124,14 +152,29 @@ def _factory(path: Path, name: str) -> Callable[[], Any]:
             spec.loader.exec_module(module)
         except Exception as error:
             raise UserError(f"{path} could not be imported: {describe(error)}") from error
+    return module
+
+
+def _imported_module(name: str) -> Any:
+    """Of an installed package or of the working directory."""
+    with _importing_from(Path.cwd()):
+        try:
+            return importlib.import_module(name)
+        except Exception as error:
+            raise UserError(
+                f"{name} could not be imported: {describe(error)}; MODEL must be one of {FORMS}"
+            ) from error
+
+
+def _factory(module: Any, source: str, name: str) -> Callable[[], Any]:
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{path} has no {name!r}; it has {', '.join(public) or 'nothing callable'}")
+        raise UserError(f"{source} has no {name!r}; it has {', '.join(public) or 'nothing callable'}")
     found = getattr(module, name)
     if isinstance(found, nn.Module):
         return lambda: found
     if not callable(found):
-        raise UserError(f"{path}:{name} is a {type(found).__name__}, neither a factory nor a module")
+        raise UserError(f"{source}:{name} is a {type(found).__name__}, neither a factory nor a module")
     return found
 
 
@@ -147,11 +190,34 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def parse_dtype(text: str) -> torch.dtype:
-    """The floating-point dtype of that name."""
-    if text not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {text!r}")
-    return getattr(torch, text)
+def parse_dtype(text: str, known: Sequence[str] = DTYPES) -> torch.dtype:
+    """The floating-point dtype of that name, in either spelling; `known` has the long one.
+
+    >>> parse_dtype("bf16")
+    torch.bfloat16
+    """
+    return getattr(torch, dtype_name(text, known))
+
+
+def dtype_name(text: str, known: Sequence[str]) -> str:
+    """That of `known` which is `text`, or its other spelling ("bf16" for "bfloat16", and so on).
+
+    Raises:
+        UserError: none is.
+    """
+    for long, short in SHORT_DTYPES.items():
+        for name in (long, short):
+            if text in (long, short) and name in known:
+                return name
+    if text in known:
+        return text
+    raise UserError(f"--dtype must be one of {', '.join(known)}; got {text!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be from 0 to 2**63 - 1, got {seed}")
 
 
 def parse_device(text: str | None) -> torch.device:

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ._crf_figure import Refined, crf_figure
 from ._crf_parameters import Parameters, read_parameters, refine
-from ._errors import UserError
+from ._errors import UserError, do_each
 from ._load_model import parse_device
 from ._output import claim_each
 from ._table import format_table
 from ._threads import one_thread
 from .data import read_photo, write_image
+from .data._images import existing
 from .models import SelfieSegmenter
 from .train._figures import new_figure, save_figure
 from .train._predict import channels_last
@@ -81,20 +82,25 @@ def run(args: argparse.Namespace) -> int:
         new_figure()  # or say what is missing, before the first file is written
     model = load_segmenter(device)
     rows: list[list[object]] = []
-    for path, (mask_path, overlay_path, *crf_path) in zip(_bar(photos, args.crf), outputs, strict=True):
+
+    def segment(index: int) -> None:
+        path, files = photos[index], outputs[index]
         photo = read_photo(path)
         soft = person_mask(model, photo)
         refined = soft if args.crf is None else refined_mask(soft, photo, fitted, device)
         before, mask = (
             mask if args.threshold is None else (mask >= args.threshold).float() for mask in (soft, refined)
         )
-        write_image(mask_path, (255 * mask).round().byte())
-        write_image(overlay_path, overlay(photo, mask))
-        if crf_path:
-            save_figure(crf_figure([Refined(photo, before, mask)], path.name), crf_path[0])
-        rows.append([path, f"{mask.shape[1]}x{mask.shape[0]}", f"{mask.mean():.1%}", *outputs[len(rows)]])
-    print(format_table(["photo", "width x height", "person", *kinds], rows))
-    return 0
+        write_image(files[0], (255 * mask).round().byte())
+        write_image(files[1], overlay(photo, mask))
+        if args.crf is not None:
+            save_figure(crf_figure([Refined(photo, before, mask)], path.name), files[2])
+        rows.append([path, f"{mask.shape[0]}x{mask.shape[1]}", f"{mask.mean():.1%}", *files])
+
+    code = do_each(_bar(len(photos), args.crf), segment)
+    if rows:
+        print(format_table(["photo", "height x width", "person", *kinds], rows))
+    return code
 
 
 def load_segmenter(device: torch.device | str = "cpu") -> SelfieSegmenter:
@@ -170,15 +176,15 @@ def _json_name(name: str) -> str:
     return name
 
 
-def _bar(photos: Sequence[Path], crf: str | None) -> Iterator[Path]:
-    """The photos, with a progress bar on stderr where they may take a while."""
-    if len(photos) == 1 and crf is None:
-        return iter(photos)
-    return iter(load_tqdm()(photos, desc="segmenting", unit="photo"))
+def _bar(count: int, crf: str | None) -> Iterable[int]:
+    """The photos' numbers, with a progress bar on stderr where they may take a while."""
+    if count == 1 and crf is None:
+        return range(count)
+    return load_tqdm()(range(count), desc="segmenting", unit="photo")
 
 
 def _outputs(photos: list[Path], kinds: list[str], output: str | None, force: bool) -> list[tuple[Path, ...]]:
-    """Where each photo's mask and pictures go, every one of them checked before the first is computed."""
+    """Where each photo's mask and pictures go; every name checked before the first is computed."""
     folder = Path("out" if output is None else output)
     if folder.suffix.lower() == ".png":
         if len(photos) > 1:
@@ -186,13 +192,15 @@ def _outputs(photos: list[Path], kinds: list[str], output: str | None, force: bo
                 f"--output {output}: one file for {len(photos)} photos; give a folder, or leave it out"
             )
         paths = [[folder], *([folder.with_suffix(f".{kind}.png")] for kind in kinds[1:])]
-    elif folder.suffix and not folder.is_dir():
+    elif folder.suffix and not os.path.isdir(folder):
         raise UserError(f"--output {output}: expected a name ending in .png, or a folder")
     else:
         paths = [[folder / f"{photo.stem}.{kind}.png" for photo in photos] for kind in kinds]
-    for path in itertools.chain(*paths):
-        if any(path.exists() and photo.exists() and os.path.samefile(path, photo) for photo in photos):
-            raise UserError(f"{path}: the result would replace the photo itself")
+    for photo in photos:
+        existing(photo)
     for of_a_kind in paths:
         claim_each(of_a_kind, photos, force=force)
+    for path in itertools.chain(*paths):
+        if any(path.exists() and os.path.samefile(path, photo) for photo in photos):
+            raise UserError(f"{path}: the result would replace the photo itself")
     return list(zip(*paths, strict=True))

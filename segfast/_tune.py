@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import UserError
+from ._errors import UserError, describe
 from ._files import atomic_write
+from ._load_model import parse_dtype
+from ._output import claim
 from ._timing import interleave
 from ._tune_calls import FAMILIES, Family, is_gradient
 from ._tune_layers import AnyLayer, Calls, Draw, Head, Image, Layer, Pyramid
@@ -27,6 +29,7 @@ SHAPES = {
     Pyramid: "N,C_IN,C_OUT,H,W,RATE",
     Image: "N,LABELS,H,W",
 }
+DTYPES = ("bfloat16", "float16", "float32")
 ERROR = 4e-2  # a candidate further than this from ATen, in norm, is wrong
 
 
@@ -205,7 +208,7 @@ def merge_table(path: Path, found: list[Tuned], device: torch.device) -> None:
     from .kernels import architecture, gpu_slug
     from .kernels._configs import config_row
 
-    table = json.loads(path.read_text()) if path.exists() else {}
+    table = _read_table(path) if path.exists() else {}
     table.update(architecture=architecture(device), gpu=gpu_slug(device))
     operations = table.setdefault("operations", {})
     for row in found:
@@ -222,6 +225,16 @@ def merge_table(path: Path, found: list[Tuned], device: torch.device) -> None:
         temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON ({describe(error)})") from error
+    if not isinstance(table, dict) or not isinstance(table.get("operations", {}), dict):
+        raise UserError(f"{path}: not a table that `segfast tune` wrote")
+    return table
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `segfast tune`."""
     parser.add_argument("--family", choices=sorted(FAMILIES), help="tune this one only (default: all)")
@@ -233,10 +246,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"an ASPP's {SHAPES[Pyramid]}; a CRF's {SHAPES[Image]}",
     )
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: %(default)s"
+        "--dtype", default="bfloat16", help=f"{', '.join(DTYPES)}, or bf16, ... (default: %(default)s)"
     )
     parser.add_argument("--budget", type=float, default=240.0, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the table here instead of into the user's cache")
+    parser.add_argument("--out", type=Path, help="folder for the table (the user's cache)")
 
 
 def work(families: Mapping[str, Sequence[AnyLayer]]) -> list[tuple[Family, str, AnyLayer]]:
@@ -264,14 +277,20 @@ def run(args: argparse.Namespace) -> int:
     if args.shape and args.family is None:
         raise UserError(f"--shape needs --family ({', '.join(FAMILIES)}), whose layer it is")
     shapes = [_parse_shape(FAMILIES[args.family], text) for text in args.shape or ()]
-    if not args.budget > 0:
-        raise UserError(f"--budget must be positive, got {args.budget}")
+    dtype = parse_dtype(args.dtype, DTYPES)
+    if not 0 < args.budget < math.inf:
+        raise UserError(f"--budget must be positive and finite, got {args.budget}")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is not a folder")
     device = _device(args)
     path = (args.out if args.out is not None else cache_folder()) / f"{gpu_slug(device)}.json"
+    if path.exists():
+        _read_table(path)  # before anything is timed
+    claim(path, force=True)  # rows are merged into it
     deadline = time.monotonic() + args.budget
     names = [args.family] if args.family else list(FAMILIES)
     todo = work({name: shapes or FAMILIES[name].layers for name in names})
-    tuner, found = Tuner(getattr(torch, args.dtype), device), []
+    tuner, found = Tuner(dtype, device), []
     with backend("triton"):
         for i, (family, operation, layer) in enumerate(todo):
             left = deadline - time.monotonic()

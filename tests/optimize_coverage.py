@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import segfast
-from benchmarks.plain_models import import_torchvision
 from segfast._judge import RECORD
+from segfast._load_model import import_torchvision
 from segfast.nn._fused_chain import chain_of
 from segfast.nn._rules import own_class
 from tests.fused_conv import draw

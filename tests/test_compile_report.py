@@ -215,7 +215,7 @@ def test_exit_code_follows_the_problems(monkeypatch, capsys):
     [
         (["--arch", "sm_70"], "--arch must be among sm_80"),
         (["--family", "conv3d"], "--family must be among conv_transpose2d"),
-        (["--dtype", "int8"], "--dtype must be among bf16"),
+        (["--dtype", "int8"], "--dtype must be one of bf16"),
         (["--processes", "0"], "--processes must be positive"),
         (["--specimen", "alexnet"], "no specimen's name starts with 'alexnet'"),
     ],

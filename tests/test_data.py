@@ -95,6 +95,13 @@ def test_read_image_of_npz(tmp_path):
     assert (read_mask(tmp_path / "two.npz") == torch.from_numpy(GREY)).all()
 
 
+def test_every_class_survives_a_mask(tmp_path):
+    """Pillow writes 4 bits for a palette of 16 colours: class 16 came back as 0."""
+    for labels in (torch.arange(256).reshape(16, 16), torch.full((2, 3), 20)):
+        write_mask(tmp_path / "mask.png", labels)
+        assert torch.equal(read_mask(tmp_path / "mask.png"), labels)
+
+
 def test_mask_round_trip(tmp_path):
     labels = torch.randint(0, 9, (13, 17))
     write_mask(tmp_path / "m.png", labels)

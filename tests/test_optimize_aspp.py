@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import segfast
-from benchmarks.plain_models import import_torchvision
+from segfast._load_model import import_torchvision
 from segfast.nn import _pair
 from segfast.nn._pyramid import Pyramid
 from tests.fused_conv import draw

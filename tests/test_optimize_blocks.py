@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import segfast
-from benchmarks.plain_models import import_torchvision
+from segfast._load_model import import_torchvision
 from segfast.nn import _pair
 from segfast.nn._fused_block import Block
 from tests.fused_conv import draw

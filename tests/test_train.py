@@ -332,10 +332,13 @@ def test_files_of_the_user_are_never_replaced(folder, capsys):
     Path("out").mkdir()
     Path("out/cells.mask.png").write_text("mine")
     Path("unet.png").write_text("mine")
-    save_checkpoint(small_unet(), "unet.safetensors")  # ours, but not under out/
-    for target in ("unet.safetensors", "out/../unet.safetensors"):
+    save_header(Path("foreign.safetensors"), {"__metadata__": {"about": "segfast"}})
+    save_checkpoint(small_unet(), "unet.safetensors")
+    for target in ("foreign.safetensors", "unet.safetensors", "out/../unet.safetensors"):
         arguments = ["train", "--steps", "1", *SMALL, "--output", target]
-        assert "exists and is not a file that segfast wrote under out; --force" in fails(capsys, *arguments)
+        name = target.replace("unet.safetensors", "unet.png")  # the checkpoint is ours, the picture is not
+        message = f"segfast: {name}: exists and is not a file that segfast wrote; --force"
+        assert fails(capsys, *arguments).startswith(message)
     arguments = ["predict", "cells.png", "--checkpoint", "unet.safetensors"]
     assert fails(capsys, *arguments).startswith("segfast: out/cells.mask.png: exists")
     assert Path("out/cells.mask.png").read_text() == Path("unet.png").read_text() == "mine"
@@ -356,7 +359,7 @@ def test_one_line_and_exit_2(folder, capsys):
         ("predict", "cells.png", "--checkpoint", "bad.safetensors"): "not a readable safetensors file",
         ("predict", "cells.png", *good, "--output", "a.jpg"): "expected a name ending in .png",
         ("predict", "cells.png", "bad.png", *good, "--output", "a.png"): "names one file, there are 2",
-        ("predict", "cells.png", "x/cells.tif", *good): "would both be written to out/cells.mask.png",
+        ("predict", "cells.png", "./cells.png", *good): "would both be written to out/cells.mask.png",
         ("predict", "cells.png", *good, "--output", "file/a.png"): "is not a folder",
         ("predict", "cells.png", *good, "--tile", "0"): "--tile must be at least 1, got 0",
         ("predict", "cells.png", *good, "--device", "tpu"): "--device",

@@ -16,7 +16,8 @@ from segfast._files import atomic_write
 IGNORE_INDEX = 255
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npz")
 
-# What a viewer shows for class 0, 1, 2, ... of a mask: black, white, then the colours of Okabe and Ito.
+# What a viewer shows for class 0, 1, 2, ... of a mask: black, white, then the colours of Okabe and Ito; for
+# class 8 and on the same again.
 PALETTE = [
     0,
     0,
@@ -145,7 +146,8 @@ def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
     from PIL import Image
 
     image = Image.fromarray(labels.to(torch.uint8).cpu().numpy())
-    image.putpalette(PALETTE)
+    # With fewer colours than values pillow would write as few bits as the colours need.
+    image.putpalette((PALETTE * 32)[: 3 * 256])
     save_png(image, path)
 
 

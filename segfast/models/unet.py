@@ -217,6 +217,15 @@ class UNet(SegmentationModel):
         """Height and width of the output for an input of this size; not positive where there is none."""
         return self._output_length(height), self._output_length(width)
 
+    def bottleneck_pixels(self, height: int, width: int) -> int:
+        """Pixels of the smallest map for an input of this size that has an output."""
+        pixels = 1
+        for length in (height, width):
+            for _ in range(self.depth):
+                length = (length if self.padded else length - 4) // 2
+            pixels *= max(1, length if self.padded else length - 4)
+        return pixels
+
     def _output_length(self, length: int) -> int:
         if self.padded:
             return length

@@ -27,11 +27,8 @@ def save_checkpoint(model: SegmentationModel, path: str | os.PathLike) -> None:
     # One entry: safetensors writes several in random order, and equal models should be equal files.
     metadata = {HEADER: json.dumps({"model": model_name(model), "config": model.config})}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        with atomic_write(path) as temporary:
-            safetensors.torch.save_file(state, temporary, metadata=metadata)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with atomic_write(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata=metadata)
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> SegmentationModel:

@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
-from segfast._errors import UserError
+from segfast._errors import UserError, do_each
 from segfast._load_model import parse_device
 from segfast._output import claim_each
 from segfast._table import format_table
 from segfast.data import read_image, write_mask
+from segfast.data._images import existing
 
 from ._checkpoint import load_checkpoint
 from ._predict import MAX_TILE, channels_last, predict
@@ -30,21 +31,29 @@ def run(args: argparse.Namespace) -> int:
     """Write one palette PNG for each image: class indices to a reader, colours to a viewer."""
     if args.tile < 1:
         raise UserError(f"--tile must be at least 1, got {args.tile}")
-    outputs = _outputs([Path(image) for image in args.images], args.output, args.force)
+    images = [Path(image) for image in args.images]
+    outputs = _outputs(images, args.output, args.force)
     model = channels_last(load_checkpoint(args.checkpoint, parse_device(args.device)))
-    rows = []
-    for path, output in zip(args.images, outputs, strict=True):
+    rows: list[list[object]] = []
+
+    def segment(pair: tuple[Path, Path]) -> None:
+        path, output = pair
         labels = predict(model, read_image(path, model.in_channels), args.tile)
         write_mask(output, labels)
         shares = labels.flatten().bincount(minlength=model.num_classes) / labels.numel()
         size = f"{labels.shape[0]}x{labels.shape[1]}"
         rows.append([path, size, " ".join(f"{share:.1%}" for share in shares.tolist()), output])
-    print(format_table(["image", "size", "share of each class", "mask"], rows))
-    return 0
+
+    code = do_each(zip(images, outputs, strict=True), segment)
+    if rows:
+        print(format_table(["image", "height x width", "share of each class", "mask"], rows))
+    return code
 
 
 def _outputs(images: list[Path], output: str | None, force: bool) -> list[Path]:
-    """Where each mask goes, every one of them checked before the first is computed."""
+    """Where each mask goes; every name checked before the first is computed."""
+    for image in images:
+        existing(image)
     if output is not None:
         if len(images) > 1:
             raise UserError(

@@ -1,6 +1,7 @@
 """`segfast train`: a U-Net on the nuclei that are shipped, or on a folder of images and masks."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from segfast._errors import UserError
-from segfast._load_model import parse_device
+from segfast._load_model import check_seed, parse_device
 from segfast._output import claim
 from segfast._table import format_table
 from segfast.data import IGNORE_INDEX, NUCLEI_TRAIN_COLUMNS, Sample, nuclei, read_folder, split_columns
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--channels", type=int, default=1, help="of the images: 1 grey, 3 colour (1)")
     data.add_argument("--foreground", action="store_true", help="any mask value above 0 is class 1")
+    data.add_argument(
+        "--classes", type=int, metavar="N", help="of the masks, 0 to N-1 (up to the largest, if all occur)"
+    )
     data.add_argument(
         "--holdout", type=float, default=0.25, help="rightmost share of each image, for testing"
     )
@@ -69,10 +73,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: expected a name ending in .safetensors")
     outputs = [claim(path, force=args.force) for path in (output, output.with_suffix(".png"))]
     train, test = _data(args)
-    num_classes = 1 + max(_largest_class(sample.target) for sample in (*train, *test))
+    num_classes = _num_classes([*train, *test], args.classes)
+    for part, samples in (("training", train), ("held-out", test)):
+        if not any((sample.target != IGNORE_INDEX).any() for sample in samples):
+            raise UserError(f"--holdout {args.holdout}: no pixel of the {part} part is scored, all are 255")
     rank, device = _start(args.device)
     torch.manual_seed(args.seed)
-    model = channels_last(_model(args, max(2, num_classes)).to(device))
+    model = channels_last(_model(args, num_classes).to(device))
     sampler = PatchSampler(train, args.size, args.batch, args.seed + rank, augment=not args.no_augment)
     options = Options(
         steps=args.steps,
@@ -100,8 +107,18 @@ def run(args: argparse.Namespace) -> int:
 
 def scores_table(result: Scores) -> str:
     """IoU of each class and their mean, on the region never trained on."""
-    rows = [[f"class {k}", f"{value:.4f}"] for k, value in enumerate(result.iou.tolist())]
-    return format_table(["held-out region", "IoU"], [*rows, ["mean", f"{result.miou:.4f}"]])
+    absent = [k for k, value in enumerate(result.iou.tolist()) if math.isnan(value)]
+    rows = [
+        [f"class {k}", "absent" if k in absent else f"{value:.4f}"]
+        for k, value in enumerate(result.iou.tolist())
+    ]
+    table = format_table(["held-out region", "IoU"], [*rows, ["mean", f"{result.miou:.4f}"]])
+    if not absent:
+        return table
+    names = f"class{'es' * (len(absent) > 1)} {', '.join(map(str, absent))}"
+    return (
+        f"{table}\nThe mean leaves out {names}: neither in the held-out region's masks nor predicted there."
+    )
 
 
 def nuclei_samples() -> tuple[list[Sample], list[Sample]]:
@@ -116,6 +133,11 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in ("channels", "width", "depth", "steps", "batch", "size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_seed(args.seed)
+    if args.classes is not None and not 2 <= args.classes <= IGNORE_INDEX:
+        raise UserError(f"--classes must be from 2 to {IGNORE_INDEX}, got {args.classes}")
+    if not math.isfinite(args.negative_slope):
+        raise UserError(f"--negative-slope must be finite, got {args.negative_slope}")
     for name in ("lr", "momentum", "weight_decay"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= MAX_RATE:
@@ -130,8 +152,22 @@ def _data(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
     return nuclei_samples()
 
 
-def _largest_class(target: torch.Tensor) -> int:
-    return int(target.masked_fill(target == IGNORE_INDEX, 0).max())
+def _num_classes(samples: list[Sample], given: int | None) -> int:
+    """`given`, or as many as there are up to the largest, of which none may be missing."""
+    found = set().union(*(sample.target.unique().tolist() for sample in samples)) - {IGNORE_INDEX}
+    largest = max(found, default=0)
+    if given is not None:
+        if largest >= given:
+            raise UserError(f"--classes {given}: the masks have class {largest}, expected 0 to {given - 1}")
+        return given
+    missing = sorted(set(range(largest)) - found - {0})
+    if missing:
+        raise UserError(
+            f"the masks have class {largest} and none of {', '.join(map(str, missing[:5]))}"
+            f"{', ...' * (len(missing) > 5)}: --classes {largest + 1} if those are classes nevertheless, "
+            "--foreground if every value above 0 is one class"
+        )
+    return max(2, 1 + largest)
 
 
 def _model(args: argparse.Namespace, num_classes: int) -> UNet:
@@ -149,6 +185,11 @@ def _model(args: argparse.Namespace, num_classes: int) -> UNet:
         model.check_size(args.size, args.size)
     except ValueError as error:
         raise UserError(f"--size {args.size}: {error}") from error
+    if args.norm == "batch" and args.batch * model.bottleneck_pixels(args.size, args.size) == 1:
+        raise UserError(
+            f"--batch {args.batch} --size {args.size}: at --depth {args.depth} the deepest map of a step is "
+            "one pixel, of which batch norm has no statistics; give a larger batch or size, or --norm none"
+        )
     return model
 
 

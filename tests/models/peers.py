@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.plain_models import import_torchvision
+from segfast._load_model import import_torchvision
 
 
 def torchvision():

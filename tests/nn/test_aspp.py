@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import segfast
-from benchmarks.plain_models import import_torchvision
+from segfast._load_model import import_torchvision
 from segfast.nn import ASPP, DepthwiseConv2d, _pair
 from segfast.nn._pyramid import Pyramid
 from tests.fused_conv import draw
