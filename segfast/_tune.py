@@ -278,8 +278,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--shape needs --family ({', '.join(FAMILIES)}), whose layer it is")
     shapes = [_parse_shape(FAMILIES[args.family], text) for text in args.shape or ()]
     dtype = parse_dtype(args.dtype, DTYPES)
-    if not 0 < args.budget < math.inf:
-        raise UserError(f"--budget must be positive and finite, got {args.budget}")
+    if not args.budget > 0:
+        raise UserError(f"--budget must be positive, got {args.budget}")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is not a folder")
     device = _device(args)

@@ -1,6 +1,8 @@
 """`segfast check` and `check_model`: what it compares, what it says, and what it leaves alone."""
 
+import importlib.util
 import math
+import subprocess
 import sys
 import types
 
@@ -366,6 +368,27 @@ class TestLibraries:
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=f"cannot import {package}"):
             load_model(spec)
+
+    @pytest.mark.parametrize("spec", ["torchvision:mobilenet_v2", "smp:Unet", "timm:mobilenetv2_035"])
+    def test_beside_a_cpu_build_of_torch(self, spec):
+        """PyPI's torchvision has operators for CUDA; in a new process, for others have imported it here."""
+        package = {"smp": "segmentation_models_pytorch"}.get(spec.partition(":")[0], spec.partition(":")[0])
+        pytest.importorskip("PIL", reason="torchvision needs pillow")
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+        code = "import sys; from segfast._load_model import load_model; print(type(load_model(sys.argv[1])))"
+        done = subprocess.run([sys.executable, "-c", code, spec], capture_output=True, text=True)
+        assert done.returncode == 0 and "class" in done.stdout, done.stderr[-500:]
+
+    def test_a_torchvision_that_does_not_go_with_this_torch(self, monkeypatch):
+        def fails(name):
+            raise OSError("torchvision/_C.so: undefined symbol")
+
+        monkeypatch.setattr("importlib.import_module", fails)
+        with pytest.raises(
+            UserError, match=r"cannot import timm: OSError: .*; torchvision must be built for"
+        ):
+            load_model("timm:resnet18")
 
     def test_torchvision(self, monkeypatch):
         asked = {}

