@@ -240,7 +240,8 @@ def _conv_transpose2d_forward_wide_kernel(
         if FOLD:
             oh = row_h + phase_h
             position = tl.multiple_of(row_w * CO, ALIGN)[:, None] + c[None, :]
-            end = tl.multiple_of(OW * CO, ALIGN)
+            # Not a product with the width alone: of images one pixel wide that is a constant.
+            end = tl.multiple_of(tl.full((), CO, tl.int32) * OW, ALIGN)
             ok = ok & ((oh >= 0) & (oh < OH))[:, None] & (position >= 0) & (position < end)
         elif not EXACT:
             if ONE_RUN:

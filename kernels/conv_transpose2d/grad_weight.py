@@ -125,7 +125,8 @@ def _conv_transpose2d_grad_weight_kernel(
             ow = iw * STRIDE_W + tap_w
             ok = pixel_ok if INSIDE else pixel_ok & (oh >= 0) & (oh < OH)
             position = tl.multiple_of(ow * CO, ALIGN)[:, None] + c[None, :]
-            end = tl.multiple_of(OW * CO, ALIGN)
+            # Not a product with the width alone: of images one pixel wide that is a constant.
+            end = tl.multiple_of(tl.full((), CO, tl.int32) * OW, ALIGN)
             ok = ok[:, None] & (position >= 0) & (position < end) & column_ok[None, :]
         elif ONE_RUN:
             ok = pixel_ok[:, None]

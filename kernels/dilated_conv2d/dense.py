@@ -137,7 +137,8 @@ def _conv2d_forward_kernel(
             ok = row_ok if INSIDE else row_ok & (ih >= 0) & (ih < H)
             if FOLD:
                 position = tl.multiple_of(row_w * CI, ALIGN)[:, None] + channel[None, :]
-                end_of_row = tl.multiple_of(W * CI, ALIGN)
+                # Not a product with the width alone: of images one pixel wide that is a constant.
+                end_of_row = tl.multiple_of(tl.full((), CI, tl.int32) * W, ALIGN)
                 ok = ok[:, None] & (position >= 0) & (position < end_of_row) & depth_ok[None, :]
             elif INSIDE:
                 ok = ok[:, None] & depth_ok[None, :]
