@@ -120,8 +120,10 @@ def _proven(path: Path, target: Path) -> dict[Path, str]:
         if not arch.startswith(("sm_", "gfx")):
             raise Refused(f"{path}: {arch!r} is no GPU's architecture")
         for name, proof in proofs.items():
-            if not proof.get("source") or not proof.get("gpu"):
-                raise Refused(f"{path}: the proof of {name} does not name its source and its GPU")
+            if not all(proof.get(what) for what in ("source", "gpu", "triton")):
+                raise Refused(
+                    f"{path}: the proof of {name} does not name its source, its GPU and Triton's version"
+                )
         merged.setdefault(arch, {}).update(proofs)
     return {target: _dump(merged)}
 

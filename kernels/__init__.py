@@ -28,6 +28,7 @@ else:
     from ._configs import Config, candidates, choose_config, override_config
     from ._device import architecture, dot_precision, gpu_slug, interpreting, pretend_architecture
     from ._launch import compile_offline, layout_key, recall, record_launches, remember
+    from ._operands import multiplies_in_tf32
     from .conv_transpose2d import (
         conv_transpose2d_forward,
         conv_transpose2d_grad_input,
@@ -104,6 +105,7 @@ else:
         "is_split",
         "layout_key",
         "mean_field_update",
+        "multiplies_in_tf32",
         "override_config",
         "packed_width",
         "parallel_conv2d_forward",

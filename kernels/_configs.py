@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import triton
 
 from ._device import architecture, gpu_slug, interpreting, shared_memory_limit
 from ._launch import forget_plans, separate_plans
@@ -263,12 +264,16 @@ def rows_of(operation: str, slug: str, arch: str) -> Iterator[tuple[str, dict]]:
             return
 
 
+# What kernels of several families are made with.
+_SHARED_CODE = ("_epilogue.py", "_fold.py", "_launch.py", "_operands.py", "_reduce.py")
+
+
 @functools.cache
 def source_digest(operation: str) -> str:
     """A digest of the device code behind `operation`: a proof holds for the code it was made with."""
     folder = Path(__file__).parent
     family = _CANDIDATES[operation].__module__.rpartition(".kernels.")[2].split(".")[0]
-    files = [folder / name for name in ("_epilogue.py", "_fold.py", "_launch.py", "_reduce.py")]
+    files = [folder / name for name in _SHARED_CODE]
     for name in (family, *_USES[operation]):
         files += sorted(folder.glob(f"{name}.py")) + sorted(folder.glob(f"{name}/*.py"))
     digest = hashlib.sha256()
@@ -282,15 +287,24 @@ def proven_entries(arch: str) -> frozenset[str]:
     """The "operation.dtype" pairs proven on a GPU of architecture `arch`: committed, or in the user's cache.
 
     A proof is {arch: {"operation.dtype": {"source": digest, "gpu": ..., "torch": ..., "triton": ..., "date":
-    ...}}}; one made with other device code than today's does not count.
+    ...}}}; one made with other device code, or by a Triton of another minor version, does not count.
     """
     found = set()
     for path in (_FOLDER / "proven.json", cache_folder() / "proven.json"):
         for key, proof in _read(path).get(arch, {}).items():
             operation = key.rpartition(".")[0]
-            if operation in _CANDIDATES and proof.get("source") == source_digest(operation):
+            if (
+                operation in _CANDIDATES
+                and proof.get("source") == source_digest(operation)
+                and minor_version(proof.get("triton", "")) == minor_version(triton.__version__)
+            ):
                 found.add(key)
     return frozenset(found)
+
+
+def minor_version(version: str) -> list[str]:
+    """The first two numbers of "3.7.1": compilers that differ in them make different machine code."""
+    return version.split(".")[:2]
 
 
 def proven(operation: str, dtype: torch.dtype, device: torch.device) -> bool:

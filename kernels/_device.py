@@ -22,6 +22,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def amd() -> bool:
+    """True if kernels are compiled for AMD's GPUs."""
+    return torch.version.hip is not None if _pretended is None else _pretended.startswith("gfx")
+
+
 @contextlib.contextmanager
 def pretend_architecture(name: str) -> Iterator[None]:
     """Let launchers choose tiles for the architecture `name` ("sm_90") whatever the tensors' device is."""
@@ -41,10 +46,7 @@ def inline_ptx() -> bool:
     Every `tl.inline_asm_elementwise` stands under `if PTX:`, a constexpr parameter to which the launcher
     passes this, with the same in Triton's own operations beside it.
     """
-    if not _inline_ptx or interpreting():
-        return False
-    amd = torch.version.hip if _pretended is None else _pretended.startswith("gfx")
-    return not amd
+    return _inline_ptx and not interpreting() and not amd()
 
 
 @contextlib.contextmanager
@@ -138,5 +140,4 @@ def fp32_precision() -> str:
 
     Three tf32 products recover it and stay on the matrix units; AMD's have plain fp32.
     """
-    amd = torch.version.hip if _pretended is None else _pretended.startswith("gfx")
-    return "ieee" if amd else "tf32x3"
+    return "ieee" if amd() else "tf32x3"

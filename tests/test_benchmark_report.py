@@ -169,7 +169,7 @@ def test_record_files_what_a_run_brought_back(tmp_path):
     source, root = tmp_path / "run", tmp_path / "tree"
     _rows_file(source, _row(), _row("crf_321_160_3", candidate="pytorch_exact"))
     (source / "configs.json").write_text(json.dumps(_configs()))
-    proof = {"source": "0123", "gpu": "nvidia-h200"}
+    proof = {"source": "0123", "gpu": "nvidia-h200", "triton": "3.6.0"}
     (source / "proven.json").write_text(json.dumps({"sm_90": {"conv_transpose2d_forward.bfloat16": proof}}))
     (source / "ceilings.json").write_text(
         json.dumps({"dry_run": False, "gpu": "nvidia-h200", "ceilings": H200})

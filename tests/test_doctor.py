@@ -98,8 +98,8 @@ def test_an_unproven_gpu(gpu, capsys, monkeypatch, tmp_path):
 def test_a_proven_and_measured_gpu(gpu, cache, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(_configs, "_FOLDER", tmp_path)
     cache.mkdir()
-    proof = {"source": _configs.source_digest(OPERATION)}
-    stale = {"source": "of other code"}
+    proof = {"source": _configs.source_digest(OPERATION), "triton": triton.__version__}
+    stale = proof | {"source": "of other code"}
     proofs = {f"{OPERATION}.bfloat16": proof, f"{OPERATION}.float32": stale}
     (cache / "proven.json").write_text(
         json.dumps({"sm_90": proofs, "sm_80": {f"{OPERATION}.float16": proof}})

@@ -24,6 +24,7 @@ from .._device import dot_precision
 from .._epilogue import _activate, _affine
 from .._fold import can_fold, fold_alignment
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._operands import _rounded, multiplies_in_tf32
 
 
 @triton.jit
@@ -54,8 +55,8 @@ def _conv_transpose2d_forward_phase_kernel(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     GCD_H: tl.constexpr, GCD_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE_INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TF32: tl.constexpr,
+    ALIGN_X: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI and CO are the channels of one group; M = N * PHASE_H * PHASE_W, the pixels of the largest phase.
@@ -123,7 +124,7 @@ def _conv_transpose2d_forward_phase_kernel(
             kernel_tap = (first_h + tap_h * STEP_H) * KERNEL_W + first_w + tap_w * STEP_W
             b = tl.load(w_group + ci[:, None] * (KERNEL_H * KERNEL_W * CO) + kernel_tap * CO + c[None, :],
                         mask=(ci < CI)[:, None] & channel_ok[None, :], other=0.0)  # fmt: skip
-            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            accumulator = tl.dot(_rounded(a, TF32), _rounded(b, TF32), accumulator, input_precision=PRECISION)
 
         channel = group * CO + c
         y = _affine(accumulator, bias_ptr, scale_ptr, shift_ptr, channel, channel_ok)
@@ -147,8 +148,8 @@ def _conv_transpose2d_forward_wide_kernel(
     CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, EXACT: tl.constexpr, FOLD: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE_INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TF32: tl.constexpr,
+    ALIGN_X: tl.constexpr, ALIGN: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Row (n, j_h, j_w) stands for the output pixels stride * j - pad + phase, all phases of it; M = N *
@@ -226,7 +227,7 @@ def _conv_transpose2d_forward_wide_kernel(
             tap_offset = (tap_h * STRIDE_H * KERNEL_W + tap_w * STRIDE_W) * CO
             b = tl.load(w_columns[None, :] + ci[:, None] * (KERNEL_H * KERNEL_W * CO) + tap_offset,
                         mask=(ci < CI)[:, None] & column_ok[None, :], other=0.0)  # fmt: skip
-            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            accumulator = tl.dot(_rounded(a, TF32), _rounded(b, TF32), accumulator, input_precision=PRECISION)
 
         if FOLD:
             channel = c
@@ -392,6 +393,7 @@ def _make(
     constants |= {
         "ACTIVATION": activation,
         "PRECISION": dot_precision(x.dtype),
+        "TF32": multiplies_in_tf32(x.dtype),
         "ALIGN_X": pixel_alignment(x),
         "ALIGN": align,
         "WIDE_INDEX": needs_wide_index(x, residual, skip, out),

@@ -28,6 +28,7 @@ from .._configs import (
 from .._device import architecture, bounded, dot_precision
 from .._fold import can_fold, fold_alignment, taps_inside
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._operands import _rounded, multiplies_in_tf32
 from .._reduce import reduce_partials
 
 
@@ -39,7 +40,7 @@ def _conv_transpose2d_grad_weight_kernel(
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FOLD: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr, TF32: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, WIDE_INDEX: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +138,8 @@ def _conv_transpose2d_grad_weight_kernel(
             if not INSIDE:
                 ok = ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
         b = tl.load(g_columns[None, :] + g_rows[:, None], mask=ok, other=0.0)  # [BLOCK_K, BLOCK_N]
-        accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+        a, b = tl.trans(_rounded(a, TF32)), _rounded(b, TF32)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         first_w += BLOCK_K % columns
         carry_w = first_w >= columns
         first_w = tl.where(carry_w, first_w - columns, first_w)
@@ -236,6 +238,7 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups, operation) -> Plan:
         "DILATION_H": dilation[0],
         "DILATION_W": dilation[1],
         "PRECISION": dot_precision(x.dtype),
+        "TF32": multiplies_in_tf32(x.dtype),
         "FOLD": fold,
         "INSIDE": taps_inside((height, width), gy.shape[2:], kernel, stride, padding, dilation),
         "ALIGN": align,

@@ -27,6 +27,7 @@ from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
 from .._fold import can_fold, fold_alignment, taps_inside
 from .._launch import Plan, image_strides, needs_wide_index, pixel_alignment
+from .._operands import _rounded, multiplies_in_tf32
 from ._partials import finish_partials, workspace
 
 
@@ -41,7 +42,7 @@ def _conv2d_forward_kernel(
     GROUPS: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TF32: tl.constexpr,
     FOLD: tl.constexpr, INSIDE: tl.constexpr, FLIP: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, WIDE_INDEX: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -166,7 +167,7 @@ def _conv2d_forward_kernel(
             depth = (depth % CHANNELS * TAPS + TAPS - 1 - depth // CHANNELS) * CO
         b = tl.load(w_columns[None, :] + depth[:, None],
                     mask=depth_ok[:, None] & c_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]  # fmt: skip
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+        accumulator = tl.dot(_rounded(a, TF32), _rounded(b, TF32), accumulator, input_precision=PRECISION)
 
     channel = group * CO + c if GROUPS > 1 else c
     ok = row_ok[:, None] & c_ok[None, :]
@@ -302,6 +303,7 @@ def make_dense(
         "DILATION_W": dilation[1],
         "ACTIVATION": activation if split == 1 else None,
         "PRECISION": dot_precision(x.dtype),
+        "TF32": multiplies_in_tf32(x.dtype),
         "FOLD": fold,
         "FLIP": flip,
         "INSIDE": taps_inside((out_h, out_w), size, kernel, stride, padding, dilation),

@@ -16,6 +16,7 @@ from .._configs import Config, Problem, choose_config, fit_registers, geometry_v
 from .._device import dot_precision, processors, shared_memory_limit
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._operands import _rounded, multiplies_in_tf32
 from ._partials import finish_partials, workspace
 from ._zones import FIELDS, Branch, executed_taps, pieces, work_table
 from .dense import candidates
@@ -31,7 +32,8 @@ def _conv2d_zoned_kernel(
     N, OH, OW, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
     C: tl.constexpr, CO: tl.constexpr, BRANCHES: tl.constexpr, FLIP: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TF32: tl.constexpr,
     FIELDS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr, WIDE_INDEX: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +108,7 @@ def _conv2d_zoned_kernel(
                 filter_tap = tap_h * kernel_w + tap_w
                 b = tl.load(weight + (c[None, :] * taps + filter_tap) * C + channel[:, None],
                             mask=k_ok[:, None] & c_ok[None, :], other=0.0)  # fmt: skip
-            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            accumulator = tl.dot(_rounded(a, TF32), _rounded(b, TF32), accumulator, input_precision=PRECISION)
 
         column = branch * CO + c
         ok = row_ok[:, None] & c_ok[None, :]
@@ -185,6 +187,7 @@ def make_zoned(
         "STRIDE_W": stride[1],
         "ACTIVATION": activation if split == 1 else None,
         "PRECISION": dot_precision(x.dtype),
+        "TF32": multiplies_in_tf32(x.dtype),
         "FIELDS": FIELDS,
         "ALIGN": pixel_alignment(x),
         "ALIGN_Y": pixel_alignment(out, residual),

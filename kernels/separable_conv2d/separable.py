@@ -24,6 +24,7 @@ from .._configs import (
 from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._operands import _rounded, multiplies_in_tf32
 from ..dilated_conv2d.dense import candidates, make_dense
 from ._shared import Geometry, _widen, tap_alignment, widens_by_ptx
 from .depthwise import depthwise_conv2d_forward
@@ -40,8 +41,9 @@ def _separable_conv2d_fused_kernel(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     DEPTHWISE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    PTX: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr,
-    WIDE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TF32: tl.constexpr, PTX: tl.constexpr,
+    ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # C counts the channels between the two convolutions. Outputs are the fastest program index: programs that
     # run together read the same pixels, through L2.
@@ -86,8 +88,8 @@ def _separable_conv2d_fused_kernel(
         between = _affine(between, depthwise_bias_ptr, depthwise_scale_ptr, depthwise_shift_ptr, k, k_ok)
         between = _activate(between, negative_slope, DEPTHWISE_ACTIVATION)
         w = tl.load(w_rows + k[None, :], mask=c_ok[:, None] & k_ok[None, :], other=0.0)
-        accumulator = tl.dot(w, tl.trans(between.to(x_ptr.dtype.element_ty)), accumulator,
-                             input_precision=PRECISION)  # fmt: skip
+        between = tl.trans(_rounded(between.to(x_ptr.dtype.element_ty), TF32))
+        accumulator = tl.dot(_rounded(w, TF32), between, accumulator, input_precision=PRECISION)
 
     y = _affine(tl.trans(accumulator), bias_ptr, scale_ptr, shift_ptr, c, c_ok)
     ok = m_ok[:, None] & c_ok[None, :]
@@ -150,6 +152,7 @@ def _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, con
         "DEPTHWISE_ACTIVATION": activations[0],
         "ACTIVATION": activations[1],
         "PRECISION": dot_precision(x.dtype),
+        "TF32": multiplies_in_tf32(x.dtype),
         "PTX": widens_by_ptx(x),
         "ALIGN_X": pixel_alignment(x),
         "ALIGN_Y": pixel_alignment(out, residual),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from segfast import kernels
 from segfast.kernels import Config, _configs, _device
@@ -170,7 +171,8 @@ def test_an_override_wins_nests_and_is_undone_even_by_an_error(gpu):
 
 
 def proof(operation=FORWARD, digest=None):
-    return {"source": digest or _configs.source_digest(operation), "gpu": "nvidia-test", "date": "2026-01-01"}
+    digest = digest or _configs.source_digest(operation)
+    return {"source": digest, "gpu": "nvidia-test", "triton": triton.__version__, "date": "2026-01-01"}
 
 
 def test_proofs_are_committed_or_the_users_and_hold_for_their_architecture(gpu):
@@ -196,11 +198,24 @@ def test_a_proof_of_other_device_code_does_not_count(gpu):
     assert _configs.proven_entries("sm_90") == frozenset()
 
 
+def test_a_proof_counts_for_the_minor_version_of_triton_that_it_was_made_with(gpu):
+    major, minor, *_ = map(int, triton.__version__.split(".")[:2])
+    versions = {
+        "float16": f"{major}.{minor}.99",
+        "bfloat16": f"{major}.{minor + 1}.0",
+        "float32": f"{major + 1}.{minor}.0",
+    }
+    proofs = {f"{FORWARD}.{dtype}": proof() | {"triton": version} for dtype, version in versions.items()}
+    unnamed = {name: value for name, value in proof().items() if name != "triton"}
+    gpu("committed", "proven", {"sm_90": proofs | {"conv_transpose2d_grad_input.float16": unnamed}})
+    assert _configs.proven_entries("sm_90") == {f"{FORWARD}.float16"}
+
+
 @pytest.mark.parametrize(
     ("operation", "path"),
     [
         (FORWARD, "conv_transpose2d/forward.py"),
-        *((FORWARD, f"_{name}.py") for name in ("epilogue", "fold", "launch", "reduce")),
+        *((FORWARD, f"_{name}.py") for name in ("epilogue", "fold", "launch", "operands", "reduce")),
         # Launches of another family's kernels.
         ("conv_transpose2d_grad_input", "dilated_conv2d/dense.py"),
         ("conv2d_grad_input", "conv_transpose2d/forward.py"),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .._epilogue import apply_epilogue
-from .._operands import pair
+from .._operands import load_kernels, pair
 from .._prove import Evidence
 from .functional import OPERATIONS, conv_transpose2d
 from .operators import GRAD_INPUT, GRAD_WEIGHT
@@ -23,6 +23,7 @@ _PROOFS = {
 
 def proofs(device: torch.device, dtype: torch.dtype):
     """Evidence for `segfast.ops._prove`: forward with a full epilogue, and both gradients."""
+    tf32 = load_kernels().multiplies_in_tf32(dtype)
     for case, (
         batch,
         c_in,
@@ -60,7 +61,7 @@ def proofs(device: torch.device, dtype: torch.dtype):
         actual = conv_transpose2d(x, w, b, *geometry, scale=k, shift=s, residual=r, activation="relu")
         taps = (-(-kernel // stride)) ** 2
         yield Evidence(
-            OPERATIONS[0], case, actual, reference.detach(), aten, magnitude, taps * c_in // groups
+            OPERATIONS[0], case, actual, reference.detach(), aten, magnitude, taps * c_in // groups, tf32
         )
 
         options = (pair(stride, "stride"), pair(padding, "padding"), groups, pair(dilation, "dilation"))
@@ -71,10 +72,10 @@ def proofs(device: torch.device, dtype: torch.dtype):
         size_input, size_weight = _aten_gradients(*sizes, extra, *options)
         actual = GRAD_INPUT(device_grad, w, height, width, *options)
         depth = c_out // groups * kernel * kernel
-        yield Evidence(OPERATIONS[1], case, actual, to_input, aten_input, size_input, depth)
+        yield Evidence(OPERATIONS[1], case, actual, to_input, aten_input, size_input, depth, tf32)
         actual = GRAD_WEIGHT(device_grad, x, w, *options)
         yield Evidence(
-            OPERATIONS[2], case, actual, to_weight, aten_weight, size_weight, batch * height * width
+            OPERATIONS[2], case, actual, to_weight, aten_weight, size_weight, batch * height * width, tf32
         )
     yield _up_concat_evidence(device, dtype)
 
@@ -96,7 +97,8 @@ def _up_concat_evidence(device: torch.device, dtype: torch.dtype) -> Evidence:
     reference = torch.cat([cropped, up], 1)
     if not torch.equal(actual[:, :40].cpu(), skip[:, :, 3:21]):
         raise AssertionError("up_concat: the copied skip differs")
-    return Evidence(OPERATIONS[0], "up_concat crop", actual, reference, aten, size, 24)
+    tf32 = load_kernels().multiplies_in_tf32(dtype)
+    return Evidence(OPERATIONS[0], "up_concat crop", actual, reference, aten, size, 24, tf32)
 
 
 def _aten_gradients(grad, input, weight, output_padding, stride, padding, groups, dilation):

@@ -87,9 +87,10 @@ def convolution_evidence(
     on_device = [t.to(device) for t in tensors]
     aten = run(on_device, "relu")
     depth = c_in // groups * kernel * kernel
+    tf32 = load_kernels().multiplies_in_tf32(dtype)
     with _split(OPERATIONS[0], split):
         actual = forward(*on_device, *geometry, "relu", 0.0)
-    yield Evidence(OPERATIONS[0], case, actual, reference, aten, magnitude, depth)
+    yield Evidence(OPERATIONS[0], case, actual, reference, aten, magnitude, depth, tf32)
 
     grad, (x, w) = draw(*reference.shape), on_device[:2]
     wide = _gradients(grad.double(), input.double(), weight.double(), *geometry)
@@ -98,9 +99,11 @@ def convolution_evidence(
     with _split(OPERATIONS[1], split if stride == 1 else 1):
         actual = grad_of_input(grad.to(device), w, height, width, *geometry)
     depth = c_out // groups * kernel * kernel
-    yield Evidence(OPERATIONS[1], case, actual, wide[0], plain[0], sizes[0], depth)
+    yield Evidence(OPERATIONS[1], case, actual, wide[0], plain[0], sizes[0], depth, tf32)
     actual = grad_of_weight(grad.to(device), x, w, *geometry)
-    yield Evidence(OPERATIONS[2], case, actual, wide[1], plain[1], sizes[1], batch * reference[0, 0].numel())
+    yield Evidence(
+        OPERATIONS[2], case, actual, wide[1], plain[1], sizes[1], batch * reference[0, 0].numel(), tf32
+    )
 
 
 def _images(device: torch.device, dtype: torch.dtype) -> Evidence:
@@ -120,7 +123,8 @@ def _images(device: torch.device, dtype: torch.dtype) -> Evidence:
     aten = run([first, *others], w, b, "relu")
     one = (1, 1)
     actual = CONCAT(first, others, w, b, None, None, None, one, one, one, "relu", 0.0)
-    return Evidence(OPERATIONS[0], "four images", actual, reference, aten, magnitude, 9 * 200)
+    tf32 = load_kernels().multiplies_in_tf32(dtype)
+    return Evidence(OPERATIONS[0], "four images", actual, reference, aten, magnitude, 9 * 200, tf32)
 
 
 def _pyramid(device: torch.device, dtype: torch.dtype, split: int) -> Evidence:
@@ -145,4 +149,7 @@ def _pyramid(device: torch.device, dtype: torch.dtype, split: int) -> Evidence:
     aten = run(x, on_device, k, t, "relu")
     with _split(OPERATIONS[3], split):
         actual = PARALLEL(x, on_device, k, t, [n for d in dilations for n in (d, d)], "relu", 0.0)
-    return Evidence(OPERATIONS[3], f"pyramid, split {split}", actual, reference, aten, magnitude, 9 * 72)
+    tf32 = load_kernels().multiplies_in_tf32(dtype)
+    return Evidence(
+        OPERATIONS[3], f"pyramid, split {split}", actual, reference, aten, magnitude, 9 * 72, tf32
+    )

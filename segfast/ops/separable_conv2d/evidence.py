@@ -132,7 +132,8 @@ def separable_evidence(
             x, wd, w, b1, b2, *geometry, depthwise_scale=s1, depthwise_shift=t1,
             depthwise_activation="relu6", scale=s2, shift=t2, residual=r, activation="relu",
         )  # fmt: skip
-    return Evidence(OPERATIONS[3], case, actual, reference, aten, magnitude, kernel * kernel * between)
+    tf32 = kernels.multiplies_in_tf32(dtype)
+    return Evidence(OPERATIONS[3], case, actual, reference, aten, magnitude, kernel * kernel * between, tf32)
 
 
 def config_of(form: str, x: Tensor, channels_out: int):
