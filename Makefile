@@ -24,14 +24,13 @@ demo: .venv/.installed-demo ## train a small U-Net (out/demo.png), segment a por
 	$(BIN)/segfast demo
 
 # The kernels' tests need TRITON_INTERPRET=1 before triton is imported and keep one core busy: they run beside
-# the others. benchmarks/ asserts times: alone, at the end.
+# the others, benchmarks/ among these, which without --benchmark compare values only.
 test: .venv/.installed-test ## the whole test suite, the kernels in Triton's interpreter included
 	@log=$$(mktemp); status=0; trap 'exit 130' INT TERM; trap 'kill $$kernels 2>/dev/null; rm -f $$log' EXIT; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests >$$log 2>&1 & kernels=$$!; \
-	$(BIN)/python -m pytest segfast tests || status=1; \
+	$(BIN)/python -m pytest || status=1; \
 	echo "waiting for the kernels' tests, which began beside these ..."; \
 	wait $$kernels || status=1; cat $$log; \
-	$(BIN)/python -m pytest benchmarks || status=1; \
 	exit $$status
 
 lint: .venv/.installed-test ## ruff (lint and format) and mypy
