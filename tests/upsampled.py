@@ -106,3 +106,14 @@ def check(function, definition, logits: Tensor, target: Tensor, **options) -> No
     _, terms = value_and_gradient(_terms, logits.double(), target, absolute=True, **options)
     assert_close_to_reference(actual_grad, reference_grad, aten_grad, size * terms, outputs, "gradient")
     assert actual_grad.stride() == logits.stride()
+
+
+def check_labels(labels: Tensor, scores: Tensor) -> None:
+    """Each label's score is the largest: of scores [N, C, H, W] that rounding makes equal, any will do.
+
+    In fp32 a place between two pixels is off by a rounding of its coordinate, a score by as much of itself.
+    """
+    scores = scores.double()
+    allowed = torch.finfo(torch.float32).eps * max(scores.shape[-2:]) * scores.abs().amax()
+    missing = scores.amax(1) - scores.gather(1, labels[:, None])[:, 0]
+    assert labels.dtype == torch.int64 and (missing <= allowed).all()
