@@ -122,10 +122,25 @@ def test_the_manual_s_example_runs_with_either(theirs):
         exec(README, space)
         found.append((space["map"], space["proba"], np.array(space["Q"]), space["divergences"]))
     assert (found[0][0] == found[1][0]).mean() > 0.99
-    # Here "auto" may be exact, and differs from the lattice by what the lattice is off.
-    assert np.abs(found[0][1] - found[1][1]).mean() < 2e-2 and np.abs(found[0][2] - found[1][2]).mean() < 2e-2
+    assert far(found[0][1], found[1][1]) < 1e-5 and far(found[0][2], found[1][2]) < 1e-5
     assert far(found[1][1], found[1][2]) < 1e-5
-    np.testing.assert_allclose(found[0][3], found[1][3], rtol=2e-2)
+    np.testing.assert_allclose(found[0][3], found[1][3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 4), (7, 9), (12, 16), (19, 21)])
+def test_small_images_have_their_numbers_by_default(theirs, height, width):
+    image, unary = photo("astronaut", height, width), unary_of(3, height, width)
+    results = []
+    for dcrf in (theirs, ours):
+        d = dcrf.DenseCRF2D(width, height, 3)
+        d.setUnaryEnergy(unary)
+        d.addPairwiseGaussian(sxy=3, compat=3)
+        d.addPairwiseBilateral(sxy=20, srgb=13, rgbim=image, compat=5)
+        general = dcrf.DenseCRF(height * width, 3)
+        general.setUnaryEnergy(unary)
+        general.addPairwiseEnergy(np.ascontiguousarray(image.reshape(-1, 3).T / np.float32(9)), compat=3)
+        results.append(np.stack([np.array(d.inference(5)), np.array(general.inference(5))]))
+    assert far(*results) < 5e-6
 
 
 def test_eight_features(theirs):
@@ -380,9 +395,12 @@ def test_exact_is_the_functional_and_nothing_is_shared_with_the_caller():
     image[:], unary[:] = 0, 0
     assert far(first, expected.reshape(3, -1)) < 1e-6 and np.array_equal(d.inference(4), first)
     assert repr(d) == "DenseCRF2D(w=12, h=10, nlabels=3, method='exact' (exact, exact))"
-    wide = ours.DenseCRF2D(200, 100, 2)
-    wide.addPairwiseGaussian(3, 3)
-    assert repr(wide) == "DenseCRF2D(w=200, h=100, nlabels=2, method='auto' (lattice))"
+    for size in ((200, 100), (5, 4)):
+        like_theirs, cheapest = ours.DenseCRF2D(*size, 2), ours.DenseCRF2D(*size, 2, method="auto")
+        like_theirs.addPairwiseGaussian(3, 3)
+        cheapest.addPairwiseGaussian(3, 3)
+        assert repr(like_theirs).endswith("method='lattice' (lattice))")
+        assert repr(cheapest).endswith(f"method='auto' ({'lattice' if size[0] == 200 else 'exact'}))")
 
 
 def test_without_energies_all_labels_are_alike():
@@ -430,7 +448,7 @@ def test_numpy_integers_and_zero_iterations():
     unary = unary_of(2, 4, 5)
     d.setUnaryEnergy(unary)
     assert far(d.inference(np.int64(0)), np.exp(-unary)) < 1e-6
-    assert re.fullmatch(r"DenseCRF2D\(w=5, h=4, nlabels=2, method='auto'\)", repr(d))
+    assert re.fullmatch(r"DenseCRF2D\(w=5, h=4, nlabels=2, method='lattice'\)", repr(d))
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,11 +20,15 @@ from ..ops import dense_crf
 from ..ops.dense_crf.arguments import (
     check_compatibility,
     check_count,
+    check_energies,
     check_features,
     check_iterations,
     check_options,
     check_tolerance,
+    far_offset,
     positive,
+    warn_of_colors,
+    warn_of_one_label,
 )
 from ..ops.dense_crf.backend import Thetas, can_use_kernels, choose_kernels_method
 from ..ops.dense_crf.chunks import Passes, passes_of
@@ -87,8 +91,8 @@ class DenseCRF:
     Args:
         nvar: the number of points.
         nlabels: the number of labels.
-        method: "lattice", pydensecrf's own approximation; "exact", all pairs; "auto", for each term the one
-            of less modelled cost. The repr says which.
+        method: "lattice", pydensecrf's own approximation and numbers; "exact", all pairs; "auto", for each
+            term the one of less modelled cost. The repr says which.
         tolerance: for "exact" on our kernels, the share of a point's weights that may be skipped, in pairs
             too far apart to matter: `segfast.functional.gaussian_filter`.
 
@@ -102,12 +106,13 @@ class DenseCRF:
         >>> d.inference(5).shape
         (5, 100)
         >>> d
-        DenseCRF(nvar=100, nlabels=5, method='auto' (exact))
+        DenseCRF(nvar=100, nlabels=5, method='lattice' (lattice))
     """
 
-    def __init__(self, nvar: int, nlabels: int, *, method: str = "auto", tolerance: float = 1e-2):
+    def __init__(self, nvar: int, nlabels: int, *, method: str = "lattice", tolerance: float = 1e-2):
         self._nvar, self._nlabel = _count(nvar, "nvar"), _count(nlabels, "nlabels")
         check_options(method, None)
+        warn_of_one_label(self._nlabel)
         self._tolerance = check_tolerance(tolerance)
         self._method, self._device = method, torch.get_default_device()
         self._unary: Tensor | None = None
@@ -126,10 +131,12 @@ class DenseCRF:
             compat: a number (Potts: its cost for two different labels), [labels] (the diagonal of energies)
                 or [labels, labels] (all of them; only the symmetric half of it counts).
         """
-        points = _tensor(features, "features", 2)
+        points = _tensor(features, "features", 2, exact=True)
         if points.shape[0] == 0 or points.shape[1] != self._nvar:
             raise ValueError(f"features must be [D, {self._nvar}] (points), got {list(points.shape)}")
-        self._add(points.T, "features", compat, kernel, normalization)
+        shift = far_offset(points, (1,))
+        points = (points - shift).float().T
+        self._add(points, "features", compat, kernel, normalization, moved=bool(shift.any()))
 
     def setUnary(self, u: Unary) -> None:
         """Sets the energies from an object that holds them."""
@@ -181,8 +188,7 @@ class DenseCRF:
                 f"the unary energy must be {[self._nlabel, self._nvar]} (labels, points), "
                 f"got {list(energy.shape)}"
             )
-        if not (energy > -np.inf).all():
-            raise ValueError("the unary energy holds NaN or -inf")
+        check_energies(energy, 0, "the unary energy")
         self._unary = energy.T.contiguous().to(self._device)
 
     def _add(
@@ -193,12 +199,16 @@ class DenseCRF:
         kernel: int,
         normalization: int,
         thetas: Thetas | None = None,
+        moved: bool = False,
     ) -> None:
-        """Adds the term of features [points, D]; thetas: `choose_kernels_method`'s."""
+        """Adds the term of features [points, D]; thetas: `choose_kernels_method`'s.
+
+        moved: they were far from zero, and are not.
+        """
         points = check_features(points, source, torch.float32).contiguous().to(self._device)
         name, compatibility = self._options(compat, kernel, normalization)
         # densecrf takes points by fours, and pads them by points at zero.
-        padded = self._nvar % 4 != 0
+        padded = self._nvar % 4 != 0 and not moved
         with torch.no_grad():
             if self._on_kernels(points.shape[1]):
                 method = choose_kernels_method(self._method, self._nvar, thetas)
@@ -259,7 +269,7 @@ class DenseCRF2D(DenseCRF):
         (16, 24)
     """
 
-    def __init__(self, w: int, h: int, nlabels: int, *, method: str = "auto", tolerance: float = 1e-2):
+    def __init__(self, w: int, h: int, nlabels: int, *, method: str = "lattice", tolerance: float = 1e-2):
         self._w, self._h = _count(w, "w"), _count(h, "h")
         super().__init__(self._w * self._h, nlabels, method=method, tolerance=tolerance)
 
@@ -298,13 +308,18 @@ class DenseCRF2D(DenseCRF):
             srgb: standard deviation in the image's units, one or one a channel.
             rgbim: [h, w, 3]; other images by `utils.create_pairwise_bilateral` and `addPairwiseEnergy`.
         """
-        image = _tensor(rgbim, "rgbim", 3)
+        image = _tensor(rgbim, "rgbim", 3, exact=True)
         if tuple(image.shape) != (self._h, self._w, 3):
             raise ValueError(f"rgbim must be {[self._h, self._w, 3]} (h, w, RGB), got {list(image.shape)}")
         thetas = positive(sxy, "sxy", 2), positive(srgb, "srgb", 3)
+        if not np.issubdtype(utils.as_array(rgbim, "rgbim").dtype, np.integer):
+            warn_of_colors(image, thetas[1], "rgbim", "srgb")
+        shift = far_offset(image, (0, 1), min(thetas[1]))
+        image = (image - shift).float()
         places = dense_crf.grid_features((self._h, self._w), thetas[0], image)
         colours = image.reshape(-1, 3) / image.new_tensor(thetas[1])
-        self._add(torch.cat([places, colours], 1), "rgbim", compat, kernel, normalization, thetas)
+        points = torch.cat([places, colours], 1)
+        self._add(points, "rgbim", compat, kernel, normalization, thetas, moved=bool(shift.any()))
 
     def _sizes(self) -> str:
         return f"w={self._w}, h={self._h}"
@@ -341,11 +356,12 @@ def _longer(rows: Tensor, padding: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, padding)) if padding else rows
 
 
-def _tensor(values: ArrayLike, name: str, ndim: int) -> Tensor:
-    """A float32 tensor of its own memory."""
-    if np.iscomplexobj(values):
+def _tensor(values: ArrayLike, name: str, ndim: int, exact: bool = False) -> Tensor:
+    """A float32 tensor of its own memory; with `exact` float64, if float32 has not all of the numbers."""
+    given = utils.as_array(values, name)
+    if np.iscomplexobj(given):
         raise ValueError(f"{name} must be real, got complex numbers")
-    array = np.array(values, np.float32)
+    array = np.array(given, np.result_type(given.dtype, np.float32) if exact else np.float32)
     if array.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got the shape {list(array.shape)}")
     return torch.from_numpy(array)

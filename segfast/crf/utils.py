@@ -2,21 +2,42 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ..ops.dense_crf.arguments import positive
+from ..ops.dense_crf.arguments import far_offset, positive
 
 Array = NDArray[np.float32]
+
+
+def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
+    """As NumPy has it.
+
+    Raises:
+        ValueError: a tensor that NumPy cannot take: one that requires grad, is bfloat16 or on another device.
+    """
+    if isinstance(values, torch.Tensor):
+        if values.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, and there are no gradients here: pass {name}.detach(), or call "
+                "segfast.functional.mean_field, which has them"
+            )
+        if values.dtype == torch.bfloat16:
+            raise ValueError(f"{name} is bfloat16, which NumPy does not have: pass {name}.float()")
+        if not values.is_cpu:
+            raise ValueError(f"{name} is on {values.device}, arrays come from the CPU: pass {name}.cpu()")
+    return np.asarray(values)
 
 
 def unary_from_labels(labels: ArrayLike, n_labels: int, gt_prob: float, zero_unsure: bool = True) -> Array:
     """Energies [n_labels, points] of labels of which each is right with probability gt_prob.
 
     Args:
-        labels: integers of any shape. With zero_unsure, 0 says nothing of its point and the labels are
-            1..n_labels; else they are 0..n_labels - 1.
+        labels: integers of any shape, or a mask of bools, which count as 0 and 1. With zero_unsure, 0 says
+            nothing of its point and the labels are 1..n_labels; else they are 0..n_labels - 1.
         gt_prob: between 0 and 1; the rest is spread over the other labels.
 
     Raises:
@@ -31,7 +52,9 @@ def unary_from_labels(labels: ArrayLike, n_labels: int, gt_prob: float, zero_uns
         raise ValueError(f"gt_prob must be between 0 and 1, got {gt_prob!r}")
     if n_labels < 2:
         raise ValueError(f"n_labels must be at least 2, got {n_labels!r}")
-    flat = np.asarray(labels).flatten()
+    flat = as_array(labels, "labels").flatten()
+    if flat.dtype == bool:
+        flat = flat.astype(np.uint8)
     highest = n_labels if zero_unsure else n_labels - 1
     if not np.issubdtype(flat.dtype, np.integer) or (
         flat.size and not 0 <= flat.min() <= flat.max() <= highest
@@ -63,7 +86,7 @@ def unary_from_softmax(sm: ArrayLike, scale: float | None = None, clip: float | 
     Raises:
         ValueError: a scale out of range.
     """
-    probabilities = np.asarray(sm)
+    probabilities = as_array(sm, "sm")
     if scale is not None:
         if not 0 < scale <= 1:
             raise ValueError(f"scale must be in (0, 1], got {scale!r}")
@@ -105,9 +128,12 @@ def create_pairwise_bilateral(
     Raises:
         ValueError: a standard deviation that is not a positive number, or the wrong number of them.
     """
-    image = np.asarray(img, np.float32)
+    image = as_array(img, "img")
     channels = image[None] if chdim == -1 else np.moveaxis(image, chdim, 0)
     sigmas = positive(schan, "schan", len(channels))
+    exact = torch.from_numpy(channels.astype(np.float64))
+    shift = far_offset(exact, tuple(range(1, exact.dim())), min(sigmas))
+    channels = (exact - shift).float().numpy()
     scaled = np.stack([channel / np.float32(s) for channel, s in zip(channels, sigmas, strict=True)])
     places = create_pairwise_gaussian(sdims, channels.shape[1:])
     return np.concatenate([places, scaled.reshape(len(sigmas), -1)])

@@ -1,6 +1,7 @@
 """What the functions and classes of the dense CRF ask of their arguments, one clear error a mistake."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
@@ -44,6 +45,69 @@ def is_readable(tensor: Tensor) -> bool:
 def check_finite(values: Tensor, requirement: str) -> None:
     if is_readable(values) and not values.isfinite().all():
         raise ValueError(f"{requirement}, got NaN or infinity in it")
+
+
+def check_energies(energies: Tensor, labels: int, name: str) -> None:
+    """Of each point, whose labels are along that dimension, one energy is finite, and none NaN or -inf."""
+    if not is_readable(energies) or energies.numel() == 0:
+        return
+    least = energies.amin(labels)
+    if not (least > -math.inf).all():
+        raise ValueError(f"{name} holds NaN or -inf")
+    if not (least < math.inf).all():
+        raise ValueError(f"{name} is +inf for all labels of a point: one of them must be possible")
+
+
+def warn_of_one_label(labels: int) -> None:
+    if labels == 1 and not is_traced():
+        message = "one label, so that every probability is 1: a mask takes two, its background's as well"
+        warnings.warn(message, stacklevel=3)
+
+
+# A difference of all that an image in 0..1 has is half a standard deviation then.
+_LARGEST_OF_0_TO_1 = 2.0
+
+
+def warn_of_colors(image: Tensor, theta: Theta, name: str, theta_name: str) -> None:
+    """Of floating-point colors that a standard deviation meant for 0..255 takes for one."""
+    if not (is_readable(image) and image.is_floating_point() and image.numel()) or isinstance(theta, Tensor):
+        return
+    low, high = torch.aminmax(image.detach())
+    if 0 <= low < high <= 1 and min(theta) > _LARGEST_OF_0_TO_1:
+        message = (
+            f"{name} is in 0..1, where {theta_name} {min(theta):g} sees one color: it is in the image's "
+            f"units, so multiply the image by 255 or divide {theta_name} by it"
+        )
+        warnings.warn(message, stacklevel=3)
+
+
+# So many standard deviations from zero, float32 is off by up to 2**-12 of one.
+_FAR = 2.0**12
+
+
+def far_offset(features: Tensor, points: tuple[int, ...], theta: float | Tensor = 1.0) -> Tensor:
+    """What to subtract from features before they become float32, which holds few digits of large numbers.
+
+    Their mean over the dimensions that count points where they are float64 and far from zero; else zero, so
+    that the places of ordinary features in a lattice stay what they are. Nothing waits for a device.
+    """
+    shape = [1 if i in points else n for i, n in enumerate(features.shape)]
+    if features.dtype != torch.float64 or features.numel() == 0:
+        return features.new_zeros(shape)
+    places = features.detach()
+    is_far = places.abs().amax(points, keepdim=True) > _FAR * theta
+    return torch.where(is_far, places.mean(points, keepdim=True), 0)
+
+
+def rounded(features: Tensor, dtype: torch.dtype, theta: float | Tensor = 1.0) -> Tensor:
+    """Features [B, D, ...] in the dtype of the computation, an image's moved near zero if they lose by it."""
+    wide = not features.is_floating_point() and features.dtype.itemsize > 2
+    if features.dtype == dtype or not (wide or features.dtype == torch.float64):
+        return features.to(dtype)
+    if features.device.type == "mps":  # which has no float64
+        return features.to(dtype)
+    features = features.double()
+    return (features - far_offset(features, tuple(range(2, features.dim())), theta)).to(dtype)
 
 
 def check_not_complex(features: Tensor, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from .._backend import get_backend
 from .._layout import output_format
 from .._registry import is_traced
 from . import device
-from .arguments import check_finite, compute_dtype, is_readable
+from .arguments import check_energies, check_finite, compute_dtype
 from .backend import Thetas, reason_not
 from .exact import Theta
 from .filters import (
@@ -93,8 +93,7 @@ class Crf(NamedTuple):
 
 def mean_field(unary: Tensor, crf: Crf) -> Tensor:
     """The probabilities of energies [B, L, H, W], in their shape and dtype; channels_last if they are."""
-    if is_readable(unary) and not (unary > -math.inf).all():
-        raise ValueError("unary holds NaN or -inf")
+    check_energies(unary, 1, "unary")
     dim = 0
     if crf.features is not None:
         check_finite(crf.features, "image must be finite, and be so divided by its theta")

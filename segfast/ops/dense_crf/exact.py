@@ -209,8 +209,12 @@ class SeparableFilter:
 
 
 def _toeplitz(count: int, sigma: float | Tensor, like: Tensor) -> Tensor:
-    positions = torch.arange(count, device=like.device, dtype=like.dtype) / sigma
-    return (-(positions[:, None] - positions).square() / 2).exp()
+    places = torch.arange(count, device=like.device, dtype=like.dtype)
+    if not isinstance(sigma, Tensor):
+        # A number that is zero in this dtype would be 0 / 0 on the diagonal.
+        sigma = max(sigma, torch.finfo(like.dtype).tiny)
+    # Of small ones no difference of two infinities.
+    return (-((places[:, None] - places) / sigma).square() / 2).exp()
 
 
 def scale(values: Tensor, factors: Tensor | None) -> Tensor:

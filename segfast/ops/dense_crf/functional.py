@@ -18,6 +18,9 @@ from .arguments import (
     check_theta,
     check_tolerance,
     compute_dtype,
+    rounded,
+    warn_of_colors,
+    warn_of_one_label,
 )
 from .exact import Theta
 from .filters import grid_features
@@ -40,7 +43,8 @@ def gaussian_filter(
 
     Args:
         values: [B, C, ...]. Differentiable.
-        features: [B, D, ...], the sizes after D as those after C, divided by the standard deviations.
+        features: [B, D, ...], the sizes after D as those after C, divided by the standard deviations. Of
+            float64 beside values that are not, the mean is subtracted where they are far from zero.
             Differentiable, also through n. For the lattice that is the derivative of what it computes,
             which is smooth but for the seams of its cells.
         method: "exact" takes every pair of points. "lattice" approximates on the permutohedral lattice in
@@ -78,7 +82,7 @@ def gaussian_filter(
     options = method, normalization, check_tolerance(tolerance)
     features = check_not_complex(features, "features")
     with _full_precision(values):
-        features = features.to(compute_dtype(values))
+        features = rounded(features, compute_dtype(values))
         run = operators.gaussian_filter if _as_operator(values) else compute.gaussian_filter
         return run(values, features, *options)
 
@@ -156,8 +160,12 @@ def mean_field(
 
     Raises:
         ValueError: shapes that do not go together, a theta that is not positive, an unknown option, on a CPU
-            an image that is not finite, NaN or -inf in unary. On a GPU, where a check of a tensor would wait
-            for it, these make the result NaN, as do thetas too small for the lattice: `gaussian_filter`.
+            an image that is not finite, NaN or -inf in unary, +inf for all labels of a pixel. On a GPU, where
+            a check of a tensor would wait for it, these make the result NaN, as do thetas too small for the
+            lattice: `gaussian_filter`.
+
+    Warns:
+        UserWarning: one label; on a CPU an image in 0..1 beside a theta_beta meant for 0..255.
 
     Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge
     Potentials" (2011); the weights of Zheng et al., "Conditional Random Fields as Recurrent Neural Networks"
@@ -175,6 +183,7 @@ def mean_field(
     check_options(method, normalization)
     check_iterations(iterations)
     tolerance = check_tolerance(tolerance)
+    warn_of_one_label(unary.shape[-3])
     single = unary.dim() == 3
     if single and image is not None and image.dim() != 3:
         raise ValueError(f"image must be [C, H, W] beside a unary [L, H, W], got {list(image.shape)}")
@@ -200,6 +209,7 @@ def mean_field(
             check_sizes(image, unary, "image", "C")
             beta = check_theta(theta_beta, "theta_beta", image.shape[1], like)
             image = check_not_complex(image, "image")
+            warn_of_colors(image, beta, "image", "theta_beta")
             if iterations and not _is_zero(bilateral):
                 if not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
                     thetas = tuple(alpha), tuple(beta)
@@ -223,7 +233,8 @@ def mean_field(
 
 def _features(image: Tensor, size: tuple[int, int], alpha: Theta, beta: Theta, like: Tensor) -> Tensor:
     """[B, H W, 2 + C]: places over alpha beside colours over beta."""
-    colours = image.to(like.dtype).flatten(2).transpose(1, 2)
+    least = beta.detach().amin() if isinstance(beta, Tensor) else min(beta)
+    colours = rounded(image, like.dtype, least).flatten(2).transpose(1, 2)
     if isinstance(beta, Tensor) or len(set(beta)) == 1:
         colours = colours / (beta if isinstance(beta, Tensor) else beta[0])
     else:

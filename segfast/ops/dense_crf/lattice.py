@@ -37,6 +37,8 @@ class Lattice:
 
     def _build(self, features: Tensor, with_origin: bool) -> None:
         points, dim = features.shape
+        if not features.abs().amax() < 2.0**_MOST_BITS:
+            raise _too_far(features.abs().amax().log2().item())
         floor, rank, self.weights = simplices(features)
         packing = _Packing(floor, with_origin)
         # One row a remainder, and the remainder is the highest part of a key.
@@ -137,6 +139,13 @@ class Bags:
         return out
 
 
+def _too_far(bits: float) -> ValueError:
+    return ValueError(
+        f"features: they span 2**{bits:.0f} lattice cells, at most 2**{_MOST_BITS} can be told apart: larger "
+        "standard deviations, fewer features, or method='exact'"
+    )
+
+
 def _write(out: Tensor, part: Callable[[int], Tensor], chunk: int, rows: slice) -> None:
     out[rows] = part(chunk)
 
@@ -213,15 +222,14 @@ class _Packing:
             low, high = low.clamp(max=0), high.clamp(min=0)
         self.dim = floor.shape[0] - 1
         self.cells, self.strides = 1, [0]
-        for size in reversed((high - low + 4).tolist()[:-1]):
+        # In integers of any size: of features too large for 64 bits the vertices are at an end of these.
+        lows, highs = low.tolist(), high.tolist()
+        for least, most in reversed([*zip(lows, highs, strict=True)][:-1]):
             self.strides.insert(0, self.cells)
-            self.cells *= size
-        bits = math.log2(self.cells * (self.dim + 1))
+            self.cells *= most - least + 4
+        bits = math.log2(max(self.cells * (self.dim + 1), *map(abs, lows + highs)))
         if bits >= _MOST_BITS:
-            raise ValueError(
-                f"features: they span 2**{bits:.0f} lattice cells, at most 2**{_MOST_BITS} can be told "
-                "apart: larger standard deviations, fewer features, or method='exact'"
-            )
+            raise _too_far(bits)
         self._stride = floor.new_tensor(self.strides)[:, None]
         self._lowest = low[:, None] - 2
 
