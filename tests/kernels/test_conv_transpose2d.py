@@ -101,6 +101,7 @@ def test_values_and_gradients_are_torchs(name, poisoned_empty):
     check(shape, channels_out, channels_last=len(name) % 2 == 0, **geometry)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("channels", [(16, 24), (12, 20), (21, 21), (64, 8)], ids=str)
 @pytest.mark.parametrize(
     "geometry",
@@ -120,6 +121,7 @@ def test_alignment_is_promised_and_kept(channels, geometry, poisoned_empty, chec
     assert checked_hints and max(checked_hints) >= common
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "name",
     [

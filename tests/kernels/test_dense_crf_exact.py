@@ -87,6 +87,7 @@ def test_every_pair_counts_at_tolerance_zero(batch, count, dim, channels, spread
     assert ((actual - reference).abs() <= allowed * reference).all()
 
 
+@pytest.mark.compat
 @inside
 def test_features_that_outgrow_half_precision_take_the_direct_form():
     features = points(1, 200, 5)

@@ -35,6 +35,7 @@ def check(values, size, theta, *factors):
     assert ((actual - reference).abs() <= 2e-6 * magnitude.amax()).all()
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("channels", [1, 2, 5, 21, 33])
 def test_channels(channels, poisoned_empty):
     check(torch.randn(2, 6 * 11, channels), (6, 11), (3.0, 1.5))

@@ -110,6 +110,7 @@ def test_one_message_of_every_kind(kind, labels, poisoned_empty):
         check(unary, (message,), expected(unary, (compatibility, plain)))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -120,6 +120,7 @@ def always_zones(monkeypatch):
     monkeypatch.setattr("segfast.kernels.dilated_conv2d.forward._WORTHWHILE", float("inf"))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ZONED_GEOMETRIES)
 def test_zoned_values_and_gradients_are_torchs(name, always_zones):
     options = ZONED_GEOMETRIES[name][2]

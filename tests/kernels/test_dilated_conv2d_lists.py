@@ -51,6 +51,7 @@ def operands(name, *, dtype=torch.float32, channels_last=True, vectors=("bias",)
     return tensors, {n: v for n, v in options.items() if n != "kernel"}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_are_as_if_concatenated(name):
     tensors, options = operands(name, channels_last=len(name) % 2 == 0)

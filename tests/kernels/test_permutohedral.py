@@ -69,6 +69,7 @@ def test_ties_are_the_cpus(poisoned_empty):
         check_vertices(build_permutohedral(grid[None]), Lattice(grid))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("dim", "points", "channels"),
     [(1, 200, 1), (2, 300, 21), (3, 70, 2), (5, 200, 5), (5, 30, 33), (8, 40, 3)],

@@ -57,6 +57,7 @@ def test_dice_is_the_definition(name, poisoned_empty):
     check(our_dice, dice, logits, target, smooth=0.5, **geometry)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["x2", "corners x(2, 8)", "nearest x4"])
 def test_half_precision_computes_in_fp32(name, poisoned_empty):
     shape, geometry = GEOMETRIES[name]
@@ -65,6 +66,7 @@ def test_half_precision_computes_in_fp32(name, poisoned_empty):
     check(our_dice, dice, logits, target, **geometry)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_labels_and_their_probability(name):
     shape, geometry = GEOMETRIES[name]

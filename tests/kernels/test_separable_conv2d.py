@@ -98,6 +98,7 @@ def test_the_tiles_of_the_heuristic(name, monkeypatch):
 HALF = ["k3 p1", "k3 s2 p1 odd", "k3 d2", "k5 s2 p2", "three filters, s2 d2"]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_accumulates_in_fp32(name):
     tensors, geometry = operands(name, vectors=VECTORS, dtype=torch.float16)

@@ -104,6 +104,7 @@ def test_inputs_and_gradients_of_any_strides(multiplier, form, checked_hints):
         torch.testing.assert_close(result, reference, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("form", ["fused", "two kernels"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_separable_inputs_and_residuals_of_any_strides(view, form, checked_hints):

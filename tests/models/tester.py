@@ -198,6 +198,7 @@ class ModelTester:
         images, _ = self.batch(model)
         torch.testing.assert_close(segfast.optimize(model)(images), model(images), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.compat
     def test_compiles_into_one_graph(self):
         model = self.build().eval()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=self.dynamic)
@@ -206,6 +207,7 @@ class ModelTester:
                 images, _ = self.batch(model, size)
                 torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.compat
     def test_exports_with_dynamic_sizes(self):
         model = self.build().eval()
         dim = torch.export.Dim

@@ -147,6 +147,7 @@ class TestBothKinds:
             y = aspp.bfloat16()(x.bfloat16())
         torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.1)
 
+    @pytest.mark.compat
     def test_copies_compilation_and_export(self, aspp):
         x = draw(2, 6, 9, 8)
         with torch.no_grad():

@@ -101,6 +101,7 @@ class TestConv2d:
             ours(draw(1, 5, 9, 8))
         assert copy.deepcopy(ours).to("meta")(draw(1, 6, 9, 8).to("meta")).shape == (1, 4, 9, 8)
 
+    @pytest.mark.compat
     def test_copies_compilation_and_export(self):
         _, ours = twins(4, 3, padding=2, dilation=2, bias=False)
         x = draw(2, 6, 9, 8)
@@ -226,6 +227,7 @@ class TestConvBNAct:
             with torch.no_grad():
                 torch.testing.assert_close(block([skip, up]), block(torch.cat([skip, up], 1)))
 
+    @pytest.mark.compat
     def test_copies_compilation_and_export(self, fused_at_any_size):
         block, x = trained(ConvBNAct(6, 4, dilation=2)).eval(), draw(2, 6, 9, 8)
         copies = (copy.deepcopy(block), pickle.loads(pickle.dumps(block)))

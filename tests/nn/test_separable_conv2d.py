@@ -251,6 +251,7 @@ class TestSeparable:
             with pytest.raises(ValueError, match="activation must be one of None, 'relu'"):
                 SeparableConv2d(2, 2, **{name: "swish"})
 
+    @pytest.mark.compat
     def test_it_compiles_and_exports(self):
         block = self.block(activation="relu").eval()
         x = draw(2, 6, 5, 5)

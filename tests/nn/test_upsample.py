@@ -100,6 +100,7 @@ def test_it_maps_over_another_batch(channels_last):
     torch.testing.assert_close(y.flatten(0, 1), layer(x))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_it_compiles_whole(channels_last):
     layer = torch.nn.Sequential(BilinearUpsample(4, 8, 2), torch.nn.ReLU())
@@ -110,6 +111,7 @@ def test_it_compiles_whole(channels_last):
     assert y.stride() == expected.stride()
 
 
+@pytest.mark.compat
 def test_it_exports_with_any_batch_and_size():
     layer = BilinearUpsample(4, 8, 2)
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}

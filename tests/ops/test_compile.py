@@ -46,6 +46,7 @@ def train_step(model, x, skip):
     return y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole_and_trains(dynamic, backend):
@@ -107,6 +108,7 @@ def test_inductor_once():
     assert actual[0].stride() == expected[0].stride()
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exports_with_dynamic_sizes(backend):
     class Step(torch.nn.Module):

@@ -100,6 +100,7 @@ def test_fakes_and_decompositions(name):
     check_decomposition(*CALLS[name])
 
 
+@pytest.mark.compat
 def test_compiles_whole_and_trains():
     torch._dynamo.reset()
     compiled = torch.compile(refine, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -112,6 +113,7 @@ def test_compiles_whole_and_trains():
     torch.testing.assert_close(compiled(**tensors), refine(**tensors))
 
 
+@pytest.mark.compat
 def test_a_compiled_filter_is_the_filter():
     torch._dynamo.reset()
 
@@ -123,6 +125,7 @@ def test_a_compiled_filter_is_the_filter():
     torch.testing.assert_close(with_gradients(compiled, tensors), with_gradients(function, tensors))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "learn_thetas, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.uint8)]
 )

@@ -266,6 +266,7 @@ def train_step(logits, target, weight):
     return *outputs, torch.autograd.grad(outputs[0], logits)[0]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("dynamic", "backend"),
     [(False, "aten"), (True, "aten"), pytest.param(True, "triton", marks=INTERPRETING_ONLY)],
@@ -285,6 +286,7 @@ def test_compiles_whole_and_trains(dynamic, backend):
             torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.compat
 def test_exports_and_decomposes():
     class Head(torch.nn.Module):
         def forward(self, logits, target):

@@ -63,6 +63,7 @@ def test_the_block_is_what_torch_computes():
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("dynamic", "backend"),
     [(False, "aten"), (True, "aten"), pytest.param(True, "triton", marks=INTERPRETING_ONLY)],
@@ -123,6 +124,7 @@ def test_the_compiled_graph_holds_our_operators_and_no_layout_copies():
     assert gradients[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exports_with_dynamic_sizes(backend):
     model = block().eval()
