@@ -18,6 +18,8 @@ from triton import knobs
 if TYPE_CHECKING:
     from ._configs import Config
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 _PLANS: dict[Hashable, Any] = {}
 _MOST_PLANS = 4096
 _recorder: list[tuple["Plan", tuple[torch.Tensor | None, ...]]] | None = None
@@ -36,7 +38,13 @@ class Plan:
         # In the kernel's own order: the short launch passes them by position.
         self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         self.config = config
-        self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        self.options = {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            # a * b + c in one instruction, rounded once. Said, for the default changes with Triton 3.10; a
+            # kernel that must round each operation sets it to False.
+            "enable_fp_fusion": True,
+        }
         self._compiled = None
         self._run = None
 

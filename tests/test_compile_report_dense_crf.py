@@ -10,6 +10,9 @@ from segfast import _machine_code
 from segfast._compile_report import Task, compile_task, most_per_pair, pair_instructions, tasks
 from segfast._machine_code import from_sass
 from segfast.kernels import Config
+from segfast.kernels._launch import TRITON
+
+MOST = 4.4 if TRITON < (3, 9) else 4.6  # instructions a pair
 
 # Specimens beside what their first kernel's matrix instruction is on Hopper.
 SPECIMENS = {
@@ -55,11 +58,11 @@ def test_both_axes_and_both_forms_are_compiled():
 def test_instructions_of_a_pair(monkeypatch):
     task = Task("dense_crf", "sm_90", "fp32", "21 labels exact")
     row = compile_task(task)[0]
-    assert 2.5 < row.per_pair <= 4.4
+    assert 2.5 < row.per_pair <= MOST
     assert f"{row.per_pair:.1f}" in row.cells()
     inspect = _machine_code.inspect
-    monkeypatch.setattr(_machine_code, "inspect", lambda c: dataclasses.replace(inspect(c), loop=142))
-    assert compile_task(task)[0].problems == ("4.44 instructions a pair",)
+    monkeypatch.setattr(_machine_code, "inspect", lambda c: dataclasses.replace(inspect(c), loop=150))
+    assert compile_task(task)[0].problems == ("4.69 instructions a pair",)
     # Of kernels that know no pairs none is counted.
     assert compile_task(Task("dense_crf", "sm_90", "fp32", "21 labels spatial"))[0].per_pair == 0
 
@@ -69,13 +72,13 @@ def test_the_limit_is_that_of_narrow_rows_and_eight_warps():
         plan = SimpleNamespace(constants=constants, config=Config(128, 64, 32, 8, 3))
         return pair_instructions(plan, SimpleNamespace(loop=128)), most_per_pair(plan)
 
-    assert figures(DIRECT=False, BLOCK_C=32, DEPTH=32) == (4, 4.4)
+    assert figures(DIRECT=False, BLOCK_C=32, DEPTH=32) == (4, MOST)
     # 32 labels in two halves.
-    assert figures(DIRECT=False, BLOCK_C=64, DEPTH=32) == (4, 4.4)
+    assert figures(DIRECT=False, BLOCK_C=64, DEPTH=32) == (4, MOST)
     assert figures(DIRECT=False, BLOCK_C=128, DEPTH=32) == (4, math.inf)
     assert figures(DIRECT=False, BLOCK_C=64, DEPTH=64) == (4, math.inf)
     assert figures(DIRECT=False, BLOCK_C=32, DEPTH=32, BLOCK_F=16) == (4, math.inf)
-    assert figures(DIRECT=True, BLOCK_C=32, DEPTH=32) == (0, 4.4)
+    assert figures(DIRECT=True, BLOCK_C=32, DEPTH=32) == (0, MOST)
 
 
 def test_the_loop_of_a_disassembly():

@@ -15,7 +15,7 @@ import triton.language as tl
 from .._configs import Config, Problem, choose_config, fit_registers, geometry_variant, register_candidates
 from .._device import dot_precision, processors, shared_memory_limit
 from .._epilogue import _activate, _affine
-from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._launch import TRITON, Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from .._operands import _rounded, multiplies_in_tf32
 from ._partials import finish_partials, workspace
 from ._zones import FIELDS, Branch, executed_taps, pieces, work_table
@@ -23,6 +23,10 @@ from .dense import candidates
 
 # Filters that one launch can be given.
 MOST_BRANCHES = 5
+
+# Whether what the epilogue needs stays in the loop over items. Triton 3.9 takes it out and then spills it;
+# those before spill if it stays.
+_STAYS = tl.constexpr(TRITON >= (3, 9))
 
 
 @triton.jit
@@ -41,7 +45,7 @@ def _conv2d_zoned_kernel(
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     k = tl.arange(0, BLOCK_K)
-    for item in tl.range(tl.load(starts_ptr + pid), tl.load(starts_ptr + pid + 1)):
+    for item in tl.range(tl.load(starts_ptr + pid), tl.load(starts_ptr + pid + 1), disable_licm=_STAYS):
         fields = work_ptr + item * FIELDS
         branch = tl.load(fields)
         tile = tl.load(fields + 1)

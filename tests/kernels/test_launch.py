@@ -159,10 +159,8 @@ def test_after_the_first_call_the_compiled_kernel_is_launched_directly(monkeypat
     plan = _launch.Plan(Kernel(), (3, 2), (5,), {"A": 1, "B": 2}, CONFIG)
     x = torch.ones(1)
     plan(x)
-    assert (
-        slow == [((3, 2, 1), (x, 5), {"B": 2, "A": 1, "num_warps": 4, "num_stages": 2})]
-        and not compiled.calls
-    )
+    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    assert slow == [((3, 2, 1), (x, 5), {"B": 2, "A": 1, **options})] and not compiled.calls
     plan(x)
     plan(x)
     # Through the binder each call would cost 11 us. Grid, stream, function, metadata, three hooks, then every
@@ -170,6 +168,22 @@ def test_after_the_first_call_the_compiled_kernel_is_launched_directly(monkeypat
     assert len(slow) == 1
     expected = (3, 2, 1, ("stream", None), "function", "metadata", None, None, None, x, 5, 2, 1)
     assert compiled.calls == [expected] * 2
+
+
+def test_a_kernel_says_whether_multiply_and_add_are_fused():
+    """Triton's own default changes with 3.10: of a kernel that says nothing the rounding would."""
+    with kernels.record_launches() as exact:
+        kernels.build_permutohedral(torch.empty(1, 4, 2, device="meta"))
+    assert {plan.options["enable_fp_fusion"] for plan, _ in exact} == {True, False}
+    meta = {"device": "meta", "dtype": torch.float16, "memory_format": torch.channels_last}
+    pointers = (torch.empty(1, 8, 3, 4, **meta), torch.empty(8, 16, 2, 2, **meta))
+    out = torch.empty(1, 16, 6, 8, **meta)
+    plan = record(*pointers, out)
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    for fused in (True, False):
+        plan.options["enable_fp_fusion"] = fused
+        compiled = kernels.compile_offline(plan, (*pointers, *[None] * 5, out), target)
+        assert compiled.metadata.enable_fp_fusion is fused
 
 
 def test_a_listening_profiler_gets_the_long_way():

