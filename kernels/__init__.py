@@ -27,7 +27,7 @@ if __name__ == "kernels":
 else:
     from ._configs import Config, candidates, choose_config, override_config
     from ._device import architecture, dot_precision, gpu_slug, interpreting, pretend_architecture
-    from ._launch import compile_offline, layout_key, recall, record_launches, remember
+    from ._launch import KernelError, compile_offline, layout_key, recall, record_launches, remember
     from ._operands import multiplies_in_tf32
     from .conv_transpose2d import (
         conv_transpose2d_forward,
@@ -77,6 +77,7 @@ else:
     __all__ = [
         "Config",
         "ExactPairs",
+        "KernelError",
         "Message",
         "Packed",
         "Permutohedral",

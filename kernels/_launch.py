@@ -25,6 +25,10 @@ _MOST_PLANS = 4096
 _recorder: list[tuple["Plan", tuple[torch.Tensor | None, ...]]] | None = None
 
 
+class KernelError(RuntimeError):
+    """A kernel that could not be compiled or launched; the reason is its `__cause__`."""
+
+
 class Plan:
     """One kernel, ready to be called with its pointers."""
 
@@ -55,11 +59,20 @@ class Plan:
         if min(self.grid) == 0:
             return
         device = next(p for p in pointers if p is not None).device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        try:
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    self._launch(pointers, device.index)
+            else:
                 self._launch(pointers, device.index)
-        else:
-            self._launch(pointers, device.index)
+        except Exception as error:
+            if "out of memory" in str(error):
+                raise
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            raise KernelError(
+                f"the kernel {self.kernel.__name__} could not be compiled or launched "
+                f"({type(error).__name__}: {reason})"
+            ) from error
 
     def _launch(self, pointers: tuple[torch.Tensor | None, ...], index: int) -> None:
         compiled = self._compiled

@@ -80,6 +80,10 @@ def get_backend() -> str:
     return _state.backend
 
 
+# Operations whose kernels could not be compiled or launched in this process, and the kernel's error.
+FAILED: dict[str, str] = {}
+
+
 def use_triton(
     operation: str, reason_not: Callable[..., str | None], *args: Any, because: str = "proven, faster"
 ) -> bool:
@@ -105,6 +109,8 @@ def use_triton(
 
 def _decided(operation: str, chosen: str, reason: str, answer: bool) -> bool:
     if _state.decisions is not None:
+        if operation in FAILED and chosen == "triton" != _state.backend:
+            chosen, reason = "aten", FAILED[operation]
         _state.decisions.append(Decision(operation, chosen, reason))
     return answer
 

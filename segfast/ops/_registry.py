@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import _INTERPRETING
+from ._backend import _INTERPRETING, get_backend
+from ._fallback import give_up
 
 _LIBRARY = torch.library.Library("segfast", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
@@ -46,8 +47,8 @@ class Operator:
         self._kernels = kernels
         self._per_sample = frozenset(per_sample)
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, kernels, "CUDA")
-        _LIBRARY.impl(self.name, kernels if _INTERPRETING else reference, "CPU")
+        _LIBRARY.impl(self.name, self._run, "CUDA")
+        _LIBRARY.impl(self.name, self._run if _INTERPRETING else reference, "CPU")
         qualified = f"segfast::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_LIBRARY)
         torch.library.register_vmap(qualified, self._vmap, lib=_LIBRARY)
@@ -60,8 +61,25 @@ class Operator:
         # Behind the dispatcher waits nothing but our implementation, unless one of these listens.
         plain = type(args[0]) in _PLAIN and (type(args[1]) in _PLAIN or _are_plain(args[1]))
         if plain and _nobody_listens() and args[0].is_cuda | _INTERPRETING:
-            return self._kernels(*args)
+            # As `_run`, without a call for it.
+            try:
+                return self._kernels(*args)
+            except RuntimeError as error:
+                return self._computed_by_aten(error, args)
         return self.overload(*args)
+
+    def _run(self, *args: Any) -> Any:
+        try:
+            return self._kernels(*args)
+        except RuntimeError as error:
+            return self._computed_by_aten(error, args)
+
+    def _computed_by_aten(self, error: RuntimeError, args: Sequence[Any]) -> Any:
+        """What `reference` gives, now and from here on; or the error, if it is to be seen."""
+        give_up(self.name, error)
+        kernels, reference = self._kernels, self.reference
+        self._kernels = lambda *args: (kernels if get_backend() == "triton" else reference)(*args)
+        return reference(*args)
 
     def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         mapped = [i for i, dim in enumerate(in_dims) if dim is not None and isinstance(args[i], Tensor)]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._backend import kernel_reason_not, use_triton
+from .._backend import FAILED, kernel_reason_not, use_triton
 from .filters import METHODS
 
 OPERATIONS = (
@@ -15,6 +15,8 @@ OPERATIONS = (
     "spatial_gaussian",
     "mean_field_update",
 )
+# What is known to fail by this name: what the operations compute, they compute together.
+FAMILY = "dense_crf"
 MOST_LABELS, MOST_FEATURES = 256, 8
 
 # "auto" is exact up to so many pairs of pixels an image. Not measured.
@@ -53,6 +55,8 @@ def reason_not(choice: str, tensor: Tensor, labels: int, dim: int) -> str | None
         reason = f"{tensor.numel() // labels} points of {dim} features, the kernels count below 2**30 of both"
     if reason is not None or choice == "triton":
         return reason
+    if FAMILY in FAILED:
+        return FAILED[FAMILY]
     return _unproven(tensor.dtype, tensor.device)
 
 

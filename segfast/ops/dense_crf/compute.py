@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .._backend import get_backend
+from .._fallback import falls_back
 from .._layout import output_format
 from .._registry import is_traced
 from . import device
 from .arguments import check_energies, check_finite, compute_dtype
-from .backend import Thetas, reason_not
+from .backend import FAMILY, Thetas, reason_not
 from .exact import Theta
 from .filters import (
     Filter,
@@ -28,6 +29,7 @@ from .inference import Compatibility, Term, infer, unroll
 from .threads import each_image, on_threads
 
 
+@falls_back(FAMILY)
 def gaussian_filter(
     values: Tensor, features: Tensor, method: str, normalization: str | None, tolerance: float
 ) -> Tensor:
@@ -91,6 +93,7 @@ class Crf(NamedTuple):
         return math.hypot(*places, *(255 / sigma for sigma in beta)) < _FLOAT16_SPAN
 
 
+@falls_back(FAMILY)
 def mean_field(unary: Tensor, crf: Crf) -> Tensor:
     """The probabilities of energies [B, L, H, W], in their shape and dtype; channels_last if they are."""
     check_energies(unary, 1, "unary")
@@ -176,6 +179,7 @@ def _on_kernels(energies: Tensor, size: tuple[int, int], crf: Crf, unrolls: bool
     return unroll(energies, terms, crf.iterations)
 
 
+@falls_back(FAMILY)
 def skipped_share(features: Tensor, tolerance: float) -> Tensor:
     """[B, ...] of features [B, D, ...]: of each point's normaliser, the share that `tolerance` skips."""
     check_finite(features, "features must be finite")

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._fallback import give_up
 from .._operands import load_kernels
-from .backend import Thetas, choose_kernels_method
+from .backend import FAMILY, Thetas, choose_kernels_method
 from .chunks import Passes, passes_of
+from .exact import AllPairsFilter
 from .filters import grid_features, normalizers
 from .lattice_gradient import simplex_weights
 
@@ -123,7 +125,7 @@ class _ExactSums(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_values = _ExactSums.apply(grad, features, ctx.pairs)
         if ctx.needs_input_grad[1]:
-            grad_features = _ExactFeatureGradient.apply(grad, values, ctx.pairs)
+            grad_features = _ExactFeatureGradient.apply(grad, values, features, ctx.pairs)
         return grad_values, grad_features, None
 
 
@@ -138,10 +140,15 @@ def _exact_sums(pairs: Any, values: Tensor) -> Tensor:
 
 class _ExactFeatureGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, grad, values, pairs):
+    def forward(ctx, grad, values, features, pairs):
         kernels = load_kernels()
         parts = zip(grad.split(_MOST_CHANNELS // 2, 2), values.split(_MOST_CHANNELS // 2, 2), strict=True)
-        return sum(kernels.exact_grad_features(pairs, g.contiguous(), v.contiguous()) for g, v in parts)
+        try:
+            return sum(kernels.exact_grad_features(pairs, g.contiguous(), v.contiguous()) for g, v in parts)
+        except RuntimeError as error:
+            give_up(FAMILY, error)
+        images = zip(features.detach(), values, grad, strict=True)
+        return torch.stack([_feature_gradient_by_aten(*image) for image in images])
 
     @staticmethod
     def backward(ctx, grad):
@@ -201,6 +208,13 @@ class _LatticeWeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _once_only()
+
+
+def _feature_gradient_by_aten(features: Tensor, values: Tensor, grad: Tensor) -> Tensor:
+    """The gradient [N, D] of one image's features, in PyTorch's operations."""
+    features = features.requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(AllPairsFilter(features)(values), features, grad)[0]
 
 
 def _once_only() -> None:
