@@ -126,7 +126,8 @@ def _upsample_grad_logits_kernel(
                         weight = tl.where(known, 1.0, 0.0)
                     weight = tl.where(known, weight, float("nan")) * (1.0 - smoothing) * grad
                     if SMOOTHING:
-                        spread = smoothing / C * grad
+                        # A block whatever grad is: Triton 3.9 indexes no scalar.
+                        spread = tl.where(counted, smoothing / C * grad, 0.0)
                         dz = p * (weight + spread * weights)[None, :, :]
                         dz -= tl.where(hit, weight[None, :, :], 0.0)
                         dz -= spread[None, :, :] * class_weight[:, None, None]

@@ -42,6 +42,10 @@ ERRORS = {
     "target size": (_logits(), _target(), {"size": 5}, RuntimeError, "target"),
     "target batch": (_logits(), _target(2, 4, 4), {}, RuntimeError, "target"),
     "target of probabilities": (_logits(), _target(dtype=torch.float32), {}, RuntimeError, "target"),
+    "soft target": (_logits(), torch.full((1, 3, 4, 4), 1 / 3), {}, RuntimeError, "target must hold class"),
+    "soft target, size": (_logits(), torch.ones(1, 3, 4, 4), {"size": 4}, RuntimeError, "target must hold"),
+    "target 4-D": (_logits(), _target(1, 1, 4, 4), {}, RuntimeError, r"target must be \[N, H, W\]"),
+    "target 4-D, size": (_logits(), _target(1, 1, 4, 4), {"size": 4}, RuntimeError, "target must be"),
     "target device": (_logits(), _target(device="meta"), {}, RuntimeError, "device"),
 }
 LOSS_ERRORS = {

@@ -14,8 +14,9 @@ def wide(logits: Tensor) -> Tensor:
 
 def _labels(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels [N, 1, OH, OW], zero where ignored, and whether they count."""
-    counted = (target != ignore_index)[:, None]
-    return torch.where(counted, target[:, None].long(), 0), counted
+    label = target[:, None].long()  # first: 156 == -100 in uint8
+    counted = label != ignore_index
+    return torch.where(counted, label, 0), counted
 
 
 def cross_entropy(logits, target, weight, size, mode, align_corners, scales, ignore_index, smoothing,

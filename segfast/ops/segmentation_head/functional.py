@@ -106,10 +106,9 @@ def upsample_cross_entropy(
     weight = None if weight is None else weight.detach()
     differentiates = torch.is_grad_enabled() and logits.requires_grad
     if not _uses_operator(name, logits, resampling.size, OPERATIONS[: 2 if differentiates else 1]):
-        labels = target if target.dtype in (torch.int64, torch.uint8) else target.long()
         return F.cross_entropy(
             upsample(logits, *resampling),
-            labels,
+            target.long(),  # with bytes torch has no backward
             None if weight is None else weight.to(_result_dtype(logits)),
             ignore_index=ignore_index,
             reduction=reduction,

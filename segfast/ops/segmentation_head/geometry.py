@@ -51,8 +51,9 @@ def resolve(
         scales = (float(factor_h), float(factor_w))
         size = [math.floor(n * f) for n, f in zip(logits.shape[2:], scales, strict=True)]
     elif size is None:
-        if target is None or target.dim() != 3:
+        if target is None:
             raise ValueError(f"{operation}: either size or scale_factor should be defined")
+        _check_class_indices(operation, target)
         size = target.shape[1:]
     height, width = _two(operation, "size", size, (int, torch.SymInt))
     if height < 1 or width < 1:
@@ -67,15 +68,23 @@ def _two(operation: str, name: str, value: Any, kinds: tuple[type, ...]) -> list
     return values
 
 
+def _check_class_indices(operation: str, target: Tensor) -> None:
+    """Raise unless `target` is three-dimensional and of an integer dtype."""
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise RuntimeError(
+            f"{operation}: target must hold class indices (int64, int32 or uint8), got {target.dtype} "
+            f"of shape {list(target.shape)}"
+        )
+    if target.dim() != 3:
+        raise RuntimeError(f"{operation}: target must be [N, H, W], got {list(target.shape)}")
+
+
 def check_labels(
     operation: str, logits: Tensor, target: Tensor, size: Any, weight: Tensor | None = None
 ) -> None:
     """Raise unless `target` holds a class index for each output pixel, `weight` a number for each class."""
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise RuntimeError(
-            f"{operation}: target must hold class indices (int64, int32 or uint8), got {target.dtype}"
-        )
-    if target.dim() != 3 or target.shape[0] != logits.shape[0] or tuple(target.shape[1:]) != tuple(size):
+    _check_class_indices(operation, target)
+    if target.shape[0] != logits.shape[0] or tuple(target.shape[1:]) != tuple(size):
         expected = [logits.shape[0], *size]
         raise RuntimeError(f"{operation}: target must be [N, H, W] = {expected}, got {list(target.shape)}")
     classes = logits.shape[1]
