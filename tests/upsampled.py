@@ -28,6 +28,7 @@ GEOMETRIES = {
     "corners to one pixel": ((2, 3, 3, 4), {"size": 1, "align_corners": True}),
     "smaller": ((1, 6, 9, 8), {"size": (4, 5)}),
     "smaller, corners": ((1, 6, 9, 8), {"size": (4, 5), "align_corners": True}),
+    "x(1.1, 2), one axis kept": ((1, 5, 4, 3), {"scale_factor": (1.1, 2.0)}),
     "x0.6": ((1, 4, 7, 9), {"scale_factor": 0.6}),
     "same size": ((1, 4, 3, 5), {"size": (3, 5)}),
     "one pixel": ((1, 2, 1, 1), {"size": (5, 6)}),

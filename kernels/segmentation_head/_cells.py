@@ -158,8 +158,9 @@ def source_scale(size: int, out_size: int, kind: str, factor: float | None) -> f
     """ATen's step on the input for a step on the output; a factor that was given goes before the sizes."""
     if kind == "corners":
         return (size - 1) / (out_size - 1) if out_size > 1 else 0.0
-    if kind == "nearest" and out_size in (size, 2 * size):
-        return size / out_size  # ATen's nearest looks at no factor here
+    # An axis that keeps its size is copied; ATen's nearest looks at no factor where it doubles either.
+    if size == out_size or (kind == "nearest" and out_size == 2 * size):
+        return size / out_size
     return 1.0 / factor if factor is not None and factor > 0 else size / out_size
 
 

@@ -2,7 +2,9 @@
 
 Both directions of an interpolation are small matrix products, z = R x Q^T and its adjoint R^T dz Q, with R
 [rows, low rows] and Q [columns, low columns] cut to what a tile touches. A tile stays in the caches through
-softmax, loss and gradient, where the plain operations go through memory for each.
+softmax, loss and gradient, where the plain operations go through memory for each. In a matrix product a
+logit or gradient that is not finite would meet the zeros of far outputs: an image that has one takes the two
+neighbors of each output instead, as ATen does.
 """
 
 import functools
@@ -31,13 +33,33 @@ def pays(operation: str, logits: Tensor, size: tuple[int, int]) -> bool:
 
 
 class Axis(NamedTuple):
-    """A stretch [start, stop) of outputs, the inputs [low, high) they lie between, and the matrix between."""
+    """A stretch [start, stop) of outputs, the inputs [low, high) they lie between, and the matrix between.
+
+    Also each output's two neighbors, and the share of the second; None where it is the first alone.
+    """
 
     start: int
     stop: int
     low: int
     high: int
     matrix: Tensor  # [stop - start, high - low]
+    before: Tensor
+    after: Tensor
+    fraction: Tensor | None
+
+    def between(self, values: Tensor) -> Tensor:
+        """Interpolates the last dimension, between the neighbors alone."""
+        if self.fraction is None:
+            return values[..., self.before]
+        return values[..., self.before] * (1 - self.fraction) + values[..., self.after] * self.fraction
+
+    def add_adjoint(self, sums: Tensor, values: Tensor) -> None:
+        """Adds the adjoint of `between` to `sums`."""
+        if self.fraction is None:
+            sums.index_add_(-1, self.before, values)
+            return
+        sums.index_add_(-1, self.before, values * (1 - self.fraction))
+        sums.index_add_(-1, self.after, values * self.fraction)
 
 
 class Tile(NamedTuple):
@@ -47,6 +69,7 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
     logits: Tensor
+    finite: bool  # no logit of the image is infinite or NaN
     add_gradient: Callable[[Tensor], None]
 
 
@@ -54,6 +77,8 @@ def _positions(size: int, out_size: int, mode: str, align_corners: bool, scale: 
     """Low index, and the weight of the pixel after it, of every output: ATen's coordinates."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     position = torch.arange(out_size, dtype=precise, device="cpu")
+    if size == out_size and mode != "nearest":  # ATen copies, whatever factor it was given
+        return position.long(), torch.zeros_like(position)
 
     def ratio() -> Tensor:
         given = scale is not None and scale > 0
@@ -71,9 +96,19 @@ def _positions(size: int, out_size: int, mode: str, align_corners: bool, scale: 
         step = torch.tensor(value, dtype=precise, device="cpu")
         source = position * step
     else:
-        source = ((position + 0.5) * ratio() - 0.5).clamp_(min=0)
+        source = (position + 0.5) * ratio() - 0.5
+        if precise == torch.float32 and _fuses():
+            source = ((position + 0.5).double() * ratio().double() - 0.5).float()
+        source.clamp_(min=0)
     low = source.long().clamp_(max=size - 1)
     return low, (source - low).clamp_(0, 1)
+
+
+@functools.cache
+def _fuses() -> bool:
+    """Whether this CPU's ATen computes positions with fused multiply-adds: 1.5 / 3 - 0.5 is not 0 then."""
+    ramp = torch.arange(2, dtype=torch.float32, device="cpu").view(1, 1, 2, 1)
+    return torch.ops.aten.upsample_bilinear2d(ramp, [6, 1], False)[0, 0, 1, 0].item() != 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,7 +116,7 @@ def _axis(size: int, out_size: int, mode: str, align_corners: bool, scale: float
           step: int) -> tuple[Axis, ...]:  # fmt: skip
     """An axis cut into stretches of `step` outputs."""
     low, fraction = _positions(size, out_size, mode, align_corners, scale, dtype)
-    high = (low + 1).clamp(max=size - 1)
+    high = low if size == out_size else (low + 1).clamp(max=size - 1)
     parts = []
     for start in range(0, out_size, step):
         here = slice(start, min(start + step, out_size))
@@ -90,7 +125,8 @@ def _axis(size: int, out_size: int, mode: str, align_corners: bool, scale: float
         row = torch.arange(here.stop - start, device="cpu")
         for column, share in ((low, 1 - fraction), (high, fraction)):
             matrix.index_put_((row, column[here] - first), share[here], accumulate=True)
-        parts.append(Axis(start, here.stop, first, last + 1, matrix))
+        shares = None if mode == "nearest" else fraction[here]
+        parts.append(Axis(start, here.stop, first, last + 1, matrix, low[here], high[here], shares))
     return tuple(parts)
 
 
@@ -98,12 +134,19 @@ def accumulation_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def tiles(logits: Tensor, size, mode: str, align_corners: bool, scales, gradient: Tensor | None = None
-          ) -> Iterator[Tile]:  # fmt: skip
+def _are_finite(*tensors: Tensor | None) -> bool:
+    """No infinity and no NaN in any."""
+    ends = [end for t in tensors if t is not None for end in torch.aminmax(t)]
+    return all(math.isfinite(end) for end in ends)
+
+
+def tiles(logits: Tensor, size, mode: str, align_corners: bool, scales, gradient: Tensor | None = None,
+          factors: tuple[Tensor | None, ...] = ()) -> Iterator[Tile]:  # fmt: skip
     """Every tile of the upsampled logits, computed in fp32 or fp64.
 
     With `gradient`, an unwritten [N, C, H, W] of that dtype, each tile's `add_gradient(dz)` adds the adjoint
-    of dz, [rows, C, columns], to it: once for every tile, before the next is asked for.
+    of dz, [rows, C, columns], to it: once for every tile, before the next is asked for. `factors` are what
+    dz is computed from beside the logits; maps [N, OH, OW] belong to their images.
     """
     batch, channels, height, width = logits.shape
     out_h, out_w = size
@@ -115,21 +158,37 @@ def tiles(logits: Tensor, size, mode: str, align_corners: bool, scales, gradient
     horizontal = _axis(width, out_w, mode, align_corners, scale_w, dtype, columns)
     vertical = _axis(height, out_h, mode, align_corners, scale_h, dtype, rows)
     for image in range(batch):
+        finite = _are_finite(logits[image])
+        exact = not finite or not _are_finite(
+            *(f[image] if f is not None and f.dim() == 3 else f for f in factors)
+        )
         low_rows = logits[image].to(dtype).transpose(0, 1).reshape(height, channels * width)
         sums = torch.zeros_like(low_rows) if gradient is not None else None
         for v in vertical:
-            lines = torch.mm(v.matrix, low_rows[v.low : v.high]).view(-1, width)  # [rows * C, W]
+            if exact:
+                lines = v.between(low_rows.t()).t().reshape(-1, width)
+            else:
+                lines = torch.mm(v.matrix, low_rows[v.low : v.high]).view(-1, width)  # [rows * C, W]
             adjoint = torch.zeros_like(lines) if sums is not None else None
             for h in horizontal:
-                logits_tile = torch.mm(lines[:, h.low : h.high], h.matrix.t())
+                if exact:
+                    logits_tile = h.between(lines)
+                else:
+                    logits_tile = torch.mm(lines[:, h.low : h.high], h.matrix.t())
 
-                def add_gradient(dz: Tensor, h=h, adjoint=adjoint) -> None:
-                    adjoint[:, h.low : h.high].addmm_(dz.reshape(-1, h.stop - h.start), h.matrix)
+                def add_gradient(dz: Tensor, h=h, adjoint=adjoint, exact=exact) -> None:
+                    dz = dz.reshape(-1, h.stop - h.start)
+                    if exact:
+                        h.add_adjoint(adjoint, dz)
+                    else:
+                        adjoint[:, h.low : h.high].addmm_(dz, h.matrix)
 
                 shape = (v.stop - v.start, channels, h.stop - h.start)
                 yield Tile(image, slice(v.start, v.stop), slice(h.start, h.stop), logits_tile.view(shape),
-                           add_gradient)  # fmt: skip
-            if sums is not None and adjoint is not None:
+                           finite, add_gradient)  # fmt: skip
+            if sums is not None and adjoint is not None and exact:
+                v.add_adjoint(sums.t(), adjoint.view(v.stop - v.start, -1).t())
+            elif sums is not None and adjoint is not None:
                 sums[v.low : v.high].addmm_(v.matrix.t(), adjoint.view(v.stop - v.start, -1))
         if gradient is not None and sums is not None:
             gradient[image] = sums.view(height, channels, width).transpose(0, 1)
@@ -156,7 +215,7 @@ def cross_entropy(logits, target, weight, size, mode, align_corners, scales, ign
         if mean is not None:
             total = logits.shape[1] if weight is None else weight.sum()
             loss += (smoothing / logits.shape[1]) * (total * tile_lse - mean)
-            loss.masked_fill_(label == ignore_index, 0.0)
+        loss.masked_fill_(label == ignore_index, 0.0)
         lse[where], losses[where], weights[where] = tile_lse, loss, label_weight
     return (losses if per_pixel else torch.stack([losses.sum(), weights.sum()])), lse
 
@@ -178,7 +237,7 @@ def cross_entropy_gradient(grad, logits, target, weight, lse, size, mode, align_
     grad = grad.to(dtype)
     weight = None if weight is None else weight.to(dtype)
     classes = logits.shape[1]
-    for tile in tiles(logits, size, mode, align_corners, scales, gradient):
+    for tile in tiles(logits, size, mode, align_corners, scales, gradient, (grad, weight)):
         where = (tile.image, tile.rows, tile.columns)
         label = target[where].long()
         counted = label != ignore_index
@@ -212,7 +271,10 @@ def argmax(logits, size, mode, align_corners, scales, confidence) -> tuple[Tenso
     for tile in tiles(logits, size, mode, align_corners, scales):
         where = (tile.image, tile.rows, tile.columns)
         largest = tile.logits.amax(1, keepdim=True)
-        first = torch.where(tile.logits == largest, order, 1.0).amax(1)
+        best = tile.logits == largest
+        if not tile.finite:
+            best |= tile.logits.isnan()  # the largest, as in torch
+        first = torch.where(best, order, 1.0).amax(1)
         labels[where] = (classes - first).long()
         if confidence:
             confidences[where] = tile.logits.sub_(largest).exp_().sum(1).reciprocal_().float()
@@ -246,7 +308,7 @@ def dice_gradient(grad, logits, target, lse, size, mode, align_corners, scales, 
     dtype = accumulation_dtype(logits)
     gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     grad = grad.to(dtype)
-    for tile in tiles(logits, size, mode, align_corners, scales, gradient):
+    for tile in tiles(logits, size, mode, align_corners, scales, gradient, (grad,)):
         where = (tile.image, tile.rows, tile.columns)
         label = target[where].long()
         counted = label != ignore_index

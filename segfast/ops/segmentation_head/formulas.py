@@ -82,8 +82,8 @@ def argmax(logits, size, mode, align_corners, scales, confidence) -> tuple[Tenso
     z = upsample(wide(logits), size, mode, align_corners, scales)
     if not confidence:
         return z.argmax(1), z.new_empty((z.shape[0], 0, 0), dtype=torch.float32)
-    probability, label = torch.softmax(z, 1).max(1)
-    return label, probability.float()
+    largest, label = z.max(1)
+    return label, (largest - torch.logsumexp(z, 1)).exp().float()
 
 
 def dice_sums(logits, target, size, mode, align_corners, scales, ignore_index) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ def upsample_argmax(
     """`interpolate(logits, ...).argmax(1)` in one pass; no gradient.
 
     Interpolates in float32, so that labels may differ from those of 16-bit full-size logits where two
-    classes are as good as equal. Of equal logits the first class's label; none in particular for NaN.
+    classes are as good as equal. Of equal logits the first class's label.
 
     Args:
         logits: [N, C, H, W]; float16, bfloat16 or float32 and C <= 1024 on our kernels.
@@ -164,7 +164,8 @@ def upsample_argmax(
     else:
         z = upsample(logits, *resampling)
         if return_confidence:
-            confidence, labels = torch.softmax(z.float(), 1).max(1)
+            largest, labels = z.float().max(1)
+            confidence = (largest - torch.logsumexp(z.float(), 1)).exp()
         else:
             labels = z.argmax(1)
     return (labels, confidence) if return_confidence else labels
