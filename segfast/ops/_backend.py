@@ -80,6 +80,9 @@ def get_backend() -> str:
     return _state.backend
 
 
+# A predicate's reason where nothing is to be computed: by whatever name, ATen's is the right empty result.
+EMPTY = "a tensor is empty"
+
 # Operations whose kernels could not be compiled or launched in this process, and the kernel's error.
 FAILED: dict[str, str] = {}
 
@@ -102,7 +105,7 @@ def use_triton(
     reason = reason_not(choice, *args)
     if reason is None:
         return _decided(operation, "triton", "asked for by name" if choice == "triton" else because, True)
-    if choice == "triton":
+    if choice == "triton" and reason != EMPTY:
         raise NotImplementedError(f'{operation}: backend "triton" cannot serve this call: {reason}')
     return _decided(operation, "aten", reason, False)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import kernel_reason_not, measured_reason_not, use_triton
+from .._backend import EMPTY, kernel_reason_not, measured_reason_not, use_triton
 from .._bilinear import channelwise_factors, upsample_separable
 from .._epilogue import apply_epilogue, check_activation, check_epilogue
 from .._operands import Pair, pair
@@ -21,7 +21,7 @@ def can_use_triton(
     """None if our kernels serve the call, else why not. `dtype` is autocast's, or None."""
     reason = kernel_reason_not(choice, input, dtype)
     if reason is None and (input.numel() == 0 or weight.numel() == 0):
-        reason = "a tensor is empty"
+        reason = EMPTY
     if reason is not None or choice == "triton":
         return reason
     needed = OPERATIONS if differentiates else OPERATIONS[:1]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._backend import FAILED, kernel_reason_not, use_triton
+from .._backend import EMPTY, FAILED, kernel_reason_not, use_triton
 from .filters import METHODS
 
 OPERATIONS = (
@@ -43,7 +43,7 @@ def reason_not(choice: str, tensor: Tensor, labels: int, dim: int) -> str | None
     """None if our kernels serve the call, else why not."""
     reason = kernel_reason_not(choice, tensor)
     if reason is None and tensor.numel() == 0:
-        reason = f"there is nothing to filter, the shape is {list(tensor.shape)}"
+        reason = EMPTY
     if reason is None and labels > MOST_LABELS:
         reason = f"{labels} labels, the kernels take up to {MOST_LABELS}"
     if reason is None and dim > MOST_FEATURES:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backend import (
+    EMPTY,
     add_decision,
     certainly_aten,
     get_backend,
@@ -52,7 +53,7 @@ def can_use_triton(
     """
     reason = kernel_reason_not(choice, input, dtype)
     if reason is None and (input.numel() == 0 or weight.numel() == 0):
-        reason = "a tensor is empty"
+        reason = EMPTY
     if reason is not None or choice == "triton":
         return reason
     batch, channels, height, width = input.shape

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import _INTERPRETING, kernel_reason_not, measured_reason_not, use_triton
+from .._backend import _INTERPRETING, EMPTY, kernel_reason_not, measured_reason_not, use_triton
 from .._operands import Pair
 from . import autograd, chunked, formulas
 from .geometry import check_labels, resolve, upsample
@@ -27,7 +27,7 @@ def can_use_triton(choice: str, logits: Tensor, size: Pair, operations: tuple[st
     if reason is None and classes > MOST_CLASSES:
         reason = f"there are {classes} classes, more than {MOST_CLASSES}"
     if reason is None and logits.numel() == 0:
-        reason = "a tensor is empty"
+        reason = EMPTY
     if reason is not None or choice == "triton":
         return reason
     pixels = batch * size[0] * size[1]

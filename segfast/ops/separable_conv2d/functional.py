@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._backend import kernel_reason_not, measured_reason_not, use_triton
+from .._backend import EMPTY, kernel_reason_not, measured_reason_not, use_triton
 from .._conv2d_aten import conv2d_aten
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import resolve_padding
@@ -37,10 +37,10 @@ def can_use_triton(
     stride and dilation.
     """
     reason = kernel_reason_not(choice, input, dtype)
+    if reason is None and (input.numel() == 0 or weight.numel() == 0):
+        reason = EMPTY
     if reason is not None or choice == "triton":
         return reason
-    if input.numel() == 0:
-        return "the input is empty"
     if input.stride(1) != 1 and input.shape[1] > 1:
         return "the input is not channels_last"
     batch, channels, height, width = input.shape
