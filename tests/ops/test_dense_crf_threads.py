@@ -223,3 +223,14 @@ def test_calls_at_once_share_no_table(two_threads):
 
     found = in_threads(*[lambda i=i: run(i) for i in range(len(values))])
     assert all(map(torch.equal, found, expected))
+
+
+def test_tasks_that_divide_their_own_work_share_the_threads(two_threads):
+    shares = []
+
+    def run():
+        threads.each([lambda: shares.append(threads._here.threads)] * 4)
+        shares.append(threads._here.threads)
+
+    threads.on_threads(torch.empty(0), run)
+    assert shares == [1, 1, 1, 1, 2]

@@ -74,11 +74,15 @@ def each(tasks: Iterable[Task], at_once: int | None = None) -> None:
         return take()
     pool = _here.pool
     assert pool is not None
-    helper = _in_pool(pool, _here.threads, take)
+    # Tasks that divide their own work share the threads evenly.
+    all_threads = _here.threads
+    helper = _in_pool(pool, all_threads // threads, take)
     helpers = [pool.submit(helper) for _ in range(threads - 1)]
     try:
+        _here.threads = all_threads // threads
         take()
     finally:
+        _here.threads = all_threads
         # One that has not begun has nothing left to take.
         begun = [other for other in helpers if not other.cancel()]
         wait(begun)
