@@ -221,3 +221,16 @@ def test_training_batches_of_one():
     assert encoder(torch.randn(1, 3, 33, 33))[-1].shape[2:] == (2, 2)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         encoder(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("inside", ["state_dict", "model"])
+@pytest.mark.parametrize("build", [MobileNetV2Encoder, ResNetEncoder, Xception65Encoder])
+def test_weights_as_training_scripts_keep_them(build, inside, prefix):
+    encoder = build(width_mult=0.125)
+    weights = encoder.state_dict()
+    checkpoint = {"epoch": 1, inside: {prefix + name: value for name, value in weights.items()}}
+    found = remap_state_dict(checkpoint, encoder)
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    with pytest.raises(ValueError, match=r"does not know: up7\.weight|lacks|has nothing for"):
+        remap_state_dict({"up7.weight": torch.zeros(1)}, encoder)

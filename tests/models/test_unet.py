@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import segfast.models.unet
 from segfast.models import UNet, create, remap_state_dict
 from segfast.train import load_checkpoint, predict_scores, save_checkpoint
+from tests import free_sizes
 from tests.models.tester import ModelTester
 
 
@@ -307,7 +308,7 @@ def test_exports_for_a_range_of_sizes(options, strict):
     model = UNet(width=2, **options).eval()
     for block in model.decoder:
         torch.nn.init.constant_(block.up.bias, 1)
-    height, width = (torch.export.Dim(name, min=32, max=512) for name in ("height", "width"))
+    height, width = free_sizes.dims(32, 512)
     example = torch.randn(1, 1, 64, 96)
     program = torch.export.export(
         model, (example,), dynamic_shapes=({2: height, 3: width},), strict=strict
@@ -319,6 +320,7 @@ def test_exports_for_a_range_of_sizes(options, strict):
 
 def test_one_program_for_all_parities():
     """Compiled for free sizes, a network loaded from there is not compiled anew for odd ones."""
+    free_sizes.dims(32, 512)  # or the poolings ask for it
     theirs = milesial(depth=2).eval()
     model = UNet(3, 2, width=4, depth=2, norm="batch")
     model.load_state_dict(remap_state_dict(theirs.state_dict(), model))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import segfast
 from segfast.functional import conv_transpose2d, up_concat
+from tests import free_sizes
 from tests.fused_conv import BACKENDS, INTERPRETING_ONLY, draw
 
 
@@ -149,7 +150,7 @@ def test_a_decoders_step_exports_for_odd_sizes_too(backend, crop):
             return up_concat(small[..., crop:, crop:], skip, self.weight, self.bias)
 
     model = Step().eval()
-    height, width = (torch.export.Dim(name, min=10, max=64) for name in ("height", "width"))
+    height, width = free_sizes.dims(10, 64)
     with segfast.backend(backend), torch.no_grad():
         program = torch.export.export(model, (draw(1, 3, 12, 16),), dynamic_shapes=({2: height, 3: width},))
         for size in ((12, 16), (13, 11), (10, 21)):
