@@ -2,7 +2,7 @@
 
 import pytest
 
-from segfast._compile_report import compile_report, tasks
+from segfast._compile_report import compile_report, compile_task, tasks
 from tests.test_compile_report import ARCHS
 
 FAMILY = "separable_conv2d"
@@ -73,6 +73,11 @@ def test_hopper_runs_256_outputs_fused_and_728_as_two_kernels(rows):
     assert find(rows, "sm_90", "decoder_256 separable", "fused").tile.endswith("fused")
     pair = {row.kernel for row in rows if (row.arch, row.specimen) == ("sm_90", "middle_728 separable")}
     assert pair == {"depthwise_conv2d_rows", "conv2d_forward"}
+
+
+def test_the_sums_of_each_image_do_not_spill_on_blackwell():
+    (task,) = tasks([FAMILY], ["sm_100"], ["bf16"], ("xception_middle stat",))
+    assert [(row.kernel, row.problems) for row in compile_task(task)] == [("depthwise_conv2d_rows", ())]
 
 
 def test_bf16_is_widened_in_one_instruction(rows):

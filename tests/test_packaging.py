@@ -250,3 +250,32 @@ def test_documentation_never_installs_the_other_segfast():
     wrong = re.compile(r"pip3? install [^`\n]*(?<![-\w/.])segfast")
     assert len(pages) > 5
     assert [str(p.relative_to(ROOT)) for p in pages if wrong.search(p.read_text())] == []
+
+
+def test_make_compat_tries_the_oldest_versions_that_are_promised():
+    script = (ROOT / ".ci" / "compat").read_text()
+    promised = re.search(
+        r'dependencies = \["torch>=([\d.]+)", "triton>=([\d.]+);', (ROOT / "pyproject.toml").read_text()
+    )
+    tried = re.search(r'"torch==([\d.]+)\.0" "triton==([\d.]+)\.0"', script)
+    assert promised and tried and promised.groups() == tried.groups()
+
+
+def test_a_python_is_found_by_its_version_and_one_that_is_not_there_is_not():
+    def find(*versions: str) -> subprocess.CompletedProcess:
+        return subprocess.run([ROOT / ".ci" / "find-python", *versions], capture_output=True, text=True)
+
+    missing = find("2.0")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found = find("2.0", here)
+    if found.returncode == 0:  # this Python itself need not be on PATH
+        version = subprocess.run([found.stdout.strip(), "--version"], capture_output=True, text=True).stdout
+        assert version.startswith(f"Python {here}.")
+
+
+def test_pydensecrf_is_not_asked_for_where_it_does_not_build():
+    entries = re.findall(r'"(pydensecrf2[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert len(entries) == 2 and {entry.split(";")[1].strip() for entry in entries} == {
+        "python_version < '3.13'"
+    }

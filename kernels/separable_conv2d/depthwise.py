@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from .._configs import Config, Problem, choose_config, register_candidates
-from .._device import bounded
+from .._device import architecture, bounded
 from .._epilogue import _activate, _affine
-from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._launch import TRITON, Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
 from ._shared import (
     Geometry,
     _load_rows,
@@ -191,10 +191,11 @@ register_candidates("depthwise_conv2d_forward", _candidates)
 register_candidates("depthwise_conv2d_taps", tap_tiles)
 
 
-def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, negative_slope=0.0) -> Plan:
+def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, negative_slope=0.0,
+              sums=False) -> Plan:  # fmt: skip
     """The plan of the walking kernel, for a convolution or (`flip`) for its input's gradient at stride 1.
 
-    Called with (sums, x, weight, bias, scale, shift, y), sums None or fp32 [tiles, 2, C].
+    Called with (sums, x, weight, bias, scale, shift, y), sums None or, if `sums`, fp32 [tiles, 2, C].
     """
     config = choose_config(make_problem(operation, x, y, geometry), x.device)
     batch, channels, out_h, out_w = y.shape
@@ -220,7 +221,11 @@ def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, ne
     }
     grid = (batch * row_blocks * column_blocks * triton.cdiv(channels, config.block_n),)
     plan = Plan(_depthwise_conv2d_rows_kernel, grid, scalars, constants, config)
-    return bounded(plan, x.device) if taps <= 9 else plan
+    if taps > 9:
+        return plan
+    # Triton 3.9 needs four registers more for the sums on sm_100, and would spill them.
+    tight = sums and TRITON >= (3, 9) and architecture(x.device).startswith("sm_10")
+    return bounded(plan, x.device, 176 if tight else 168)
 
 
 def _taps_plan(x, weight, y, geometry, activation, negative_slope) -> Plan:
@@ -279,7 +284,15 @@ def depthwise_conv2d_forward(
     plan = planned(
         key,
         lambda: walk_plan(
-            x, weight, out, geometry, "depthwise_conv2d_forward", False, activation, negative_slope
+            x,
+            weight,
+            out,
+            geometry,
+            "depthwise_conv2d_forward",
+            False,
+            activation,
+            negative_slope,
+            statistics is not None,
         ),
     )
     if statistics is None:
