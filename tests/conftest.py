@@ -19,6 +19,9 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "compat: part of the sample of every family that `make compat` runs under other versions"
     )
+    config.addinivalue_line(
+        "markers", "device: runs Triton kernels on a CUDA device, a real one or that of `make simulate`"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -27,6 +30,8 @@ def pytest_collection_modifyitems(config, items):
         if ("interpreter" in item.keywords) != INTERPRETING:
             wanted = "TRITON_INTERPRET=1" if not INTERPRETING else "TRITON_INTERPRET unset"
             item.add_marker(pytest.mark.skip(reason=f"runs in the session with {wanted}"))
+        elif "device" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here; `make simulate` pretends one"))
 
 
 @pytest.fixture(autouse=INTERPRETING, scope="session")
