@@ -45,7 +45,7 @@ compile-report: .venv/.installed-demo ## compile every kernel for every architec
 	$(BIN)/segfast compile-report
 
 clean: ## remove what make and the tools wrote (out/ stays)
-	rm -rf build dist *.egg-info .venv .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info .venv .venv-oldest .venv-newest .venv-simulate .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-include compat.mk gpu.mk
+include compat.mk gpu.mk simulate.mk

@@ -274,6 +274,26 @@ def test_a_python_is_found_by_its_version_and_one_that_is_not_there_is_not():
         assert version.startswith(f"Python {here}.")
 
 
+def test_make_simulate_says_in_one_line_that_there_is_no_python_for_it(tmp_path):
+    folder = tmp_path / "tree"
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    # Neither PATH nor pyenv has another Python than the system's tools bring.
+    tools = {**os.environ, "PATH": str(tmp_path / "bin"), "PYENV_ROOT": str(tmp_path)}
+    (tmp_path / "bin").mkdir()
+    for tool in ("env", "bash", "dirname", "cmp", "mktemp"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    run = subprocess.run([folder / ".ci" / "simulate"], env=tools, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == (
+        "simulate: no Python 3.12 or 3.13 on PATH or in pyenv: the device tests are not run\n"
+    )
+
+
+def test_the_simulated_devices_versions_are_pinned():
+    lines = (ROOT / "tests" / "device" / "requirements.txt").read_text().splitlines()
+    assert {line for line in lines if "==" in line} == {"torch==2.14.0", "triton==3.8.0", "ttsem==0.1.0"}
+
+
 def test_pydensecrf_is_not_asked_for_where_it_does_not_build():
     entries = re.findall(r'"(pydensecrf2[^"]*)"', (ROOT / "pyproject.toml").read_text())
     assert len(entries) == 2 and {entry.split(";")[1].strip() for entry in entries} == {

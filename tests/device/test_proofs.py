@@ -4,7 +4,6 @@ import importlib
 import os
 
 import pytest
-import torch
 
 from segfast.ops import FAMILIES
 from segfast.ops._prove import DTYPES, prove
