@@ -18,15 +18,14 @@ def arguments(example_inputs: Any) -> tuple[Any, ...]:
 
 
 def difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
-    """What is wrong with the fused model's outputs, or None."""
-    devices = {t.device for t in inputs if isinstance(t, Tensor) and t.is_cuda}
-    with running_mode(model, False), torch.no_grad(), torch.random.fork_rng(list(devices)):
+    """What is wrong with the fused model's outputs, or None. The model and the inputs stay as they are."""
+    with running_mode(model, False), torch.no_grad(), exact_fp32():
         results = []
         for fused in (False, True):
-            torch.manual_seed(0)
             try:
-                with fusing(fused):
-                    results.append(_pytree.tree_leaves(model(*inputs)))
+                with undisturbed(model), fusing(fused):
+                    torch.manual_seed(0)
+                    results.append(_pytree.tree_leaves(model(*cloned(inputs))))
             except RuntimeError as error:
                 return first_line(error)
     for expected, actual in zip(*results, strict=True):
@@ -38,6 +37,67 @@ def difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
             if worst > scale * math.sqrt(torch.finfo(expected.dtype).eps):
                 return f"an output changed by {worst:.3g}, its largest value is {scale:.3g}"
     return None
+
+
+def cloned(inputs: Any) -> Any:
+    """The same structure with a copy of each tensor in it: a forward may work in place."""
+    return _pytree.tree_map_only(Tensor, _clone, inputs)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers, gradients, modes and the random state are those of before, if `model` is run."""
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    buffers = [(m, name, *_kept(buffer)) for m in modules for name, buffer in m._buffers.items()]
+    parameters = [(p, p.requires_grad, *_kept(p.grad)) for p in model.parameters()]
+    # manual_seed seeds every GPU.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, value, version in buffers:
+                    module._buffers[name] = _put_back(buffer, value, version)
+                for parameter, requires_grad, grad, value, version in parameters:
+                    if parameter.requires_grad != requires_grad:
+                        parameter.requires_grad_(requires_grad)
+                    parameter.grad = _put_back(grad, value, version)
+
+
+def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
+    """A tensor, its values, and how often it was written."""
+    if tensor is None:
+        return None, None, None
+    return tensor, tensor.detach().clone(), None if tensor.is_inference() else tensor._version
+
+
+def _put_back(tensor: Tensor | None, values: Tensor | None, version: int | None) -> Tensor | None:
+    """The tensor with its values, written only if somebody else wrote it."""
+    if tensor is not None and values is not None and (version is None or tensor._version != version):
+        tensor.copy_(values)
+    return tensor
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Convolutions and matrix products in fp32 are exact on a GPU: over many layers TF32 hides any fault."""
+    knobs: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        for knob in knobs:
+            knob.fp32_precision = "ieee"
+        yield
+    finally:
+        for knob, precision in zip(knobs, before, strict=True):
+            knob.fp32_precision = precision
 
 
 @contextmanager

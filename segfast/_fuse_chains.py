@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ._compare import arguments, first_line, running_mode
+from ._compare import arguments, cloned, first_line, running_mode, undisturbed
 from .nn._chains import options
 from .nn._fused_chain import Chain, fuse
 from .nn._pair import only_forward
@@ -63,8 +63,8 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
         try:
             graph = _Graph(model, inputs, training=False)
         except Exception as error:
-            with running_mode(model, False), torch.no_grad():
-                model(*inputs)
+            with undisturbed(model), running_mode(model, False), torch.no_grad():
+                model(*cloned(inputs))
             reasons = dict.fromkeys(heads, f"the model cannot be exported ({first_line(error)})")
         else:
             found, reasons = _in_model(model, inputs, modules, found, shared, graph)
@@ -160,8 +160,8 @@ class _Graph:
     """Who computes what from what in the model's forward."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], training: bool):
-        with running_mode(model, training), backend("aten"), torch.no_grad():
-            program = torch.export.export(model, inputs, strict=False)
+        with undisturbed(model), running_mode(model, training), backend("aten"), torch.no_grad():
+            program = torch.export.export(model, cloned(inputs), strict=False)
         signature = program.graph_signature
         self.weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
         self.nodes: dict[str, list[fx.Node]] = {}

@@ -77,7 +77,8 @@ def fused_graph(
     """
     import cudnn
 
-    operands = [_channels_last(t) for t in (x, weight, *[t for _, t in terms])]
+    # cuDNN reads tensors by DLPack, which has none that require a gradient.
+    operands = [_channels_last(t.detach()) for t in (x, weight, *[t for _, t in terms])]
     kinds = tuple([kind for kind, _ in terms])
     options = (tuple(shape), stride, padding, dilation, activation, transposed)
     key = (x.device, kinds, options, *[(t.dtype, t.shape, t.stride()) for t in operands])

@@ -37,6 +37,7 @@ class _Graph:
         self.package, self.options, self.nodes = package, options, []
 
     def tensor_like(self, tensor):
+        tensor.__dlpack__()  # as the package does; refuses what requires a gradient
         return _Node()
 
     def __getattr__(self, kind):
@@ -110,6 +111,13 @@ def test_the_graph_is_the_layer(package, activation, groups):
     assert graph.options["compute_data_type"] == "f32"
     bare = _cudnn.conv2d_graph(x, weight, bias, *geometry, None, None, None, activation)
     close(bare, expected(x, weight, bias, None, None, None, activation, groups), torch.float32)
+
+
+def test_a_layer_that_is_being_trained(package):
+    x, weight, bias, *rest = [t.requires_grad_() for t in drawn(torch.float32)]
+    with torch.no_grad():
+        y = _cudnn.conv2d_graph(x, weight, bias, *GEOMETRY, *rest, "relu")
+    close(y, expected(x, weight, bias, *rest, "relu"), torch.float32)
 
 
 def test_a_plan_is_built_once_for_a_layout_and_set_to_the_current_stream(package):
