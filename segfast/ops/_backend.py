@@ -167,12 +167,18 @@ def fusion_could_help(input: Tensor) -> bool:
     """
     if not input.is_cuda:
         return input.is_cpu and _INTERPRETING
-    return _state.backend == "triton" or (_state.backend == "auto" and _anything_known(_index(input.device)))
+    return _state.backend == "triton" or (
+        _state.backend == "auto" and _is_anything_known(_index(input.device))
+    )
+
+
+def _is_anything_known(index: int) -> bool:
+    """Whether anything was proven or measured on this GPU."""
+    return _anything_known(index)
 
 
 @functools.cache
 def _anything_known(index: int) -> bool:
-    """Whether anything was proven or measured on this GPU."""
     from segfast.kernels import _configs
 
     arch, slug = _here(index)
@@ -362,8 +368,9 @@ def _measured_reason_not(operations, sizes, pixels, rivals):
     return _look_up(operations, sizes, log2_pixels, rivals)
 
 
-# torch.compile calls it while tracing and keeps the answer (`torch.compiler.assume_constant_result`, without
-# its import).
+# torch.compile calls these while tracing and keeps the answers (`torch.compiler.assume_constant_result`,
+# without its import). Under a `functools` cache the mark is not seen: Dynamo traces what is behind it.
+_is_anything_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _measured_reason_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _gpu_reason_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -1,0 +1,176 @@
+"""torch.compile(fullgraph=True) of functions and modules on CUDA tensors, without a GPU.
+
+The tensors are fake: they have a device, sizes and no numbers. What asks the CUDA runtime or reads files of
+proofs breaks the graph if Dynamo comes into it.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import segfast
+from segfast import functional as sf
+from segfast.kernels import _configs, _device
+from segfast.ops import _backend
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    with FAKE:
+        return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+
+def on_gpu(module):
+    """`module` with every parameter and buffer on the GPU, floating ones in bfloat16."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, t in tensors.items():
+                if t is not None:
+                    dtype = torch.bfloat16 if t.is_floating_point() else t.dtype
+                    found = draw(*t.shape, dtype=dtype)
+                    tensors[name] = (
+                        nn.Parameter(found, requires_grad=False) if isinstance(t, nn.Parameter) else found
+                    )
+    return module
+
+
+def part_of(tensor, key):
+    """`tensor[key]`: the indexing of a torch without CUDA asks for the device."""
+    dim = 0
+    key = key if isinstance(key, tuple) else (key,)
+    if Ellipsis in key:
+        at = key.index(Ellipsis)
+        named = sum(entry is not None for entry in key) - 1
+        key = (*key[:at], *[slice(None)] * (tensor.dim() - named), *key[at + 1 :])
+    for entry in key:
+        if entry is None:
+            tensor = tensor.unsqueeze(dim)
+        elif isinstance(entry, slice):
+            tensor = torch.ops.aten.slice(tensor, dim, entry.start, entry.stop, entry.step or 1)
+        else:
+            tensor = tensor.select(dim, entry)
+            continue
+        dim += 1
+    return tensor
+
+
+def convolution():
+    x, weight, term = draw(2, 8, 9, 8), draw(6, 8, 3, 3), draw(6, dtype=torch.float32)
+    yield lambda: sf.conv2d(x, weight, padding=2, dilation=2, scale=term, shift=term, activation="relu")
+    wide = draw(6, 16, 1, 1)
+    yield lambda: sf.conv2d([x, x], wide)
+    yield lambda: sf.parallel_conv2d(x, [weight, weight], [1, 2])
+
+
+def transposed_convolution():
+    x, weight, skip = draw(2, 8, 5, 4), draw(8, 3, 2, 2), draw(2, 4, 10, 8)
+    yield lambda: sf.conv_transpose2d(x, weight, stride=2, activation="relu")
+    yield lambda: sf.up_concat(x, skip, weight)
+
+
+def separable_convolution():
+    x, weight, pointwise = draw(2, 8, 9, 8), draw(8, 1, 3, 3), draw(6, 8, 1, 1)
+    yield lambda: sf.depthwise_conv2d(x, weight, padding=1, activation="relu")
+    yield lambda: sf.depthwise_conv2d(x, weight, padding=1, return_statistics=True)
+    yield lambda: sf.separable_conv2d(x, weight, pointwise, padding=1, depthwise_activation="relu")
+
+
+def segmentation_head():
+    logits, target = draw(2, 5, 4, 3), draw(2, 13, 7, dtype=torch.int64)
+    yield lambda: sf.upsample_cross_entropy(logits, target)
+    yield lambda: sf.upsample_dice(logits, target)
+    yield lambda: sf.upsample_argmax(logits, (13, 7))
+
+
+def dense_crf():
+    unary, image = draw(1, 3, 9, 10, dtype=torch.float32), draw(1, 3, 9, 10, dtype=torch.float32)
+    for method in ("exact", "lattice"):
+        yield lambda method=method: sf.mean_field(unary, image, iterations=2, method=method)
+        yield lambda method=method: sf.gaussian_filter(unary, image, method=method)
+
+
+def modules():
+    x = draw(2, 8, 9, 8)
+    for module in (
+        segfast.nn.Conv2d(8, 6, 3),
+        segfast.nn.Conv2d(8, 6, 3, dilation=2, activation="relu"),
+        segfast.nn.ConvBNAct(8, 6),
+        segfast.nn.ConvTranspose2d(8, 6, 2, stride=2, activation="relu"),
+        segfast.nn.DepthwiseConv2d(8, 8, 3),
+        segfast.nn.DepthwiseConv2d(8, 8, 3, activation="relu"),
+        segfast.nn.SeparableConv2d(8, 6, 3),
+        segfast.nn.InvertedResidual(8, 8, stride=1, expand_ratio=2),
+        segfast.nn.UpsampleConv2d(8, 6, scale_factor=2),
+        segfast.nn.UpsampleArgmax(scale_factor=2),
+    ):
+        # Not in train, neither ASPP nor BilinearUpsample: they call what wants a torch built with CUDA.
+        on_gpu(module).eval()
+        yield lambda module=module: module(x)
+    loss, target = segfast.nn.UpsampleCrossEntropyLoss(), draw(2, 18, 16, dtype=torch.int64)
+    yield lambda: loss(x, target)
+    crf = on_gpu(segfast.nn.DenseCRF(8))
+    image = draw(2, 3, 9, 8)
+    yield lambda: crf(x, image)
+    unet = on_gpu(segfast.models.UNet(3, 2, width=8, depth=2)).eval()
+    photo = draw(1, 3, 16, 16)
+    yield lambda: unet(photo)
+
+
+FAMILIES = [
+    convolution,
+    transposed_convolution,
+    separable_convolution,
+    segmentation_head,
+    dense_crf,
+    modules,
+]
+
+
+@pytest.fixture(params=["nothing known", "all proven", "triton"])
+def gpu(request, monkeypatch):
+    """An sm_90 of which nothing is proven, or all proven and measured, or whose kernels are asked for."""
+
+    def runtime(answer):
+        def ask(*args):
+            torch._dynamo.graph_break()  # an error under fullgraph, and nothing outside of Dynamo
+            return answer
+
+        return ask
+
+    known = request.param == "all proven"
+    row = {"us": 1.0, "aten_us": 2.0}
+    monkeypatch.setattr(FakeTensor, "__getitem__", part_of)
+    monkeypatch.setattr(_device, "_query", runtime(("sm_90", "nvidia-test", 232448)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", runtime((9, 0)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", runtime(False))
+    proofs = {f"{o}.{d}" for o in _configs.operations() for d in ("bfloat16", "float32")} if known else set()
+    monkeypatch.setattr(_configs, "proven_entries", runtime(frozenset(proofs)))
+    monkeypatch.setattr(_configs, "tables", runtime([]))
+    monkeypatch.setattr(_configs, "measured", runtime(row if known else None))
+    monkeypatch.setattr(_backend, "_gpu_reasons", {})
+    torch._dynamo.reset()
+    clear = (_backend._look_up, _backend._rival, _backend._anything_known)
+    for cached in clear:
+        cached.cache_clear()
+    with segfast.backend("triton" if request.param == "triton" else "auto"):
+        yield known
+    for cached in clear:
+        cached.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_compiles_whole_on_cuda_tensors(gpu, family):
+    for call in family():
+        torch._dynamo.reset()
+        graphs = []
+
+        def keep(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            [output] = [node for node in graph.graph.nodes if node.op == "output"]
+            return lambda *args: [node.meta["example_value"] for node in output.args[0]]
+
+        torch.compile(call, backend=keep, fullgraph=True)()
+        assert len(graphs) == 1
