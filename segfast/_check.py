@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._compare import cloned
 from ._errors import UserError, describe
 from ._load_model import FORMS, input_channels, load_model, parse_device, parse_dtype, parse_size
 from ._optimize import Report, optimize, report
@@ -209,7 +210,8 @@ class _Step:
     def __call__(self) -> Any:
         with torch.set_grad_enabled(self.train):
             self.model.zero_grad(set_to_none=True)
-            outputs = self.model(*self.inputs)
+            # The model may work in place; a copy is made in both of what is compared and timed.
+            outputs = self.model(*cloned(self.inputs))
             if self.train:
                 tensors = [t for t in _floating(outputs).values() if t.requires_grad]
                 if not tensors:

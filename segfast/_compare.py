@@ -1,7 +1,8 @@
 """Whether a model computes the same with its layers fused as without."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +26,7 @@ def difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
             try:
                 with undisturbed(model), fusing(fused):
                     torch.manual_seed(0)
-                    results.append(_pytree.tree_leaves(model(*cloned(inputs))))
+                    results.append(leaves(model(*cloned(inputs))))
             except RuntimeError as error:
                 return first_line(error)
     for expected, actual in zip(*results, strict=True):
@@ -37,6 +38,17 @@ def difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
             if worst > scale * math.sqrt(torch.finfo(expected.dtype).eps):
                 return f"an output changed by {worst:.3g}, its largest value is {scale:.3g}"
     return None
+
+
+def leaves(value: Any) -> list[Any]:
+    """What is in a model's output: of mappings (ModelOutput too), sequences and dataclasses, the values."""
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in leaves(item)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [leaf for f in dataclasses.fields(value) for leaf in leaves(getattr(value, f.name))]
+    return _pytree.tree_leaves(value)
 
 
 def cloned(inputs: Any) -> Any:

@@ -31,9 +31,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The layers `optimize` considered. Iterates over its rows; `str()` is a table."""
+    """The layers `optimize` considered. Iterates over its rows; `str()` is a table.
+
+    `remarks` says why a fusion that the model as a whole stood against was not made.
+    """
 
     rows: tuple[Row, ...]
+    remarks: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -53,6 +57,7 @@ class Report:
 
     def __str__(self) -> str:
         note = "A functional call in a forward method is not replaced, and seen only where it is named there."
+        note = "\n".join([note, *self.remarks])
         if not self.rows:
             return f"No layer of a kind that segfast serves.\n{note}"
         cells = [
@@ -84,9 +89,13 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     rows = []
+    remarks: dict[str, None] = {}
     for module, (name, *shared) in names.items():
         rule, reason = judge(module)
         record = vars(module).get(RECORD, {})
+        why_not = record.get("not_fused", "")
+        if why_not.startswith(("undone: ", "the model cannot be exported")):
+            remarks[f"Not fused: {why_not}"] = None
         fused, fusion = _fusion(name, module)
         if record.get("left_out"):
             reason = "left out by filter_fn"
@@ -96,7 +105,7 @@ def report(model: nn.Module) -> Report:
             why = "; ".join(part for part in (reason, fusion) if part is not None)
             row = Row(name, type_name(module), "rule" in record, why, tuple(shared), fused)
             rows.append(row)
-    return Report(tuple(rows))
+    return Report(tuple(rows), tuple(remarks))
 
 
 def _fusion(name: str, module: nn.Module) -> tuple[bool, str | None]:

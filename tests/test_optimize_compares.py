@@ -1,11 +1,14 @@
 """How `segfast.optimize` compares the fused model with the plain one: exactly, and leaving all as it was."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import segfast
+from segfast._check import check_model
 from segfast.nn import _fused_chain
 
 
@@ -23,10 +26,6 @@ class InPlace(nn.Module):
         self.calls += 1
         self.replaced = self.replaced + 1
         return self.relu(self.norm(self.conv(x))) + torch.rand(())
-
-
-def fused(model, x, **options):
-    return segfast.report(segfast.optimize(model, x, **options)).fused
 
 
 def undone(model):
@@ -83,6 +82,7 @@ def test_the_precision_is_put_back_after_an_error(tf32):
 
     model = segfast.optimize(Fails().eval(), torch.rand(1, 3, 8, 8))
     assert undone(model) == ["undone: RuntimeError: under exact fp32"]
+    assert "Not fused: undone: RuntimeError: under exact fp32" in str(segfast.report(model))
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
@@ -109,3 +109,38 @@ def test_a_forward_that_writes_leaves_all_as_it_was(inplace):
         assert not changed.norm.bias.requires_grad and changed.conv.weight.requires_grad
     assert torch.equal(model.conv.weight.grad, torch.ones(4, 3, 3, 3))  # a deep copy has none
     assert undone(fast) == [] and type(fast.conv) is not nn.Conv2d
+
+
+def test_check_leaves_the_example_as_it_was():
+    class Scales(InPlace):
+        def forward(self, x):
+            return self.relu(self.norm(self.conv(x.mul_(2))))
+
+    x = torch.rand(1, 3, 8, 8)
+    before = x.clone()
+    assert check_model(Scales(), x, budget_s=0.0).output.relative < 1e-5
+    assert torch.equal(x, before)
+
+
+def test_the_fields_of_a_dataclass_are_compared():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        others: dict
+
+    class Misled(nn.Module):
+        """Gives other results where its layers are fused."""
+
+        def __init__(self, output):
+            super().__init__()
+            self.output = output
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            wrong = bool(getattr(_fused_chain._threads, "forced", None))
+            y = self.layers(x)
+            return Output(y, {"more": [y + wrong]}) if self.output else y + wrong
+
+    for output in (False, True):
+        model = segfast.optimize(Misled(output).eval(), torch.rand(1, 3, 8, 8))
+        assert "an output changed by 1" in undone(model)[0]
