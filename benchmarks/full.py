@@ -26,7 +26,7 @@ from segfast.functional import (
     separable_conv2d,
     upsample_cross_entropy,
 )
-from segfast.ops._prove import Evidence, error_and_allowance
+from segfast.ops._prove import Evidence, error_and_allowance, judge
 from segfast.ops.dilated_conv2d.evidence import convolution_evidence
 from segfast.ops.segmentation_head.evidence import head_evidence
 from segfast.ops.segmentation_head.geometry import Resampling
@@ -168,7 +168,7 @@ def _head(draw: random.Random, dtype: torch.dtype, mode: str, corners: bool, sca
 
 def _held(found: Iterator[Evidence]) -> Comparison:
     for item in found:
-        yield item.operation, *error_and_allowance(*item[2:])
+        yield item.operation, *judge(item)
 
 
 def fuzz(device: torch.device, found: Sequence[Subject], each: int) -> Iterator[Outcome]:

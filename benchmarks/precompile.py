@@ -69,8 +69,8 @@ def run_task(task: Task) -> int:
         module = importlib.import_module(f"segfast.ops.{family}")
         with record_launches() as launches:
             if not dry_run():
-                for _ in module.proofs(device, getattr(torch, dtype)):
-                    pass
+                for item in module.proofs(device, getattr(torch, dtype)):
+                    item.actual()
         launches = launches[part::PROOF_SLICES]
     elif task[0] == "tune":
         launches = _tuning_launches(device, *task[1:])

@@ -88,8 +88,12 @@ class Plan:
                   *pointers, *self.scalars, *self.constants.values())  # fmt: skip
 
     def warmup(self, *pointers: torch.Tensor | None) -> None:
-        """Compile for the current device, launch nothing."""
-        self.kernel.warmup(*pointers, *self.scalars, grid=self.grid, **self.constants, **self.options)
+        """Compile for the current device, the launcher in C too, and launch nothing."""
+        compiled = self.kernel.warmup(
+            *pointers, *self.scalars, grid=self.grid, **self.constants, **self.options
+        )
+        # Reading it is what builds the launcher; the interpreter's kernels have none.
+        getattr(compiled, "run", None)
 
 
 def planned(key: Hashable, make: Callable[[], Any]) -> Any:

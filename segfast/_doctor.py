@@ -129,16 +129,21 @@ def _proofs(arch: str, slug: str) -> str:
 
 
 def _prove(device: torch.device) -> bool:
-    """Run the proof, row by row on the screen, and record it. Whether every row passed."""
-    from .ops._prove import prove, write_proofs
+    """Run the proof, row by row on the screen, and record it family by family. True if every row passed."""
+    from .ops import FAMILIES
+    from .ops._prove import write_proofs
+    from .ops._prove_apart import prove_apart
 
     start = time.perf_counter()
     rows = []
-    for row in prove(device):
-        print(row, flush=True)
-        rows.append(row)
     path = _configs.cache_folder() / "proven.json"
-    write_proofs(rows, device, path)
+    for family in FAMILIES:
+        found = []
+        for row in prove_apart(device, families=(family,)):
+            print(row, flush=True)
+            found.append(row)
+        write_proofs(found, device, path)
+        rows += found
     forget_decisions()
     passed = sum(row.passed for row in rows)
     print(f"{passed} of {len(rows)} right, in {time.perf_counter() - start:.0f} s; recorded in {path}\n")

@@ -95,12 +95,12 @@ def optimize():
     assert type(segfast.restore(fast)[1]) is torch.nn.PReLU
 
 def proofs():
-    from segfast.ops._prove import error_and_allowance
+    from segfast.ops._prove import judge
     with segfast.backend("triton"):
         evidence = [e for t in (torch.float32, torch.float16) for e in segfast.ops.prelu.proofs(x.device, t)]
     assert len(evidence) == 4 and {e.operation for e in evidence} == set(segfast.ops.prelu.OPERATIONS)
     for item in evidence:
-        error, allowed = error_and_allowance(*item[2:])
+        error, allowed = judge(item)
         assert error <= allowed, item.case
 
 def launches():

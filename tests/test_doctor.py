@@ -9,7 +9,7 @@ import triton
 
 from segfast import _doctor, cli
 from segfast.kernels import _configs, _device
-from segfast.ops import _prove
+from segfast.ops import FAMILIES, _prove, _prove_apart
 from segfast.ops._backend import forget_decisions
 
 OPERATION = "conv_transpose2d_forward"
@@ -132,7 +132,9 @@ def test_prove_records_what_is_right(gpu, cache, capsys, monkeypatch, wrong):
         _prove.ProofRow(OPERATION, "float32", "k2 s2", 1e-7, 1e-6, True),
         _prove.ProofRow(OPERATION, "float32", "k3 s2", 1e-1 if wrong else 1e-7, 1e-6, not wrong),
     ]
-    monkeypatch.setattr(_prove, "prove", lambda device: iter(rows))
+    monkeypatch.setattr(
+        _prove_apart, "prove_apart", lambda device, families: iter(rows if families == FAMILIES[:1] else ())
+    )
     cli.main(["doctor"])  # reads that nothing is proven yet
     assert cli.main(["doctor", "--prove"]) == (1 if wrong else 0)
     out = capsys.readouterr().out

@@ -9,7 +9,7 @@ import datetime
 import importlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +22,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Evidence(NamedTuple):
     """One result of a kernel beside what it should be.
 
-    `reference` and `magnitude` are fp64; `magnitude` is the operation on absolute values, `depth` the terms
-    in a sum, `tf32` says that they are products of operands rounded to TF32.
+    `actual` is a call of the kernels. `reference` and `magnitude` are fp64; `magnitude` is the operation on
+    absolute values, `depth` the terms in a sum, `tf32` says that they are products of operands rounded to
+    TF32.
     """
 
     operation: str
     case: str
-    actual: Tensor
+    actual: Callable[[], Tensor]
     reference: Tensor
     aten: Tensor
     magnitude: Tensor
@@ -77,36 +78,78 @@ def error_and_allowance(
     return error, allowed
 
 
-def prove(
-    device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES, most: int | None = None
-) -> Iterator[ProofRow]:
-    """Run every family's cases on `device`, row by row. An exception in a case is a failed row.
+def judge(item: Evidence) -> tuple[float, float]:
+    """`error_and_allowance` of a case, whose kernels run now."""
+    return error_and_allowance(item.actual(), *item[3:])
 
-    `most` is for a dry run in the interpreter: so many of each family and dtype, which prove nothing.
+
+def prove(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    most: int | None = None,
+    families: Sequence[str] | None = None,
+    judged: Collection[tuple[str, str, str]] = (),
+    begin: Callable[[str, str, str], None] = lambda *key: None,
+) -> Iterator[ProofRow]:
+    """Run every family's cases on `device`, row by row. An exception in a case is its failed row.
+
+    Args:
+        most: for a dry run in the interpreter: so many of each family and dtype, which prove nothing.
+        families: all of them if None.
+        judged: (operation, dtype, case) of those that are not to be run.
+        begin: called with the same three before a case's kernels run.
+
+    Raises:
+        DeviceLost: after the row of a case that left the device unusable for this process.
     """
     from . import FAMILIES
     from ._backend import backend
 
-    for family in FAMILIES:
-        proofs = importlib.import_module(f"{__package__}.{family}").proofs
+    for family in FAMILIES if families is None else families:
+        module = importlib.import_module(f"{__package__}.{family}")
         for dtype in dtypes:
             name = str(dtype).removeprefix("torch.")
             with backend("triton"):
-                evidence = itertools.islice(proofs(device, dtype), most)
+                evidence = itertools.islice(module.proofs(device, dtype), most)
                 while True:
                     try:
-                        item = next(evidence)
-                    except StopIteration:
-                        break
+                        item = next(evidence, None)
                     except Exception as raised:
                         # A generator that raised is finished: the cases it still had are not proven.
-                        for operation in importlib.import_module(f"{__package__}.{family}").OPERATIONS:
-                            yield ProofRow(
-                                operation, name, "raised", float("nan"), 0.0, False, repr(raised)[:200]
-                            )
+                        for operation in module.OPERATIONS:
+                            yield _failed(operation, name, "raised", raised)
+                        _check_device(device)
                         break
-                    error, allowed = error_and_allowance(*item[2:])
-                    yield ProofRow(item.operation, name, item.case, error, allowed, error <= allowed)
+                    if item is None:
+                        break
+                    if (item.operation, name, item.case) in judged:
+                        continue
+                    begin(item.operation, name, item.case)
+                    try:
+                        # Brings the result to the CPU: a fault in the kernels shows here and not later.
+                        error, allowed = judge(item)
+                    except Exception as raised:
+                        yield _failed(item.operation, name, item.case, raised)
+                        _check_device(device)
+                    else:
+                        yield ProofRow(item.operation, name, item.case, error, allowed, error <= allowed)
+
+
+class DeviceLost(RuntimeError):
+    """A kernel's fault has left the device unusable for this process."""
+
+
+def _failed(operation: str, dtype: str, case: str, raised: Exception) -> ProofRow:
+    return ProofRow(operation, dtype, case, float("nan"), 0.0, False, repr(raised)[:200])
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLost(str(error)) from error
 
 
 def write_proofs(rows: list[ProofRow], device: torch.device, path: Path) -> dict[str, dict]:

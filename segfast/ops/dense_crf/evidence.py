@@ -1,6 +1,8 @@
 """The cases that prove the dense CRF's kernels right on a GPU."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,23 +69,42 @@ def filter_evidence(
     aten = half @ (v / scale).half().float() * scale
     weights = _weights(features.double())
     reference, magnitude = weights @ values.double(), weights @ values.double().abs()
-    actual = feature_filters(f, "exact", None, 0.0)(v)
-    yield Evidence("gaussian_filter", case, actual, reference, aten, magnitude, points)
+    yield Evidence(
+        "gaussian_filter",
+        case,
+        lambda: feature_filters(f, "exact", None, 0.0)(v),
+        reference,
+        aten,
+        magnitude,
+        points,
+    )
 
-    actual = load_kernels().exact_grad_features(load_kernels().build_exact(f, 0.0), g, v)
+    def feature_gradient() -> Tensor:
+        return load_kernels().exact_grad_features(load_kernels().build_exact(f, 0.0), g, v)
+
     reference = _feature_gradient(features.double(), weights, grad.double(), values.double())
-    aten = _feature_gradient(f, half, g, v)
+    # The pulls between points are half precision's too, as operands of a second product.
+    aten = _feature_gradient(f, half, g, v, pulled=lambda pulls: pulls.half().float())
     magnitude = _feature_gradient(features.double(), weights, grad.double(), values.double(), torch.abs)
-    yield Evidence("gaussian_grad_features", case, actual, reference, aten, magnitude, points * channels)
+    yield Evidence(
+        "gaussian_grad_features", case, feature_gradient, reference, aten, magnitude, points * channels
+    )
 
     # The lattice's vertices are float32's in every case: an image of them at a time.
-    actual = feature_filters(f, "lattice", None, 0.0)(v)
     aten = torch.stack([LatticeFilter(Lattice(points))(row) for points, row in zip(f, v, strict=True)])
     reference, magnitude = (
         torch.stack([_wide_lattice(points)(row) for points, row in zip(features, rows.double(), strict=True)])
         for rows in (values, values.abs())
     )
-    yield Evidence("permutohedral_filter", case, actual, reference, aten, magnitude, points * (dim + 1))
+    yield Evidence(
+        "permutohedral_filter",
+        case,
+        lambda: feature_filters(f, "lattice", None, 0.0)(v),
+        reference,
+        aten,
+        magnitude,
+        points * (dim + 1),
+    )
 
 
 def skipping_evidence(device: torch.device, tolerance: float, points: int) -> Evidence:
@@ -95,11 +116,14 @@ def skipping_evidence(device: torch.device, tolerance: float, points: int) -> Ev
     clusters = 12 * torch.rand(40, 5, generator=generator)
     features = clusters[torch.randint(40, (points,), generator=generator)]
     features = (features + 0.5 * torch.randn(points, 5, generator=generator))[None].to(device)
-    kept, whole = (
-        feature_filters(features, "exact", None, skipped)(torch.ones_like(features[..., :1]))
-        for skipped in (tolerance, 0.0)
-    )
-    share, one = kept / whole, torch.ones(1, points, 1)
+    ones, one = torch.ones_like(features[..., :1]), torch.ones(1, points, 1)
+
+    def share() -> Tensor:
+        kept, whole = (
+            feature_filters(features, "exact", None, skipped)(ones) for skipped in (tolerance, 0.0)
+        )
+        return kept / whole
+
     return Evidence(
         "gaussian_filter", "5-D skipping", share, one.double(), one - tolerance / 2, one.double(), points
     )
@@ -116,10 +140,11 @@ def _feature_gradient(
     grad: Tensor,
     values: Tensor,
     size: Callable[[Tensor], Tensor] = lambda t: t,
+    pulled: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Tensor:
-    """-sum_j s_ij k_ij (f_i - f_j); with `size` of absolute values their sum."""
+    """-sum_j pulled(s_ij k_ij) (f_i - f_j); with `size` of absolute values their sum."""
     products = size(grad) @ size(values).transpose(1, 2)
-    pulls = (products + products.transpose(1, 2)) * weights
+    pulls = pulled((products + products.transpose(1, 2)) * weights)
     differences = size(features[:, :, None] - features[:, None])
     return -torch.einsum("bij,bijd->bid", pulls, differences)
 
@@ -142,7 +167,9 @@ def _grid_evidence(
 ) -> Evidence:
     values = _normal(2, size[0] * size[1], channels, dtype=dtype)
     factors = grid_factors(size, theta, "symmetric", device)
-    actual = load_kernels().spatial_gaussian(values.to(device), size, theta, *factors)
+
+    def on_kernels() -> Tensor:
+        return load_kernels().spatial_gaussian(values.to(device), size, theta, *factors)
 
     def whole(rows: Tensor) -> Tensor:
         plain = SeparableFilter(size, theta, rows[0])
@@ -153,7 +180,7 @@ def _grid_evidence(
     wide = values.double()
     depth = size[0] + size[1]
     return Evidence(
-        "spatial_gaussian", case, actual, whole(wide), whole(values.to(device)), whole(wide.abs()), depth
+        "spatial_gaussian", case, on_kernels, whole(wide), whole(values.to(device)), whole(wide.abs()), depth
     )
 
 
@@ -204,22 +231,26 @@ def _update_evidence(device: torch.device, dtype: torch.dtype, labels: int) -> I
     for kind, first in firsts.items():
         for memory_format in (torch.contiguous_format, torch.channels_last):
             u = to(unary).contiguous(memory_format=memory_format)
-            output, q = torch.empty_like(u), torch.empty_like(to(raster))
-            packed = kernels.Packed(torch.zeros_like(to(gathered), dtype=torch.float16), place)
-            kernels.mean_field_update(u, (first, second), q=q, packed=packed, output=output)
+
+            def update(what: str, u: Tensor = u, first: Any = first) -> Tensor:
+                output, q = torch.empty_like(u), torch.empty_like(to(raster))
+                packed = kernels.Packed(torch.zeros_like(to(gathered), dtype=torch.float16), place)
+                kernels.mean_field_update(u, (first, second), q=q, packed=packed, output=output)
+                rows = packed.values[place.long()].float()
+                # In one half of fp16, or their sum.
+                parts = _halves(rows, labels)
+                whole = parts[0] + parts[1] if len(parts) > 1 else parts[0].half()
+                return {"q": q, "packed": whole, "output": output.flatten(2).transpose(1, 2)}[what]
+
             reference, largest = expected(unary, Tensor.double, kind)
             aten, _ = expected(u, lambda t: t.to(device).float(), kind)
             magnitude = 2 * largest.amax(2)
-            rows = packed.values[place.long()].float()
-            # In one half of fp16, or their sum.
-            parts = _halves(rows, labels)
-            whole = parts[0] + parts[1] if len(parts) > 1 else parts[0].half()
-            image = output.flatten(2).transpose(1, 2)
+            half = torch.float32 if kernels.is_split(labels) else torch.float16
             layout = "NHWC" if memory_format == torch.channels_last else "NCHW"
-            for name, result in (("q", q), ("packed", whole), ("output", image)):
+            for name, kept in (("q", torch.float32), ("packed", half), ("output", u.dtype)):
                 case = f"{kind} {labels} {layout} {name}"
-                rounded = aten.to(result.dtype)
-                yield Evidence("mean_field_update", case, result, reference, rounded, magnitude, labels)
+                run = partial(update, name)
+                yield Evidence("mean_field_update", case, run, reference, aten.to(kept), magnitude, labels)
 
 
 def _halves(packed: Tensor, labels: int) -> list[Tensor]:

@@ -88,22 +88,32 @@ def convolution_evidence(
     aten = run(on_device, "relu")
     depth = c_in // groups * kernel * kernel
     tf32 = load_kernels().multiplies_in_tf32(dtype)
-    with _split(OPERATIONS[0], split):
-        actual = forward(*on_device, *geometry, "relu", 0.0)
-    yield Evidence(OPERATIONS[0], case, actual, reference, aten, magnitude, depth, tf32)
+
+    def fused():
+        with _split(OPERATIONS[0], split):
+            return forward(*on_device, *geometry, "relu", 0.0)
+
+    yield Evidence(OPERATIONS[0], case, fused, reference, aten, magnitude, depth, tf32)
 
     grad, (x, w) = draw(*reference.shape), on_device[:2]
     wide = _gradients(grad.double(), input.double(), weight.double(), *geometry)
     plain = _gradients(grad.to(device), x, w, *geometry)
     sizes = _gradients(grad.double().abs(), input.double().abs(), weight.double().abs(), *geometry)
-    with _split(OPERATIONS[1], split if stride == 1 else 1):
-        actual = grad_of_input(grad.to(device), w, height, width, *geometry)
+
+    def to_input():
+        with _split(OPERATIONS[1], split if stride == 1 else 1):
+            return grad_of_input(grad.to(device), w, height, width, *geometry)
+
     depth = c_out // groups * kernel * kernel
-    yield Evidence(OPERATIONS[1], case, actual, wide[0], plain[0], sizes[0], depth, tf32)
-    actual = grad_of_weight(grad.to(device), x, w, *geometry)
-    yield Evidence(
-        OPERATIONS[2], case, actual, wide[1], plain[1], sizes[1], batch * reference[0, 0].numel(), tf32
-    )
+    yield Evidence(OPERATIONS[1], case, to_input, wide[0], plain[0], sizes[0], depth, tf32)
+
+    # A tap meets no more pixels than the input has.
+    terms = batch * min(reference[0, 0].numel(), height * width)
+
+    def to_weight():
+        return grad_of_weight(grad.to(device), x, w, *geometry)
+
+    yield Evidence(OPERATIONS[2], case, to_weight, wide[1], plain[1], sizes[1], terms, tf32)
 
 
 def _images(device: torch.device, dtype: torch.dtype) -> Evidence:
@@ -122,9 +132,12 @@ def _images(device: torch.device, dtype: torch.dtype) -> Evidence:
     (first, *others), w, b = [t.to(device) for t in images], weight.to(device), bias.to(device)
     aten = run([first, *others], w, b, "relu")
     one = (1, 1)
-    actual = CONCAT(first, others, w, b, None, None, None, one, one, one, "relu", 0.0)
+
+    def concat():
+        return CONCAT(first, others, w, b, None, None, None, one, one, one, "relu", 0.0)
+
     tf32 = load_kernels().multiplies_in_tf32(dtype)
-    return Evidence(OPERATIONS[0], "four images", actual, reference, aten, magnitude, 9 * 200, tf32)
+    return Evidence(OPERATIONS[0], "four images", concat, reference, aten, magnitude, 9 * 200, tf32)
 
 
 def _pyramid(device: torch.device, dtype: torch.dtype, split: int) -> Evidence:
@@ -147,9 +160,12 @@ def _pyramid(device: torch.device, dtype: torch.dtype, split: int) -> Evidence:
     x, k, t = input.to(device), scale.to(device), shift.to(device)
     on_device = [w.to(device) for w in weights]
     aten = run(x, on_device, k, t, "relu")
-    with _split(OPERATIONS[3], split):
-        actual = PARALLEL(x, on_device, k, t, [n for d in dilations for n in (d, d)], "relu", 0.0)
+
+    def parallel():
+        with _split(OPERATIONS[3], split):
+            return PARALLEL(x, on_device, k, t, [n for d in dilations for n in (d, d)], "relu", 0.0)
+
     tf32 = load_kernels().multiplies_in_tf32(dtype)
     return Evidence(
-        OPERATIONS[3], f"pyramid, split {split}", actual, reference, aten, magnitude, 9 * 72, tf32
+        OPERATIONS[3], f"pyramid, split {split}", parallel, reference, aten, magnitude, 9 * 72, tf32
     )

@@ -1,6 +1,7 @@
 """The cases that prove the segmentation head's kernels right on a GPU."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,16 +72,17 @@ def _cross_entropy(
     aten = formulas.cross_entropy(rounded, t, w, *same, True)[0]
     z = upsample(wide_x, *resampling)
     scale = z.abs().amax(1)
-    actual, lse = CROSS_ENTROPY(x, t, w, *options, True)
-    yield Evidence("upsample_softmax_forward", case, actual, reference, aten, 2 * scale, z.shape[1])
+    run = partial(CROSS_ENTROPY, x, t, w, *options, True)
+    yield Evidence("upsample_softmax_forward", case, lambda: run()[0], reference, aten, 2 * scale, z.shape[1])
 
     reference = formulas.cross_entropy_gradient(wide_g, wide_x, target, wide_w, wide_lse, *options)
+    lse = wide_lse.float().to(device)
     aten = formulas.cross_entropy_gradient(g, x, t, w, lse, *options)
     size = upsample_adjoint((torch.softmax(z, 1) + 0.1) * (grad.abs() * (1 + scale))[:, None],
                             logits.shape, *resampling[1:])  # fmt: skip
-    actual = CROSS_ENTROPY_BACKWARD(g, x, t, w, lse, *options)
+    backward = partial(CROSS_ENTROPY_BACKWARD, g, x, t, w, lse, *options)
     depth = _per_output(resampling.size, logits.shape[2:])
-    yield Evidence("upsample_grad_logits", case, actual, reference, aten, size, depth)
+    yield Evidence("upsample_grad_logits", case, backward, reference, aten, size, depth)
 
 
 def _same(resampling: Resampling) -> Resampling:
@@ -94,26 +96,31 @@ def _labels_and_dice(device, case, resampling: Resampling, logits, target, grad)
     p = torch.softmax(z, 1)
     scale = z.abs().amax(1)
     aten = torch.softmax(upsample(x, *resampling).float(), 1)
-    labels, confidence = ARGMAX(x, *resampling, True)
     best = p.amax(1)
-    # Where two classes are as good as equal either label is right: judged by its probability.
-    label = labels.cpu()[:, None]
-    known = (label >= 0) & (label < z.shape[1])
-    chosen = torch.where(known, p.gather(1, label.where(known, 0)), torch.nan)[:, 0].float()
+    run = partial(ARGMAX, x, *resampling, True)
+
+    def chosen() -> torch.Tensor:
+        # Where two classes are as good as equal either label is right: judged by its probability.
+        label = run()[0].cpu()[:, None]
+        known = (label >= 0) & (label < z.shape[1])
+        return torch.where(known, p.gather(1, label.where(known, 0)), torch.nan)[:, 0].float()
+
     yield Evidence("upsample_argmax", f"{case}, labels", chosen, best, best.float(), scale, z.shape[1])
-    yield Evidence("upsample_argmax", case, confidence, best, aten.amax(1), scale, z.shape[1])
+    yield Evidence("upsample_argmax", case, lambda: run()[1], best, aten.amax(1), scale, z.shape[1])
 
     options = (*resampling, IGNORED)
     reference = formulas.dice_sums_of(z, target, IGNORED)
     on_device = formulas.dice_sums_of(upsample(x, *resampling).float(), t, IGNORED)
-    actual, lse = DICE_SUMS(x, t, *options)
+    sums = partial(DICE_SUMS, x, t, *options)
     size = reference * (1 + scale.max())
-    yield Evidence("upsample_dice_sums", case, actual, reference, on_device, size, z.shape[1])
+    yield Evidence("upsample_dice_sums", case, lambda: sums()[0], reference, on_device, size, z.shape[1])
 
-    reference = formulas.dice_gradient(grad.double(), logits.double(), target, lse, *options)
+    wide_lse = torch.logsumexp(z, 1)
+    lse = wide_lse.float().to(device)
+    reference = formulas.dice_gradient(grad.double(), logits.double(), target, wide_lse, *options)
     on_device = formulas.dice_gradient(g, x, t, lse, *options)
     size = upsample_adjoint(p * (1 + scale)[:, None] * 4 * grad.abs().max().item(), logits.shape,
                             *resampling[1:])  # fmt: skip
-    actual = DICE_SUMS_BACKWARD(g, x, t, lse, *options)
+    backward = partial(DICE_SUMS_BACKWARD, g, x, t, lse, *options)
     depth = _per_output(resampling.size, logits.shape[2:])
-    yield Evidence("softmax_expectation", case, actual, reference, on_device, size, depth)
+    yield Evidence("softmax_expectation", case, backward, reference, on_device, size, depth)

@@ -1,5 +1,7 @@
 """The cases that prove the depthwise and separable kernels right on a GPU."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,20 +78,24 @@ def depthwise_evidence(device, dtype, case, batch, channels, filters, height, wi
     aten = run(*on_device, "relu6")
     x, w, b, s, t = on_device
     options = {"scale": s, "shift": t, "activation": "relu6"}
-    actual, total, squares = depthwise_conv2d(x, w, b, *geometry, **options, return_statistics=True)
+
+    def fused():
+        return depthwise_conv2d(x, w, b, *geometry, **options, return_statistics=True)
+
     taps, pixels = kernel * kernel, reference[0, 0].numel()
-    yield Evidence(OPERATIONS[0], case, actual, reference, aten, magnitude, taps)
+    yield Evidence(OPERATIONS[0], case, lambda: fused()[0], reference, aten, magnitude, taps)
     sums = [torch.stack([y.double().sum((2, 3)), y.double().square().sum((2, 3))]) for y in (reference, aten)]
-    yield Evidence(OPERATIONS[0], f"{case}, sums", torch.stack([total, squares]), *sums, sums[0], pixels)
+    yield Evidence(OPERATIONS[0], f"{case}, sums", lambda: torch.stack(fused()[1:]), *sums, sums[0], pixels)
 
     grad = draw(*reference.shape)
     wide = _gradients(grad.double(), input.double(), weight.double(), *geometry)
     plain = _gradients(grad.to(device), x, w, *geometry)
     sizes = _gradients(grad.double().abs(), input.double().abs(), weight.double().abs(), *geometry)
-    actual = GRAD_INPUT(grad.to(device), w, channels, height, width, *geometry)
-    yield Evidence(OPERATIONS[1], case, actual, wide[0], plain[0], sizes[0], taps * filters)
-    actual = GRAD_WEIGHT(grad.to(device), x, w, *geometry)
-    yield Evidence(OPERATIONS[2], case, actual, wide[1], plain[1], sizes[1], batch * pixels)
+    grad = grad.to(device)
+    on_kernels = partial(GRAD_INPUT, grad, w, channels, height, width, *geometry)
+    yield Evidence(OPERATIONS[1], case, on_kernels, wide[0], plain[0], sizes[0], taps * filters)
+    on_kernels = partial(GRAD_WEIGHT, grad, x, w, *geometry)
+    yield Evidence(OPERATIONS[2], case, on_kernels, wide[1], plain[1], sizes[1], batch * pixels)
 
 
 def separable_evidence(
@@ -127,13 +133,18 @@ def separable_evidence(
     magnitude = run(*(t.double().abs() for t in tensors), (None, None))
     x, wd, w, b1, s1, t1, b2, s2, t2, r = (t.to(device) for t in tensors)
     aten = run(x, wd, w, b1, s1, t1, b2, s2, t2, r, ("relu6", "relu"))
-    with kernels.override_config("separable_conv2d_forward", config_of(form, x, channels_out)):
-        actual = separable_conv2d(
+
+    def on_kernels():
+        with kernels.override_config("separable_conv2d_forward", config_of(form, x, channels_out)):
+            return separable_conv2d(
             x, wd, w, b1, b2, *geometry, depthwise_scale=s1, depthwise_shift=t1,
             depthwise_activation="relu6", scale=s2, shift=t2, residual=r, activation="relu",
         )  # fmt: skip
+
     tf32 = kernels.multiplies_in_tf32(dtype)
-    return Evidence(OPERATIONS[3], case, actual, reference, aten, magnitude, kernel * kernel * between, tf32)
+    return Evidence(
+        OPERATIONS[3], case, on_kernels, reference, aten, magnitude, kernel * kernel * between, tf32
+    )
 
 
 def config_of(form: str, x: Tensor, channels_out: int):
