@@ -2,11 +2,13 @@
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._captured import is_captured, renewed
 from ._activation import activation_name
 from ._rules import own_class
 
@@ -22,11 +24,13 @@ class Affine(NamedTuple):
     shift: Tensor | None
 
 
-class _Entry(NamedTuple):
+@dataclass
+class _Entry:
     tensors: tuple[Tensor | None, ...]
-    versions: list[int]
+    versions: list[int] | None  # None once forgotten
     key: Any
     result: Any
+    captured: bool  # a CUDA graph reads `result`
 
     def describes(self, tensors: tuple[Tensor | None, ...], key: Any) -> bool:
         """Whether `result` was computed from these very tensors, not written to since."""
@@ -39,8 +43,6 @@ class _Entry(NamedTuple):
 _NOTHING = Affine(None, None)
 # Beside the modules, not in them: no part of their state_dict, of copies, of pickles.
 _known: "weakref.WeakKeyDictionary[nn.Module, _Entry]" = weakref.WeakKeyDictionary()
-# What captured graphs read: kept as long as the module, though it be forgotten.
-_in_graphs: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
 
 
 def runs_eagerly() -> bool:
@@ -90,8 +92,8 @@ def folded(norm: Any) -> Affine:
 
     Remembered until one of the norm's tensors is replaced or written to, so that a call without gradients
     starts no kernel for it. A write through `.data` or by a replayed CUDA graph leaves no trace in torch:
-    `forget` is for those, and `train()` and `eval()` of the modules here call it. A captured graph goes on
-    with the values of its capture.
+    `forget` is for those, and `train()` and `eval()` of the modules here call it. A captured graph follows
+    when the module next runs outside of one.
     """
     if norm is None:
         return _NOTHING
@@ -147,30 +149,30 @@ def remembered(
 ) -> Any:
     """What `compute()` returned for this module, these very tensors as they are now, and `key`."""
     entry = _known.get(module)
-    capturing = _is_captured(tensors)
+    capturing = is_captured(tensors)
     if entry is not None and entry.describes(tensors, key):
-        if capturing:
-            _in_graphs.setdefault(module, []).append(entry.result)
+        entry.captured |= capturing
         return entry.result
     # Not inference tensors, which a later call with gradients could not save.
     with torch.inference_mode(False), torch.no_grad():
         result = compute()
     # What is computed during a capture is the graph's, written when it is replayed.
     if not capturing and all([t is None or (type(t) in _PLAIN and not t.is_inference()) for t in tensors]):
-        _known[module] = _Entry(tensors, _versions(tensors), key, result)
+        captured = entry is not None and entry.captured
+        if entry is not None and captured:
+            result = renewed(entry.result, result)
+        _known[module] = _Entry(tensors, _versions(tensors), key, result, captured)
     return result
-
-
-def _is_captured(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return any([t is not None and t.is_cuda for t in tensors]) and torch.cuda.is_current_stream_capturing()
 
 
 def forget(*modules: nn.Module | None) -> None:
     """Compute anew, at its next call, what is remembered of each of these."""
     for module in modules:
-        if module is not None:
-            _known.pop(module, None)
+        if module is not None and module in _known:
+            if _known[module].captured:
+                _known[module].versions = None
+            else:
+                del _known[module]
 
 
 class FoldsNorms(nn.Module):

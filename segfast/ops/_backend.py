@@ -3,11 +3,12 @@
 Decided in Python, before any operator.
 """
 
+import contextlib
 import functools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +21,6 @@ def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
-
-
-class _State(threading.local):
-    """The calling thread's choice. Not a ContextVar: reading one breaks torch.compile(fullgraph=True)."""
-
-    def __init__(self) -> None:
-        self.backend = _DEFAULT
-        self.decisions: list[Decision] | None = None
 
 
 _DEFAULT = _checked(os.environ.get("SEGFAST_BACKEND", "auto"), "SEGFAST_BACKEND")
@@ -44,11 +37,36 @@ class Decision(NamedTuple):
         return f"{self.operation}: {self.backend} ({self.reason})"
 
 
-_state = _State()
+class _Choice:
+    """A backend, and the list that decisions are noted in; None where there is none."""
+
+    backend: str | None = None
+    decisions: list[Decision] | None = None
+
+
+class _Thread(threading.local, _Choice):
+    """The calling thread's own. Not a ContextVar: reading one breaks torch.compile(fullgraph=True)."""
+
+    def __init__(self) -> None:
+        self.is_main = threading.current_thread() is threading.main_thread()
+
+
+# The main thread's choice holds for every thread without one of its own: those that torch.nn.DataParallel
+# starts, and autograd's, know nothing of who started them.
+_main = _Choice()
+_main.backend = _DEFAULT
+_thread = _Thread()
+
+
+def _chooser() -> _Choice:
+    return _main if _thread.is_main else _thread
 
 
 class backend:
-    """Choose the backend for the calling thread, at once; as a context manager, until the block ends.
+    """Choose the backend at once; as a context manager, until the block ends.
+
+    In the main thread the choice holds for all threads that make none of their own, those that
+    `torch.nn.DataParallel` starts and autograd's among them; in another thread, for that thread alone.
 
     Args:
         name: "auto" (a kernel of ours where it is proven on this GPU and measured faster, else ATen),
@@ -65,19 +83,35 @@ class backend:
     """
 
     def __init__(self, name: str):
-        self._previous = _state.backend
-        _state.backend = _checked(name, "backend")
+        self._choice = _chooser()
+        self._previous = self._choice.backend
+        self._choice.backend = _checked(name, "backend")
 
     def __enter__(self) -> "backend":
         return self
 
     def __exit__(self, *_: object) -> None:
-        _state.backend = self._previous
+        self._choice.backend = self._previous
+
+
+@contextlib.contextmanager
+def backend_of_this_thread(name: str) -> Iterator[None]:
+    """Within it the calling thread alone, be it the main one, has the backend `name`."""
+    previous, _thread.backend = _thread.backend, name
+    try:
+        yield
+    finally:
+        _thread.backend = previous
 
 
 def get_backend() -> str:
-    """The calling thread's backend."""
-    return _state.backend
+    """The backend of the calling thread: its own choice, else the main thread's."""
+    return _thread.backend or _main.backend or _DEFAULT
+
+
+def _noted() -> list[Decision] | None:
+    """The list in which decisions of the calling thread are noted, if somebody asked."""
+    return _main.decisions if _thread.decisions is None else _thread.decisions
 
 
 # A predicate's reason where nothing is to be computed: by whatever name, ATen's is the right empty result.
@@ -99,7 +133,7 @@ def use_triton(
     Raises:
         NotImplementedError: "triton" was asked for by name and the kernels cannot serve the call.
     """
-    choice = _state.backend
+    choice = get_backend()
     if choice == "aten":
         return _decided(operation, "aten", "asked for by name", False)
     reason = reason_not(choice, *args)
@@ -111,18 +145,19 @@ def use_triton(
 
 
 def _decided(operation: str, chosen: str, reason: str, answer: bool) -> bool:
-    if _state.decisions is not None:
-        if operation in FAILED and chosen == "triton" != _state.backend:
+    noted = _noted()
+    if noted is not None:
+        if operation in FAILED and chosen == "triton" != get_backend():
             chosen, reason = "aten", FAILED[operation]
-        _state.decisions.append(Decision(operation, chosen, reason))
+        noted.append(Decision(operation, chosen, reason))
     return answer
 
 
 def add_reason(reason: str) -> None:
     """Add to the last decision's reason why ATen is called as it is, unless that was the reason already."""
-    if _state.decisions and reason.partition(" was ")[0] not in _state.decisions[-1].reason:
-        last = _state.decisions[-1]
-        _state.decisions[-1] = last._replace(reason=f"{last.reason}; {reason}")
+    noted = _noted()
+    if noted and reason.partition(" was ")[0] not in noted[-1].reason:
+        noted[-1] = noted[-1]._replace(reason=f"{noted[-1].reason}; {reason}")
 
 
 def add_decision(operation: str, chosen: str, reason: str) -> None:
@@ -133,19 +168,23 @@ def add_decision(operation: str, chosen: str, reason: str) -> None:
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
     """Run `function(*args, **kwargs)` without gradients and list which backend each operation took, and why.
 
+    In the main thread, with what other threads decide meanwhile: those that `torch.nn.DataParallel` starts.
+
     Example:
         >>> import torch, segfast
         >>> x, w = torch.randn(1, 8, 4, 4), torch.randn(8, 4, 2, 2)
         >>> print(segfast.explain(segfast.functional.conv_transpose2d, x, w, stride=2)[0])
         conv_transpose2d: aten (the tensors are on a CPU)
     """
-    previous, _state.decisions = _state.decisions, []
+    found: list[Decision] = []
+    chooser = _chooser()
+    previous, chooser.decisions = chooser.decisions, found
     try:
         with torch.no_grad():
             function(*args, **kwargs)
-        return _state.decisions
+        return found
     finally:
-        _state.decisions = previous
+        chooser.decisions = previous
 
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -155,7 +194,7 @@ _gpu_reasons: dict[int | None, str | None] = {}
 
 def certainly_aten(input: Tensor) -> bool:
     """Whether a call on `input` is ATen's whatever its sizes, and nobody asks why: a CPU's usual case."""
-    if _state.backend == "triton" or _state.decisions is not None:
+    if get_backend() == "triton" or _noted() is not None:
         return False
     return not _INTERPRETING if input.is_cpu else input.is_cuda and not fusion_could_help(input)
 
@@ -167,13 +206,12 @@ def fusion_could_help(input: Tensor) -> bool:
     """
     if not input.is_cuda:
         return input.is_cpu and _INTERPRETING
-    return _state.backend == "triton" or (
-        _state.backend == "auto" and _is_anything_known(_index(input.device))
-    )
+    choice = get_backend()
+    return choice == "triton" or (choice == "auto" and _is_anything_known(_index(input.device)))
 
 
 def _is_anything_known(index: int) -> bool:
-    """Whether anything was proven or measured on this GPU."""
+    """True if anything was proven or measured on this GPU."""
     return _anything_known(index)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from . import _cudnn_graph
 from ._backend import Geometry, add_reason, get_backend, measured_rival
+from ._captured import is_captured, renewed
 from ._geometry import output_size
 from ._operands import Pair
 from ._registry import autocast_dtype, needs_autograd
@@ -171,32 +172,50 @@ def _folded(
     weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Filter and bias of scale * (conv + bias) + shift, in the filter's dtype, remembered while all stand."""
-    if scale is None and shift is None:
-        return weight, bias
-    parts = (weight, bias, scale, shift)
-    versions = [-1 if t is None or t.is_inference() else t._version for t in parts]
-    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-    known = _folds.get(weight)
-    if known is not None and known[0] == versions and _same(known[1], parts[1:]):
-        if capturing:
-            _in_graphs.append(known[2])
-        return known[2]
+    if scale is None and (shift is None or (bias is None and shift.dtype == weight.dtype)):
+        return weight, bias if shift is None else shift
+    parts = (bias, scale, shift)
+    versions = [-1 if t is None or t.is_inference() else t._version for t in (weight, *parts)]
+    capturing = is_captured([weight])
+    folds = _folds.get(weight, [])
+    known = next((fold for fold in folds if fold.is_of(parts)), None)
+    if known is not None and known.versions == versions:
+        known.captured |= capturing
+        filters, term = known.result
+        return (weight if filters is None else filters), term
     term = _added(bias, scale, shift)
-    filters = weight if scale is None else (weight * scale.float()[:, None, None, None]).to(weight.dtype)
+    filters = None if scale is None else (weight * scale.float()[:, None, None, None]).to(weight.dtype)
     result = (filters, None if term is None else term.to(weight.dtype))
     # What is computed during a capture is the graph's, and an inference tensor's writes leave no trace.
-    if not capturing and not any([t is not None and t.is_inference() for t in parts]):
-        _folds[weight] = (versions, parts[1:], result)
-    return result
+    if not capturing and not any([t is not None and t.is_inference() for t in (weight, *parts)]):
+        captured = known is not None and known.captured
+        if known is not None and captured:
+            result = renewed(known.result, result)
+        # Those that graphs read stay as long as what they were computed from.
+        others = [fold for fold in folds if fold is not known and fold.captured and fold.stands()]
+        _folds[weight] = [*others, _Fold(parts, versions, result, captured)]
+    filters, term = result
+    return (weight if filters is None else filters), term
 
 
-def _same(some: tuple, others: tuple) -> bool:
-    return all([a is b for a, b in zip(some, others, strict=True)])
+class _Fold:
+    """A filter that differs from its weight, or None, and a bias; and what they were computed from."""
+
+    def __init__(self, parts: tuple[Tensor | None, ...], versions: list[int], result: Any, captured: bool):
+        self.parts = [None if t is None else TensorWeakRef(t) for t in parts]
+        self.versions, self.result = versions, result
+        self.captured = captured  # a CUDA graph reads `result`
+
+    def is_of(self, parts: tuple[Tensor | None, ...]) -> bool:
+        found = zip(self.parts, parts, strict=True)
+        return all([t is None if ref is None else t is not None and ref() is t for ref, t in found])
+
+    def stands(self) -> bool:
+        return all([ref is None or ref() is not None for ref in self.parts])
 
 
-# By weight; and what captured graphs read, which is kept.
+# By weight, which none of a fold may keep alive.
 _folds: Any = WeakTensorKeyDictionary()
-_in_graphs: list[tuple[Tensor, Tensor | None]] = []
 
 
 def conv2d_graph(

@@ -1,12 +1,16 @@
 """What norms were folded into, and what makes it stale."""
 
+import contextlib
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
+from torch.utils import _pytree
 
 import segfast
-from segfast.nn import ASPP, ConvBNAct
+from segfast.nn import ASPP, ConvBNAct, _norm
 from segfast.nn._norm import folded
 
 
@@ -41,26 +45,82 @@ def test_a_step_of_the_norm_alone_is_seen(name):
     assert not torch.allclose(found, stale, atol=1e-2)
 
 
-def test_what_a_captured_graph_reads_is_kept(monkeypatch):
-    import gc
-    import weakref
+@pytest.fixture
+def capture(monkeypatch):
+    """A context that stands for the capture of a CUDA graph."""
 
-    from segfast.nn import _norm
+    @contextlib.contextmanager
+    def capturing():
+        with monkeypatch.context() as patch:
+            patch.setattr(_norm, "is_captured", lambda tensors: True)
+            yield
 
+    return capturing
+
+
+def test_what_a_captured_graph_reads_is_kept(capture):
     norm = torch.nn.BatchNorm2d(3).eval()
     with torch.no_grad():
         before = weakref.ref(folded(norm).scale)
-        monkeypatch.setattr(_norm, "_is_captured", lambda tensors: True)
-        assert folded(norm).scale is before()
-        monkeypatch.undo()
+        with capture():
+            assert folded(norm).scale is before()
         _norm.forget(norm)
         gc.collect()
         assert before() is not None
-        # First computed in a capture, it is the graph's: nobody else gets it.
-        monkeypatch.setattr(_norm, "_is_captured", lambda tensors: True)
-        inside = folded(norm).scale
-        monkeypatch.undo()
-        assert folded(norm).scale is not inside
+        other = torch.nn.BatchNorm2d(3).eval()
+        with capture():  # first computed in a capture, it is the graph's: nobody else gets it
+            inside = folded(other).scale
+        assert folded(other).scale is not inside
     del norm
     gc.collect()
     assert before() is None
+
+
+def read_pyramid(conv, norm, pyramid):
+    pyramid(torch.ones(1, 4, 96, 96))
+    return _norm._known[pyramid].result
+
+
+KEPT = {
+    "scale and shift": lambda conv, norm, pyramid: folded(norm),
+    "filter": lambda conv, norm, pyramid: _norm.folded_filter(conv, norm),
+    "pyramid": read_pyramid,
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_memory_that_captured_graphs_read_does_not_grow(kind, capture):
+    """Train, capture a graph, and again: what the first graph reads is what the last one reads."""
+    conv, pyramid = torch.nn.Conv2d(4, 3, 1), ASPP(4, [2, 3], 8).eval()
+    norm = torch.nn.BatchNorm2d(3).eval() if kind != "pyramid" else pyramid.get_submodule("convs.1.1")
+
+    def read():
+        found = _pytree.tree_leaves(KEPT[kind](conv, norm, pyramid))
+        return [t for t in found if isinstance(t, torch.Tensor)]
+
+    with torch.no_grad():
+        first = read()
+        for _ in range(3):
+            with capture():
+                assert [id(t) for t in read()] == [id(t) for t in first]
+            before = [t.clone() for t in first]
+            norm.running_var.mul_(4)
+            _norm.forget(norm, conv, pyramid)
+            read()
+            assert any(not torch.equal(old, new) for old, new in zip(before, first, strict=True))
+            fresh = read()
+            assert [id(t) for t in fresh] == [id(t) for t in first]
+
+
+def test_what_autograd_saved_is_not_written_to_without_need(capture):
+    norm = torch.nn.BatchNorm2d(3).eval()
+    norm.requires_grad_(False)
+    x = torch.randn(1, 3, 4, 4, requires_grad=True)
+    folded(norm)
+    with capture():
+        folded(norm)
+    y = (x * folded(norm).scale[:, None, None]).sum()
+    _norm.forget(norm)
+    folded(norm)
+    y.backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x) * norm.running_var.rsqrt()[0])

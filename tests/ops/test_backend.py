@@ -1,12 +1,15 @@
 """Which backend runs: by name, under "auto" on a GPU that is not there, per thread, from the environment."""
 
+import contextlib
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import parallel_apply
 
 import segfast
 from segfast.kernels import _configs, _device
@@ -40,13 +43,73 @@ def test_a_backend_set_at_once_is_restored_by_the_context_manager():
     assert segfast.get_backend() == "auto"
 
 
-def test_each_thread_has_its_own_backend():
-    seen = []
+def in_thread(function):
+    """What `function` returns in a thread started now."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_the_main_thread_s_choice_reaches_threads_started_inside_and_those_that_live_on():
+    with ThreadPoolExecutor(1) as pool:  # as autograd's: one thread for good
+        assert pool.submit(segfast.get_backend).result() == "auto"
+        with segfast.backend("aten"):
+            assert pool.submit(segfast.get_backend).result() == "aten"
+            assert in_thread(segfast.get_backend) == "aten"
+        assert pool.submit(segfast.get_backend).result() == "auto"
+
+
+def test_another_thread_s_choice_is_its_own():
+    def inside():
+        with segfast.backend("triton"):
+            return segfast.get_backend(), in_thread(segfast.get_backend)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(segfast.backend, "triton").result()
+        assert segfast.get_backend() == "auto"
+        with segfast.backend("aten"):
+            assert pool.submit(segfast.get_backend).result() == "triton"
+            assert in_thread(inside) == ("triton", "aten")
+            assert in_thread(lambda: inside() and segfast.get_backend()) == "aten"
+
+
+def replicas(call):
+    """`call`, twice at once, in the threads that torch.nn.DataParallel starts for its replicas."""
+    fakes = {
+        "current_stream": lambda device=None: contextlib.nullcontext(),
+        "is_available": lambda: True,
+        "current_accelerator": lambda: torch.device("cpu"),
+        "device_index": lambda device: contextlib.nullcontext(),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fake in fakes.items():
+            patch.setattr(torch.accelerator, name, fake)
+        return parallel_apply([call, call], [(X,), (X,)])
+
+
+def test_replicas_of_data_parallel_follow_the_block_they_run_in():
+    layer = segfast.nn.ConvTranspose2d(8, 4, 2, stride=2)
     with segfast.backend("aten"):
-        thread = threading.Thread(target=lambda: seen.append(segfast.get_backend()))
-        thread.start()
-        thread.join()
-    assert seen == ["auto"]
+        decisions = segfast.explain(replicas, layer)
+    assert [d.reason for d in decisions] == ["asked for by name"] * 2
+    with segfast.backend("triton"), pytest.raises(NotImplementedError, match='backend "triton" cannot serve'):
+        replicas(layer)
+    assert [d.reason for d in segfast.explain(replicas, layer)] == ["the tensors are on a CPU"] * 2
+
+
+def test_an_operator_that_is_given_its_backend_changes_no_other_thread_s():
+    with _backend.backend_of_this_thread("triton"):
+        assert segfast.get_backend() == "triton" and in_thread(segfast.get_backend) == "auto"
+    assert segfast.get_backend() == "auto"
+
+
+def test_a_compiled_call_follows_the_backend():
+    counter = CompileCounter()
+    compiled = torch.compile(up, backend=counter, fullgraph=True)
+    compiled()
+    with segfast.backend("aten"):
+        compiled()
+    compiled()
+    assert counter.frame_count == 2
 
 
 def test_an_unknown_backend_lists_the_three():

@@ -3,6 +3,8 @@
 No GPU: ATen's fused calls and the `cudnn` package are stood in for, the measured tables are made up.
 """
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -354,6 +356,40 @@ def test_the_folded_filter_is_remembered_until_something_is_written(monkeypatch)
         run()
         scale.mul_(3)
         run()
+
+
+@pytest.mark.parametrize("operands", ["bias shift", "scale", "bias scale shift"])
+def test_memory_that_captured_graphs_read_does_not_grow(monkeypatch, operands):
+    """It is written to when it is computed anew, and goes with the weight or what was folded into it."""
+    weight = torch.randn(6, 4, 3, 3, dtype=torch.bfloat16)
+    vectors = [torch.randn(6) if name in operands.split() else None for name in ("bias", "scale", "shift")]
+
+    def read(vectors, capturing=False):
+        with monkeypatch.context() as patch:
+            patch.setattr(_cudnn, "is_captured", lambda tensors: capturing)
+            found = _cudnn._folded(weight, *vectors)
+        return [t for t in found if t is not None and t is not weight]
+
+    def others():
+        return [None if t is None else torch.randn(6) for t in vectors]
+
+    first = read(vectors)
+    for _ in range(3):
+        assert [id(t) for t in read(vectors, capturing=True)] == [id(t) for t in first]
+        before = [t.clone() for t in first]
+        next(t for t in vectors if t is not None).mul_(2)
+        assert [id(t) for t in read(vectors)] == [id(t) for t in first]
+        assert any(not torch.equal(old, t) for old, t in zip(before, first, strict=True))
+    kept, before = [weakref.ref(t) for t in first], [t.clone() for t in first]
+    del first
+    read(others())  # the same weight in another layer: what the graph reads stays as it is
+    assert all(torch.equal(ref(), t) for ref, t in zip(kept, before, strict=True))
+    vectors = others()
+    read(vectors)
+    assert all(ref() is None for ref in kept)
+    kept = [weakref.ref(t) for t in read(vectors, capturing=True)]
+    weight = None
+    assert all(ref() is None for ref in kept)
 
 
 def test_a_graphs_vectors_are_aligned(monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import backend, get_backend
+from .._backend import backend_of_this_thread, get_backend
 from .._layout import in_format
 from .._registry import Differentiable, Operator, needs_autograd
 from . import compute
@@ -56,7 +56,7 @@ def _nothing(tensor: Tensor) -> Tensor:
 def _forward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(tensor, *args):
         *rest, name = args
-        with backend(name), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        with backend_of_this_thread(name), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             result = function(tensor, *rest)
         # The strides of sizes 1 too are those of the fake.
         if result.dim() == 4:
@@ -92,7 +92,7 @@ def _backward(function: Callable[..., Tensor], count: int) -> Callable[..., tupl
             None if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(args[:count], needs, strict=True)
         ]
-        with backend(name), _autograd(), torch.autocast(grad.device.type, enabled=False):
+        with backend_of_this_thread(name), _autograd(), torch.autocast(grad.device.type, enabled=False):
             result = function(*inputs, *args[count:])
             wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
             found = iter(torch.autograd.grad(result, wanted, grad, materialize_grads=True))
