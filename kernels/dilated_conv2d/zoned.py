@@ -135,8 +135,8 @@ def _conv2d_zoned_kernel(
 register_candidates("parallel_conv2d_forward", candidates)
 
 
-# Tables of work that captured graphs read: kept, though their plans be dropped.
-_IN_GRAPHS: list[tuple[torch.Tensor, torch.Tensor]] = []
+# Tables of work that captured graphs read: kept once, though their plans be dropped.
+_IN_GRAPHS: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 class Zoned:
@@ -151,7 +151,7 @@ class Zoned:
     def __call__(self, x, weights, bias, scale, shift, residual, out) -> None:
         weights = (*weights, *(None,) * (MOST_BRANCHES - len(weights)))
         if self.work.is_cuda and torch.cuda.is_current_stream_capturing():
-            _IN_GRAPHS.append((self.work, self.starts))
+            _IN_GRAPHS[id(self.work)] = (self.work, self.starts)
         if self.split == 1:
             self.plan(x, *weights, bias, scale, shift, residual, out, self.work, self.starts)
             return

@@ -124,3 +124,17 @@ def test_what_autograd_saved_is_not_written_to_without_need(capture):
     folded(norm)
     y.backward()
     torch.testing.assert_close(x.grad, torch.ones_like(x) * norm.running_var.rsqrt()[0])
+
+
+def test_many_captures_keep_a_table_of_zones_once(monkeypatch):
+    from types import SimpleNamespace
+
+    from segfast.kernels.dilated_conv2d import zoned
+
+    monkeypatch.setattr(zoned, "_IN_GRAPHS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    work = SimpleNamespace(is_cuda=True)
+    launch = zoned.Zoned(lambda *args: None, work, torch.zeros(1), 1, None, 0.0)
+    for _ in range(5):
+        launch(None, [None], None, None, None, None, None)
+    assert len(zoned._IN_GRAPHS) == 1
