@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
+from ._compare import arguments, cloned, running_mode, undisturbed
 from ._fuse import find_fusions, fuse, undo
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
 from ._report import Report, Row, report
 from .nn._chains import is_convolution, is_depthwise
 from .nn._fused_chain import chain_of
 from .nn._rules import Rule, all_rules, own_class
+from .ops._backend import fusion_could_help, taken_by_kernels
 
 __all__ = ["Report", "Row", "optimize", "report", "restore"]
 
@@ -30,10 +32,10 @@ def optimize(
     """Replace every layer that segfast serves; `report` says which, `restore` undoes it.
 
     A layer is replaced by a change of its class: parameters, buffers, hooks, state_dict keys and the links of
-    an optimizer stay. Subclasses, parametrized, quantized and scripted layers are left alone. If anything was
-    replaced or fused, 4-D parameters and buffers on a GPU get the kernels' layout (channels_last), except
-    under DistributedDataParallel, whose buckets are laid out already. Optimize before `torch.compile` and
-    before wrapping for data-parallel training.
+    an optimizer stay. Subclasses, parametrized, quantized and scripted layers are left alone. Given
+    `example_inputs`, weights on a GPU get the layout (channels_last) of the kernels that take them on these
+    inputs; those that ATen takes stay as they are, and all do under DistributedDataParallel, whose buckets
+    are laid out already. Optimize before `torch.compile` and before wrapping for data-parallel training.
 
     A convolution, transposed or not, is moreover fused with the batch norm and activation that follow it, a
     depthwise one also with the 1x1 convolution after them: in an `nn.Sequential`, and, given
@@ -110,8 +112,9 @@ def optimize(
         record_of(modules[name])["not_fused"] = reason
     ours = {rule.target for rule in all_rules()}
     served = any(own_class(m) in ours or type(m) is not own_class(m) for m in modules.values())
-    if served and not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values()):
-        _lay_out(modules.values())
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values())
+    if served and not wrapped and example_inputs is not None:
+        _lay_out(model, arguments(example_inputs))
     return model
 
 
@@ -175,25 +178,34 @@ def _check_restorable(name: str, module: nn.Module) -> None:
             )
 
 
-def _lay_out(modules: Any) -> None:
-    """Give 4-D tensors on a GPU the kernels' layout, and note in each module's record which had another."""
+def _lay_out(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Give what kernels take on these inputs their layout, and note in each record what had another.
+
+    A weight that ATen takes stays as it is: in another layout ATen copies it at every call.
+    """
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    weights = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if _is_weight(t)]
+    if not any(fusion_could_help(weight) for weight in weights):
+        return
+    with running_mode(model, False), undisturbed(model):
+        taken = {id(t) for t in taken_by_kernels(lambda: model(*cloned(inputs)), weights)}
     layouts = {rule.target: rule.layout for rule in all_rules() if rule.layout is not None}
     for module in modules:
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
         layout = layouts.get(own_class(module), _channels_last)
         names = tuple(
             name
             for name, tensor in {**module._parameters, **module._buffers}.items()
-            if type(tensor) in (nn.Parameter, torch.Tensor)
-            and tensor.device.type in _LAYOUT_DEVICES
-            and tensor.dim() == 4
-            and layout(tensor.data).stride() != tensor.stride()
+            if _is_weight(tensor) and id(tensor) in taken and layout(tensor.data).stride() != tensor.stride()
         )
         if names:
             _set_layout(module, names, layout)
             record = record_of(module)
             record["contiguous"] = tuple({*record.get("contiguous", ()), *names})
+
+
+def _is_weight(tensor: Any) -> TypeGuard[torch.Tensor]:
+    plain = type(tensor) in (nn.Parameter, torch.Tensor)
+    return plain and tensor.device.type in _LAYOUT_DEVICES and tensor.dim() == 4
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -323,9 +323,11 @@ def process_group(tmp_path):
 
 def test_distributed_data_parallel_keeps_its_buckets(image, monkeypatch, process_group):
     monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
+    monkeypatch.setattr(_optimize, "fusion_could_help", lambda tensor: True)
+    monkeypatch.setattr(_optimize, "taken_by_kernels", lambda run, tensors: list(tensors))
     wrapped = nn.parallel.DistributedDataParallel(Up())
     stride = wrapped.module.up.weight.stride()
-    segfast.optimize(wrapped, inplace=True)
+    segfast.optimize(wrapped, image, inplace=True)
     assert segfast.report(wrapped).replaced == ["module.up", "module.out"]
     assert wrapped.module.up.weight.stride() == stride
     wrapped(image).sum().backward()
@@ -362,11 +364,13 @@ def test_checkpoints_go_both_ways(image):
 
 
 class TestLayout:
-    """What happens to weights on a GPU, on the CPU."""
+    """What happens to weights on a GPU whose kernels take them all, on the CPU."""
 
     @pytest.fixture(autouse=True)
     def on_the_cpu(self, monkeypatch):
         monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
+        monkeypatch.setattr(_optimize, "fusion_could_help", lambda tensor: True)
+        monkeypatch.setattr(_optimize, "taken_by_kernels", lambda run, tensors: list(tensors))
 
     @staticmethod
     def is_channels_last(tensor):
@@ -375,7 +379,7 @@ class TestLayout:
     def test_layers_that_are_ours_already_get_their_layout_too(self):
         model = segfast.nn.SeparableConv2d(4, 8, padding=1)
         assert model.conv_dw.weight.stride(0) != 1
-        fast = segfast.optimize(model)
+        fast = segfast.optimize(model, torch.randn(1, 4, 5, 5))
         assert fast.conv_dw.weight.stride(0) == 1
         assert torch.equal(fast.conv_dw.weight, model.conv_dw.weight)
         assert segfast.restore(fast).conv_dw.weight.is_contiguous()
@@ -384,7 +388,7 @@ class TestLayout:
         model = Up()
         model(image).sum().backward()
         weight, values, expected = model.down.weight, model.down.weight.detach().clone(), model(image)
-        segfast.optimize(model, inplace=True)
+        segfast.optimize(model, image, inplace=True)
         assert model.down.weight is weight
         assert self.is_channels_last(weight) and self.is_channels_last(weight.grad)
         assert self.is_channels_last(model.up.weight)
@@ -393,43 +397,77 @@ class TestLayout:
         segfast.restore(model)
         assert weight.is_contiguous() and model.up.weight.is_contiguous() and weight.grad.is_contiguous()
 
-    def test_what_was_channels_last_stays_so(self):
+    def test_what_was_channels_last_stays_so(self, image):
         model = Up()
         model.down.to(memory_format=torch.channels_last)
-        segfast.restore(segfast.optimize(model, inplace=True))
+        segfast.restore(segfast.optimize(model, image, inplace=True))
         assert self.is_channels_last(model.down.weight) and model.up.weight.is_contiguous()
 
-    def test_optimizing_in_two_steps_is_undone_in_one(self):
+    def test_optimizing_in_two_steps_is_undone_in_one(self, image):
         model = Up()
-        segfast.optimize(model, inplace=True, filter_fn=lambda name, _: name == "up")
-        segfast.optimize(model, inplace=True)
+        segfast.optimize(model, image, inplace=True, filter_fn=lambda name, _: name == "up")
+        segfast.optimize(model, image, inplace=True)
+        assert self.is_channels_last(model.up.weight)
         segfast.restore(model)
         assert all(m.weight.is_contiguous() for m in (model.down, model.up, model.out))
 
     def test_a_tensor_made_contiguous_in_between(self):
         layer = up()
         layer.register_buffer("other", torch.randn(2, 2, 3, 3))
-        segfast.optimize(layer, inplace=True)
+        x = torch.randn(1, layer.in_channels, 3, 3)
+        segfast.optimize(layer, x, inplace=True)
         layer.other = layer.other.contiguous()
-        model = nn.Sequential(layer, up())
-        segfast.optimize(model, inplace=True)
+        model = nn.Sequential(layer, nn.ReLU())
+        segfast.optimize(model, x, inplace=True)
         assert self.is_channels_last(layer.other)
         segfast.restore(model)
         assert layer.other.is_contiguous() and layer.weight.is_contiguous()
 
     def test_nothing_replaced_nothing_changed(self):
         model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv3d(2, 2, 2))
-        segfast.optimize(model, inplace=True)
+        segfast.optimize(nn.Sequential(model[0]), torch.randn(1, 2, 5, 5), inplace=True)
         assert model[0].weight.is_contiguous()
+
+    def test_without_example_inputs_no_call_is_known(self):
+        assert segfast.optimize(Up()).up.weight.is_contiguous()
 
     def test_five_dimensional_weights_do_not_disturb(self):
         model = nn.ModuleList([up(), nn.Conv3d(2, 2, 2)])
-        segfast.optimize(model, inplace=True)
+        model.forward = model[0].forward
+        segfast.optimize(model, torch.randn(1, model[0].in_channels, 3, 3), inplace=True)
         assert self.is_channels_last(model[0].weight) and model[1].weight.is_contiguous()
 
 
-def test_the_cpu_keeps_its_layout():
-    assert segfast.optimize(Up()).up.weight.is_contiguous()
+def test_the_cpu_keeps_its_layout(image):
+    assert segfast.optimize(Up(), image).up.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["nothing proven", "only others proven"])
+def test_weights_that_aten_takes_keep_their_layout(image, monkeypatch, known):
+    """On a GPU, for which the CPU stands in: ATen would copy them at every call."""
+    monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
+    if known:
+        monkeypatch.setattr(_optimize, "fusion_could_help", lambda tensor: True)
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), Up()
+    )
+    strides = [p.stride() for p in model.parameters()]
+    for inputs in (None, image):
+        fast = segfast.optimize(model, inputs)
+        assert segfast.report(fast).replaced
+        assert [p.stride() for p in fast.parameters()] == strides
+
+
+@pytest.mark.interpreter
+def test_only_weights_that_kernels_take_change_layout(image, monkeypatch):
+    monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
+    model = Up().eval()
+    with segfast.backend("triton"):
+        fast = segfast.optimize(model, image)
+    weights = {name: p for name, p in fast.named_parameters() if p.dim() == 4}
+    laid_out = {name for name, weight in weights.items() if weight.stride(1) == 1}
+    assert laid_out == {"up.weight", "out.weight"}  # the plain convolution is torch's own
+    assert weights["down.weight"].is_contiguous()
 
 
 @pytest.mark.parametrize("function", [segfast.optimize, segfast.restore, segfast.report])

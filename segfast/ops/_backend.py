@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +37,18 @@ class Decision(NamedTuple):
         return f"{self.operation}: {self.backend} ({self.reason})"
 
 
+class _Notes(list[Decision]):
+    """Decisions; and which tensors, by id, kernels of ours or cuDNN's fused calls took, by operation."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, int]] = []
+
+
 class _Choice:
     """A backend, and the list that decisions are noted in; None where there is none."""
 
     backend: str | None = None
-    decisions: list[Decision] | None = None
+    decisions: "_Notes | None" = None
 
 
 class _Thread(threading.local, _Choice):
@@ -109,7 +116,7 @@ def get_backend() -> str:
     return _thread.backend or _main.backend or _DEFAULT
 
 
-def _noted() -> list[Decision] | None:
+def _noted() -> _Notes | None:
     """The list in which decisions of the calling thread are noted, if somebody asked."""
     return _main.decisions if _thread.decisions is None else _thread.decisions
 
@@ -138,6 +145,7 @@ def use_triton(
         return _decided(operation, "aten", "asked for by name", False)
     reason = reason_not(choice, *args)
     if reason is None:
+        note_taken(operation, args)
         return _decided(operation, "triton", "asked for by name" if choice == "triton" else because, True)
     if choice == "triton" and reason != EMPTY:
         raise NotImplementedError(f'{operation}: backend "triton" cannot serve this call: {reason}')
@@ -165,6 +173,13 @@ def add_decision(operation: str, chosen: str, reason: str) -> None:
     _decided(operation, chosen, reason, True)
 
 
+def note_taken(operation: str, args: Iterable[Any]) -> None:
+    """Note, if somebody asked, that a kernel of ours or a fused call of cuDNN's takes these tensors."""
+    noted = _noted()
+    if noted is not None:
+        noted.taken += [(operation, id(arg)) for arg in args if isinstance(arg, Tensor)]
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
     """Run `function(*args, **kwargs)` without gradients and list which backend each operation took, and why.
 
@@ -176,13 +191,26 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Dec
         >>> print(segfast.explain(segfast.functional.conv_transpose2d, x, w, stride=2)[0])
         conv_transpose2d: aten (the tensors are on a CPU)
     """
-    found: list[Decision] = []
+    with _noting() as found, torch.no_grad():
+        function(*args, **kwargs)
+    return list(found)
+
+
+def taken_by_kernels(run: Callable[[], Any], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Which of `tensors` a kernel of ours or a fused call of cuDNN's takes as they are while `run()` runs."""
+    with _noting() as found, torch.no_grad(), contextlib.suppress(NotImplementedError):
+        run()  # raises where "triton" was asked for by name and serves only some of the layers
+    failed = () if get_backend() == "triton" else FAILED
+    taken = {key for operation, key in found.taken if operation not in failed}
+    return [tensor for tensor in tensors if id(tensor) in taken]
+
+
+@contextlib.contextmanager
+def _noting() -> Iterator[_Notes]:
     chooser = _chooser()
-    previous, chooser.decisions = chooser.decisions, found
+    previous, chooser.decisions = chooser.decisions, _Notes()
     try:
-        with torch.no_grad():
-            function(*args, **kwargs)
-        return found
+        yield chooser.decisions
     finally:
         chooser.decisions = previous
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from . import _cudnn_graph
-from ._backend import Geometry, add_reason, get_backend, measured_rival
+from ._backend import Geometry, add_reason, get_backend, measured_rival, note_taken
 from ._captured import is_captured, renewed
 from ._geometry import output_size
 from ._operands import Pair
@@ -95,7 +95,7 @@ def conv2d_cudnn(
     found = rivals(input, weight, bias, scale, shift, residual, activation) if get_backend() == "auto" else ()
     if not found or input.dim() != 4 or weight.dim() != 4:
         return None
-    dtype = autocast_dtype(input)
+    dtype, given = autocast_dtype(input), weight
     batch, channels, height, width = input.shape
     filters, _, *kernel = weight.shape
     geometry: Geometry = (stride, dilation, (kernel[0], kernel[1]))
@@ -128,6 +128,7 @@ def conv2d_cudnn(
     except _cudnn_graph.GraphRefused:
         return None
     add_reason(reason)
+    note_taken("conv2d", (given,))
     return y
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import segfast
 from segfast.ops import _cudnn, _cudnn_graph
-from segfast.ops._backend import Decision, measured_reason_not, use_triton
+from segfast.ops._backend import Decision, measured_reason_not, taken_by_kernels, use_triton
 from segfast.ops._conv2d_aten import conv2d_aten
 from segfast.ops._cudnn import GRAPH, RELU, conv2d_cudnn, has_epilogue, rivals
 from tests.cudnn import (
@@ -291,13 +291,16 @@ def test_conv2d_takes_the_fused_call_where_it_is_fastest(rows, fused_calls, monk
     (decision,) = segfast.explain(call)
     assert str(decision) == "conv2d: aten (cuDNN's fused call was measured faster (20 against 30 us))"
     assert len(fused_calls) == 1
+    assert [id(t) for t in taken_by_kernels(call, [weight, x[:1]])] == [id(weight)]
+    assert len(fused_calls) == 2
     with segfast.backend("aten"):
         segfast.explain(call)
-    assert len(fused_calls) == 1
+    assert len(fused_calls) == 2
     rows[FUSED] = RELU_FASTEST | {"aten_us": 10.0}
     forget()
     assert "ATen was measured faster (10 against 30 us)" in segfast.explain(call)[0].reason
-    assert len(fused_calls) == 1
+    assert len(fused_calls) == 2
+    assert taken_by_kernels(call, [weight]) == []
 
 
 def test_the_branches_of_a_pyramid_take_it_too(rows, fused_calls, monkeypatch):

@@ -12,6 +12,7 @@ from .._backend import (
     get_backend,
     kernel_reason_not,
     measured_reason_not,
+    note_taken,
     use_triton,
 )
 from .._conv2d_aten import conv2d_aten
@@ -214,6 +215,7 @@ def _of_images(
     fused = has_epilogue(scale, shift, residual, activation)
     if stays and prefers_virtual_concat(images, weight, steps, rates, fused, others):
         add_decision("conv2d", "triton", "reads the images where they lie")
+        note_taken("conv2d", (weight,))
         return concat.forward(
             images, weight, bias, scale, shift, residual, steps, pads, rates, activation, slope
         )

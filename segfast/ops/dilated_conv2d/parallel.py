@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import use_triton
+from .._backend import note_taken, use_triton
 from .._conv2d_aten import conv2d_aten
 from .._cudnn import conv2d_cudnn, rivals
 from .._epilogue import check_activation, check_epilogue
@@ -205,6 +205,8 @@ def parallel_conv2d(
     reasons = (input, weights[largest], dtype, ((1, 1), pairs[largest]), 1, True, differentiates)
     others = () if differentiates else rivals(input, weights[0], None, scale, shift, None, activation)
     kernels = use_triton("parallel_conv2d", can_use_triton, *reasons, len(weights), others)
+    if kernels:
+        note_taken("parallel_conv2d", weights)
     if kernels and not differentiates and not _functorch_active():
         rates = [d for p in pairs for d in p]
         return PARALLEL(input, list(weights), scale, shift, rates, activation, negative_slope)
