@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._compare import cloned
+from ._compare import arguments, call
 from ._errors import UserError, describe
 from ._load_model import FORMS, input_channels, load_model, parse_device, parse_dtype, parse_size
 from ._optimize import Report, optimize, report
@@ -120,7 +120,11 @@ class CheckResult:
 
 
 def check_model(
-    model: nn.Module, example: Tensor | tuple[Any, ...], *, train: bool = False, budget_s: float = 5.0
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    *,
+    train: bool = False,
+    budget_s: float = 5.0,
 ) -> CheckResult:
     """Run copies of `model` before and after `segfast.optimize` on `example` and compare them.
 
@@ -131,7 +135,8 @@ def check_model(
 
     Args:
         model: any module.
-        example: its input, or a tuple of its positional arguments, on the model's device.
+        example: its input, a tuple of its positional arguments, or a dict of its keyword arguments, on the
+            model's device.
         train: compare gradients too and time training steps.
         budget_s: seconds to spend on timing; five runs of each are made however long they take.
 
@@ -146,10 +151,11 @@ def check_model(
         >>> result.agrees
         True
     """
-    inputs = example if isinstance(example, tuple) else (example,)
+    inputs = arguments(example)
+    values = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("the model is scripted or traced, its code compiled already; check it before that")
-    lead = next((t for t in inputs if isinstance(t, Tensor)), None)
+    lead = next((t for t in values if isinstance(t, Tensor)), None)
     if lead is None:
         raise UserError("example must be a tensor or hold one")
     if lead.device.type not in MEMORY_KINDS:
@@ -168,7 +174,7 @@ def check_model(
         except UserError:
             raise
         except Exception as error:
-            shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
+            shapes = ", ".join(str(list(t.shape)) for t in values if isinstance(t, Tensor))
             what = f"an input of shape {shapes}, {_name(lead.dtype)}"
             raise UserError(f"the model does not accept {what}: {describe(error)}") from error
         after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True)
@@ -202,7 +208,7 @@ def check_model(
 class _Step:
     """One call of a model, or one forward and backward with the same random gradient each time."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], train: bool):
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], train: bool):
         self.model = model
         self.inputs = inputs
         self.train = train
@@ -211,7 +217,7 @@ class _Step:
         with torch.set_grad_enabled(self.train):
             self.model.zero_grad(set_to_none=True)
             # The model may work in place; a copy is made in both of what is compared and timed.
-            outputs = self.model(*cloned(self.inputs))
+            outputs = call(self.model, self.inputs)
             if self.train:
                 tensors = [t for t in _floating(outputs).values() if t.requires_grad]
                 if not tensors:

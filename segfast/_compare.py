@@ -13,12 +13,20 @@ from torch.utils import _pytree
 from .nn._fused_chain import fusing
 
 
-def arguments(example_inputs: Any) -> tuple[Any, ...]:
-    """A model's arguments: a tensor alone is the first."""
+def arguments(example_inputs: Any) -> tuple[Any, ...] | dict[str, Any]:
+    """A model's arguments: of a mapping the keyword ones, of a tuple the positional; else the first."""
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
-def difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
+def call(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Any:
+    """The model's output for `arguments`, of which it gets copies."""
+    inputs = cloned(inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def difference(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> str | None:
     """What is wrong with the fused model's outputs, or None. The model and the inputs stay as they are."""
     with running_mode(model, False), torch.no_grad(), exact_fp32():
         results = []
@@ -26,7 +34,7 @@ def difference(model: nn.Module, inputs: tuple[Any, ...]) -> str | None:
             try:
                 with undisturbed(model), fusing(fused):
                     torch.manual_seed(0)
-                    results.append(leaves(model(*cloned(inputs))))
+                    results.append(leaves(call(model, inputs)))
             except RuntimeError as error:
                 return first_line(error)
     for expected, actual in zip(*results, strict=True):

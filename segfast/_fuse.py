@@ -41,7 +41,7 @@ def find_fusions(
     Changes nothing.
 
     Raises:
-        TypeError: `example_inputs` is no tensor, tuple or None.
+        TypeError: `example_inputs` is no tensor, tuple, dict or None.
         Exception: the model's own, if it does not run on them.
     """
     known, unknown, reasons = [], [], {}

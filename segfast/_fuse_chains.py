@@ -6,13 +6,13 @@ a non-strict `torch.export` on example inputs.
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from ._compare import arguments, cloned, first_line, running_mode, undisturbed
+from ._compare import arguments, call, cloned, first_line, running_mode, undisturbed
 from .nn._chains import options
 from .nn._fused_chain import Chain, fuse
 from .nn._pair import only_forward
@@ -39,12 +39,12 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
     """The chains that begin with the layers named `heads`. Changes nothing.
 
     Raises:
-        TypeError: `example_inputs` is no tensor, tuple or None.
+        TypeError: `example_inputs` is no tensor, tuple, dict or None.
         Exception: the model's own, if it does not run on them.
     """
-    if example_inputs is not None and not isinstance(example_inputs, Tensor | tuple):
+    if example_inputs is not None and not isinstance(example_inputs, Tensor | tuple | Mapping):
         kind = type(example_inputs).__name__
-        raise TypeError(f"example_inputs must be a tensor or a tuple of the model's arguments, got {kind}")
+        raise TypeError(f"example_inputs must be a tensor or a tuple or dict of arguments, got {kind}")
     modules = dict(model.named_modules())
     # segfast's own blocks fuse what is in them.
     blocks = tuple(
@@ -64,7 +64,7 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
             graph = _Graph(model, inputs, training=False)
         except Exception as error:
             with undisturbed(model), running_mode(model, False), torch.no_grad():
-                model(*cloned(inputs))
+                call(model, inputs)
             reasons = dict.fromkeys(heads, f"the model cannot be exported ({first_line(error)})")
         else:
             found, reasons = _in_model(model, inputs, modules, found, shared, graph)
@@ -76,7 +76,7 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
 
 def _in_model(
     model: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: tuple[Any, ...] | dict[str, Any],
     modules: dict[str, nn.Module],
     sequential: dict[str, Found | None],
     shared: set[str],
@@ -159,9 +159,10 @@ def _flat(modules: dict[str, nn.Module], name: str, shared: set[str]) -> Iterato
 class _Graph:
     """Who computes what from what in the model's forward."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], training: bool):
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], training: bool):
         with undisturbed(model), running_mode(model, training), backend("aten"), torch.no_grad():
-            program = torch.export.export(model, cloned(inputs), strict=False)
+            args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+            program = torch.export.export(model, cloned(args), cloned(named), strict=False)
         signature = program.graph_signature
         self.weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
         self.nodes: dict[str, list[fx.Node]] = {}
@@ -233,7 +234,7 @@ def _follows(modules: dict[str, nn.Module], names: list[str], following: str) ->
     return bool(possible) and possible[0][0] == len(names) + 1
 
 
-def _graph_or_none(model: nn.Module, inputs: tuple[Any, ...]) -> _Graph | None:
+def _graph_or_none(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> _Graph | None:
     try:
         return _Graph(model, inputs, training=True)
     except Exception:

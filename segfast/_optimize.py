@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from ._compare import arguments, cloned, running_mode, undisturbed
+from ._compare import arguments, call, running_mode, undisturbed
 from ._fuse import find_fusions, fuse, undo
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
 from ._report import Report, Row, report
@@ -52,8 +52,9 @@ def optimize(
 
     Args:
         model: any module; one layer will do.
-        example_inputs: a tensor or a tuple of the model's arguments. The model is exported and run on them,
-            in eval and without gradients, and nothing stays fused that changes its outputs.
+        example_inputs: a tensor, a tuple of the model's positional arguments (a dict in it is one), or a dict
+            of its keyword arguments. The model is exported and run on them, in eval and without
+            gradients, and nothing stays fused that changes its outputs.
         inplace: change `model` itself; otherwise a deep copy.
         filter_fn: called with the name of each layer that may be replaced or begin something fused, and the
             layer; False leaves it alone.
@@ -63,7 +64,7 @@ def optimize(
 
     Raises:
         TypeError: `model` is not a module, or is a scripted one; `filter_fn` cannot be called;
-            `example_inputs` is neither a tensor nor a tuple.
+            `example_inputs` is neither a tensor, a tuple nor a dict.
         RuntimeError: the model cannot be deep-copied; use `inplace=True`.
         Exception: the model's own, if it does not run on `example_inputs`.
 
@@ -178,7 +179,7 @@ def _check_restorable(name: str, module: nn.Module) -> None:
             )
 
 
-def _lay_out(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _lay_out(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
     """Give what kernels take on these inputs their layout, and note in each record what had another.
 
     A weight that ATen takes stays as it is: in another layout ATen copies it at every call.
@@ -188,7 +189,7 @@ def _lay_out(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     if not any(fusion_could_help(weight) for weight in weights):
         return
     with running_mode(model, False), undisturbed(model):
-        taken = {id(t) for t in taken_by_kernels(lambda: model(*cloned(inputs)), weights)}
+        taken = {id(t) for t in taken_by_kernels(lambda: call(model, inputs), weights)}
     layouts = {rule.target: rule.layout for rule in all_rules() if rule.layout is not None}
     for module in modules:
         layout = layouts.get(own_class(module), _channels_last)

@@ -144,3 +144,36 @@ def test_the_fields_of_a_dataclass_are_compared():
     for output in (False, True):
         model = segfast.optimize(Misled(output).eval(), torch.rand(1, 3, 8, 8))
         assert "an output changed by 1" in undone(model)[0]
+
+
+class Named(InPlace):
+    """Takes keyword arguments and returns a mapping, as the models of transformers do."""
+
+    def forward(self, pixel_values, labels=None):
+        logits = super().forward(pixel_values)
+        return {"logits": logits} if labels is None else {"loss": logits.mean(), "logits": logits}
+
+
+def test_a_dict_of_example_inputs_holds_keyword_arguments():
+    x = torch.rand(1, 3, 9, 9)
+    example = {"labels": torch.zeros(1), "pixel_values": x.clone()}
+    model = segfast.optimize(Named().eval(), example)
+    assert _fused_chain.chain_of(model.conv) is not None and undone(model) == []
+    assert torch.equal(example["pixel_values"], x)
+    assert check_model(Named(), example, budget_s=0.01).agrees
+
+
+def test_a_dict_in_a_tuple_of_example_inputs_is_a_positional_argument():
+    class Positional(InPlace):
+        def forward(self, x, options):
+            return super().forward(x) * options["scale"]
+
+    model = segfast.optimize(Positional().eval(), (torch.rand(1, 3, 9, 9), {"scale": torch.ones(1)}))
+    assert _fused_chain.chain_of(model.conv) is not None and undone(model) == []
+
+
+def test_scripting_a_fused_model_says_to_restore_it_first():
+    model = segfast.optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval())
+    with pytest.raises(RuntimeError, match=r"segfast\.restore"):
+        torch.jit.script(model)
+    torch.jit.script(segfast.restore(model))

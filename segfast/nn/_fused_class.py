@@ -22,6 +22,10 @@ class FusedModule:
         forget(*self.modules())  # type: ignore[attr-defined]
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
+    def __prepare_scriptable__(self):
+        """Called by `torch.jit.script`, which cannot compile what chooses between two ways at run time."""
+        raise RuntimeError("a fused module cannot be scripted; call segfast.restore(model) first")
+
     def __reduce_ex__(self, protocol):
         # The class is made at run time: copies and pickles name those it was made from.
         mixin = type(self).__bases__[0]
