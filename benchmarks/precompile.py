@@ -7,6 +7,7 @@ recorded; Triton's cache on disk hands the results to the processes that measure
 import importlib
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -76,9 +77,20 @@ def run_task(task: Task) -> int:
         launches = _tuning_launches(device, *task[1:])
     else:
         launches = _case_launches(device, *task[1:])
+    return warm_up(launches)
+
+
+def warm_up(launches: list) -> int:
+    """Compile the recorded launches; returns how many. One that fails costs none of the others."""
+    failures = []
     for plan, pointers in launches:
-        plan.warmup(*pointers)
-    return len(launches)
+        try:
+            plan.warmup(*pointers)
+        except Exception as error:
+            failures.append(f"{plan.kernel.__name__}: {type(error).__name__}: {error}")
+    if failures:
+        print(*failures, sep="\n", file=sys.stderr, flush=True)
+    return len(launches) - len(failures)
 
 
 def _case_launches(device: torch.device, name: str, direction: str, dtype: str) -> list:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from segfast.kernels import pretend_architecture, record_launches
-from segfast.kernels._launch import Plan
 from segfast.ops import FAMILIES, _prove_apart, backend
 from segfast.ops._prove_apart import prove_apart
 
@@ -108,26 +107,3 @@ def test_every_familys_cases_can_be_recorded(family):
             item.actual()
             recorded += 1
     assert recorded > 3 and len(launches) >= recorded
-
-
-def test_warming_up_builds_the_launcher():
-    class Compiled:
-        built = 0
-
-        @property
-        def run(self):
-            self.built += 1
-
-    compiled = Compiled()
-
-    class Kernel:
-        arg_names = ()
-
-        @staticmethod
-        def warmup(*args, **kwargs):
-            return compiled
-
-    from segfast.kernels import Config
-
-    Plan(Kernel, (1,), (), {}, Config(16, 16, 16, 4, 1)).warmup()
-    assert compiled.built == 1
