@@ -421,3 +421,21 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         ours(logits.requires_grad_(), target, **geometry).backward()
     assert counter.get_total_flops() == 3 * 8 * 2 * 3 * 5 * 7
+
+
+def test_the_threads_that_compute_do_not_decide_the_result():
+    logits, target = head((3, 40, 5, 6), {"scale_factor": 32})
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(train_step(logits.clone().requires_grad_(), target, torch.ones(40)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        # The labels and the low-resolution gradient to the last bit; the losses are torch's own sums.
+        assert torch.equal(result[1], results[0][1]) and torch.equal(result[2], results[0][2])
+        torch.testing.assert_close(result[0], results[0][0])
+        torch.testing.assert_close(result[3], results[0][3])

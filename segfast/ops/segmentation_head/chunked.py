@@ -9,12 +9,14 @@ neighbors of each output instead, as ATen does.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..dense_crf.threads import each, on_threads
 
 VALUES = 1 << 17  # of a tile: half a megabyte in fp32
 # Fewer classes take hardly more memory than their labels, and few logits stay in the caches whole: they are
@@ -140,13 +142,14 @@ def _are_finite(*tensors: Tensor | None) -> bool:
     return all(math.isfinite(end) for end in ends)
 
 
-def tiles(logits: Tensor, size, mode: str, align_corners: bool, scales, gradient: Tensor | None = None,
-          factors: tuple[Tensor | None, ...] = ()) -> Iterator[Tile]:  # fmt: skip
-    """Every tile of the upsampled logits, computed in fp32 or fp64.
+def each_tile(compute: Callable[[Tile], None], logits: Tensor, size, mode: str, align_corners: bool, scales,
+              gradient: Tensor | None = None, factors: tuple[Tensor | None, ...] = ()) -> None:  # fmt: skip
+    """`compute` for every tile of the upsampled logits, which are fp32 or fp64; bands of rows on threads.
 
     With `gradient`, an unwritten [N, C, H, W] of that dtype, each tile's `add_gradient(dz)` adds the adjoint
-    of dz, [rows, C, columns], to it: once for every tile, before the next is asked for. `factors` are what
-    dz is computed from beside the logits; maps [N, OH, OW] belong to their images.
+    of dz, [rows, C, columns], to it: once for every tile. The order of sums is that of the bands, whoever
+    computes them. `factors` are what dz is computed from beside the logits; maps [N, OH, OW] belong to their
+    images.
     """
     batch, channels, height, width = logits.shape
     out_h, out_w = size
@@ -157,41 +160,60 @@ def tiles(logits: Tensor, size, mode: str, align_corners: bool, scales, gradient
     rows = min(out_h, max(1, VALUES // (channels * columns)))
     horizontal = _axis(width, out_w, mode, align_corners, scale_w, dtype, columns)
     vertical = _axis(height, out_h, mode, align_corners, scale_h, dtype, rows)
-    for image in range(batch):
+
+    def image_bands(image: int) -> None:
         finite = _are_finite(logits[image])
         exact = not finite or not _are_finite(
             *(f[image] if f is not None and f.dim() == 3 else f for f in factors)
         )
         low_rows = logits[image].to(dtype).transpose(0, 1).reshape(height, channels * width)
-        sums = torch.zeros_like(low_rows) if gradient is not None else None
-        for v in vertical:
+        adjoints: list[Tensor | None] = [None] * len(vertical)
+
+        def band(number: int) -> None:
+            v = vertical[number]
             if exact:
                 lines = v.between(low_rows.t()).t().reshape(-1, width)
             else:
                 lines = torch.mm(v.matrix, low_rows[v.low : v.high]).view(-1, width)  # [rows * C, W]
-            adjoint = torch.zeros_like(lines) if sums is not None else None
+            adjoint = torch.zeros_like(lines) if gradient is not None else None
             for h in horizontal:
                 if exact:
                     logits_tile = h.between(lines)
                 else:
                     logits_tile = torch.mm(lines[:, h.low : h.high], h.matrix.t())
 
-                def add_gradient(dz: Tensor, h=h, adjoint=adjoint, exact=exact) -> None:
+                def add_gradient(dz: Tensor, h=h) -> None:
                     dz = dz.reshape(-1, h.stop - h.start)
+                    assert adjoint is not None
                     if exact:
                         h.add_adjoint(adjoint, dz)
                     else:
                         adjoint[:, h.low : h.high].addmm_(dz, h.matrix)
 
                 shape = (v.stop - v.start, channels, h.stop - h.start)
-                yield Tile(image, slice(v.start, v.stop), slice(h.start, h.stop), logits_tile.view(shape),
-                           finite, add_gradient)  # fmt: skip
-            if sums is not None and adjoint is not None and exact:
-                v.add_adjoint(sums.t(), adjoint.view(v.stop - v.start, -1).t())
-            elif sums is not None and adjoint is not None:
-                sums[v.low : v.high].addmm_(v.matrix.t(), adjoint.view(v.stop - v.start, -1))
-        if gradient is not None and sums is not None:
-            gradient[image] = sums.view(height, channels, width).transpose(0, 1)
+                compute(Tile(image, slice(v.start, v.stop), slice(h.start, h.stop), logits_tile.view(shape),
+                             finite, add_gradient))  # fmt: skip
+            if adjoint is not None:
+                adjoint = adjoint.view(v.stop - v.start, -1)
+                adjoints[number] = adjoint if exact else torch.mm(v.matrix.t(), adjoint)
+
+        each([functools.partial(band, number) for number in range(len(vertical))])
+        if gradient is None:
+            return
+        sums = torch.zeros_like(low_rows)
+        for v, part in zip(vertical, adjoints, strict=True):
+            assert part is not None
+            if exact:
+                v.add_adjoint(sums.t(), part.t())
+            else:
+                sums[v.low : v.high] += part
+        gradient[image] = sums.view(height, channels, width).transpose(0, 1)
+
+    def images() -> None:
+        for image in range(batch):
+            image_bands(image)
+
+    on_threads(logits, images)
 
 
 def cross_entropy(logits, target, weight, size, mode, align_corners, scales, ignore_index, smoothing,
@@ -201,7 +223,8 @@ def cross_entropy(logits, target, weight, size, mode, align_corners, scales, ign
     shape = (logits.shape[0], *size)
     lse, losses, weights = (torch.empty(shape, dtype=dtype, device=logits.device) for _ in range(3))
     weight = None if weight is None else weight.to(dtype)
-    for tile in tiles(logits, size, mode, align_corners, scales):
+
+    def compute(tile: Tile) -> None:
         where = (tile.image, tile.rows, tile.columns)
         z, label = tile.logits, target[where].long()
         picked, label_weight = _picked(z, label, weight, ignore_index)
@@ -217,6 +240,8 @@ def cross_entropy(logits, target, weight, size, mode, align_corners, scales, ign
             loss += (smoothing / logits.shape[1]) * (total * tile_lse - mean)
         loss.masked_fill_(label == ignore_index, 0.0)
         lse[where], losses[where], weights[where] = tile_lse, loss, label_weight
+
+    each_tile(compute, logits, size, mode, align_corners, scales)
     return (losses if per_pixel else torch.stack([losses.sum(), weights.sum()])), lse
 
 
@@ -237,7 +262,8 @@ def cross_entropy_gradient(grad, logits, target, weight, lse, size, mode, align_
     grad = grad.to(dtype)
     weight = None if weight is None else weight.to(dtype)
     classes = logits.shape[1]
-    for tile in tiles(logits, size, mode, align_corners, scales, gradient, (grad, weight)):
+
+    def compute(tile: Tile) -> None:
         where = (tile.image, tile.rows, tile.columns)
         label = target[where].long()
         counted = label != ignore_index
@@ -255,6 +281,8 @@ def cross_entropy_gradient(grad, logits, target, weight, lse, size, mode, align_
         if smoothing:
             dz.sub_(spread[:, None] if weight is None else spread[:, None] * weight[:, None])
         tile.add_gradient(dz)
+
+    each_tile(compute, logits, size, mode, align_corners, scales, gradient, (grad, weight))
     return gradient.to(logits.dtype)
 
 
@@ -268,7 +296,8 @@ def argmax(logits, size, mode, align_corners, scales, confidence) -> tuple[Tenso
     # From the last class to the first, so that the largest number among equal logits is the first class's: a
     # maximum, which ATen vectorises along any dimension, where it does not its argmax.
     order = torch.arange(classes, 0, -1, dtype=accumulation_dtype(logits), device=logits.device)[:, None]
-    for tile in tiles(logits, size, mode, align_corners, scales):
+
+    def compute(tile: Tile) -> None:
         where = (tile.image, tile.rows, tile.columns)
         largest = tile.logits.amax(1, keepdim=True)
         best = tile.logits == largest
@@ -278,6 +307,8 @@ def argmax(logits, size, mode, align_corners, scales, confidence) -> tuple[Tenso
         labels[where] = (classes - first).long()
         if confidence:
             confidences[where] = tile.logits.sub_(largest).exp_().sum(1).reciprocal_().float()
+
+    each_tile(compute, logits, size, mode, align_corners, scales)
     return labels, confidences
 
 
@@ -285,8 +316,9 @@ def dice_sums(logits, target, size, mode, align_corners, scales, ignore_index) -
     """The operator's results: sums [3, C] of label probabilities, probabilities and pixels; log-sum-exp."""
     dtype = accumulation_dtype(logits)
     lse = torch.empty((logits.shape[0], *size), dtype=dtype, device=logits.device)
-    sums = torch.zeros((3, logits.shape[1]), dtype=dtype, device=logits.device)
-    for tile in tiles(logits, size, mode, align_corners, scales):
+    parts: dict[tuple[int, int, int], Tensor] = {}  # of the tiles, summed in their order
+
+    def compute(tile: Tile) -> None:
         where = (tile.image, tile.rows, tile.columns)
         z, label = tile.logits, target[where].long()
         picked, counted = _picked(z, label, None, ignore_index)
@@ -295,12 +327,17 @@ def dice_sums(logits, target, size, mode, align_corners, scales, ignore_index) -
         total = p.sum(1)
         tile_lse = total.log() + largest[:, 0]
         share = counted / total
+        sums = z.new_zeros((3, logits.shape[1]))
         sums[1] += torch.einsum("rcw,rw->c", p, share)
         label = torch.where(counted > 0, label, 0).flatten()
         sums[0].index_add_(0, label, ((picked - tile_lse).exp_() * counted).flatten())
         sums[2].index_add_(0, label, counted.flatten())
+        parts[tile.image, tile.rows.start, tile.columns.start] = sums
         lse[where] = tile_lse
-    return sums, lse
+
+    each_tile(compute, logits, size, mode, align_corners, scales)
+    zeros = torch.zeros((3, logits.shape[1]), dtype=dtype, device=logits.device)
+    return sum((parts[key] for key in sorted(parts)), zeros), lse
 
 
 def dice_gradient(grad, logits, target, lse, size, mode, align_corners, scales, ignore_index) -> Tensor:
@@ -308,7 +345,8 @@ def dice_gradient(grad, logits, target, lse, size, mode, align_corners, scales, 
     dtype = accumulation_dtype(logits)
     gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     grad = grad.to(dtype)
-    for tile in tiles(logits, size, mode, align_corners, scales, gradient, (grad,)):
+
+    def compute(tile: Tile) -> None:
         where = (tile.image, tile.rows, tile.columns)
         label = target[where].long()
         counted = label != ignore_index
@@ -319,6 +357,8 @@ def dice_gradient(grad, logits, target, lse, size, mode, align_corners, scales, 
         dz = p * (grad[1][:, None] - mean)
         dz.scatter_add_(1, label, picked)
         tile.add_gradient(dz)
+
+    each_tile(compute, logits, size, mode, align_corners, scales, gradient, (grad,))
     return gradient.to(logits.dtype)
 
 
