@@ -182,26 +182,44 @@ def _check_restorable(name: str, module: nn.Module) -> None:
 def _lay_out(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
     """Give what kernels take on these inputs their layout, and note in each record what had another.
 
-    A weight that ATen takes stays as it is: in another layout ATen copies it at every call.
+    A weight that ATen takes stays as it is: in another layout ATen may copy it at every call. But where the
+    kernels behind it take only the channels_last images that such a weight makes, it is channels_last too.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    weights = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if _is_weight(t)]
+    owned = [
+        (module, name, tensor)
+        for module in modules
+        for name, tensor in {**module._parameters, **module._buffers}.items()
+        if _is_weight(tensor)
+    ]
+    weights = [tensor for _, _, tensor in owned]
     if not any(fusion_could_help(weight) for weight in weights):
         return
-    with running_mode(model, False), undisturbed(model):
-        taken = {id(t) for t in taken_by_kernels(lambda: call(model, inputs), weights)}
     layouts = {rule.target: rule.layout for rule in all_rules() if rule.layout is not None}
-    for module in modules:
-        layout = layouts.get(own_class(module), _channels_last)
-        names = tuple(
-            name
-            for name, tensor in {**module._parameters, **module._buffers}.items()
-            if _is_weight(tensor) and id(tensor) in taken and layout(tensor.data).stride() != tensor.stride()
-        )
-        if names:
-            _set_layout(module, names, layout)
+    before = [(t, t.data, None if t.grad is None else t.grad.data) for t in weights]
+
+    def lay(taken: set[int] | None, others: Callable[[torch.Tensor], torch.Tensor] | None) -> set[int]:
+        """Lay out the weights in `taken` (None: all), the rest by `others`; return what is taken then."""
+        for tensor, data, grad in before:
+            tensor.data = data
+            if tensor.grad is not None and grad is not None:
+                tensor.grad.data = grad
+        for module, name, tensor in owned:
+            own = layouts.get(own_class(module), _channels_last)
+            layout = own if taken is None or id(tensor) in taken else others
+            if layout is not None and layout(tensor.data).stride() != tensor.stride():
+                _set_layout(module, (name,), layout)
+        with running_mode(model, False), undisturbed(model):
+            return {id(t) for t in taken_by_kernels(lambda: call(model, inputs), weights)}
+
+    taken = lay(None, None)
+    if lay(taken, None) != taken:
+        lay(taken, _channels_last)
+    strides = {id(tensor): data.stride() for tensor, data, _ in before}
+    for module, name, tensor in owned:
+        if tensor.stride() != strides[id(tensor)]:
             record = record_of(module)
-            record["contiguous"] = tuple({*record.get("contiguous", ()), *names})
+            record["contiguous"] = tuple({*record.get("contiguous", ()), name})
 
 
 def _is_weight(tensor: Any) -> TypeGuard[torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops._backend import note_origin
 from ..ops._captured import is_captured, renewed
 from ._activation import activation_name
 from ._rules import own_class
@@ -123,7 +124,10 @@ def folded_filter(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
         scale, shift = (t.to(conv.weight.dtype) for t in affine)
         return _scaled(conv, scale), (shift if conv.bias is None else shift + conv.bias * scale)
 
-    return remembered(conv, tensors, norm.eps, fold)
+    # Not the tensor alone: its layout may have been changed under it.
+    weight, bias = remembered(conv, tensors, (norm.eps, conv.weight.stride()), fold)
+    note_origin(weight, conv.weight)
+    return weight, bias
 
 
 def _scaled(conv: Any, scale: Tensor) -> Tensor:

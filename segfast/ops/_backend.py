@@ -42,6 +42,7 @@ class _Notes(list[Decision]):
 
     def __init__(self) -> None:
         self.taken: list[tuple[str, int]] = []
+        self.origins: dict[int, int] = {}  # of tensors computed from a weight, by id, the weight's id
 
 
 class _Choice:
@@ -180,6 +181,13 @@ def note_taken(operation: str, args: Iterable[Any]) -> None:
         noted.taken += [(operation, id(arg)) for arg in args if isinstance(arg, Tensor)]
 
 
+def note_origin(computed: Tensor, weight: Tensor) -> None:
+    """Note, if somebody asked, that `computed` stands for `weight`: with a norm folded into it."""
+    noted = _noted()
+    if noted is not None:
+        noted.origins[id(computed)] = id(weight)
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
     """Run `function(*args, **kwargs)` without gradients and list which backend each operation took, and why.
 
@@ -201,7 +209,7 @@ def taken_by_kernels(run: Callable[[], Any], tensors: Iterable[Tensor]) -> list[
     with _noting() as found, torch.no_grad(), contextlib.suppress(NotImplementedError):
         run()  # raises where "triton" was asked for by name and serves only some of the layers
     failed = () if get_backend() == "triton" else FAILED
-    taken = {key for operation, key in found.taken if operation not in failed}
+    taken = {found.origins.get(key, key) for operation, key in found.taken if operation not in failed}
     return [tensor for tensor in tensors if id(tensor) in taken]
 
 
