@@ -10,7 +10,7 @@ from torch import Tensor
 import segfast.functional as SF
 
 from ..fused_conv import ACTIVATIONS, fused
-from .tester import Case, check
+from .tester import Case, check, check_once
 
 pytestmark = pytest.mark.device
 
@@ -244,6 +244,15 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_convolution(name, arithmetic, device):
     check(CASES[name], arithmetic, device)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv2d 1x1", "conv_transpose2d of width 1", "depthwise of width 1", "separable of one pixel"]
+)
+def test_what_is_remembered_is_not_launched_on_pointers_of_another_alignment(name, device):
+    case = CASES[name]
+    check_once(case, "float16", device, 0)
+    check_once(case._replace(layouts=dict.fromkeys((*case.shapes, "grad"), "off16")), "float16", device, 1)
 
 
 def random_case(family: str, rng: random.Random) -> Case:

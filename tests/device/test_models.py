@@ -54,6 +54,7 @@ def backend(request, monkeypatch):
         cache.cache_clear()
     with segfast.backend(request.param):
         yield request.param
+    assert not _backend.FAILED  # no kernel has left its work to ATen
     for cache in (_backend._look_up, _backend._anything_known, _backend._rival):
         cache.cache_clear()
 
