@@ -131,7 +131,7 @@ def test_a_child_s_threads_are_its_own():
 
         def several(_):
             torch.set_num_threads(3)
-            from segfast.ops.dense_crf import threads
+            from segfast.ops import _threads as threads
             done = []
             threads.on_threads(torch.empty(0), lambda: threads.each([lambda: done.append(1)] * 20))
             return len(done)

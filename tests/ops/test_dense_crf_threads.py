@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from segfast.functional import gaussian_filter, mean_field
-from segfast.ops.dense_crf import inference, lattice, threads
+from segfast.ops import _threads as threads
+from segfast.ops.dense_crf import inference, lattice
 from segfast.ops.dense_crf.lattice import Lattice, LatticeFilter
 
 from .test_dense_crf import energies

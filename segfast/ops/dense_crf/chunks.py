@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .threads import Task
+from .._threads import Task
 
 _ROWS_AT_ONCE = 16384
 

@@ -13,6 +13,7 @@ from .._backend import get_backend
 from .._fallback import falls_back
 from .._layout import output_format
 from .._registry import is_traced
+from .._threads import each_image, on_threads
 from . import device
 from .arguments import check_energies, check_finite, compute_dtype
 from .backend import FAMILY, Thetas, reason_not
@@ -26,7 +27,6 @@ from .filters import (
     grid_filter,
 )
 from .inference import Compatibility, Term, infer, unroll
-from .threads import each_image, on_threads
 
 
 @falls_back(FAMILY)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._registry import is_traced
+from .._threads import Task, each, on_threads
 from .chunks import Passes, chunks_of, pieces_of
-from .threads import Task, each, on_threads
 
 # Standard deviations, one for each feature.
 Theta = Sequence[float] | Tensor

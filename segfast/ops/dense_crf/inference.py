@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._threads import each, on_threads
 from .chunks import chunks_of
 from .filters import Filter
-from .threads import each, on_threads
 
 # A number w is Potts: -w on the diagonal, which up to a constant is w for each pair of different labels. A
 # vector [L] is the diagonal itself, a matrix [L, L] the whole: energies, entry (i, j) what i pays for j.

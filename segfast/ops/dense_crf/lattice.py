@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._threads import Task, each, on_threads
 from .chunks import Passes, chunks_of
-from .threads import Task, each, on_threads
 
 _MOST_BITS = 62
 

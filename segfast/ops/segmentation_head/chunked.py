@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dense_crf.threads import each, on_threads
+from .._threads import each, on_threads
 
 VALUES = 1 << 17  # of a tile: half a megabyte in fp32
 # Fewer classes take hardly more memory than their labels, and few logits stay in the caches whole: they are
