@@ -2,32 +2,27 @@
 
 import argparse
 import collections
-import contextlib
 import copy
 import dataclasses
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._compare import arguments, call
+from ._compare import arguments
 from ._errors import UserError, describe
 from ._load_model import FORMS, input_channels, load_model, parse_device, parse_dtype, parse_size
+from ._memory import MEMORY_KINDS, peak_bytes
 from ._optimize import Report, optimize, report
+from ._step import LAYOUTS, Step, floating, has_layouts, laid_out, on_aten, seeded
 from ._table import format_table
 from ._timing import Timing, interleave
 from .kernels._device import dot_precision
-from .ops._backend import Decision, backend, explain
+from .ops._backend import Decision, explain
 
 WORTH_IT = 1.05
-MEMORY_KINDS = {
-    "cuda": "torch.cuda.max_memory_allocated, above what was held before the call",
-    "cpu": "torch's own allocations, above what was held before the call; libraries' scratch is not seen",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +36,10 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class CheckResult:
-    """What `check_model` found: `before` on ATen, `after` optimized. `str()` is a page of text."""
+    """What `check_model` found: `before` on ATen, `after` optimized. `str()` is a page of text.
+
+    `layouts` has the times before in each layout that was tried, `layout` is the fastest of them.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -49,12 +47,18 @@ class CheckResult:
     train: bool
     output: Difference
     gradient: Difference | None
-    before: Timing
+    layout: str
+    layouts: Mapping[str, Timing]
     after: Timing
     before_bytes: int
     after_bytes: int
     report: Report
     decisions: tuple[Decision, ...]
+
+    @property
+    def before(self) -> Timing:
+        """The times before, in the faster layout."""
+        return self.layouts[self.layout]
 
     @property
     def ratio(self) -> float:
@@ -105,6 +109,7 @@ class CheckResult:
             "",
             format_table(["", "before (ATen)", "after (optimized)"], rows),
             f"Medians of {self.before.runs} runs each, interleaved; p20 to p80 in brackets.",
+            *self._layout_line(),
             f"Memory: {MEMORY_KINDS[self.device.type]}.",
             "",
             _error_line("largest error of the output", self.output),
@@ -118,6 +123,15 @@ class CheckResult:
             lines += ["", format_table(["operation", "ran on", "calls", "because"], cells)]
         return "\n".join([*lines, "", self.verdict])
 
+    def _layout_line(self) -> list[str]:
+        slower = [f"{n}: {t.wall_us / 1e3:.3f} ms" for n, t in self.layouts.items() if n != self.layout]
+        if not slower:
+            return []
+        return [
+            f"Before is in {self.layout}, weights and images, the faster of both layouts ({slower[0]}). "
+            "Converting the images is part of each time."
+        ]
+
 
 def check_model(
     model: nn.Module,
@@ -128,10 +142,11 @@ def check_model(
 ) -> CheckResult:
     """Run copies of `model` before and after `segfast.optimize` on `example` and compare them.
 
-    Before is the model on ATen, segfast's own layers in it included; after is the optimized copy under the
-    current backend. Without `train`, in eval mode and without gradients; with it, in train mode, forward and
-    backward from the same random gradient of the outputs. `model` itself, its gradients and the random state
-    stay as they are.
+    Before is the model on ATen, segfast's own layers in it included, in NCHW or in channels_last, whichever
+    is faster; after is the optimized copy under the current backend. Both are given `example` as it is: a
+    conversion of the images is part of either time. Without `train`, in eval mode and without gradients; with
+    it, in train mode, forward and backward from the same random gradient of the outputs. `model` itself, its
+    gradients and the random state stay as they are.
 
     Args:
         model: any module.
@@ -141,8 +156,8 @@ def check_model(
         budget_s: seconds to spend on timing; five runs of each are made however long they take.
 
     Raises:
-        UserError: the model is scripted, cannot be copied, does not accept `example`, or returns no
-            floating-point tensor.
+        UserError: the model is scripted, has lazy layers, cannot be copied, does not accept `example`, or
+            returns no floating-point tensor.
 
     Example:
         >>> import torch
@@ -160,6 +175,8 @@ def check_model(
         raise UserError("example must be a tensor or hold one")
     if lead.device.type not in MEMORY_KINDS:
         raise UserError(f"example must be on a CPU or a CUDA GPU, got {lead.device}")
+    if any(map(nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        raise UserError("the model has lazy layers, which have no weights yet; run it once before the check")
     try:
         before = copy.deepcopy(model).train(train)
     except Exception as error:
@@ -168,7 +185,7 @@ def check_model(
         raise UserError("train: the model has no parameter that requires a gradient")
     devices = [lead.device] if lead.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        plain = _seeded(_on_aten(_Step(before, inputs, train)))
+        plain = seeded(on_aten(Step(before, inputs, train)))
         try:
             reference = plain()
         except UserError:
@@ -178,17 +195,23 @@ def check_model(
             what = f"an input of shape {shapes}, {_name(lead.dtype)}"
             raise UserError(f"the model does not accept {what}: {describe(error)}") from error
         after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True)
-        ours = _seeded(_Step(after, inputs, train))
+        ours = seeded(Step(after, inputs, train))
         result = ours()
-        output = _worst(_floating(reference), _floating(result))
+        output = _worst(floating(reference), floating(result))
         gradient = _worst(_gradients(before), _gradients(after)) if train else None
         decisions = tuple(explain(ours))
         del reference, result
+        befores = {"its own": before}
+        if has_layouts(before, inputs):
+            befores = dict(zip(LAYOUTS, (before, copy.deepcopy(model).train(train)), strict=True))
+        plain_in = {name: laid_out(Step(m, inputs, train), LAYOUTS.get(name)) for name, m in befores.items()}
+        times = interleave({**plain_in, "after": ours}, lead.device, budget_s=budget_s)
+        layouts = {name: times[name] for name in befores}
+        fastest = min(layouts, key=lambda name: layouts[name].wall_us)
         # Gradients left from above would be freed in the call and hide as much of its own memory.
-        before.zero_grad(set_to_none=True)
-        after.zero_grad(set_to_none=True)
-        plain_bytes, our_bytes = (_peak_bytes(run, lead.device) for run in (plain, ours))
-        times = interleave({"before": plain, "after": ours}, lead.device, budget_s=budget_s)
+        for m in (*befores.values(), after):
+            m.zero_grad(set_to_none=True)
+        plain_bytes, our_bytes = (peak_bytes(run, lead.device) for run in (plain_in[fastest], ours))
     return CheckResult(
         shape=tuple(lead.shape),
         dtype=lead.dtype,
@@ -196,74 +219,14 @@ def check_model(
         train=train,
         output=output,
         gradient=gradient,
-        before=times["before"],
+        layout=fastest,
+        layouts=layouts,
         after=times["after"],
         before_bytes=plain_bytes,
         after_bytes=our_bytes,
         report=report(after),
         decisions=decisions,
     )
-
-
-class _Step:
-    """One call of a model, or one forward and backward with the same random gradient each time."""
-
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], train: bool):
-        self.model = model
-        self.inputs = inputs
-        self.train = train
-
-    def __call__(self) -> Any:
-        with torch.set_grad_enabled(self.train):
-            self.model.zero_grad(set_to_none=True)
-            # The model may work in place; a copy is made in both of what is compared and timed.
-            outputs = call(self.model, self.inputs)
-            if self.train:
-                tensors = [t for t in _floating(outputs).values() if t.requires_grad]
-                if not tensors:
-                    raise UserError("train: no output of the model depends on its parameters")
-                torch.autograd.backward(tensors, [torch.randn_like(t) for t in tensors])
-        return outputs
-
-
-def _seeded(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Dropout and the gradients of the outputs must be the same before and after."""
-
-    def seeded() -> Any:
-        torch.manual_seed(0)
-        return run()
-
-    return seeded
-
-
-def _on_aten(run: Callable[[], Any]) -> Callable[[], Any]:
-    def on_aten() -> Any:
-        with backend("aten"):
-            return run()
-
-    return on_aten
-
-
-def _floating(outputs: Any) -> dict[str, Tensor]:
-    """The floating-point tensors of whatever a model returns, by their path in it."""
-    found = {path: tensor for path, tensor in _tensors(outputs, "output") if tensor.is_floating_point()}
-    if not found:
-        raise UserError(f"the model returned {type(outputs).__name__} without a floating-point tensor in it")
-    return found
-
-
-def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(item, f"{path}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _tensors(item, f"{path}[{index}]")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name), f"{path}.{field.name}")
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -296,41 +259,6 @@ def _worst(reference: dict[str, Tensor], result: dict[str, Tensor]) -> Differenc
 
 def _largest(t: Tensor) -> float:
     return t.detach().abs().max().item() if t.numel() else 0.0
-
-
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """The most memory held at once during `run`, above what was held before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        start = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - start
-    from torch.profiler import ProfilerActivity, profile
-
-    with _profiler_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@contextlib.contextmanager
-def _profiler_silenced() -> Iterator[None]:
-    """libkineto writes its progress to file descriptor 2."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 def _roundoff(dtype: torch.dtype, device: torch.device) -> float:

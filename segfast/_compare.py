@@ -34,7 +34,7 @@ def difference(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> st
             try:
                 with undisturbed(model), fusing(fused):
                     torch.manual_seed(0)
-                    results.append(leaves(call(model, inputs)))
+                    results.append([leaf for _, leaf in leaves(call(model, inputs))])
             except RuntimeError as error:
                 return first_line(error)
     for expected, actual in zip(*results, strict=True):
@@ -48,15 +48,23 @@ def difference(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> st
     return None
 
 
-def leaves(value: Any) -> list[Any]:
-    """What is in a model's output: of mappings (ModelOutput too), sequences and dataclasses, the values."""
+def leaves(value: Any, path: str = "output") -> Iterator[tuple[str, Any]]:
+    """What is in a model's output, each with its path in it.
+
+    Of mappings (ModelOutput too), sequences and dataclasses the values, and of what torch's pytrees know.
+    """
     if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in leaves(item)]
-    if isinstance(value, list | tuple):
-        return [leaf for item in value for leaf in leaves(item)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [leaf for f in dataclasses.fields(value) for leaf in leaves(getattr(value, f.name))]
-    return _pytree.tree_leaves(value)
+        for key, item in value.items():
+            yield from leaves(item, f"{path}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from leaves(getattr(value, field.name), f"{path}.{field.name}")
+    else:
+        for index, leaf in enumerate(_pytree.tree_leaves(value)):
+            yield from [(path, leaf)] if leaf is value else leaves(leaf, f"{path}<{index}>")
 
 
 def cloned(inputs: Any) -> Any:

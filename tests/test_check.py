@@ -9,14 +9,16 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import segfast
 from segfast import _check, _timing, cli
 from segfast._check import CheckResult, Difference, check_model
 from segfast._errors import UserError
 from segfast._load_model import load_model, parse_size
+from segfast._memory import peak_bytes
 from segfast._optimize import Report, Row
-from segfast._timing import Timing
+from segfast._timing import Timing, interleave
 
 QUICK = {"budget_s": 0.01}
 NAN = math.nan
@@ -39,7 +41,8 @@ def result(before, after, relative=0.0, gradient=None, replaced=True):
         train=gradient is not None,
         output=Difference(relative, relative, "output"),
         gradient=gradient,
-        before=before,
+        layout="NCHW",
+        layouts={"NCHW": before},
         after=after,
         before_bytes=2**20,
         after_bytes=2**20,
@@ -94,6 +97,87 @@ def test_a_difference_in_time_is_found(monkeypatch, slow, worth_it):
     assert found.ratio == pytest.approx(5 if worth_it else 1 / 5)
 
 
+class Watched(nn.Module):
+    """A convolution, then an up-convolution; calls `seen` with the layouts of its images and weights."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(4, 4, 3), up()
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen({suggested(t) for t in (x, self.conv.weight, self.up.weight)})
+        return self.up(self.conv(x))
+
+
+def suggested(t):
+    last = t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("given", LAYOUTS)
+@pytest.mark.parametrize("fast", LAYOUTS)
+def test_before_is_in_the_faster_layout_and_the_page_says_which(monkeypatch, fast, given, train):
+    """Where a call takes 2 ms, and 3 ms more on ATen in the slow layout."""
+    [slow] = [name for name in LAYOUTS if name != fast]
+    now, seen = [0.0], []
+
+    def call(layouts):
+        seen.append((segfast.get_backend(), layouts))
+        now[0] += 5e-3 if seen[-1] == ("aten", {LAYOUTS[slow]}) else 2e-3
+
+    monkeypatch.setattr(_timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    model = Watched(call).to(memory_format=LAYOUTS[given])
+    image = torch.randn(2, 4, 6, 5).contiguous(memory_format=LAYOUTS[given])
+    strides = [t.stride() for t in (image, *model.parameters())]
+    found = check_model(model, image, train=train, **QUICK)
+    assert found.agrees and found.layout == fast and not found.worth_it
+    assert found.before.wall_us == pytest.approx(2e3) and found.ratio == pytest.approx(1)
+    assert found.layouts[slow].wall_us == pytest.approx(5e3)
+    page = " ".join(str(found).split())
+    assert f"Before is in {fast}, weights and images, the faster of both layouts ({slow}: 5.000 ms)" in page
+    # All of it in one or the other; the optimized model gets what the caller has.
+    assert {frozenset(layouts) for name, layouts in seen if name == "aten"} == {
+        frozenset([layout]) for layout in LAYOUTS.values()
+    }
+    assert all(layouts == {LAYOUTS[given]} for name, layouts in seen if name == "auto")
+    assert [t.stride() for t in (image, *model.parameters())] == strides
+
+
+def test_a_conversion_of_the_images_is_part_of_the_time(monkeypatch):
+    class Conversions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            copies = function in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+            if copies and suggested(result) is not suggested(args[0]):
+                found.append(suggested(result))
+            return result
+
+    timed = {}
+    monkeypatch.setattr(
+        _check,
+        "interleave",
+        lambda runs, *args, **kwargs: timed.update(runs) or interleave(runs, *args, **kwargs),
+    )
+    check_model(up(), torch.randn(2, 4, 6, 5), **QUICK)
+    converted = {}
+    for name, run in timed.items():
+        found = []
+        with Conversions():
+            run()
+        converted[name] = found
+    assert converted == {"NCHW": [], "channels_last": [torch.channels_last], "after": []}
+
+
+def test_a_model_without_images_has_one_layout():
+    found = check_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4), **QUICK)
+    assert list(found.layouts) == [found.layout] and "layout" not in str(found)
+
+
 def test_the_page_names_everything():
     found = check_model(nn.Sequential(nn.Conv2d(1, 4, 1), up()), torch.randn(1, 1, 9, 7), train=True, **QUICK)
     page = str(found)
@@ -102,6 +186,7 @@ def test_the_page_names_everything():
         "before (ATen)",
         "after (optimized)",
         "wall time, ms",
+        "weights and images, the faster of both layouts (",
         "peak memory, MiB",
         "torch's own allocations",
         "largest error of the output: ",
@@ -208,7 +293,7 @@ def test_peak_memory_counts_what_lives_together():
             return big.sum() + x.repeat(50, 1).sum()
 
     x = torch.randn(1, 1000)
-    peak = _check._peak_bytes(lambda: Two()(x), torch.device("cpu"))
+    peak = peak_bytes(lambda: Two()(x), torch.device("cpu"))
     # `big` (400 kB) is alive while the second repeat (200 kB) is.
     assert 600_000 <= peak < 650_000
 
@@ -239,6 +324,12 @@ def test_peak_memory_of_training_holds_the_gradients():
         (up().requires_grad_(False), torch.ones(1, 4, 2, 2), True, "no parameter that requires a gradient"),
         (up(), torch.ones(1, 4, 2, 2, device="meta"), False, "must be on a CPU or a CUDA GPU, got meta"),
         (up(), "image", False, "example must be a tensor or hold one"),
+        (
+            nn.LazyConv2d(4, 3),
+            torch.ones(1, 4, 5, 5),
+            False,
+            "has lazy layers, which have no weights yet; run it once",
+        ),
     ],
 )
 def test_what_cannot_be_checked(model, example, train, message):

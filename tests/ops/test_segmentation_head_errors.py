@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import segfast
-from segfast._check import _peak_bytes
+from segfast._memory import peak_bytes
 from segfast.functional import upsample_argmax, upsample_cross_entropy, upsample_dice
 from segfast.ops.segmentation_head import chunked
 from tests.fused_conv import BACKENDS, INTERPRETING_ONLY, draw
@@ -119,7 +119,7 @@ def test_memory_of_the_full_size_logits_is_not_taken():
     # What torch allocates: the resident set of the process depends on what else the machine holds.
     gradients, taken = [], []
     for step in (ours, pair):
-        taken.append(_peak_bytes(lambda step=step: gradients.extend(step()), torch.device("cpu")))
+        taken.append(peak_bytes(lambda step=step: gradients.extend(step()), torch.device("cpu")))
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-3)
     assert taken[1] > 2 * 4 * target.numel() * 150  # two full-size tensors at least
     assert 20 * taken[0] <= taken[1]
