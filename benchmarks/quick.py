@@ -16,13 +16,12 @@ from segfast.ops import FAMILIES
 SECONDS = 0.3  # of timing, each case
 
 
-def quick_report(folder: Path) -> Path:
+def quick_report(folder: Path, device: torch.device) -> Path:
     """Measure the written families and U-Net beside their peers; write the report into `folder`.
 
-    On the GPU if there is one, in the papers' sizes; else on the CPU, small. Takes about 20 seconds. Returns
-    the report's path.
+    On a GPU in the papers' sizes, on a CPU small. Takes about 20 seconds. Returns the report's path.
     """
-    threads, device = torch.get_num_threads(), timing_device()
+    threads, device = torch.get_num_threads(), timing_device(device)
     columns, rows = environment(device), []
     cases = [case for case in OPERATORS + BLOCKS if case.family in FAMILIES]
     if device.type == "cuda":

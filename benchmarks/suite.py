@@ -20,14 +20,16 @@ from segfast._files import atomic_write
 TITLE = "segfast benchmark"
 
 
-def timing_device() -> torch.device:
-    """The GPU with cuDNN's search on; without one the CPU with one thread.
+def timing_device(device: torch.device | None = None) -> torch.device:
+    """The device, by default the GPU, with cuDNN's search on; without one the CPU with one thread.
 
     Threads that wait for each other on a busy machine time whatever else runs there.
     """
-    if torch.cuda.is_available():
+    if device is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device is not None and device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        return torch.device("cuda", torch.cuda.current_device())
+        return device
     torch.set_num_threads(1)
     return torch.device("cpu")
 

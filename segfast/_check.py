@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._compare import arguments
 from ._errors import UserError, describe
-from ._load_model import FORMS, input_channels, load_model, parse_device, parse_dtype, parse_size
+from ._load_model import FORMS, add_device, input_channels, load_model, parse_device, parse_dtype, parse_size
 from ._memory import MEMORY_KINDS, peak_bytes
 from ._optimize import Report, optimize, report
 from ._step import LAYOUTS, Step, floating, has_layouts, laid_out, on_aten, seeded
@@ -296,7 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", help="float32, float16, bfloat16 or float64, or fp32, ... (float32)"
     )
-    parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    add_device(parser)
     parser.add_argument("--seconds", type=float, default=5.0, help="time to spend on timing (5)")
 
 

@@ -30,7 +30,7 @@ from ._crf_search import (
 )
 from ._demo import STEPS, trained_model
 from ._errors import UserError
-from ._load_model import check_seed, parse_device
+from ._load_model import add_device, check_seed, parse_device
 from ._output import claim
 from ._threads import one_thread
 from .data import IGNORE_INDEX, image_and_mask_paths, read_colours, read_image, read_mask
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--seconds", type=float, default=math.inf, help="start no trial after (no limit)")
     fit.add_argument("--seed", type=int, default=0, help="of what is tried, and of the split (0)")
     fit.add_argument("--method", choices=METHODS, default="auto", help="how the CRF filters (auto)")
-    parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    add_device(parser)
     parser.add_argument("-o", "--output", default=DEFAULT_OUTPUT, metavar="FILE", help=f"({DEFAULT_OUTPUT})")
     parser.add_argument("--force", action="store_true", help="replace a file that segfast did not write")
 
@@ -174,7 +174,7 @@ def _samples(args: argparse.Namespace, device: torch.device) -> list[Labelled]:
 def _nuclei_network(checkpoint: str | None, device: torch.device) -> SegmentationModel:
     train, [test] = nuclei_samples()
     if checkpoint is None:
-        return trained_model(train).to(device)
+        return trained_model(train, device=device)
     model = channels_last(load_checkpoint(checkpoint, device))
     if model.in_channels != 1 or model.num_classes < 1 + int(test.target.max()):
         raise UserError(

@@ -27,7 +27,7 @@ from ._crf_search import (
     verdict,
 )
 from ._errors import UserError
-from ._load_model import check_seed
+from ._load_model import add_device, check_seed, parse_device
 from ._output import claim
 from ._segment import load_segmenter, overlay, person_mask, refined_mask
 from ._table import format_table
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `segfast demo`."""
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps ({STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of weights and patches (0)")
+    add_device(parser)
     parser.add_argument("--out", default="out", metavar="FOLDER", help="where the results go (out)")
     parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
 
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     check_seed(args.seed)
+    device = parse_device(args.device)
     out = Path(args.out)
     names = ("demo.png", "demo.safetensors", "segment.png", "crf.png", REPORT)
     picture, checkpoint, portrait, refined, _ = (claim(out / name, force=args.force) for name in names)
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "A 512x512 microscope image of 125 nuclei (BBBC038, Caicedo et al. 2019): "
         "training on columns 0 to 383, testing on 384 to 511."
     )
-    model = trained_model(train, args.steps, args.seed)
+    model = trained_model(train, args.steps, args.seed, device)
     prediction = predict(model, test.image)
     threshold = best_threshold(test)
     baseline = (test.image[0] >= threshold).long()
@@ -88,10 +90,11 @@ def run(args: argparse.Namespace) -> int:
     save_checkpoint(model, checkpoint)
     save_figure(comparison_figure(test, (prediction, iou), (baseline, baseline_iou)), picture)
     print(f"wrote {picture} and {checkpoint}\n")
-    mask = segment_portrait(portrait)
-    refine_masks(refined, labelled(model, test), mask)
-    print(f"segfast check on the trained network:\n{check_model(model, test.image[None], budget_s=2)}\n")
-    write_quick_report(out)
+    mask = segment_portrait(portrait, device)
+    refine_masks(refined, labelled(model, test), mask, device)
+    checked = check_model(model, test.image[None].to(device), budget_s=2)
+    print(f"segfast check on the trained network:\n{checked}\n")
+    write_quick_report(out, device)
     print(f"{time.perf_counter() - start:.0f} s in all.")
     if iou < REQUIRED_IOU:
         print(f"FAILED: foreground IoU {iou:.3f} is below {REQUIRED_IOU}", file=sys.stderr)
@@ -99,11 +102,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def trained_model(train: list[Sample], steps: int = STEPS, seed: int = 0) -> UNet:
-    """The demo's network after `steps` steps on the CPU."""
+def trained_model(
+    train: list[Sample], steps: int = STEPS, seed: int = 0, device: torch.device | str = "cpu"
+) -> UNet:
+    """The demo's network after `steps` steps. It starts from the same weights on every device."""
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        model = channels_last(UNet(width=WIDTH, norm="batch"))
+        torch.default_generator.manual_seed(seed)
+        model = channels_last(UNet(width=WIDTH, norm="batch").to(device))
     sampler = PatchSampler(train, PATCH, BATCH, seed)
     with progress(steps) as on_step:
         fit(model, sampler, Options(steps=steps), on_step)
@@ -155,10 +160,10 @@ def comparison_figure(sample: Sample, ours: tuple[Tensor, float], baseline: tupl
     return figure
 
 
-def segment_portrait(path: Path) -> Tensor:
+def segment_portrait(path: Path, device: torch.device | str = "cpu") -> Tensor:
     """Run the pretrained segmenter on the portrait that is shipped, and draw the result; the mask."""
     photo = astronaut()
-    mask = person_mask(load_segmenter(), photo)
+    mask = person_mask(load_segmenter(device), photo)
     print(
         f"The pretrained portrait segmenter (MediaPipe, Apache-2.0) on a photo of NASA's: {mask.mean():.0%} "
         f"of it is person.\nwrote {path}; `segfast segment PHOTO` does the same for yours\n"
@@ -178,7 +183,7 @@ def segment_portrait(path: Path) -> Tensor:
     return mask
 
 
-def refine_masks(path: Path, nuclei: Labelled, portrait: Tensor) -> None:
+def refine_masks(path: Path, nuclei: Labelled, portrait: Tensor, device: torch.device | str = "cpu") -> None:
     """Mean field in a dense CRF on both masks, measured where there is a truth, and drawn.
 
     The upper half of the nuclei is for fitting the parameters, the lower for measuring.
@@ -200,7 +205,7 @@ def refine_masks(path: Path, nuclei: Labelled, portrait: Tensor) -> None:
     )
     photo = astronaut()
     rows = [
-        Refined(photo, portrait, refined_mask(portrait, photo)),
+        Refined(photo, portrait, refined_mask(portrait, photo, device=device)),
         _nuclei_row(lower, refine(lower.probabilities, lower.image, best), before, after),
     ]
     save_figure(crf_figure(rows, "Mean field in a dense CRF"), path)
@@ -208,14 +213,14 @@ def refine_masks(path: Path, nuclei: Labelled, portrait: Tensor) -> None:
 
 def _nuclei_row(sample: Labelled, refined: Tensor, *scores: dict[str, Accuracy]) -> Refined:
     """On its side, for the nuclei's region is tall."""
-    image = (sample.image / 255) ** 0.5 * 255  # dim nuclei show
+    image = (sample.image.cpu() / 255) ** 0.5 * 255  # dim nuclei show
     names = [f"{100 * found.mean_iou:.2f} %" for part in scores for found in part.values()]
     titles = "nuclei", f"network, mean IoU {names[0]}", f"fitted CRF, {names[1]}"
-    return Refined(image.mT, sample.probabilities[1].mT, refined[1].mT, titles)
+    return Refined(image.mT, sample.probabilities[1].mT.cpu(), refined[1].mT.cpu(), titles)
 
 
-def write_quick_report(out: Path) -> None:
-    """Write the short form of the benchmark report, where the checkout's `benchmarks/` is at hand."""
+def write_quick_report(out: Path, device: torch.device) -> None:
+    """Write the benchmark report's short form, measured on `device`, where the checkout has `benchmarks/`."""
     checkout = Path(__file__).parent.parent
     if not (checkout / "benchmarks" / "quick.py").exists():
         print("no benchmark report: it needs the folder benchmarks/ of a source checkout")
@@ -226,4 +231,4 @@ def write_quick_report(out: Path) -> None:
     finally:
         sys.path.remove(str(checkout))
     # Not where `pytest --benchmark` leaves the long form.
-    print(f"wrote {quick.quick_report(out / REPORT.parent)}")
+    print(f"wrote {quick.quick_report(out / REPORT.parent, device)}")

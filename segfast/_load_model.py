@@ -1,5 +1,6 @@
 """The arguments of commands that run a model: MODEL by name, size, dtype, device."""
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -220,16 +221,28 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, got {seed}")
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """The option of every command that runs a model, for `parse_device`."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, or auto: cuda where there is a GPU, else cpu (auto)"
+    )
+
+
 def parse_device(text: str | None) -> torch.device:
-    """The device of that name; without one, the GPU if there is one, else the CPU."""
-    if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name; of "auto" or None the default one."""
+    if text is None or text == "auto":
+        return default_device()
     try:
         device = torch.device(text)
-    except RuntimeError as error:
-        raise UserError(f"--device: {describe(error)}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu or cuda, got {text!r}")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or auto, got {text!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {text}: there are {torch.cuda.device_count()} CUDA GPUs")
     return device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._crf_figure import Refined, crf_figure
 from ._crf_parameters import Parameters, read_parameters, refine
 from ._errors import UserError, do_each
-from ._load_model import parse_device
+from ._load_model import add_device, parse_device
 from ._output import claim_each
 from ._table import format_table
 from ._threads import one_thread
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "values taken without it were fitted to nothing and measured on nothing: look at the picture. A "
         "photo of more than a megapixel is refined at one megapixel",
     )
-    parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    add_device(parser)
     parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
 
 

@@ -414,7 +414,10 @@ class TestCommand:
             ),
             (["{file}:net", "--size", "8x8", "--dtype", "int8"], "--dtype must be one of float32, float16"),
             (["{file}:net", "--size", "8x8", "--device", "tpu"], "--device"),
-            (["{file}:net", "--size", "8x8", "--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
+            (
+                ["{file}:net", "--size", "8x8", "--device", "meta"],
+                "--device must be cpu, cuda or auto, got 'meta'",
+            ),
             (["{file}:up_only", "--size", "8x8"], "give --channels"),
             (
                 ["{file}:missing", "--size", "8x8"],

@@ -11,6 +11,7 @@ from PIL import Image
 from segfast import _demo
 from segfast._crf_parameters import TEXTBOOK, refine
 from segfast._crf_search import Labelled
+from segfast._load_model import default_device
 from segfast.cli import main
 from segfast.data import Sample, astronaut
 from segfast.train import load_checkpoint
@@ -41,7 +42,7 @@ def test_best_threshold_with_ties():
 def test_a_short_run_misses_the_bar_and_leaves_everything(elsewhere, capsys, monkeypatch):
     reports = []
     monkeypatch.setattr(_demo, "CRF_TRIALS", 3)
-    monkeypatch.setattr(_demo, "write_quick_report", reports.append)
+    monkeypatch.setattr(_demo, "write_quick_report", lambda *args: reports.append(args))
     assert main(["demo", "--steps", "3"]) == 1
     output = capsys.readouterr()
     assert "0.776" in output.out and "required" in output.out and "decoder.0.up" in output.out
@@ -54,13 +55,13 @@ def test_a_short_run_misses_the_bar_and_leaves_everything(elsewhere, capsys, mon
         assert picture.size[0] > 1500 and picture.size[1] > 700
     assert "textbook CRF" in output.out and "fitted CRF" in output.out and "`segfast crf-fit`" in output.out
     assert load_checkpoint("out/demo.safetensors").config["width"] == _demo.WIDTH
-    assert reports == [Path("out")]
+    assert reports == [(Path("out"), default_device())]
 
 
 def test_reaching_the_bar_is_exit_0(elsewhere, capsys, monkeypatch):
     """With a network that cannot fail: it answers with the truth."""
     _, [test] = nuclei_samples()
-    monkeypatch.setattr(_demo, "write_quick_report", lambda out: None)
+    monkeypatch.setattr(_demo, "write_quick_report", lambda *args: None)
     monkeypatch.setattr(_demo, "refine_masks", lambda *args: None)
     monkeypatch.setattr(_demo, "check_model", lambda *args, **kwargs: "")
     monkeypatch.setattr(_demo, "predict", lambda model, image: test.target)
@@ -105,13 +106,16 @@ def test_the_crf_is_fitted_to_one_half_and_measured_on_the_other(elsewhere, caps
 
 def test_quick_report(elsewhere, capsys, monkeypatch):
     folders = []
-    monkeypatch.setattr("benchmarks.quick.quick_report", lambda folder: folders.append(folder) or "the page")
+    monkeypatch.setattr(
+        "benchmarks.quick.quick_report", lambda folder, device: folders.append((folder, device)) or "the page"
+    )
+    device = torch.device("cpu")
     before = list(sys.path)
-    _demo.write_quick_report(Path("out"))
-    assert folders == [Path("out/benchmark/quick")] and "wrote the page" in capsys.readouterr().out
+    _demo.write_quick_report(Path("out"), device)
+    assert folders == [(Path("out/benchmark/quick"), device)] and "wrote the page" in capsys.readouterr().out
     assert sys.path == before
     monkeypatch.setattr(_demo, "__file__", "elsewhere/segfast/_demo.py")
-    _demo.write_quick_report(Path("out"))
+    _demo.write_quick_report(Path("out"), device)
     assert "needs the folder benchmarks/" in capsys.readouterr().out and len(folders) == 1
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from segfast._errors import UserError, do_each
-from segfast._load_model import parse_device
+from segfast._load_model import add_device, parse_device
 from segfast._output import claim_each
 from segfast._table import format_table
 from segfast.data import read_image, write_mask
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile", type=int, default=MAX_TILE, help=f"largest side computed at once ({MAX_TILE})"
     )
-    parser.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    add_device(parser)
     parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
 
 

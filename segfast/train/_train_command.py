@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from segfast._errors import UserError
-from segfast._load_model import check_seed, parse_device
+from segfast._load_model import add_device, check_seed, parse_device
 from segfast._output import claim
 from segfast._table import format_table
 from segfast.data import IGNORE_INDEX, NUCLEI_TRAIN_COLUMNS, Sample, nuclei, read_folder, split_columns
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--weight-decay", type=float, default=1e-4, help="(0.0001)")
     training.add_argument("--no-augment", action="store_true", help="plain random crops")
     training.add_argument("--seed", type=int, default=0, help="of weights and patches (0)")
-    training.add_argument("--device", help="cpu or cuda (cuda where there is a GPU)")
+    add_device(training)
     parser.add_argument("--output", default=DEFAULT_OUTPUT, metavar="FILE", help=f"({DEFAULT_OUTPUT})")
     parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
 
