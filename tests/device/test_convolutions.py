@@ -10,7 +10,7 @@ from torch import Tensor
 import segfast.functional as SF
 
 from ..fused_conv import ACTIVATIONS, fused
-from .tester import Case, check, check_once
+from .tester import Case, check, check_once, check_rounding_to_tf32
 
 pytestmark = pytest.mark.device
 
@@ -253,6 +253,18 @@ def test_what_is_remembered_is_not_launched_on_pointers_of_another_alignment(nam
     case = CASES[name]
     check_once(case, "float16", device, 0)
     check_once(case._replace(layouts=dict.fromkeys((*case.shapes, "grad"), "off16")), "float16", device, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv2d 1x1", "conv2d, wide strides", "conv2d, zones", "images", "conv_transpose2d 2x2",
+        "conv_transpose2d 3x3, groups", "separable",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("arithmetic", ["tf32"], indirect=True)
+def test_operands_are_rounded_to_tf32_and_not_cut_off(name, arithmetic, device):
+    check_rounding_to_tf32(CASES[name], device)
 
 
 def random_case(family: str, rng: random.Random) -> Case:

@@ -53,28 +53,56 @@ def check(case: Case, arithmetic: str, device: torch.device, seed: int = 0) -> N
 def check_once(case: Case, arithmetic: str, device: torch.device, seed: int) -> None:
     dtype = DTYPES[arithmetic]
     values = draw(case.shapes, dtype, seed)
-    wide = {name: value.double() for name, value in values.items()}
-    sizes = {name: value.abs() for name, value in wide.items()}
-    linear = outputs(case.plain(wide, None))
+    linear = outputs(case.plain({name: value.double() for name, value in values.items()}, None))
     grads = draw({str(i): tuple(y.shape) for i, y in enumerate(linear)}, dtype, seed + 100)
     # A gradient jumps where an activation has a kink: nothing comes back from nearby.
+    sizes = {name: value.double().abs() for name, value in values.items()}
     (largest,) = {max(y.abs().amax().item() for y in outputs(case.plain(sizes, None)))}
     near = (PRODUCT[arithmetic] + SUM + case.roundings * torch.finfo(dtype).eps) * largest
     if case.activation is not None:
         for grad, z in zip(grads.values(), linear, strict=True):
             grad[(z.abs() <= near) | ((z - 6).abs() <= near + 0.1) | ((z.abs() - 3).abs() <= near + 0.1)] = 0
 
-    reference = with_gradients(case.plain, wide, {k: g.double() for k, g in grads.items()}, case.activation)
-    magnitude = with_gradients(case.plain, sizes, {k: g.double().abs() for k, g in grads.items()}, None)
-    placed = {name: place(t.to(device), case.layouts.get(name, "")) for name, t in values.items()}
-    layout = case.layouts.get("grad", "")
-    on_device = {k: place(g.to(device), layout) for k, g in grads.items()}
-    with segfast.backend("triton"):
-        actual = with_gradients(case.ours, placed, on_device, case.activation)
+    magnitude = reference_of(case._replace(activation=None), sizes, {k: g.abs() for k, g in grads.items()})
+    reference = reference_of(case, values, grads)
+    actual = result_of(case, values, grads, device)
     assert actual.keys() == reference.keys()
     for name, result in actual.items():
         roundings = case.roundings + ("grad" in name)
         compare(name, result, reference[name], magnitude[name], arithmetic, roundings)
+
+
+def check_rounding_to_tf32(case: Case, device: torch.device, seed: int = 0) -> None:
+    """The errors of sums of positive products have no mean, to a share of 2**-14.
+
+    Rounded to the nearest TF32, an operand is as often larger as it is smaller. Its last bits dropped, it is
+    smaller by a share of 2**-11.5, and so is every product.
+    """
+    case = case._replace(activation=None)
+    values = {name: value.abs() for name, value in draw(case.shapes, torch.float32, seed).items()}
+    results = outputs(case.plain(values, None))
+    grads = draw({str(i): tuple(y.shape) for i, y in enumerate(results)}, torch.float32, seed + 100)
+    grads = {name: grad.abs() for name, grad in grads.items()}
+    reference = reference_of(case, values, grads)
+    for name, result in result_of(case, values, grads, device).items():
+        sums = reference[name]
+        share = ((result.detach().cpu().double() - sums).sum() / sums.sum()).item()
+        assert abs(share) <= 2**-14, f"{name}: all in all too large by a share of {share:.2g}"
+
+
+def reference_of(case: Case, values: Tensors, grads: Tensors) -> Tensors:
+    """`plain` in fp64."""
+    wide, wide_grads = ({name: t.double() for name, t in tensors.items()} for tensors in (values, grads))
+    return with_gradients(case.plain, wide, wide_grads, case.activation)
+
+
+def result_of(case: Case, values: Tensors, grads: Tensors, device: torch.device) -> Tensors:
+    """`ours` on our kernels, of tensors in the layouts of the case."""
+    placed = {name: place(t.to(device), case.layouts.get(name, "")) for name, t in values.items()}
+    layout = case.layouts.get("grad", "")
+    on_device = {k: place(g.to(device), layout) for k, g in grads.items()}
+    with segfast.backend("triton"):
+        return with_gradients(case.ours, placed, on_device, case.activation)
 
 
 def compare(
