@@ -276,7 +276,8 @@ def make_dense(
     channels = x.shape[1] // groups
     fold = len(images) == 1 and not flip and can_fold(channels, groups, dilation, x)
     align = fold_alignment(channels, stride, padding, x) if fold else pixel_alignment(*images)
-    tight = operands_in_registers(x.element_size(), architecture(x.device))
+    arch = architecture(x.device)
+    tight = operands_in_registers(x.element_size(), arch)
     if align * x.element_size() < 8:
         # Fewer of the many narrow loads to a thread.
         config = fit_registers(replace(config, num_warps=8), 16 if tight == 2 else 64)
@@ -318,8 +319,9 @@ def make_dense(
     }
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
     plan = Plan(_conv2d_forward_kernel, (tiles, groups, split), scalars, constants, config)
-    if tight:
-        plan = bounded(
-            plan, x.device, 255
-        )  # ptxas would rather spill some of a thread's registers than use all
+    # ptxas would rather spill some of a thread's registers than use all: on sm_100 of several images only and
+    # not with a residual, where it is the bound that makes it spill.
+    several = len(images) > 1 and residual is None and arch.startswith("sm_10")
+    if tight or several:
+        plan = bounded(plan, x.device, 255)
     return Dense(plan, split, activation, slope)
