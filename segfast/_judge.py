@@ -8,11 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .nn._rules import Rule, all_rules, own_class
+from .nn._rules import RECORD, Rule, all_rules, own_class
 from .ops._backend import _KERNEL_DTYPES
-
-# Kept in a replaced or left-out layer's __dict__: survives deepcopy and pickle, is no part of the state_dict.
-RECORD = "_segfast_optimize"
 
 
 def check_model(model: object) -> None:

@@ -459,11 +459,12 @@ def test_weights_that_aten_takes_keep_their_layout(image, monkeypatch, known):
 
 
 @pytest.mark.interpreter
-def test_only_weights_that_kernels_take_change_layout(image, monkeypatch):
+@pytest.mark.parametrize("example", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "dict"])
+def test_only_weights_that_kernels_take_change_layout(image, monkeypatch, example):
     monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
     model = Up().eval()
     with segfast.backend("triton"):
-        fast = segfast.optimize(model, image)
+        fast = segfast.optimize(model, example(image))
     weights = {name: p for name, p in fast.named_parameters() if p.dim() == 4}
     laid_out = {name for name, weight in weights.items() if weight.stride(1) == 1}
     assert laid_out == {"up.weight", "out.weight"}  # the plain convolution is torch's own

@@ -1,5 +1,6 @@
 """How `segfast.optimize` compares the fused model with the plain one: exactly, and leaving all as it was."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import segfast
 from segfast._check import check_model
+from segfast._compare import leaves
 from segfast.nn import _fused_chain
 
 
@@ -161,6 +163,126 @@ def test_a_dict_of_example_inputs_holds_keyword_arguments():
     assert _fused_chain.chain_of(model.conv) is not None and undone(model) == []
     assert torch.equal(example["pixel_values"], x)
     assert check_model(Named(), example, budget_s=0.01).agrees
+
+
+@dataclasses.dataclass
+class ModelOutput(collections.OrderedDict):
+    """As transformers': a dataclass that is a mapping of those of its fields that are not None."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden: tuple[torch.Tensor, ...] | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                super().__setitem__(field.name, getattr(self, field.name))
+
+    def __setattr__(self, name, value):
+        if name in self and value is not None:
+            super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+
+class Registered(ModelOutput):
+    """Known to torch.export, as transformers' are."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Registered,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, names: Registered(**dict(zip(names, values, strict=True))),
+    serialized_type_name="tests.test_optimize_compares.Registered",
+)
+
+
+class Transformers(Named):
+    """Takes keyword arguments and returns a ModelOutput; wrong by one where it is `misled` by fusion."""
+
+    def __init__(self, output, misled=False):
+        super().__init__()
+        self.output, self.misled = output, misled
+
+    def forward(self, pixel_values, labels=None):
+        found = super().forward(pixel_values, labels)
+        wrong = self.misled and bool(getattr(_fused_chain._threads, "forced", None))
+        return self.output(found.get("loss"), found["logits"], (found["logits"] + wrong,))
+
+
+@pytest.mark.parametrize("labels", [None, torch.zeros(1)], ids=["", "labels"])
+def test_a_model_that_returns_a_model_output(labels):
+    given = {} if labels is None else {"labels": labels}
+    example = {"pixel_values": torch.rand(1, 3, 9, 9), **given}
+    torch.manual_seed(0)
+    model = Transformers(Registered).eval()
+    fast = segfast.optimize(model, example)
+    assert _fused_chain.chain_of(fast.conv) is not None and undone(fast) == []
+    outputs = []
+    for m in (model, fast):
+        torch.manual_seed(0)
+        outputs.append(m(**{name: t.clone() for name, t in example.items()}))
+    assert type(outputs[1]) is Registered and list(outputs[1]) == list(outputs[0])
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits)
+    found = check_model(model, example, budget_s=0.0)
+    assert found.agrees and found.output.where.startswith("output['")
+
+
+@pytest.mark.parametrize("output", [Registered, ModelOutput], ids=["registered", "unknown to torch.export"])
+def test_what_a_model_output_holds_is_compared(output):
+    class InASequential(Transformers):
+        def __init__(self):
+            super().__init__(output, misled=True)
+            self.layers = nn.Sequential(self.conv, self.norm, self.relu)
+            del self.conv, self.norm, self.relu
+
+        def forward(self, pixel_values):
+            y = self.layers(pixel_values)
+            return self.output(hidden=(y, y + bool(getattr(_fused_chain._threads, "forced", None))))
+
+    fast = segfast.optimize(InASequential().eval(), {"pixel_values": torch.rand(1, 3, 9, 9)})
+    assert any("an output changed by 1" in reason for reason in undone(fast))
+
+
+class Boxed:
+    """No mapping, sequence or dataclass, but known to torch's pytrees."""
+
+    def __init__(self, *values):
+        self.values = values
+
+
+torch.utils._pytree.register_pytree_node(
+    Boxed, lambda boxed: (list(boxed.values), None), lambda values, _: Boxed(*values)
+)
+
+
+def test_the_leaves_of_an_output_and_their_paths():
+    @dataclasses.dataclass
+    class Fields:
+        value: torch.Tensor
+
+    a, b, c, d, e = (torch.full((1,), float(value)) for value in range(5))
+    output = {
+        "main": a,
+        "more": [b, (ModelOutput(logits=c), None)],
+        "last": Fields(d),
+        "boxed": Boxed(0, [e]),
+    }
+    found = list(leaves(output))
+    assert [path for path, _ in found] == [
+        "output['main']",
+        "output['more'][0]",
+        "output['more'][1][0]['logits']",
+        "output['more'][1][1]",
+        "output['last'].value",
+        "output['boxed']<0>",
+        "output['boxed']<1>",
+    ]
+    assert [leaf for _, leaf in found] == [a, b, c, None, d, 0, e]
+    assert list(leaves(a)) == [("output", a)]
 
 
 def test_a_dict_in_a_tuple_of_example_inputs_is_a_positional_argument():

@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn._scripting import Unscriptable
 
-class SegmentationModel(nn.Module):
+
+class SegmentationModel(Unscriptable, nn.Module):
     """A network `[N, in_channels, H, W]` -> `[N, num_classes, H', W']`.
 
     Those that torchvision has too return its dictionary: such scores under "out", and under "aux" those of an

@@ -23,7 +23,10 @@ class FusedModule:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __prepare_scriptable__(self):
-        """Called by `torch.jit.script`, which cannot compile what chooses between two ways at run time."""
+        """As `Unscriptable`'s, of any class."""
+        prepare = getattr(super(), "__prepare_scriptable__", None)
+        if prepare is not None:
+            prepare()  # what it says holds once this is undone
         raise RuntimeError("a fused module cannot be scripted; call segfast.restore(model) first")
 
     def __reduce_ex__(self, protocol):

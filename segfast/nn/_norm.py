@@ -12,6 +12,7 @@ from ..ops._backend import note_origin
 from ..ops._captured import is_captured, renewed
 from ._activation import activation_name
 from ._rules import own_class
+from ._scripting import Unscriptable
 
 _OPENMMLAB = "mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm"  # torch's, but for its check
 _WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
@@ -179,7 +180,7 @@ def forget(*modules: nn.Module | None) -> None:
                 del _known[module]
 
 
-class FoldsNorms(nn.Module):
+class FoldsNorms(Unscriptable, nn.Module):
     """Computes what its norms were folded into anew after each change of mode, device or dtype."""
 
     def train(self, mode: bool = True):

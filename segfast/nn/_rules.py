@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..ops import FAMILIES
 
+# Kept in a replaced or left-out layer's __dict__: survives deepcopy and pickle, is no part of the state_dict.
+RECORD = "_segfast_optimize"
+
 
 def _nothing_against(module: nn.Module) -> str | None:
     return None
@@ -25,7 +28,8 @@ class Rule:
 
     Args:
         source: the class replaced; a subclass is left alone, for its forward may be its own.
-        target: a subclass of `source` that keeps its parameters and its state_dict.
+        target: a subclass of `source`, and of `Unscriptable` before it, that keeps its parameters and its
+            state_dict.
         attributes: what `target` reads and `source` lacks, at the values for which both compute the same.
         applies: whether the family is about this layer; `report` is silent on others.
         reason_not: None, or why this one layer of class `source` is not replaced.

@@ -16,9 +16,10 @@ from ..ops.dense_crf.arguments import (
     positive,
 )
 from ._rules import Rule
+from ._scripting import Unscriptable
 
 
-class DenseCRF(torch.nn.Module):
+class DenseCRF(Unscriptable, torch.nn.Module):
     """Refines a network's logits by mean field in a CRF over all pairs of pixels, whose weights it learns.
 
     logits [B, L, H, W] and image [B, C, H, W] to refined logits [B, L, H, W], the logarithm of the

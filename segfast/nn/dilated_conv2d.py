@@ -14,9 +14,10 @@ from ._chains import run_layers
 from ._norm import FoldsNorms
 from ._pair import padded
 from ._rules import Rule
+from ._scripting import Unscriptable
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(Unscriptable, nn.Conv2d):
     """`torch.nn.Conv2d` with a fused activation: same constructor, same state_dict, same results.
 
     Args:

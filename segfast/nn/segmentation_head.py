@@ -5,9 +5,10 @@ from torch import Tensor
 
 from .. import functional as F
 from ._rules import Rule
+from ._scripting import Unscriptable
 
 
-class UpsampleCrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class UpsampleCrossEntropyLoss(Unscriptable, torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` of logits upsampled to the target's size, which never exist in full size.
 
     logits [N, C, H, W] and class indices [N, OH, OW] to [], or to [N, OH, OW] with reduction "none". Without
@@ -57,7 +58,7 @@ class UpsampleCrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return options + _interpolation(self.align_corners, self.scale_factor)
 
 
-class UpsampleArgmax(torch.nn.Module):
+class UpsampleArgmax(Unscriptable, torch.nn.Module):
     """The labels int64 [N, OH, OW] of upsampled logits [N, C, H, W], and on demand their softmax probability.
 
     The arguments are `segfast.functional.upsample_argmax`'s; a size given to `forward` goes first.

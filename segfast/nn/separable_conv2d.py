@@ -13,9 +13,10 @@ from ._activation import activation_module, activation_name
 from ._norm import FoldsNorms
 from ._pair import Pair, check_channels, only_forward, padded, pays
 from ._rules import Rule
+from ._scripting import Unscriptable
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class DepthwiseConv2d(Unscriptable, nn.Conv2d):
     """`torch.nn.Conv2d` with a filter (or several) for each channel, and a fused activation.
 
     The constructor is `torch.nn.Conv2d`'s, with `groups` the input's channels; same state_dict, same results.

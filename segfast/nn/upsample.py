@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from ..ops._bilinear import Factors, upsample_separable
+from ._scripting import Unscriptable
 from .init import bilinear_kernel
 
 
-class BilinearUpsample(torch.nn.Module):
+class BilinearUpsample(Unscriptable, torch.nn.Module):
     """The transposed convolution with fixed bilinear weights (FCN's `learnable=False`), one axis at a time.
 
     The same result as `ConvTranspose2d(channels, channels, kernel_size, stride, padding, output_padding)`
@@ -69,7 +70,7 @@ class BilinearUpsample(torch.nn.Module):
         )
 
 
-class UpsampleConv2d(torch.nn.Module):
+class UpsampleConv2d(Unscriptable, torch.nn.Module):
     """Upsample (nearest or bilinear), then convolve: the learnable upsampling that leaves no checkerboard.
 
     The convolution pads by `kernel_size // 2`, so that an odd kernel gives exactly `scale_factor` times the
