@@ -152,6 +152,8 @@ def _products(case: Case, useful: bool, k: int, d: int, p: int) -> int:
 
 
 def _work(case: Case, useful: bool) -> float:
+    if case.op == "networks":
+        return math.nan  # not counted
     if case.op == "model":
         times = 3 if case.direction == "train" else 1
         scale = (case["h"] * case["w"]) / (case["full_h"] * case["full_w"])
@@ -177,7 +179,7 @@ def _work(case: Case, useful: bool) -> float:
 
 
 def _bytes(case: Case) -> float:
-    if case.op == "model" or is_crf(case):
+    if case.op in ("model", "networks") or is_crf(case):
         return 0.0
     n, item = case["n"], _itemsize(case)
     if is_head(case):

@@ -1,17 +1,16 @@
 """Fixtures of the benchmark suites: cases measured by the harness, rows collected, a report at the end."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from benchmarks.environment import environment
-from benchmarks.rows import make_row
+from benchmarks.environment import ROOT, environment
+from benchmarks.rows import MEASURED, append_rows, make_row
 from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
 from benchmarks.timing import Measurement, Skipped
 from segfast._timing import interleave
 
 SECONDS = 1.0  # of timing, each case
+FOLDER = ROOT / "out" / "benchmark"
 ROWS = pytest.StashKey[list]()
 
 
@@ -44,12 +43,12 @@ class Comparison:
         self.proper = request.config.getoption("--benchmark")
         self.rows = request.config.stash.setdefault(ROWS, [])
 
-    def __call__(self, case, problem=None, found=None):
+    def __call__(self, case, problem=None, found=None, seconds=SECONDS):
         """The case's measurements; `found` are the candidates, else peers and ours. Ours must be right."""
         case = case if self.device.type == "cuda" else case.cpu()
         problem = problem or make_problem(case, self.device)
         found = found or candidates(problem)
-        effort = {"budget_s": SECONDS, "min_rounds": 5} if self.proper else {"budget_s": 0.0, "min_rounds": 1}
+        effort = {"budget_s": seconds, "min_rounds": 5} if self.proper else {"budget_s": 0.0, "min_rounds": 1}
         results = measure_problem(problem, found, **effort)
         case = problem.case
         self.keep(case, results)
@@ -79,8 +78,13 @@ class Comparison:
             )
 
     def keep(self, case, results):
-        """Add the rows of measurements to the report."""
-        self.rows += [make_row("pytest", case, m, self.ceilings, self.columns, False) for m in results]
+        """Add the rows of measurements to the report, and, with --benchmark, at once to measured.csv."""
+        columns = {**self.columns, "threads": str(torch.get_num_threads())}
+        rows = [make_row("pytest", case, m, self.ceilings, columns, False) for m in results]
+        self.rows += rows
+        if self.proper:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            append_rows(FOLDER / MEASURED, rows)
 
 
 @pytest.fixture
@@ -95,5 +99,4 @@ def pytest_sessionstart(session):
 def pytest_sessionfinish(session):
     rows = session.config.stash.get(ROWS, [])
     if session.config.getoption("--benchmark") and rows:
-        folder = Path(session.config.rootpath, "out", "benchmark")
-        print(f"\n{write_outputs(rows, folder)}\nreport: {folder / 'report.html'}")
+        print(f"\n{write_outputs(rows, FOLDER)}\nreport: {FOLDER / 'report.html'}")

@@ -42,7 +42,36 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "isa": cpu_isa(),
+        "threads": str(torch.get_num_threads()),
     }
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it; of some virtual machines only the make."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    values = {}
+    for line in reversed(lines):
+        name, _, value = line.partition(":")
+        values[name.strip()] = value.strip()
+    name = values.get("model name") or platform.processor() or platform.machine()
+    # A hypervisor may hide the model's number, but not these.
+    known = "cpu family" in values and "model" in values
+    return f"{name} (family {values['cpu family']}, model {values['model']})" if known else name
+
+
+def cpu_isa() -> str:
+    """The widest vectors that torch's own kernels use here, and the bf16 units beside them."""
+    units = [torch.backends.cpu.get_cpu_capability()]
+    if torch.cpu._is_avx512_bf16_supported():
+        units.append("AVX512-BF16")
+    if torch.cpu._is_amx_tile_supported():
+        units.append("AMX")
+    return " ".join(units)
 
 
 def commit() -> str:

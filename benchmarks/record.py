@@ -1,7 +1,8 @@
-"""File what a GPU run brought back: `python -m benchmarks.record FOLDER` (`make record FROM=FOLDER`).
+"""File what a run brought back: `python -m benchmarks.record FOLDER` (`make record FROM=FOLDER`).
 
 configs.json goes into kernels/configs/<gpu>.json, proven.json into kernels/configs/proven.json, the rows into
-benchmarks/results/<gpu>/<family>.csv, each merged with what is there, all checked before anything is written.
+benchmarks/results/<gpu or cpu>/<family>.csv, each merged with what is there. Nothing is written before all
+is checked.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
-from benchmarks.rows import FIELDS, KEY, read_rows
+from benchmarks.rows import FIELDS, KEY, MEASURED, read_rows
 from segfast._files import atomic_write
 
 
@@ -27,8 +28,9 @@ def record(source: Path, root: Path = ROOT) -> list[Path]:
     if not source.is_dir():
         raise Refused(f"{source} is not a folder")
     written: dict[Path, str] = {}
-    if (source / "rows.csv").exists():
-        written |= _rows(source / "rows.csv", root / "benchmarks" / "results")
+    rows = [path for path in (source / MEASURED, source / "rows.csv") if path.exists()]
+    if rows:
+        written |= _rows(rows, root / "benchmarks" / "results")
     if (source / "ceilings.json").exists():
         content = _json(source / "ceilings.json")
         if content.get("dry_run", True):
@@ -40,27 +42,17 @@ def record(source: Path, root: Path = ROOT) -> list[Path]:
     if (source / "proven.json").exists():
         written |= _proven(source / "proven.json", root / "kernels" / "configs" / "proven.json")
     if not written:
-        raise Refused(f"{source} holds none of rows.csv, ceilings.json, configs.json, proven.json")
+        raise Refused(
+            f"{source} holds none of rows.csv, measured.csv, ceilings.json, configs.json, proven.json"
+        )
     for path, text in written.items():
         with atomic_write(path) as temporary:
             temporary.write_text(text)
     return list(written)
 
 
-def _rows(path: Path, results: Path) -> dict[Path, str]:
-    try:
-        checked = read_rows(path)
-    except ValueError as error:
-        raise Refused(str(error)) from None
-    if any(row["dry_run"] for row in checked):
-        raise Refused(f"{path} has rows of a dry run")
-    # A row of a case in which the process died has no device: the log is where it is kept.
-    checked = [row for row in checked if row["gpu"]]
-    for row in checked:
-        _gpu(row["gpu"], str(path))
-        if row["status"] == "ok" and not (row["gpu_us"] > 0 or row["graph_us"] > 0):
-            raise Refused(f"{path}: {row['case']} {row['candidate']} is ok, but has no device time")
-    raw = [row for row in _read(path) if row["gpu"]]
+def _rows(paths: Sequence[Path], results: Path) -> dict[Path, str]:
+    raw = [row for path in paths for row in _fileable(path)]
     written = {}
     for gpu, family in dict.fromkeys((row["gpu"], row["family"]) for row in raw):
         target = results / gpu / f"{family}.csv"
@@ -68,6 +60,29 @@ def _rows(path: Path, results: Path) -> dict[Path, str]:
         merged = {tuple(row[name] for name in (*KEY, "date")): row for row in [*_read(target), *new]}
         written[target] = _csv(list(merged.values()))
     return written
+
+
+def _fileable(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that are kept, all checked: a GPU's, and a named CPU's of cases in full size.
+
+    A row of a case in which the process died has no device: the log is where it is kept.
+    """
+    try:
+        checked = read_rows(path)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if any(row["dry_run"] for row in checked):
+        raise Refused(f"{path} has rows of a dry run")
+    kept = []
+    for row, raw in zip(checked, _read(path), strict=True):
+        if row["gpu"] == "cpu" and row["cpu"]:
+            kept += [raw] if row["size"] == "full" else []
+        elif row["gpu"]:
+            _gpu(row["gpu"], str(path))
+            if row["status"] == "ok" and not (row["gpu_us"] > 0 or row["graph_us"] > 0):
+                raise Refused(f"{path}: {row['case']} {row['candidate']} is ok, but has no device time")
+            kept.append(raw)
+    return kept
 
 
 def _read(path: Path) -> list[dict[str, str]]:

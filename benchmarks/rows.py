@@ -24,8 +24,12 @@ NUMBERS = (
     "floor_us",
     "fraction",
 )
-VERSIONS = ("gpu", "arch", "torch", "triton", "cudnn", "cuda", "driver", "python", "commit", "date")
+VERSIONS = (
+    "gpu", "arch", "torch", "triton", "cudnn", "cuda", "driver", "python", "commit", "date", "cpu", "isa",
+    "threads",
+)  # fmt: skip
 FIELDS = [*NAMES, *NUMBERS, "floor_by", "note", "dry_run", *VERSIONS]
+MEASURED = "measured.csv"  # rows of every run so far, each appended as it was measured
 KEY = ("tier", "case", "dtype", "direction", "size", "candidate")
 
 
@@ -66,7 +70,7 @@ def make_row(
         "family": case.family,
         "op": case.op,
         "layer": case.layer,
-        "dtype": case.dtype,
+        "dtype": measured.dtype or case.dtype,
         "direction": case.direction,
         "size": case.size,
         "candidate": measured.candidate,
@@ -97,8 +101,14 @@ def _cell(value: Any) -> str:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append, the header first in a new file, and have it on disk before returning."""
+    """Append, the header first in a new file, and have it on disk before returning.
+
+    Raises ValueError for a file with other columns.
+    """
     new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        with path.open(newline="") as file:
+            _check_columns(path, csv.DictReader(file))
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="raise", lineterminator="\n")
         if new:
@@ -108,6 +118,11 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
+def _check_columns(path: Path, reader: csv.DictReader) -> None:
+    if reader.fieldnames != FIELDS:
+        raise ValueError(f"{path}: expected the columns {' '.join(FIELDS)}, got {reader.fieldnames}")
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows with numbers as floats (NaN where empty), and `ours` and `dry_run` as bool.
 
@@ -115,8 +130,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != FIELDS:
-            raise ValueError(f"{path}: expected the columns {' '.join(FIELDS)}, got {reader.fieldnames}")
+        _check_columns(path, reader)
         rows: list[dict[str, Any]] = list(reader)
     for row in rows:
         if None in row or None in row.values():

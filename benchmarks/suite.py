@@ -1,10 +1,12 @@
 """A case from its inputs to its rows: what the GPU run, the pytest suites and the quick report share."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,10 +14,13 @@ from benchmarks import baselines
 from benchmarks.cases import Case
 from benchmarks.model_problems import ModelProblem
 from benchmarks.problems import Problem
-from benchmarks.rows import FIELDS, append_rows, read_rows
-from benchmarks.timing import Candidate, Measurement, measure
+from benchmarks.rows import NAMES, append_rows, read_rows
+from benchmarks.timing import Candidate, Measurement, measure, relative_error
 from segfast._errors import UserError
 from segfast._files import atomic_write
+
+if TYPE_CHECKING:
+    from benchmarks.network_problems import NetworkProblem
 
 TITLE = "segfast benchmark"
 
@@ -40,7 +45,7 @@ def make_problem(case: Case, device: torch.device) -> Problem | ModelProblem:
 
 
 def candidates(
-    problem: Problem | ModelProblem,
+    problem: Problem | ModelProblem | NetworkProblem,
     *,
     with_peers: bool = True,
     with_ours: bool = True,
@@ -48,21 +53,21 @@ def candidates(
 ) -> list[baselines.Peer]:
     """The peers of a problem, and ours on the backend in force."""
     found: list[baselines.Peer] = []
-    model = isinstance(problem, ModelProblem)
+    whole = not isinstance(problem, Problem)
     if with_peers:
-        found += problem.peers(compiled) if model else baselines.peers(problem, compiled=compiled)
+        found += problem.peers(compiled) if whole else baselines.peers(problem, compiled=compiled)
     if with_ours:
         # Imported late: the first GPU run measures peers whether or not our kernels import.
         from benchmarks.ours import on_auto, ours
 
-        found += problem.ours() if model else ours(problem)
-        if model and problem.device.type == "cuda":
+        found += problem.ours() if whole else ours(problem)
+        if problem.case.op == "model" and problem.device.type == "cuda":
             found += [on_auto(c) for c in found if isinstance(c, Candidate) and c.ours]
     return found
 
 
 def measure_problem(
-    problem: Problem | ModelProblem,
+    problem: Problem | ModelProblem | NetworkProblem,
     found: Sequence[baselines.Peer],
     *,
     budget_s: float,
@@ -80,6 +85,7 @@ def measure_problem(
         budget_s=budget_s,
         min_rounds=min_rounds,
         graphs=case.op == "model",
+        error_of=getattr(problem, "error", relative_error),
         log=log,
     )
 
@@ -110,7 +116,7 @@ def _ours(path: Path) -> bool:
         return True
     with path.open(errors="replace") as file:
         start = file.read(1000)
-    return start.startswith(",".join(FIELDS)) or TITLE in start
+    return start.startswith(",".join(NAMES)) or TITLE in start
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
