@@ -8,16 +8,18 @@ import collections
 import html
 import io
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import ALONE
 from benchmarks.crf_report import photographs
-from benchmarks.rows import VERSIONS, time_us
+from benchmarks.network_report import network_tables
+from benchmarks.rows import VERSIONS, geometric_mean, time_us
 from segfast._files import atomic_write
 
 Row = Mapping[str, Any]
+Table = tuple[str, list[str], list[list[str]]]  # title, headers, lines
 NO_GPU = "no GPU figure was taken"
 # Ours made to run one way whichever is chosen: in the tables, but no ratio's numerator or denominator.
 FORMS = ("segfast_fused", "segfast_two_kernels")
@@ -60,11 +62,6 @@ def ratio(members: Sequence[Row]) -> float:
     """Time of the fastest peer over ours: above 1, ours is faster; NaN where one of them is missing."""
     mine, theirs = best(members, True), best(members, False)
     return time_us(theirs) / time_us(mine) if mine and theirs else math.nan
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    known = [value for value in values if value > 0]
-    return math.exp(sum(map(math.log, known)) / len(known)) if known else math.nan
 
 
 def _figure(value: float, digits: int = 3) -> str:
@@ -126,7 +123,11 @@ def markdown(rows: Sequence[Row]) -> str:
     """The table of all rows as Markdown, and those of layer and block and of the forms."""
     groups = grouped(rows)
     lines = [[cell(row) for _, cell in COLUMNS] for members in groups.values() for row in members]
-    tables = [("", [header for header, _ in COLUMNS], lines), *_special_tables(groups)]
+    return markdown_tables([("", [header for header, _ in COLUMNS], lines), *_special_tables(groups)])
+
+
+def markdown_tables(tables: Iterable[Table]) -> str:
+    """Tables with their titles."""
     text = ""
     for title, headers, body in tables:
         text += f"\n## {title}\n\n" if title else ""
@@ -134,12 +135,13 @@ def markdown(rows: Sequence[Row]) -> str:
     return text
 
 
-def _special_tables(groups: Mapping[tuple, Sequence[Row]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, headers, lines) of the tables that set cases or candidates side by side."""
+def _special_tables(groups: Mapping[tuple, Sequence[Row]]) -> list[Table]:
+    """The tables that set cases or candidates side by side."""
     tables = [
         ("Depthwise: the layer alone, and with batch norm and activation", *_layer_and_block(groups)),
         ("Separable convolution: both forms, and the memory of a call", *_forms(groups)),
         ("Dense CRF: the median and the worst photograph", *photographs(groups)),
+        *network_tables(row for members in groups.values() for row in members),
     ]
     return [table for table in tables if table[2]]
 

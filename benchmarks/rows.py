@@ -140,6 +140,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of the positive values; NaN if there is none."""
+    known = [value for value in values if value > 0]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known else math.nan
+
+
 def time_us(row: Mapping[str, Any]) -> float:
     """The figure rows are compared by: device time where there is one, else host time."""
     return row["wall_us"] if math.isnan(row["gpu_us"]) else row["gpu_us"]

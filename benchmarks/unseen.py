@@ -13,7 +13,8 @@ from benchmarks.case import Case, output_size
 from benchmarks.cases import CASES
 from benchmarks.ours import on_auto, ours
 from benchmarks.problems import Problem
-from benchmarks.report import best, geometric_mean, grouped, ratio
+from benchmarks.report import best, grouped, ratio
+from benchmarks.rows import geometric_mean
 from benchmarks.timing import Candidate
 from segfast._tune_calls import FAMILIES
 from segfast._tune_layers import Layer
