@@ -50,6 +50,11 @@ def on_threads(like: Tensor, compute: Callable[[], Result]) -> Result:
     return pool.submit(_in_pool(pool, threads, compute)).result()
 
 
+def threads_here() -> int:
+    """How many threads `each` has for the tasks of the one that asks."""
+    return _here.threads
+
+
 def each(tasks: Iterable[Task], at_once: int | None = None) -> None:
     """Runs the tasks, which do not depend on each other, and returns when all have ended.
 

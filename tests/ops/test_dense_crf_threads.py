@@ -8,6 +8,7 @@ import torch
 from segfast.functional import gaussian_filter, mean_field
 from segfast.ops import _threads as threads
 from segfast.ops.dense_crf import inference, lattice
+from segfast.ops.dense_crf.chunks import chunks_of
 from segfast.ops.dense_crf.lattice import Lattice, LatticeFilter
 
 from .test_dense_crf import energies
@@ -93,6 +94,35 @@ def test_results_do_not_depend_on_the_number_of_threads(method):
     torch.set_num_threads(before)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0 if method == "lattice" else 1e-6)
+
+
+def test_images_at_once_are_computed_in_fewer_pieces_each(two_threads):
+    """Between two calls a thread may wait for the others; and within an image it shares the work with none."""
+
+    def pieces(i=0):
+        return torch.tensor([len(chunks_of(rows)) for rows in (5000, 40000, 100000)])
+
+    like = torch.empty(0)
+    alone = threads.on_threads(like, pieces)
+    assert (alone % 2 == 0).all(), "two threads do not share them evenly"
+    for one in threads.on_threads(like, lambda: threads.each_image(pieces, 2)):
+        assert (one < alone).all()
+
+
+@pytest.mark.parametrize("built, used", [(1, 2), (2, 1)])
+def test_a_lattice_is_used_on_other_threads_than_it_was_built_on(built, used):
+    unary, image = problem()
+    rows, points = unary[0].flatten(1).T.contiguous(), image[0].flatten(1).T / 40
+    before, results = torch.get_num_threads(), []
+    try:
+        for first, second in ((built, used), (1, 1)):
+            torch.set_num_threads(first)
+            term = inference.Term(LatticeFilter(Lattice(points.contiguous())), 0.01)
+            torch.set_num_threads(second)
+            results.append(inference.infer(rows, [term], 3))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 def test_one_that_is_held_up_holds_up_no_other_task(two_threads):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .._threads import Task
+from .._threads import Task, threads_here
 
 _ROWS_AT_ONCE = 16384
 
@@ -15,17 +15,19 @@ class Passes(NamedTuple):
 
     # Stages of tasks that do not depend on each other, to be done one stage after the other.
     stages: list[list[Task]]
-    # What then returns the result's rows of a chunk, counted as by `chunks_of`.
-    part: Callable[[int], Tensor]
+    # What then returns some rows of the result.
+    part: Callable[[slice], Tensor]
     # Called when the result has been read.
     end: Callable[[], None] = lambda: None
 
 
 def chunks_of(count: int) -> list[slice]:
-    """The rows 0 .. count in slices that every part of the dense CRF agrees on.
+    """The rows 0 .. count in slices: few for one thread, as between two calls it waits for those beside it.
 
-    Of many rows a multiple of eight slices, which two, four and eight threads share evenly.
+    For several threads, of many rows a multiple of eight, which two, four and eight share evenly.
     """
+    if threads_here() == 1:
+        return pieces_of(count, -(-count // (2 * _ROWS_AT_ONCE)))
     if count < _ROWS_AT_ONCE // 4:
         return pieces_of(count, 1)
     chunks = max(2, -(-count // _ROWS_AT_ONCE))
@@ -40,5 +42,4 @@ def pieces_of(count: int, most: int = 8) -> list[slice]:
 
 def passes_of(values: Tensor) -> Passes:
     """Of a result [N, C] that is there."""
-    chunks = chunks_of(values.shape[0])
-    return Passes([], lambda chunk: values[chunks[chunk]])
+    return Passes([], lambda rows: values[rows])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._registry import is_traced
 from .._threads import Task, each, on_threads
-from .chunks import Passes, chunks_of, pieces_of
+from .chunks import Passes, pieces_of
 
 # Standard deviations, one for each feature.
 Theta = Sequence[float] | Tensor
@@ -52,10 +52,8 @@ class AllPairsFilter:
 
     def passes(self, values: Tensor) -> Passes:
         values, out = scale(values, self.before), torch.empty_like(values)
-        chunks = chunks_of(values.shape[0])
 
-        def part(chunk: int) -> Tensor:
-            rows = chunks[chunk]
+        def part(rows: slice) -> Tensor:
             return out[rows] if self.after is None else out[rows] * self.after[rows, None]
 
         return Passes([self._products(values, out)], part)
@@ -189,7 +187,7 @@ class SeparableFilter:
         height, width = self._down.shape[0], self._across.shape[0]
         image = scale(values, self.before).reshape(height, -1)
         between, out = torch.empty_like(image), torch.empty_like(image)
-        flat, chunks = out.view(values.shape), chunks_of(values.shape[0])
+        flat = out.view(values.shape)
 
         def down(rows: slice) -> None:
             torch.matmul(self._down[rows], image, out=between[rows])
@@ -198,8 +196,7 @@ class SeparableFilter:
             for row in range(rows.start, rows.stop):
                 torch.matmul(self._across, between[row].view(width, -1), out=out[row].view(width, -1))
 
-        def part(chunk: int) -> Tensor:
-            rows = chunks[chunk]
+        def part(rows: slice) -> Tensor:
             return flat[rows] if self.after is None else flat[rows] * self.after[rows, None]
 
         stages: list[list[Task]] = [

@@ -78,16 +78,16 @@ def _step_by_chunks(q: Tensor, unary: Tensor, terms: Sequence[Term], out: Tensor
     for stage in itertools.zip_longest(*[passes.stages for passes in filters], fillvalue=()):
         each(itertools.chain(*stage))
 
-    def update(chunk: int, rows: slice) -> None:
+    def update(rows: slice) -> None:
         logits = -unary[rows]
         for term, passes in zip(terms, filters, strict=True):
             if _has_labels(term.compatibility):
-                logits -= apply_compatibility(term.compatibility, passes.part(chunk))
+                logits -= apply_compatibility(term.compatibility, passes.part(rows))
             else:
-                logits.add_(passes.part(chunk), alpha=float(term.compatibility))
+                logits.add_(passes.part(rows), alpha=float(term.compatibility))
         _softmax(logits, out[rows])
 
-    each(functools.partial(update, *numbered) for numbered in enumerate(chunks_of(q.shape[0])))
+    each(functools.partial(update, rows) for rows in chunks_of(q.shape[0]))
     for passes in filters:
         passes.end()
 

@@ -12,7 +12,8 @@ is then a weighted sum of rows in a fixed order, which `embedding_bag` computes.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,9 +77,9 @@ class Lattice:
         ends = torch.cat([starts, starts.new_tensor([self.order.numel()] * 2)]).to(index_type)
         self.splat = Bags(splat.flatten(), ends)
         counting = torch.arange(max(points, self.vertices + 1) + 1, device=keys.device, dtype=index_type)
-        self.slice = Bags(vertex.flatten(), counting[: points + 1] * (dim + 1))
+        self.slice = EqualBags(vertex.flatten(), counting[: points + 1] * (dim + 1))
         ends = counting[: self.vertices + 2] * 3
-        self.blurs = [Bags(rows.flatten(), ends) for rows in neighbours]
+        self.blurs = [EqualBags(rows.flatten(), ends) for rows in neighbours]
         self.blur_weights = features.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1)
 
 
@@ -112,24 +113,20 @@ class Bags:
 
     def __init__(self, rows: Tensor, ends: Tensor):
         self.rows, self.count = rows, ends.numel() - 1
-        self.chunks = chunks_of(self.count)
-        bounds = [*ends[[chunk.start for chunk in self.chunks]].tolist(), rows.numel()]
-        self._used = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        self._ends = [
-            ends[chunk.start : chunk.stop + 1] - low for chunk, low in zip(self.chunks, bounds, strict=False)
+        chunks = chunks_of(self.count)
+        bounds = [*ends[[chunk.start for chunk in chunks]].tolist(), rows.numel()]
+        self._chunks = [
+            _Chunk(chunk, slice(low, high), ends[chunk.start : chunk.stop + 1] - low)
+            for chunk, (low, high) in zip(chunks, itertools.pairwise(bounds), strict=True)
         ]
 
-    def part(self, chunk: int, table: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sums of a chunk of rows."""
-        used = self._used[chunk]
-        rows, ends, factors = self.rows[used], self._ends[chunk], weights[used]
-        return torch.embedding_bag(table, rows, ends, False, 0, False, factors, include_last_offset=True)[0]
+    def chunks(self) -> Sequence["_Chunk"]:
+        """All bags."""
+        return self._chunks
 
     def parts(self, table: Tensor, weights: Tensor, out: Tensor) -> list[Task]:
         """What is to be done for all weighted sums to be in `out`."""
-
-        part = functools.partial(self.part, table=table, weights=weights)
-        return [functools.partial(_write, out, part, *numbered) for numbered in enumerate(self.chunks)]
+        return [functools.partial(self._write, chunk, table, weights, out) for chunk in self.chunks()]
 
     def sum(self, table: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """All of them."""
@@ -138,16 +135,47 @@ class Bags:
         each(self.parts(table, weights, out))
         return out
 
+    def _sums(self, chunk: "_Chunk", table: Tensor, weights: Tensor) -> Tensor:
+        _, used, ends = chunk
+        rows, factors = self.rows[used], weights[used]
+        return torch.embedding_bag(table, rows, ends, False, 0, False, factors, include_last_offset=True)[0]
+
+    def _write(self, chunk: "_Chunk", table: Tensor, weights: Tensor, out: Tensor) -> None:
+        out[chunk.bags] = self._sums(chunk, table, weights)
+
+
+class EqualBags(Bags):
+    """Those that all hold the same number of rows: any of them can be summed at once."""
+
+    def __init__(self, rows: Tensor, ends: Tensor):
+        self.rows, self.count, self._ends = rows, ends.numel() - 1, ends
+        self._size = rows.numel() // self.count
+
+    def chunks(self) -> Sequence["_Chunk"]:
+        return [self._chunk(bags) for bags in chunks_of(self.count)]
+
+    def part(self, bags: slice, table: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sums of some bags."""
+        return self._sums(self._chunk(bags), table, weights)
+
+    def _chunk(self, bags: slice) -> "_Chunk":
+        used = slice(bags.start * self._size, bags.stop * self._size)
+        return _Chunk(bags, used, self._ends[: bags.stop - bags.start + 1])
+
+
+class _Chunk(NamedTuple):
+    """Some bags, the rows that they hold, and where among these each begins, and the last one ends."""
+
+    bags: slice
+    used: slice
+    ends: Tensor
+
 
 def _too_far(bits: float) -> ValueError:
     return ValueError(
         f"features: they span 2**{bits:.0f} lattice cells, at most 2**{_MOST_BITS} can be told apart: larger "
         "standard deviations, fewer features, or method='exact'"
     )
-
-
-def _write(out: Tensor, part: Callable[[int], Tensor], chunk: int, rows: slice) -> None:
-    out[rows] = part(chunk)
 
 
 def simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -369,8 +397,11 @@ class LatticeFilter:
             for stage in stages:
                 each(stage)
             out = torch.empty_like(values, memory_format=torch.contiguous_format)
-            chunks = enumerate(self.lattice.slice.chunks)
-            each(functools.partial(_write, out, part, *numbered) for numbered in chunks)
+
+            def write(rows: slice) -> None:
+                out[rows] = part(rows)
+
+            each(functools.partial(write, rows) for rows in chunks_of(out.shape[0]))
             end()
             return out
 
