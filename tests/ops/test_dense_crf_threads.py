@@ -97,7 +97,7 @@ def test_results_do_not_depend_on_the_number_of_threads(method):
 
 
 def test_images_at_once_are_computed_in_fewer_pieces_each(two_threads):
-    """Between two calls a thread may wait for the others; and within an image it shares the work with none."""
+    """A thread may wait for the others between two calls; within an image it shares the work with none."""
 
     def pieces(i=0):
         return torch.tensor([len(chunks_of(rows)) for rows in (5000, 40000, 100000)])
