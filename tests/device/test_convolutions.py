@@ -269,6 +269,8 @@ def test_operands_are_rounded_to_tf32_and_not_cut_off(name, arithmetic, device):
 
 def random_case(family: str, rng: random.Random) -> Case:
     """Any kernel, stride, padding, dilation, groups, sizes, layouts and vectors that give a result at all."""
+    if family in ("pointwise", "separable"):
+        return random_pointwise(family, rng)
     while True:
         groups = rng.choice([1, 1, 1, 2])
         channels = groups * rng.choice([1, 3, 5, 8, 24, 40])
@@ -306,7 +308,25 @@ def random_case(family: str, rng: random.Random) -> Case:
             )
 
 
-@pytest.mark.parametrize("family", ["conv2d", "conv_transpose2d", "depthwise"])
-@pytest.mark.parametrize("seed", range(6))
+def random_pointwise(family: str, rng: random.Random) -> Case:
+    """A 1x1 convolution with any of what is fused into it, or one behind a depthwise convolution."""
+    channels, channels_out = rng.choice([2, 5, 8, 21, 40, 72]), rng.choice([1, 3, 8, 21, 40])
+    input = (rng.choice([1, 1, 2, 3]), channels, rng.choice([1, 3, 7, 12]), rng.choice([1, 5, 8, 13]))
+    activation = rng.choice([None, "relu", "relu6"])
+    layouts = {t: rng.choice(["", "", "wide", "crop", "off16", "NCHW"]) for t in ("input", "grad", "weight")}
+    if family == "separable":
+        kernel, stride, dilation = rng.choice([1, 3, 3, 5]), rng.choice([1, 1, 2]), rng.choice([1, 1, 2, 3])
+        return separable(input, channels_out, kernel, stride, dilation, activation=activation, **layouts)
+    return conv2d(
+        input, (channels_out, channels, 1, 1), rng.choice([1, 1, 2]), residual=rng.random() < 0.5,
+        vectors=[name for name in VECTORS if rng.random() < 0.5], activation=activation, **layouts,
+    )  # fmt: skip
+
+
+# How many of each.
+RANDOM = {"conv2d": 6, "conv_transpose2d": 6, "depthwise": 6, "pointwise": 3, "separable": 3}
+
+
+@pytest.mark.parametrize("family, seed", [(name, seed) for name, n in RANDOM.items() for seed in range(n)])
 def test_random_convolution(family, seed, arithmetic, device):
     check(random_case(family, random.Random(f"{family} {arithmetic} {seed}")), arithmetic, device, seed)

@@ -1,5 +1,7 @@
 """The dense CRF on a device: its filters, its update and all gradients, exact and on the lattice."""
 
+import random
+
 import pytest
 import torch
 
@@ -19,13 +21,35 @@ POINTS = {
     "one point": (3, 1, 3, 2),
     "one channel": (1, 65, 1, 1),
 }
-# Unaries and their layout: several blocks, one pixel wide, one pixel, two labels.
+# Unaries, their layout and other options than these.
+OPTIONS = {"theta_alpha": 6.0, "theta_beta": 0.3, "theta_gamma": (2.0, 1.5), "iterations": 2}
 IMAGES = {
-    "21 labels": ((2, 21, 9, 11), ""),
-    "width 1": ((1, 3, 37, 1), "NCHW"),
-    "one pixel": ((2, 5, 1, 1), ""),
-    "2 labels": ((1, 2, 8, 16), "NCHW"),
+    "21 labels": ((2, 21, 9, 11), "", {}),
+    "width 1": ((1, 3, 37, 1), "NCHW", {}),
+    "one pixel": ((2, 5, 1, 1), "", {}),
+    "2 labels": ((1, 2, 8, 16), "NCHW", {}),
 }
+
+
+def random_points(rng: random.Random):
+    return rng.choice([1, 1, 2]), rng.randrange(1, 90), rng.randrange(1, 7), rng.choice([1, 2, 8, 17, 40])
+
+
+def random_image(rng: random.Random):
+    shape = (rng.choice([1, 1, 2]), rng.choice([2, 4, 8, 19]), rng.randrange(1, 8), rng.randrange(1, 8))
+    options = {
+        "theta_alpha": (rng.uniform(1, 9), rng.uniform(1, 9)),
+        "theta_beta": rng.uniform(0.1, 1),
+        "theta_gamma": rng.uniform(0.5, 4),
+        "spatial_weight": rng.uniform(0, 1),
+        "normalization": rng.choice(["symmetric", "before", "after"]),
+        "iterations": rng.choice([1, 2]),
+    }
+    return shape, rng.choice(["", "NCHW", "wide", "crop", "off16"]), options
+
+
+POINTS |= {f"random {seed}": random_points(random.Random(seed)) for seed in range(2)}
+IMAGES |= {f"random {seed}": random_image(random.Random(seed)) for seed in range(2)}
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +118,7 @@ def test_gaussian_filter(name, method, arithmetic, device):
 @pytest.mark.parametrize("method", ["exact", "lattice"])
 @DTYPE
 def test_mean_field(name, method, arithmetic, device):
-    shape, layout = IMAGES[name]
+    shape, layout, options = IMAGES[name]
     generator = torch.Generator().manual_seed(shape[1])
     unary = (2 * torch.rand(shape, generator=generator)).to(DTYPES[arithmetic])
     image = torch.rand(shape[0], 3, *shape[2:], generator=generator)
@@ -102,8 +126,7 @@ def test_mean_field(name, method, arithmetic, device):
 
     def crf(unary, image, weights):
         return SF.mean_field(
-            unary, image, theta_alpha=6.0, theta_beta=0.3, theta_gamma=(2.0, 1.5), bilateral_weight=weights,
-            iterations=2, method=method, tolerance=0.0,
+            unary, image, bilateral_weight=weights, method=method, tolerance=0.0, **OPTIONS | options
         )  # fmt: skip
 
     wide = torch.float64 if method == "exact" else torch.float32

@@ -1,5 +1,7 @@
 """The segmentation head on a device: losses, labels and gradients, in every dtype, resampling and layout."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,21 @@ CASES = {
     "width 1, NCHW": ((1, 3, 19, 1), {"scale_factor": (2.0, 1.0)}, "NCHW", False, 0.0),
     "150 classes": ((1, 150, 5, 4), {"scale_factor": 4}, "", False, 0.0),
 }
+
+
+def random_case(rng: random.Random):
+    """Any classes, sizes, resampling and layout."""
+    height, width = rng.choice([1, 2, 5, 8]), rng.choice([1, 3, 4, 9])
+    shape = (rng.choice([1, 1, 2]), rng.choice([2, 3, 8, 19, 40]), height, width)
+    factor = (rng.choice([1.0, 1.7, 2.0, 3.0, 4.0]), rng.choice([1.0, 1.3, 2.0, 4.0, 8.0]))
+    size = (rng.choice([1, 3, height, 2 * height, 13]), rng.choice([1, 4, width, 3 * width, 14]))
+    geometry = {"scale_factor": factor} if rng.random() < 0.5 else {"size": size}
+    geometry |= rng.choice([{}, {}, {"align_corners": True}, {"mode": "nearest"}])
+    layout = rng.choice(["", "NCHW", "wide", "crop", "off16"])
+    return shape, geometry, layout, rng.random() < 0.5, rng.choice([0.0, 0.0, 0.15])
+
+
+CASES |= {f"random {seed}": random_case(random.Random(seed)) for seed in range(3)}
 DTYPE = pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32"])
 
 
