@@ -63,21 +63,17 @@ def filter_evidence(
     grad = grad.flip(1)
     f, v, g = (t.to(device) for t in (features, values, grad))
 
+    def filtered(method: str) -> Tensor:
+        return feature_filters(f, method, None, 0.0)(v)
+
     # Defined with half precision's rounding of weights and values: that is what ATen computes too.
     half = _weights(f).half().float()
     scale = v.abs().amax(1, keepdim=True)
     aten = half @ (v / scale).half().float() * scale
     weights = _weights(features.double())
     reference, magnitude = weights @ values.double(), weights @ values.double().abs()
-    yield Evidence(
-        "gaussian_filter",
-        case,
-        lambda: feature_filters(f, "exact", None, 0.0)(v),
-        reference,
-        aten,
-        magnitude,
-        points,
-    )
+    run = partial(filtered, "exact")
+    yield Evidence("gaussian_filter", case, run, reference, aten, magnitude, points)
 
     def feature_gradient() -> Tensor:
         return load_kernels().exact_grad_features(load_kernels().build_exact(f, 0.0), g, v)
@@ -96,15 +92,8 @@ def filter_evidence(
         torch.stack([_wide_lattice(points)(row) for points, row in zip(features, rows.double(), strict=True)])
         for rows in (values, values.abs())
     )
-    yield Evidence(
-        "permutohedral_filter",
-        case,
-        lambda: feature_filters(f, "lattice", None, 0.0)(v),
-        reference,
-        aten,
-        magnitude,
-        points * (dim + 1),
-    )
+    run, depth = partial(filtered, "lattice"), points * (dim + 1)
+    yield Evidence("permutohedral_filter", case, run, reference, aten, magnitude, depth)
 
 
 def skipping_evidence(device: torch.device, tolerance: float, points: int) -> Evidence:
