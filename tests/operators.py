@@ -1,16 +1,32 @@
 """What every registered operator owes torch: checks shared by the families' tests."""
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import segfast
-from segfast.ops import OPERATORS
+from segfast.ops import FAMILIES, OPERATORS
 
 
 def operators_of(family: str) -> set[str]:
     """The names of the operators that `segfast.ops.<family>` registers."""
     return {name for name, op in OPERATORS.items() if f".{family}." in f"{op.reference.__module__}."}
+
+
+Samples = Callable[[], Iterator[Callable[[], Any]]]
+
+
+def over_samples(samples: Mapping[str, Any], *more: Samples) -> pytest.MarkDecorator:
+    """Parametrizes a test by `family`: the generator of calls by each family's name in `samples`, and `more`.
+
+    A family without one is a KeyError.
+    """
+    families = [*(samples[name] for name in FAMILIES), *more]
+    return pytest.mark.parametrize("family", families, ids=lambda family: family.__name__)
 
 
 def _tensors(result) -> tuple[torch.Tensor, ...]:

@@ -403,20 +403,9 @@ class TestCommand:
                 ["{file}:net", "--size", "8"],
                 "--size must be HxW, two positive whole numbers such as 256x320; got '8'",
             ),
-            (["{file}:net", "--size", "0x8"], "got '0x8'"),
-            (["{file}:net", "--size", "8x6x4"], "got '8x6x4'"),
-            (["{file}:net", "--size", "8x-6"], "got '8x-6'"),
-            (["{file}:net", "--size", "8x8", "--batch", "0"], "--batch must be at least 1, got 0"),
-            (["{file}:net", "--size", "8x8", "--channels", "0"], "--channels must be at least 1, got 0"),
             (
                 ["{file}:net", "--size", "8x8", "--channels", "5"],
                 "does not accept an input of shape [1, 5, 8, 8]",
-            ),
-            (["{file}:net", "--size", "8x8", "--dtype", "int8"], "--dtype must be one of float32, float16"),
-            (["{file}:net", "--size", "8x8", "--device", "tpu"], "--device"),
-            (
-                ["{file}:net", "--size", "8x8", "--device", "meta"],
-                "--device must be cpu, cuda or auto, got 'meta'",
             ),
             (["{file}:up_only", "--size", "8x8"], "give --channels"),
             (
@@ -426,7 +415,6 @@ class TestCommand:
             (["{file}:SIZE", "--size", "8x8"], "is a int, neither a factory nor a module"),
             (["{file}:fails", "--size", "8x8"], "mine.py:fails raised ValueError: no weights here"),
             (["{file}:number", "--size", "8x8"], "returned int, not a torch.nn.Module"),
-            (["nowhere.py:net", "--size", "8x8"], "no file nowhere.py"),
             (["unet", "--size", "8x8"], "MODEL must be one of segfast:unet, path/to/file.py:factory"),
             (["keras:unet", "--size", "8x8"], "MODEL must be one of"),
             (["segfast:vnet", "--size", "8x8"], "segfast has no model 'vnet'; there are deeplabv3_"),
@@ -532,7 +520,7 @@ class TestLibraries:
             load_model("timm:resnet19")
 
 
-@pytest.mark.parametrize("text", ["", "x", "8x", "x8", "8X8 ", "1e2x4", "²x4"])
+@pytest.mark.parametrize("text", ["", "x", "8x", "x8", "8X8 ", "1e2x4", "²x4", "8x6x4", "8x-6"])
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="--size must be HxW"):
         parse_size(text)

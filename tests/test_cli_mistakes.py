@@ -88,7 +88,7 @@ MISTAKES = [
     ("segment", ["data"], "data: not a file"),
     *[
         ("segment", ["--threshold", value], "--threshold must be between 0 and 1")
-        for value in ("0", "-1", "nan")
+        for value in ("0", "1", "-1", "nan")
     ],
     ("segment", ["-o", f"{UNWRITABLE}/a.png"], f"{UNWRITABLE}/a.png: "),
     ("segment", ["-o", UNWRITABLE], f"{UNWRITABLE}/photo.mask.png: "),
@@ -118,7 +118,11 @@ MISTAKES = [
         ("check", ["--seconds", value], f"--seconds must be positive and finite, got {float(value)}")
         for value in ("-1", "0", "nan", "inf")
     ],
-    *[("check", ["--batch", value], "--batch must be at least 1") for value in ("0", "-1")],
+    *[
+        ("check", [f"--{name}", value], f"--{name} must be at least 1, got {value}")
+        for name in ("batch", "channels")
+        for value in ("0", "-1")
+    ],
     *[("check", ["--size", value], "--size must be HxW") for value in ("0x8", "nan", "8")],
     ("check", ["--dtype", "bf17"], "--dtype must be one of float32, float16, bfloat16, float64; got 'bf17'"),
     *[
@@ -248,8 +252,7 @@ def test_every_option_has_its_mistake(command):
         for word in wrong
         if word.startswith("-") and not re.fullmatch(r"-\d+", word)
     }
-    untried = {"--device"} if command == "doctor" else {"--channels"}
-    assert options(command) - tried <= untried
+    assert options(command) - tried <= ({"--device"} if command == "doctor" else set())
 
 
 class TestSeveralFiles:
@@ -259,22 +262,23 @@ class TestSeveralFiles:
         for name in ("one.png", "two.png"):
             Path(name).write_bytes((files / "photo.png").read_bytes())
         Path("bad.png").write_text("no image")
-        return ["one.png", "bad.png", "two.png"]
 
-    @pytest.mark.parametrize("command", ["segment", "predict"])
-    def test_one_bad_file_costs_itself(self, files, photos, capsys, command):
-        options = ["--checkpoint", str(files / "good.safetensors")] if command == "predict" else []
-        assert cli.main([command, *photos, *options]) == 2
+    @pytest.fixture(params=["segment", "predict"])
+    def command(self, request, files, photos):
+        """Its name and options, for photos to follow."""
+        options = ["--checkpoint", str(files / "good.safetensors")] if request.param == "predict" else []
+        return [request.param, *options]
+
+    def test_one_bad_file_costs_itself(self, capsys, command):
+        assert cli.main([*command, "one.png", "bad.png", "two.png"]) == 2
         captured = capsys.readouterr()
         assert the_one_line(captured.err).startswith("segfast: bad.png: not a readable image")
         assert "one.png" in captured.out and "two.png" in captured.out and "bad" not in captured.out
         assert Path("out/one.mask.png").exists() and Path("out/two.mask.png").exists()
         assert "16x20" in captured.out and "height x width" in captured.out
 
-    @pytest.mark.parametrize("command", ["segment", "predict"])
-    def test_names_are_checked_before_the_first_is_computed(self, files, photos, capsys, command):
-        options = ["--checkpoint", str(files / "good.safetensors")] if command == "predict" else []
-        assert cli.main([command, "one.png", "absent.png", *options]) == 2
+    def test_names_are_checked_before_the_first_is_computed(self, capsys, command):
+        assert cli.main([*command, "one.png", "absent.png"]) == 2
         assert the_one_line(capsys.readouterr().err) == "segfast: absent.png: no such file"
         assert not Path("out").exists()
 

@@ -18,6 +18,7 @@ import segfast.crf
 from segfast import functional, models
 from segfast.data import Sample, astronaut, normalize, nuclei
 from segfast.train import Options, PatchSampler, evaluate, fit, predict_scores
+from tests.operators import over_samples
 
 
 @contextlib.contextmanager
@@ -50,14 +51,14 @@ def with_gradients(function, *leaves):
     return [result, *torch.autograd.grad(result, leaves, torch.ones_like(result))]
 
 
-def convolution():
+def dilated_conv2d():
     x, weight, bias = draw(2, 4, 9, 8, grad=True), draw(6, 4, 3, 3, seed=1, grad=True), draw(6, seed=2)
     scale, shift = draw(6, seed=3), draw(6, seed=4)
     call = functools.partial(functional.conv2d, x, weight, bias, padding=2, dilation=2)
     yield lambda: with_gradients(lambda: call(scale=scale, shift=shift, activation="relu"), x, weight)
 
 
-def transposed_convolution():
+def conv_transpose2d():
     x, weight, skip = draw(1, 4, 5, 4, grad=True), draw(4, 3, 2, 2, seed=1, grad=True), draw(1, 2, 10, 8)
     yield lambda: with_gradients(lambda: functional.conv_transpose2d(x, weight, stride=2), x, weight)
     yield lambda: with_gradients(lambda: functional.up_concat(x, skip, weight, stride=2), x, weight)
@@ -66,7 +67,7 @@ def transposed_convolution():
     yield lambda: segfast.nn.init.bilinear_(torch.empty(4, 4, 4, 4, device="cpu", dtype=torch.float32))
 
 
-def separable_convolution():
+def separable_conv2d():
     x, weight, pointwise = draw(2, 4, 9, 8, grad=True), draw(4, 1, 3, 3, seed=1), draw(5, 4, 1, 1, seed=2)
     weight.requires_grad_()
     yield lambda: with_gradients(lambda: functional.depthwise_conv2d(x, weight, padding=1), x, weight)
@@ -187,26 +188,6 @@ def training():
     yield lambda: [astronaut(), *nuclei(), normalize(sample.image.numpy())]
 
 
-FAMILIES = [
-    convolution,
-    transposed_convolution,
-    separable_convolution,
-    segmentation_head,
-    dense_crf,
-    pydensecrf,
-    modules,
-    networks,
-    training,
-]
-IN_KERNELS = [
-    convolution,
-    transposed_convolution,
-    separable_convolution,
-    segmentation_head,
-    dense_crf_kernels,
-]
-
-
 def results(call):
     """The tensors of a call in which nothing is remembered from the calls before it."""
     for name in [name for name in sys.modules if name.startswith("segfast")]:
@@ -232,14 +213,14 @@ def check(family, setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@over_samples(globals(), pydensecrf, modules, networks, training)
 def test_a_default_changes_no_result(family, setting):
     check(family, setting)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("family", IN_KERNELS, ids=lambda family: family.__name__)
+@over_samples(globals() | {"dense_crf": dense_crf_kernels})
 def test_a_default_changes_no_kernels_result(family, setting):
     with segfast.backend("triton"):
         check(family, setting)

@@ -133,8 +133,3 @@ def test_a_file_of_the_user_stops_it_before_training(elsewhere, capsys):
         "segfast: out/demo.png: exists and is not a file that segfast wrote"
     )
     assert Path("out/demo.png").read_text() == "mine"
-
-
-def test_bad_steps(elsewhere, capsys):
-    assert main(["demo", "--steps", "0"]) == 2
-    assert "--steps must be at least 1, got 0" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import segfast
 from segfast import functional as sf
 from segfast.kernels import _configs, _device
 from segfast.ops import _backend
+from tests.operators import over_samples
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -56,7 +57,7 @@ def part_of(tensor, key):
     return tensor
 
 
-def convolution():
+def dilated_conv2d():
     x, weight, term = draw(2, 8, 9, 8), draw(6, 8, 3, 3), draw(6, dtype=torch.float32)
     yield lambda: sf.conv2d(x, weight, padding=2, dilation=2, scale=term, shift=term, activation="relu")
     wide = draw(6, 16, 1, 1)
@@ -64,13 +65,13 @@ def convolution():
     yield lambda: sf.parallel_conv2d(x, [weight, weight], [1, 2])
 
 
-def transposed_convolution():
+def conv_transpose2d():
     x, weight, skip = draw(2, 8, 5, 4), draw(8, 3, 2, 2), draw(2, 4, 10, 8)
     yield lambda: sf.conv_transpose2d(x, weight, stride=2, activation="relu")
     yield lambda: sf.up_concat(x, skip, weight)
 
 
-def separable_convolution():
+def separable_conv2d():
     x, weight, pointwise = draw(2, 8, 9, 8), draw(8, 1, 3, 3), draw(6, 8, 1, 1)
     yield lambda: sf.depthwise_conv2d(x, weight, padding=1, activation="relu")
     yield lambda: sf.depthwise_conv2d(x, weight, padding=1, return_statistics=True)
@@ -118,16 +119,6 @@ def modules():
     yield lambda: unet(photo)
 
 
-FAMILIES = [
-    convolution,
-    transposed_convolution,
-    separable_convolution,
-    segmentation_head,
-    dense_crf,
-    modules,
-]
-
-
 @pytest.fixture(params=["nothing known", "all proven", "triton"])
 def gpu(request, monkeypatch):
     """An sm_90 of which nothing is proven, or all proven and measured, or whose kernels are asked for."""
@@ -161,7 +152,7 @@ def gpu(request, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@over_samples(globals(), modules)
 def test_compiles_whole_on_cuda_tensors(gpu, family):
     for call in family():
         torch._dynamo.reset()
