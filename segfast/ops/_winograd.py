@@ -1,0 +1,205 @@
+"""Dense 3x3 convolution on a CPU in fp32 with a quarter of the multiplications: Winograd's F(4x4, 3x3).
+
+The output is cut into tiles of 4x4, each computed from 6x6 of the input: Y = A' [(G g G') * (B' d B)] A,
+where the product in the middle is, for each of the 36 points, a matrix product over channels. B' and A' stand
+for evaluation and interpolation of polynomials at 0, 1, -1, 1/2, -2 and infinity. Lavin and Gray, "Fast
+Algorithms for Convolutional Neural Networks", 2015; the points after Barabasz et al., "Error Analysis and
+Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018.
+
+Few rows of tiles are computed at a time, so that all between input and output stays in a core's own cache:
+
+    rows of the image --B'--> [row, 6, column, C] --gather--> [tile, 6, 6, C] --B'--> [tile, 36, C]
+    --products over C--> [tile, 36, K] --A'--> [tile, 4, 6, K] --A'--> [tile, 4, 4, K] --> output
+
+oneDNN multiplies tiles that lie so; MKL is faster with few channels, and has the axes the other way round.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._epilogue import activate_
+from ._threads import each, on_threads
+from ._winograd_scratch import INPUT, MANY, WEIGHT64, Sizes, kept
+
+_CHANNELS_LAST = torch.channels_last
+_onednn = torch.ops.mkldnn
+# From so many products of channels on oneDNN's 1x1 convolution is faster than MKL's batched product.
+_PACKED = 128 * 256
+_LEAST_CHANNELS = 32
+_LEAST_SIZE = 8
+# Of the point 1 all four rows of A' are one: what is added there is added to each output.
+_ONE = 7
+
+
+class TransformedWeight(NamedTuple):
+    """A weight at the 36 points: packed by oneDNN for few tiles or for many, or plain [36, C, K] for MKL."""
+
+    points: Tensor
+    few: bool
+
+    @property
+    def out_channels(self) -> int:
+        return self.points.shape[0] // 36 if self.points.is_mkldnn else self.points.shape[2]
+
+
+def serves(
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> bool:
+    """Tells if `convolution` computes this call: dense 3x3 on a CPU in fp32, of some channels and pixels."""
+    if input.dim() != 4 or weight.dim() != 4 or not (input.is_cpu and weight.is_cpu):
+        return False
+    if input.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if input.layout != torch.strided or weight.layout != torch.strided:
+        return False
+    if tuple(weight.shape[2:]) != (3, 3) or groups != 1 or weight.shape[1] != input.shape[1]:
+        return False
+    if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or min(padding) < 0:
+        return False
+    height, width = (size + 2 * p - 2 for size, p in zip(input.shape[2:], padding, strict=True))
+    enough = min(weight.shape[:2]) >= _LEAST_CHANNELS and min(height, width) >= _LEAST_SIZE
+    return enough and input.numel() > 0 and _has_onednn() and _full_precision()
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    names = "_convolution_pointwise", "_reorder_convolution_weight"
+    return torch.backends.mkldnn.is_available() and all(hasattr(_onednn, name) for name in names)
+
+
+def _full_precision() -> bool:
+    """The transforms are matrix products, in which bf16 would cost a convolution far more than its own."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+
+
+def tiles(input_shape: tuple[int, ...], padding: tuple[int, int]) -> int:
+    """The number of 4x4 tiles of the output that an input [N, C, H, W] gives."""
+    rows, columns = ((size + 2 * p + 1) // 4 for size, p in zip(input_shape[2:], padding, strict=True))
+    return input_shape[0] * rows * columns
+
+
+def transform_weight(weight: Tensor, tiles: int = MANY) -> TransformedWeight:
+    """A weight [K, C, 3, 3] as `convolution` takes it, laid out for so many tiles; right for any number.
+
+    Computed in fp64 and rounded once. It takes four times the memory of the weight.
+    """
+    out_channels, in_channels = weight.shape[:2]
+    few = tiles < MANY
+    with torch.no_grad():
+        points = torch.einsum("ai,bj,ocij->baoc", WEIGHT64, WEIGHT64, weight.detach().double()).float()
+        if not few and in_channels * out_channels < _PACKED:
+            return TransformedWeight(points.mT.reshape(36, in_channels, out_channels).contiguous(), few)
+        points = points.reshape(36 * out_channels, in_channels, 1, 1)
+        size = [1, 36 * in_channels, 1, min(tiles, MANY)]
+        return TransformedWeight(_onednn._reorder_convolution_weight(points, [0], [1], [1], 36, size), few)
+
+
+def convolution(
+    input: Tensor,
+    transformed: TransformedWeight,
+    bias: Tensor | None,
+    padding: tuple[int, int],
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """act(conv2d(input, weight, bias, padding=padding) + residual), [N, K, H, W] in channels_last.
+
+    For calls that `serves` knows; `input` [N, C, H, W] and `residual` of any strides, `bias` [K]. Without
+    gradients.
+    """
+    images, in_channels, height, width = input.shape
+    out_channels = transformed.out_channels
+    packed = transformed.points.is_mkldnn
+    out_height, out_width = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
+    rows, columns = -(-out_height // 4), -(-out_width // 4)
+    sizes = Sizes(columns, padding[1], width, in_channels, out_channels, packed, transformed.few)
+    output = torch.empty(
+        (images, out_channels, out_height, out_width),
+        dtype=torch.float32,
+        device="cpu",
+        memory_format=_CHANNELS_LAST,
+    )
+
+    def lines(t: Tensor) -> Tensor:
+        """[N * H, W, C]"""
+        return t.permute(0, 2, 3, 1).reshape(-1, t.shape[3], t.shape[1])
+
+    with torch.no_grad():
+        source = lines(input.detach().contiguous(memory_format=_CHANNELS_LAST)).flatten(1)
+        target = output.permute(0, 2, 3, 1).view(-1, out_width, out_channels)
+        added = None if residual is None else lines(residual.detach())
+        at_one = None
+        if bias is not None and packed:
+            at_one = torch.zeros(36, out_channels, dtype=torch.float32, device="cpu")
+            at_one[_ONE] = bias.detach()
+            at_one = at_one.flatten()
+
+    def compute(begin: int, end: int) -> None:
+        plan = kept.plan(sizes, end - begin)
+        for border in plan.borders:
+            border.zero_()
+        for i, evaluated in zip(range(begin, end), plan.evaluated, strict=True):
+            image, row = divmod(i, rows)
+            top = 4 * row - padding[0]
+            low, high = max(top, 0), min(top + 6, height)
+            if low < high:
+                read = source[image * height + low : image * height + high]
+                torch.mm(INPUT[:, low - top : high - top], read, out=evaluated)
+            else:
+                evaluated.zero_()
+        plan.gathered.copy_(plan.overlapping)
+        torch.bmm(plan.to_points, plan.gathered_rows, out=plan.points)
+        if packed:
+            product = _onednn._convolution_pointwise(
+                plan.pixels, transformed.points, at_one, [0, 0], [1, 1], [1, 1], 36, "none", [], ""
+            ).permute(0, 2, 3, 1)
+        else:
+            product = torch.bmm(plan.points_by, transformed.points, out=plan.product)
+            if bias is not None:
+                product[_ONE].add_(bias)
+        product = product.view(plan.product_shape)[: len(plan.half)]
+        torch.bmm(plan.from_points, product, out=plan.half)
+        torch.bmm(plan.from_half, plan.half_rows, out=plan.whole)
+
+        def line(i: int) -> int:
+            return i // rows * out_height + i % rows * 4
+
+        strip = target[line(begin) : line(end)]
+        if out_height % 4 == 0 and out_width % 4 == 0:
+            strip.view(-1, 4, columns, 4, out_channels).copy_(plan.tiles)
+        else:
+            for i, tiles_of_row in zip(range(begin, end), plan.tiles, strict=True):
+                part = target[line(i) : min(line(i + 1), line(i) + 4)]
+                whole, rest = divmod(out_width, 4)
+                tiles_of_row = tiles_of_row[: len(part)]
+                part[:, : 4 * whole].unflatten(1, (whole, 4)).copy_(tiles_of_row[:, :whole])
+                if rest:
+                    part[:, 4 * whole :].copy_(tiles_of_row[:, whole, :rest])
+        if added is not None:
+            strip.add_(added[line(begin) : line(end)])
+        activated = activate_(strip, activation, negative_slope)
+        if activated is not strip:
+            strip.copy_(activated)
+
+    total = images * rows
+    many = MANY if min(in_channels, out_channels) >= 128 and not packed else 2 * MANY
+    strips = max(1, total // -(-many // columns))
+    ends = [total * i // strips for i in range(strips + 1)]
+    tasks = [functools.partial(compute, begin, end) for begin, end in itertools.pairwise(ends)]
+    with torch.no_grad():
+        if strips < torch.get_num_threads():
+            for task in tasks:
+                task()
+        else:
+            on_threads(input, lambda: each(tasks))
+    return output

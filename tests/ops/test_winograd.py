@@ -1,0 +1,224 @@
+"""Winograd's convolution on a CPU against fp64: odd sizes, strides, epilogues, threads, dirty scratch."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segfast.ops import _winograd as winograd
+from segfast.ops import _winograd_scratch as scratch
+from segfast.ops._epilogue import ACTIVATIONS
+from tests.tolerances import assert_close_to_reference
+
+pytestmark = pytest.mark.skipif(not winograd._has_onednn(), reason="oneDNN's packed convolution is not here")
+
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every second channel": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def layer(in_channels, out_channels):
+    return numbers(out_channels, in_channels, 3, 3) / (9 * in_channels) ** 0.5, numbers(out_channels)
+
+
+def ours(x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01, tiles=None):
+    tiles = winograd.tiles(x.shape, padding) if tiles is None else tiles
+    transformed = winograd.transform_weight(weight, tiles)
+    return winograd.convolution(x, transformed, bias, padding, residual, activation, slope)
+
+
+def aten(x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01):
+    y = F.conv2d(x, weight, bias, padding=padding)
+    return ACTIVATIONS[activation](y if residual is None else y + residual, slope)
+
+
+def hold(actual, x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01):
+    """Holds a result to the error rule. No activation's slope is above 1.13, which the rule's 2 covers."""
+    wide = [None if t is None else t.double() for t in (x, weight, bias, residual)]
+    x64, weight64, bias64, residual64 = wide
+    reference = aten(x64, weight64, bias64, padding, residual64, activation, slope)
+    magnitude = aten(*(None if t is None else t.abs() for t in (x64, weight64, bias64)), padding)
+    ordinary = aten(x, weight, bias, padding, residual, activation, slope)
+    assert_close_to_reference(actual, reference, ordinary, magnitude, 9 * x.shape[1])
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_matrices_convolve():
+    """In one direction, and exactly: the points' polynomials through six inputs and three weights."""
+    inputs, weights = numbers(6).double(), numbers(3).double()
+    outputs = scratch.OUTPUT64 @ ((scratch.WEIGHT64 @ weights) * (scratch.INPUT64 @ inputs))
+    torch.testing.assert_close(outputs, inputs.unfold(0, 3, 1) @ weights, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 2), (0, 2), (9, 1)])
+@pytest.mark.parametrize("size", [(8, 12), (13, 10), (11, 33), (40, 9)])
+@pytest.mark.parametrize("images", [1, 3])
+def test_sizes_paddings_batches(images, size, padding):
+    x, (weight, bias) = numbers(images, 32, *size), layer(32, 48)
+    hold(ours(x, weight, bias, padding), x, weight, bias, padding)
+
+
+# Plain weights and packed ones, for few tiles and for many, with tiles of the other number.
+@pytest.mark.parametrize("channels", [(32, 33), (130, 260), (256, 128)])
+@pytest.mark.parametrize("size", [(8, 8), (34, 30), (8, 270)])
+@pytest.mark.parametrize("tiles", [1, 63, 64, 10_000])
+def test_weights_packed_for_another_number_of_tiles(channels, size, tiles):
+    x, (weight, bias) = numbers(2, channels[0], *size), layer(*channels)
+    hold(ours(x, weight, bias, tiles=tiles), x, weight, bias)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [(32, 40), (256, 130)])
+def test_strides_of_input_and_residual(layout, channels):
+    arrange = LAYOUTS[layout]
+    x, (weight, bias) = arrange(numbers(2, channels[0], 18, 23)), layer(*channels)
+    residual = arrange(numbers(2, channels[1], 18, 23))
+    before = x.clone(), residual.clone()
+    hold(ours(x, weight, bias, residual=residual), x, weight, bias, residual=residual)
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("tiles", [1, 64])
+def test_epilogues(activation, with_bias, with_residual, tiles):
+    x, (weight, bias) = numbers(1, 32, 21, 20), layer(32, 32)
+    bias = bias if with_bias else None
+    residual = numbers(1, 32, 21, 20) if with_residual else None
+    y = ours(x, weight, bias, (1, 1), residual, activation, 0.3, tiles)
+    hold(y, x, weight, bias, (1, 1), residual, activation, 0.3)
+
+
+@pytest.mark.parametrize("tiles", [1, 64])
+def test_error_at_512_channels(tiles):
+    x, (weight, bias) = numbers(1, 512, 16, 16), layer(512, 64)
+    y = ours(x, weight, bias, tiles=tiles)
+    hold(y, x, weight, bias)
+    reference = aten(x.double(), weight.double(), bias.double())
+    assert (y - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+
+@pytest.mark.parametrize("tiles", [1, 64])
+def test_results_do_not_depend_on_what_the_scratch_holds(tiles):
+    cases = [(numbers(1, 32, 30, 31), layer(32, 64)), (numbers(2, 64, 9, 50), layer(64, 32))]
+    clean = [ours(x, *parameters, tiles=tiles) for x, parameters in cases]
+    for (x, parameters), expected in zip(cases, clean, strict=True):
+        assert winograd.kept.memory.numel()
+        winograd.kept.memory.fill_(torch.nan)
+        assert torch.equal(ours(x, *parameters, tiles=tiles), expected)
+
+
+def test_scratch_that_is_too_large_is_not_kept(monkeypatch):
+    monkeypatch.setattr(winograd, "kept", scratch.Kept())
+    monkeypatch.setattr(scratch, "KEPT_BYTES", 1000)
+    x, (weight, bias) = numbers(1, 32, 20, 20), layer(32, 32)
+    hold(ours(x, weight, bias), x, weight, bias)
+    assert not winograd.kept.memory.numel() and not winograd.kept.plans
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(winograd, "kept", scratch.Kept())
+    weight, bias = layer(32, 32)
+    for width in range(8, 8 + 2 * scratch.KEPT_PLANS):
+        x = numbers(1, 32, 8, width)
+        ours(x, weight, bias)
+    assert 0 < len(winograd.kept.plans) <= scratch.KEPT_PLANS
+    hold(ours(x, weight, bias), x, weight, bias)
+
+
+def test_two_threads_at_once():
+    cases = [(numbers(1, 32, 60, 61), layer(32, 64)), (numbers(2, 64, 50, 50), layer(64, 32))]
+    expected = [ours(x, *parameters) for x, parameters in cases]
+    start, wrong = threading.Barrier(2), []
+
+    def run(i):
+        x, parameters = cases[i]
+        start.wait()
+        for _ in range(10):
+            if not torch.equal(ours(x, *parameters), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("tiles", [1, 64])
+def test_on_several_threads_the_number_stays(tiles):
+    x, (weight, bias) = numbers(1, 32, 70, 70), layer(32, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        y = ours(x, weight, bias, tiles=tiles)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    hold(y, x, weight, bias)
+
+
+def test_modes_and_state_of_the_caller():
+    """Scratch made in inference mode serves outside of it, and the reverse; nothing asks for gradients."""
+    x, (weight, bias) = numbers(1, 32, 16, 17), layer(32, 32)
+    weight, bias = weight.requires_grad_(), bias.requires_grad_()
+    state = torch.get_rng_state()
+    for modes in (
+        [torch.inference_mode, torch.no_grad],
+        [torch.no_grad, torch.inference_mode],
+        [torch.enable_grad],
+    ):
+        winograd.kept.__init__()
+        for mode in modes:
+            with mode():
+                y = ours(x, weight, bias)
+                assert not y.requires_grad
+            hold(y, x, weight.detach(), bias.detach())
+    torch.set_default_dtype(torch.float64)
+    try:
+        winograd.kept.__init__()
+        y = ours(x, weight, bias)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    hold(y, x, weight.detach(), bias.detach())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_calls_it_serves():
+    x, (weight, _) = numbers(1, 64, 16, 16), layer(64, 64)
+    dense = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation, groups
+    assert winograd.serves(x, weight, *dense)
+    assert winograd.serves(x.contiguous(memory_format=torch.channels_last), weight, *dense)
+    assert not winograd.serves(x, weight, (2, 2), (1, 1), (1, 1), 1)
+    assert not winograd.serves(x, weight, (1, 1), (2, 2), (2, 2), 1)
+    assert not winograd.serves(x, weight[:, :32], (1, 1), (1, 1), (1, 1), 2)
+    assert not winograd.serves(x, numbers(64, 64, 1, 1), *dense)
+    assert not winograd.serves(x[:, :8], weight[:, :8], *dense)
+    assert not winograd.serves(x[:0], weight, *dense)
+    assert not winograd.serves(x[0], weight, *dense)
+    assert not winograd.serves(x[..., :4], weight, *dense)
+    assert not winograd.serves(x.double(), weight.double(), *dense)
+    assert not winograd.serves(x.bfloat16(), weight.bfloat16(), *dense)
+    assert not winograd.serves(x.to("meta"), weight.to("meta"), *dense)
+
+
+def test_matrix_products_in_bf16_are_not_for_transforms(monkeypatch):
+    x, (weight, _) = numbers(1, 64, 16, 16), layer(64, 64)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert not winograd.serves(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+    assert winograd.serves(x, weight, (1, 1), (1, 1), (1, 1), 1)
