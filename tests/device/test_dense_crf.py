@@ -36,12 +36,12 @@ def random_points(rng: random.Random):
 
 
 def random_image(rng: random.Random):
-    shape = (rng.choice([1, 1, 2]), rng.choice([2, 4, 8, 19]), rng.randrange(1, 8), rng.randrange(1, 8))
+    shape = (rng.choice([1, 1, 2]), rng.choice([2, 3, 5, 8]), rng.randrange(3, 8), rng.randrange(3, 8))
     options = {
         "theta_alpha": (rng.uniform(1, 9), rng.uniform(1, 9)),
         "theta_beta": rng.uniform(0.1, 1),
-        "theta_gamma": rng.uniform(0.5, 4),
-        "spatial_weight": rng.uniform(0, 1),
+        "theta_gamma": (rng.uniform(0.5, 2), rng.uniform(0.5, 2)),
+        "spatial_weight": rng.uniform(1, 4),
         "normalization": rng.choice(["symmetric", "before", "after"]),
         "iterations": rng.choice([1, 2]),
     }
