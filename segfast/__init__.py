@@ -33,20 +33,31 @@ if not (Path(__file__).parent / "kernels" / "__init__.py").exists():
 from . import functional, nn  # noqa: E402
 from ._fork import compute_on_one_thread_where_forked  # noqa: E402
 from ._optimize import optimize, report, restore  # noqa: E402
-from .ops import backend, decompositions, explain, get_backend  # noqa: E402
+from .ops import (  # noqa: E402
+    autotune,
+    backend,
+    decompositions,
+    explain,
+    get_backend,
+    load_choices,
+    save_choices,
+)
 
 compute_on_one_thread_where_forked()
 
 __all__ = [
+    "autotune",
     "backend",
     "decompositions",
     "explain",
     "functional",
     "get_backend",
+    "load_choices",
     "nn",
     "optimize",
     "report",
     "restore",
+    "save_choices",
 ]
 
 

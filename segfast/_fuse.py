@@ -9,6 +9,7 @@ from ._compare import arguments, difference
 from ._fuse_chains import Found, find_chains, fuse_chains
 from .nn._fused_block import can_fuse, fuse_block, is_block, is_fused_block, unfuse_blocks
 from .nn._fused_chain import unfuse
+from .nn._fused_dtype import compute_as_given
 from .nn._fused_pyramid import (
     fuse_pyramid,
     is_fused_pyramid,
@@ -115,6 +116,7 @@ def fuse(model: nn.Module, plan: Fusions, example_inputs: Any) -> dict[str, str]
 
 def undo(model: nn.Module) -> None:
     """Let every layer of `model` compute by itself again."""
+    compute_as_given(model)
     unfuse(model)
     unfuse_pyramids(model)
     unfuse_blocks(model)

@@ -1,19 +1,24 @@
 """Replacing the layers of anyone's model in one line, and undoing it."""
 
 import copy
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
+from ._choose import Gain, Inputs, can_measure, choose, gain
 from ._compare import arguments, call, running_mode, undisturbed
 from ._fuse import find_fusions, fuse, undo
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
 from ._report import Report, Row, report
 from .nn._chains import is_convolution, is_depthwise
 from .nn._fused_chain import chain_of
+from .nn._fused_dtype import compute_as_given, compute_in
 from .nn._rules import Rule, all_rules, own_class
+from .nn.dilated_conv2d import Conv2d
 from .ops._backend import fusion_could_help, taken_by_kernels
 
 __all__ = ["Report", "Row", "optimize", "report", "restore"]
@@ -28,8 +33,18 @@ def optimize(
     *,
     inplace: bool = False,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    dtype: torch.dtype | None = None,
+    budget: float = 60.0,
+    progress: bool = True,
 ) -> nn.Module:
     """Replace every layer that segfast serves; `report` says which, `restore` undoes it.
+
+    Given `example_inputs`, on a CPU, the model is run on them, and for each call that its layers make the
+    implementations that could serve it (ATen, oneDNN's fused calls with packed weights, our own) are checked
+    against exact arithmetic and timed; the fastest runs from then on, wherever nothing needs a gradient. What
+    was measured is remembered in the user's cache (`SEGFAST_CACHE`), so that it is measured once on a
+    machine. At the end the whole model is timed before and after; if it is not faster it is left as it was,
+    which `report` says.
 
     A layer is replaced by a change of its class: parameters, buffers, hooks, state_dict keys and the links of
     an optimizer stay. Subclasses, parametrized, quantized and scripted layers are left alone. Given
@@ -58,6 +73,11 @@ def optimize(
         inplace: change `model` itself; otherwise a deep copy.
         filter_fn: called with the name of each layer that may be replaced or begin something fused, and the
             layer; False leaves it alone.
+        dtype: torch.bfloat16 to compute in that dtype in eval and without gradients: parameters, inputs and
+            outputs stay as they are, norms are folded before anything is rounded, and `report` tells by how
+            much the outputs changed. Kept only where it is faster.
+        budget: seconds to spend on measuring at most; calls that do not fit, the smallest, stay ATen's.
+        progress: show a bar on a terminal while measuring.
 
     Returns:
         `model`, or its optimized copy.
@@ -65,6 +85,8 @@ def optimize(
     Raises:
         TypeError: `model` is not a module, or is a scripted one; `filter_fn` cannot be called;
             `example_inputs` is neither a tensor, a tuple nor a dict.
+        ValueError: `budget` is not positive; another `dtype`, or one without `example_inputs`; the model is
+            on several devices and `example_inputs` are given.
         RuntimeError: the model cannot be deep-copied; use `inplace=True`.
         Exception: the model's own, if it does not run on `example_inputs`.
 
@@ -79,6 +101,7 @@ def optimize(
         raise TypeError("model is scripted: its code is compiled already; optimize before scripting")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable, got {type(filter_fn).__name__}")
+    _check_options(model, example_inputs, dtype, budget)
     # Judged on the caller's own modules: filter_fn may go by identity, and nothing has changed if it raises.
     chosen: dict[str, Rule] = {}
     left_out = []
@@ -116,7 +139,70 @@ def optimize(
     wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values())
     if served and not wrapped and example_inputs is not None:
         _lay_out(model, arguments(example_inputs))
+    if example_inputs is not None:
+        wholes = tuple(f"{name}." for name in (*plan.known, *plan.unknown))
+        left = [n for n in heads if n not in chosen and not n.startswith(wholes)]
+        _choose(model, arguments(example_inputs), [modules[n] for n in left], dtype, budget, progress)
     return model
+
+
+def _check_options(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None, budget: float) -> None:
+    if not (isinstance(budget, int | float) and 0 < budget < math.inf):
+        raise ValueError(f"budget must be a positive number of seconds, got {budget!r}")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype!r}")
+    if example_inputs is None:
+        if dtype is not None:
+            raise ValueError("dtype needs example_inputs, on which the gain and the error are measured")
+        return
+    devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise ValueError(f"model must be on one device to be measured, got {', '.join(sorted(devices))}")
+
+
+def _choose(
+    model: nn.Module,
+    inputs: Inputs,
+    dense: Sequence[nn.Module],
+    dtype: torch.dtype | None,
+    budget: float,
+    progress: bool,
+) -> None:
+    """Choose what runs the calls of `model`; undo what was done to it where it is not faster for it.
+
+    `dense` are convolutions that no rule is about. They become ours too where something else than ATen is
+    chosen for them.
+    """
+    if dtype is not None:
+        compute_in(model, dtype)
+    if not can_measure(model, inputs):
+        return
+    dense = [module for module in dense if type(module) is nn.Conv2d]
+    for module in dense:
+        record_of(module)["rule"] = (nn.Conv2d, Conv2d)
+        module.__class__ = Conv2d
+    found = _measured(model, inputs, dtype, budget, progress)
+    if dtype is not None and not found.kept:
+        slower = found
+        compute_as_given(model)
+        found = _measured(model, inputs, None, budget, progress)
+        record_of(model)["slower"] = slower
+    for module in dense:
+        if all(choice.startswith("aten") for choice in record_of(module).get("choices", ())):
+            restore(module)
+    if not found.kept:
+        restore(model)
+    record_of(model)["gain"] = found
+
+
+def _measured(
+    model: nn.Module, inputs: Inputs, dtype: torch.dtype | None, budget: float, progress: bool
+) -> Gain:
+    left = choose(model, inputs, budget, progress)
+    plain = restore(_copied(model))
+    channels_last: Any = _copied(plain)
+    channels_last.to(memory_format=torch.channels_last)
+    return dataclasses.replace(gain(model, plain, channels_last, inputs, dtype), unmeasured=left)
 
 
 def restore(model: nn.Module) -> nn.Module:

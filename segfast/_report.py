@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ._choose import Gain
 from ._fuse import OTHER_LAYERS, has_its_layers, has_known_forward, is_fused_whole, is_whole
 from ._judge import RECORD, check_model, judge, qualified, type_name
 from ._table import format_table
@@ -33,11 +34,13 @@ class Row:
 class Report:
     """The layers `optimize` considered. Iterates over its rows; `str()` is a table.
 
-    `remarks` says why a fusion that the model as a whole stood against was not made.
+    `remarks` says why a fusion that the model as a whole stood against was not made. `gain` is how long the
+    model took before and after, where that was measured.
     """
 
     rows: tuple[Row, ...]
     remarks: tuple[str, ...] = ()
+    gain: Gain | None = None
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -67,6 +70,8 @@ class Report:
         count = f"{len(self.replaced)} of {len(self.rows)} layers replaced."
         if self.fused:
             count += f" {len(self.fused)} fused with others."
+        if self.gain is not None:
+            note += f"\n{self.gain}"
         return f"{format_table(['layer', 'type', 'replaced, or why not'], cells)}\n{count} {note}"
 
 
@@ -102,10 +107,14 @@ def report(model: nn.Module) -> Report:
         elif rule is not None:
             reason = f"not yet: optimize would make it {qualified(rule.target)}"
         if reason is not None or fused or is_whole(module):
-            why = "; ".join(part for part in (reason, fusion) if part is not None)
+            parts = (reason, fusion, *record.get("choices", ()))
+            why = "; ".join(part for part in parts if part is not None)
             row = Row(name, type_name(module), "rule" in record, why, tuple(shared), fused)
             rows.append(row)
-    return Report(tuple(rows), tuple(remarks))
+    own = vars(model).get(RECORD, {})
+    if "slower" in own:
+        remarks[str(own["slower"])] = None
+    return Report(tuple(rows), tuple(remarks), own.get("gain"))
 
 
 def _fusion(name: str, module: nn.Module) -> tuple[bool, str | None]:

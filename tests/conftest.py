@@ -19,6 +19,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "compat: part of the sample of every family that `make compat` runs under other versions"
     )
+    config.addinivalue_line("markers", "measures: chooses by times, of a clock that the test makes")
     config.addinivalue_line(
         "markers", "device: runs Triton kernels on a CUDA device, a real one or that of `make simulate`"
     )
@@ -32,6 +33,27 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"runs in the session with {wanted}"))
         elif "device" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here; `make simulate` pretends one"))
+
+
+@pytest.fixture(autouse=True)
+def no_choices(request, monkeypatch):
+    """`optimize` times nothing and each call is ATen's, but in tests marked `measures`."""
+    from segfast import _choose
+    from segfast.ops._choice import forget_choices
+
+    if "measures" not in request.keywords:
+        monkeypatch.setattr(_choose, "MEASURES", False)
+    forget_choices()
+    yield
+    forget_choices()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Nothing that tests measure or prove comes into the user's cache, nor from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEGFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=INTERPRETING, scope="session")

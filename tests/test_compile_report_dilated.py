@@ -80,15 +80,8 @@ def test_fp32_runs_on_matrix_units_too(rows):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize(
-    ("family", "specimen"),
-    [
-        (FAMILY, "unet_decoder images"),  # Triton 3.9 spilled a word of it
-        (FAMILY, "resnet_layer3_d2 residual"),  # 3.7, with its registers bounded
-        ("conv_transpose2d", "fcn8s_up8 grad_input"),  # 3.6
-    ],
-)
-def test_nothing_spills_on_blackwell(family, specimen):
-    (work,) = tasks([family], ["sm_100"], ["fp16"], (specimen,))
-    for row in compile_task(work):
-        assert row.problems == ()
+def test_two_images_do_not_spill_on_blackwell():
+    """In float16 the first compiler to spill was Triton 3.9's: one word, beside half the registers unused."""
+    (work,) = tasks([FAMILY], ["sm_100"], ["fp16"], ("unet_decoder images",))
+    (row,) = compile_task(work)
+    assert row.problems == ()

@@ -319,8 +319,9 @@ def make_dense(
     }
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
     plan = Plan(_conv2d_forward_kernel, (tiles, groups, split), scalars, constants, config)
-    # ptxas would rather spill some of a thread's registers than use all. Not with a residual on sm_100:
-    # there the bound itself makes it spill.
-    if tight or (arch.startswith("sm_10") and residual is None):
+    # ptxas would rather spill some of a thread's registers than use all: on sm_100 of several images only and
+    # not with a residual, where it is the bound that makes it spill.
+    several = len(images) > 1 and residual is None and arch.startswith("sm_10")
+    if tight or several:
         plan = bounded(plan, x.device, 255)
     return Dense(plan, split, activation, slope)

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._backend import fusion_could_help
+from ..ops._choice import fusion_could_help
 from ._activation import activation_name
 from ._dense import Dense
 from ._norm import activation_of_norm, is_batch_norm
 from ._pair import Pair, is_convolution, is_pointwise, only_forward, pays
-from ._rules import own_class
 
 Fused = Dense | Pair
 
@@ -40,7 +39,7 @@ def options(layers: Sequence[nn.Module]) -> list[tuple[int, Fused]]:
         elif activation is not None and activation[0] is not None:
             if follows_activation:
                 break
-        elif kind is Pair and own_class(layer) is nn.Conv2d and is_pointwise(layer) and not prefix:
+        elif kind is Pair and is_convolution(layer) and is_pointwise(layer) and not prefix:
             stage["pointwise"], prefix = layer, "pointwise_"
         else:
             break
@@ -71,7 +70,7 @@ def run_layers(layers: Sequence[nn.Module], input: Any) -> Any:
     The input may be a list of images (`segfast.functional.conv2d`).
     """
     first = input if isinstance(input, Tensor) or not input else input[0]
-    # Without a norm nothing is saved on a CPU.
+    # Without a norm nothing is saved by ATen on a CPU.
     normed = any([isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) for layer in layers])
     if pays(first, 8) and (normed or torch.compiler.is_compiling() or fusion_could_help(first)):
         form = fused_form(layers)

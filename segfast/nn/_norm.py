@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops._backend import note_origin
 from ..ops._captured import is_captured, renewed
+from ..ops._choice import forget_prepared
 from ._activation import activation_name
 from ._rules import own_class
 from ._scripting import Unscriptable
@@ -173,7 +174,10 @@ def remembered(
 def forget(*modules: nn.Module | None) -> None:
     """Compute anew, at its next call, what is remembered of each of these."""
     for module in modules:
-        if module is not None and module in _known:
+        if module is None:
+            continue
+        forget_prepared(*module._parameters.values())
+        if module in _known:
             if _known[module].captured:
                 _known[module].versions = None
             else:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._backend import _INTERPRETING, fusion_could_help
+from ..ops._backend import _INTERPRETING
+from ..ops._choice import fusion_could_help
 from ._norm import folded, folded_filter, folds, runs_eagerly
 from ._rules import own_class
 
@@ -33,8 +34,8 @@ def only_forward(module: nn.Module) -> bool:
 def pays(input: Any, growth: float = 1) -> bool:
     """Whether one operator is worth asking for: ATen is done with small images before it is put together.
 
-    On a GPU it is where something of ours or of cuDNN's could compute it. `growth` is how many times larger
-    the images are that count. False for what is no tensor: `torch.fx` traces the layers one by one.
+    It is where something of ours, of cuDNN's or of oneDNN's could compute it. `growth` is how many times
+    larger the images are that count. False for what is no tensor: `torch.fx` traces the layers one by one.
     """
     if not isinstance(input, Tensor):
         return False
@@ -78,12 +79,16 @@ def folds_filters(input: Tensor, conv: Any) -> bool:
     return (
         input.is_cpu
         and not _INTERPRETING
-        and input.dtype == conv.weight.dtype
-        and input.dtype in _LOSSLESS
+        and _is_lossless(input, conv.weight)
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
         and runs_eagerly()
     )
+
+
+def _is_lossless(input: Tensor, weight: Tensor) -> bool:
+    if torch.is_autocast_enabled("cpu"):
+        return weight.dtype == torch.float32  # rounded once, with the norm in it or not
+    return input.dtype == weight.dtype and weight.dtype in _LOSSLESS
 
 
 class Pair(NamedTuple):
@@ -182,10 +187,12 @@ class Pair(NamedTuple):
 
 
 def is_pointwise(conv: Any) -> bool:
-    """Whether `conv` is a 1x1 `torch.nn.Conv2d` and no more."""
+    """Whether `conv` is a 1x1 convolution and no more."""
     # A parametrized layer is a subclass that keeps its forward.
+    plain = getattr(own_class(conv), "forward", None) is nn.Conv2d.forward
     return (
-        getattr(own_class(conv), "forward", None) is nn.Conv2d.forward
+        (plain or is_convolution(conv))
+        and not conv.transposed
         and conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
         and conv.groups == 1

@@ -49,8 +49,11 @@ class Rule:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class `module` has outside a fused chain."""
-    return getattr(type(module), "unfused_class", type(module))
+    """The class `module` has where nothing is fused."""
+    kind = type(module)
+    while hasattr(kind, "unfused_class"):
+        kind = kind.unfused_class
+    return kind
 
 
 @functools.cache

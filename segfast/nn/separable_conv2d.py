@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..ops._backend import certainly_aten
+from ..ops._choice import could_choose
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
@@ -85,7 +86,7 @@ class DepthwiseConv2d(Unscriptable, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         check_channels(self, input)
         plain = self.activation is None and self.dilation == (1, 1) and isinstance(input, Tensor)
-        if plain and certainly_aten(input):
+        if plain and certainly_aten(input) and not could_choose(input):
             # torch's own layer: the operator would only take longer to come to the same call.
             return super().forward(input)
         # torch's annotations take these for tuples of any length; they are pairs.

@@ -2,6 +2,8 @@
 
 from . import conv_transpose2d, dense_crf, dilated_conv2d, segmentation_head, separable_conv2d
 from ._backend import backend, explain, get_backend
+from ._choice import autotune
+from ._choice_files import load_choices, save_choices
 from ._registry import OPERATORS, decompositions
 
 # Operator families bear the same file name in kernels/, segfast/ops/, segfast/nn/, tests/ and benchmarks/.
@@ -10,6 +12,7 @@ FAMILIES = ("conv_transpose2d", "separable_conv2d", "dilated_conv2d", "segmentat
 __all__ = [
     "FAMILIES",
     "OPERATORS",
+    "autotune",
     "backend",
     "conv_transpose2d",
     "decompositions",
@@ -17,6 +20,8 @@ __all__ = [
     "dilated_conv2d",
     "explain",
     "get_backend",
+    "load_choices",
+    "save_choices",
     "segmentation_head",
     "separable_conv2d",
 ]

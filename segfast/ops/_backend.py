@@ -169,6 +169,13 @@ def add_reason(reason: str) -> None:
         noted[-1] = noted[-1]._replace(reason=f"{noted[-1].reason}; {reason}")
 
 
+def change_decision(chosen: str, reason: str) -> None:
+    """Say of the last decision that `chosen` runs instead, and why."""
+    noted = _noted()
+    if noted:
+        noted[-1] = noted[-1]._replace(backend=chosen, reason=f"{noted[-1].reason}; {reason}")
+
+
 def add_decision(operation: str, chosen: str, reason: str) -> None:
     """Note for `explain` what runs, where `use_triton` was not asked."""
     _decided(operation, chosen, reason, True)
@@ -199,14 +206,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Dec
         >>> print(segfast.explain(segfast.functional.conv_transpose2d, x, w, stride=2)[0])
         conv_transpose2d: aten (the tensors are on a CPU)
     """
-    with _noting() as found, torch.no_grad():
+    with noting() as found, torch.no_grad():
         function(*args, **kwargs)
     return list(found)
 
 
 def taken_by_kernels(run: Callable[[], Any], tensors: Iterable[Tensor]) -> list[Tensor]:
     """Which of `tensors` a kernel of ours or a fused call of cuDNN's takes as they are while `run()` runs."""
-    with _noting() as found, torch.no_grad(), contextlib.suppress(NotImplementedError):
+    with noting() as found, torch.no_grad(), contextlib.suppress(NotImplementedError):
         run()  # raises where "triton" was asked for by name and serves only some of the layers
     failed = () if get_backend() == "triton" else FAILED
     taken = {found.origins.get(key, key) for operation, key in found.taken if operation not in failed}
@@ -214,7 +221,7 @@ def taken_by_kernels(run: Callable[[], Any], tensors: Iterable[Tensor]) -> list[
 
 
 @contextlib.contextmanager
-def _noting() -> Iterator[_Notes]:
+def noting() -> Iterator[_Notes]:
     chooser = _chooser()
     previous, chooser.decisions = chooser.decisions, _Notes()
     try:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .._backend import EMPTY, kernel_reason_not, measured_reason_not, use_triton
 from .._bilinear import channelwise_factors, upsample_separable
+from .._cpu import conv_transpose2d_chosen
 from .._epilogue import apply_epilogue, check_activation, check_epilogue
 from .._operands import Pair, pair
 from .._registry import autocast_dtype
@@ -110,6 +111,22 @@ def conv_transpose2d(
     differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
     if not use_triton("conv_transpose2d", can_use_triton, input, weight, dtype, groups, differentiates):
         factors = channelwise_factors(input, weight, stride, groups, dilation)
+        if factors is None and input.is_cpu and scale is None and shift is None:
+            y = conv_transpose2d_chosen(
+                input,
+                weight,
+                bias,
+                pair(stride, "stride"),
+                pair(padding, "padding"),
+                pair(output_padding, "output_padding"),
+                pair(dilation, "dilation"),
+                groups,
+                residual,
+                activation,
+                negative_slope,
+            )
+            if y is not None:
+                return y
         if factors is None:
             y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
         else:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _cpu
 from .._backend import (
     EMPTY,
     add_decision,
@@ -15,7 +16,6 @@ from .._backend import (
     note_taken,
     use_triton,
 )
-from .._conv2d_aten import conv2d_aten
 from .._cudnn import conv2d_cudnn, has_epilogue, rivals
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import output_size, resolve_padding
@@ -191,7 +191,7 @@ def _aten(
         height, width = input.shape[2:]
         size = output_size(height, width, weight.shape[2:], stride, padding, dilation)
         check_epilogue((input.shape[0], weight.shape[0], *size), input.device, scale, shift, residual)
-    return conv2d_aten(
+    return _cpu.conv2d(
         input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation, slope
     )
 
@@ -203,7 +203,8 @@ def _of_images(
     dtype = autocast_dtype(images[0]) if images and isinstance(images[0], Tensor) else None
     if dtype is not None:
         images = [t.to(dtype) for t in images]
-        weight, bias, residual = _cast(dtype, weight, bias, residual)
+        if not certainly_aten(images[0]):  # else a cast weight would be another at every call
+            weight, bias, residual = _cast(dtype, weight, bias, residual)
     check_images(images)
     images = [t for t in images if t.shape[1] > 0] or images[:1]
     steps, rates = pair(stride, "stride"), pair(dilation, "dilation")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import note_taken, use_triton
-from .._conv2d_aten import conv2d_aten
+from .._backend import certainly_aten, note_taken, use_triton
+from .._cpu import conv2d
 from .._cudnn import conv2d_cudnn, rivals
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import check_alike
@@ -106,7 +106,7 @@ def _branches(convolution, input, weights, dilations, scale, shift, *ending) -> 
 
 
 def _aten_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
-    return conv2d_aten(
+    return conv2d(
         input, weight, None, (1, 1), padding, dilation, 1, scale, shift, None, activation, negative_slope
     )
 
@@ -193,7 +193,9 @@ def parallel_conv2d(
     check_activation(activation)
     pairs = [pair(d, "dilations") for d in dilations]
     dtype = autocast_dtype(input)
-    if dtype is not None:
+    # Choosing on a CPU, cast weights would be others at every call.
+    casts = dtype is not None and not certainly_aten(input)
+    if casts:
         input, weights = input.to(dtype), [w.to(dtype) for w in weights]
     if not (input.dim() == 4 and 0 < len(weights) == len(pairs) and all([w.dim() == 4 for w in weights])):
         _check(input, weights, pairs)  # raises
@@ -211,6 +213,7 @@ def parallel_conv2d(
         rates = [d for p in pairs for d in p]
         return PARALLEL(input, list(weights), scale, shift, rates, activation, negative_slope)
     # On ATen, with gradients, or where an operator on a list would not be seen, one after the other.
-    check_epilogue(_check(input, weights, pairs), input.device, scale, shift, None)
+    checked = input if dtype is None or casts else input.to(weights[0].dtype)
+    check_epilogue(_check(checked, weights, pairs), input.device, scale, shift, None)
     branch = _kernel_branch if kernels else _fastest_branch if others else _aten_branch
     return _branches(branch, input, weights, pairs, *ending)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import EMPTY, kernel_reason_not, measured_reason_not, use_triton
-from .._conv2d_aten import conv2d_aten
+from .._cpu import conv2d
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import resolve_padding
 from .._operands import Pair, pair
@@ -277,8 +277,9 @@ def separable_conv2d(
         check_pointwise("separable_conv2d", between.shape[1], between, pointwise_weight, bias)
     shape = (between.shape[0], pointwise_weight.shape[0], *between.shape[2:])
     check_epilogue(shape, input.device, scale, shift, residual)
-    return conv2d_aten(
-        between, pointwise_weight, bias, 1, 0, 1, 1, scale, shift, residual, activation, negative_slope
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    return conv2d(
+        between, pointwise_weight, bias, *geometry, scale, shift, residual, activation, negative_slope
     )
 
 
@@ -298,6 +299,6 @@ def _depthwise_aten(
         check_depthwise(name, input, weight, bias, stride, padding, dilation)  # raises
     if scale is not None or shift is not None:
         check_epilogue((input.shape[0], filters, 1, 1), input.device, scale, shift, None)
-    return conv2d_aten(
+    return conv2d(
         input, weight, bias, stride, padding, dilation, groups, scale, shift, None, activation, negative_slope
     )

@@ -1,0 +1,180 @@
+"""Choosing what runs each call of a model, by trying, and timing whether the model is faster for it."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ._compare import call, leaves, running_mode, undisturbed
+from ._judge import record_of
+from ._timing import interleave
+from .ops._backend import backend, get_backend
+from .ops._choice import Call, Collected, choices, collect
+from .ops._measure import measure_and_keep
+
+# Tests that want no times switch this off.
+MEASURES = True
+# A choice can change the layout that the calls after it see, and these are measured then.
+_PASSES = 3
+_MODEL_BUDGET_S = 2.0
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Milliseconds a call of a model before and after, and on how many threads.
+
+    `layout` names the faster one before: "as given" or "channels_last". `kept` is False where nothing was
+    faster and the model was left as it was. `error` is the largest change of an output as a part of its
+    largest value, where the model computes in `dtype`. `unmeasured` calls did not fit into the budget.
+    """
+
+    before_ms: float
+    after_ms: float
+    layout: str
+    threads: int
+    kept: bool
+    dtype: str | None = None
+    error: float | None = None
+    unmeasured: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast the model became."""
+        return self.before_ms / self.after_ms
+
+    def __str__(self) -> str:
+        where = f"on this CPU with {self.threads} thread{'s' if self.threads > 1 else ''}"
+        before = f"{self.before_ms:.1f} ms before, {self.layout}"
+        if not self.kept:
+            return f"Not faster {where}: {before}, {self.after_ms:.1f} ms optimized; left as it was."
+        text = f"{self.ratio:.2f} times as fast {where}: {before}, {self.after_ms:.1f} ms now"
+        if self.dtype is not None:
+            text += f" in {self.dtype}, where outputs changed by {self.error:.2g} of the largest value"
+        if self.unmeasured:
+            text += f"; {self.unmeasured} calls did not fit into the budget"
+        return f"{text}."
+
+
+def can_measure(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether something can be chosen for the calls of `model` on `inputs`: on a CPU."""
+    tensors = [t for t in _pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    owned = [*model.parameters(), *model.buffers()]
+    return MEASURES and bool(tensors) and bool(owned) and all(t.is_cpu for t in (*tensors, *owned))
+
+
+def choose(model: nn.Module, inputs: Inputs, budget_s: float, progress: bool) -> int:
+    """Measure what calls of `model` on `inputs` have no choice yet; returns how many did not fit the budget.
+
+    What was chosen for a layer is noted in its record.
+    """
+    left = 0
+    end = time.perf_counter() + budget_s
+    for _ in range(_PASSES):
+        unseen = [made for made in _calls(model, inputs).counts if made not in choices().measured]
+        rest = end - time.perf_counter()
+        if not unseen or rest <= 0:
+            left = len(unseen)
+            break
+        with _bar(len(unseen), progress) as on_call:
+            left = len(unseen) - len(measure_and_keep(unseen, budget_s=rest, on_call=on_call))
+        if left:
+            break
+    _note(model, _calls(model, inputs))
+    return left
+
+
+def gain(
+    model: nn.Module, plain: nn.Module, channels_last: nn.Module, inputs: Inputs, dtype: torch.dtype | None
+) -> Gain:
+    """Time `model` on `inputs` beside what it was before, in two layouts; all in eval, without gradients."""
+    models = {"as given": plain, "channels_last": channels_last, "after": model}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for each in models.values():
+            stack.enter_context(running_mode(each, False))
+            stack.enter_context(undisturbed(each))
+        runs = {name: _run(each, inputs, name != "after") for name, each in models.items()}
+        outputs = {name: run() for name, run in runs.items()}
+        error = None if dtype is None else _change(outputs["as given"], outputs["after"])
+        del outputs
+        budget = _MODEL_BUDGET_S
+        times = interleave(runs, torch.device("cpu"), budget_s=budget, min_rounds=3, max_rounds=30)
+    ms = {name: timing.wall_us / 1e3 for name, timing in times.items()}
+    layout = min("as given", "channels_last", key=ms.__getitem__)
+    right = error is None or error < 1
+    return Gain(
+        before_ms=ms[layout],
+        after_ms=ms["after"],
+        layout=layout,
+        threads=torch.get_num_threads(),
+        kept=ms["after"] <= ms[layout] and right,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        error=error,
+    )
+
+
+def _run(model: nn.Module, inputs: Inputs, on_aten: bool) -> Callable[[], Any]:
+    def run() -> Any:
+        with backend("aten" if on_aten else get_backend()):
+            return call(model, inputs)
+
+    return run
+
+
+def _calls(model: nn.Module, inputs: Inputs) -> Collected:
+    with running_mode(model, False), undisturbed(model), torch.no_grad(), collect() as collected:
+        call(model, inputs)
+    return collected
+
+
+def _note(model: nn.Module, collected: Collected) -> None:
+    """Note in each layer's record what runs it, for `report`."""
+    calls = collected.by_weight()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        made = dict.fromkeys(calls.get(id(weight), ()))
+        found = [_chosen(each) for each in made]
+        if found:
+            record_of(module)["choices"] = tuple(found)
+
+
+def _chosen(made: Call) -> str:
+    choice = choices().find(made)
+    return "aten: not measured" if choice is None else str(choice)
+
+
+def _change(expected: Any, actual: Any) -> float:
+    """The largest difference of outputs as a part of the largest value; infinite where one is not finite."""
+    worst = 0.0
+    for (_, a), (_, b) in zip(leaves(expected), leaves(actual), strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            difference = (a.double() - b.double()).abs().max().item()
+            scale = a.abs().max().item()
+            if difference != difference or difference == float("inf"):
+                return float("inf")
+            worst = max(worst, difference / scale if scale else difference)
+    return worst
+
+
+@contextlib.contextmanager
+def _bar(calls: int, shown: bool) -> Iterator[Callable[[Call], None]]:
+    """A progress bar on stderr, where that is a terminal and the package tqdm is installed."""
+    bar: Any = None
+    if shown and sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            bar = tqdm(total=calls, desc="measuring on this machine", unit="call", leave=False)
+    try:
+        yield lambda _: None if bar is None else bar.update()
+    finally:
+        if bar is not None:
+            bar.close()

@@ -1,0 +1,53 @@
+"""A whole model computed in another dtype, with inputs, outputs and parameters as the caller has them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ._fused_class import FusedModule, fused_class
+
+# In the __dict__ of a model that computes in another dtype.
+_DTYPE = "_segfast_dtype"
+
+
+class _InDtype(FusedModule):
+    """Mixed into the class of a model."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = [t for t in _pytree.tree_leaves((args, kwargs)) if _is_floating(t)]
+        if not given or self.training or torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        dtype, device = vars(self)[_DTYPE], given[0].device.type
+        with torch.autocast(device, dtype=dtype):
+            outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
+
+        def as_given(t: Tensor) -> Tensor:
+            return t.to(given[0].dtype) if t.dtype == dtype else t
+
+        return _pytree.tree_map_only(Tensor, as_given, outputs)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let `model` compute in `dtype` in eval and without gradients; a forward under a tracer does so too."""
+    vars(model)[_DTYPE] = dtype
+    if not isinstance(model, _InDtype):
+        kind: Any = type(model)
+        model.__class__ = fused_class(_InDtype, kind)
+
+
+def compute_as_given(model: nn.Module) -> None:
+    """Undo `compute_in`."""
+    if vars(model).pop(_DTYPE, None) is not None:
+        fused: Any = model
+        fused.__class__ = fused.unfused_class
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """What `compute_in` was given."""
+    return vars(model).get(_DTYPE)

@@ -1,0 +1,165 @@
+"""Convolutions where no kernel of ours runs: by the candidate that was fastest on this CPU, else by ATen."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _matmul, _onednn
+from ._backend import change_decision
+from ._choice import ATEN, CANDIDATES, Call, Candidate, can_choose, choices, choose, prepared
+from ._conv2d_aten import conv2d_aten
+from ._epilogue import activate_, apply_epilogue
+from ._operands import Pair
+from ._registry import autocast_dtype
+
+_NO_PADDING = (0, 0)
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """act(scale * (conv(input, weight) + bias) + shift + residual)."""
+    if input.is_cpu and scale is None:
+        term = bias if shift is None else shift if bias is None else bias + shift
+        geometry = (stride, padding, _NO_PADDING, dilation, groups)
+        y = _chosen("conv2d", input, weight, term, *geometry, residual, activation, negative_slope)
+        if y is not None:
+            return y
+    operands = (input, weight, bias, stride, padding, dilation, groups)
+    return conv2d_aten(*operands, scale, shift, residual, activation, negative_slope)
+
+
+def conv_transpose2d_chosen(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor | None:
+    """act(convT(input, weight) + bias + residual), or None where ATen is to compute it."""
+    geometry = (stride, padding, output_padding, dilation, groups)
+    return _chosen("conv_transpose2d", input, weight, bias, *geometry, residual, activation, negative_slope)
+
+
+def _chosen(
+    operation: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    residual: Tensor | None,
+    activation: str | None,
+    slope: float,
+) -> Tensor | None:
+    if input.dim() != 4 or weight.dim() != 4 or not can_choose(input, weight, bias, residual):
+        return None
+    autocast = autocast_dtype(input)
+    dtype = autocast or input.dtype
+    if dtype not in _DTYPES or not _in_dtype(dtype, autocast, weight, bias, residual):
+        return None
+    call = Call(
+        operation,
+        dtype,
+        input.is_contiguous(memory_format=torch.channels_last),
+        input.shape,
+        weight.shape,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+        bias is not None,
+        residual is not None,
+        activation,
+        torch.get_num_threads(),
+    )
+    name = choose(call, weight)
+    plain = name == ATEN and autocast is None and call.channels_last
+    if name is None or plain or not _fits(call, bias, residual):
+        return None
+    candidate = CANDIDATES[operation][name]
+    if autocast is not None:
+        input = input.to(dtype)
+        bias, residual = [None if t is None else t.to(dtype) for t in (bias, residual)]
+    y = candidate.run(call, input, prepared(weight, call, name), bias, residual, slope)
+    change_decision(name, _because(call))
+    return y
+
+
+def _in_dtype(
+    dtype: torch.dtype, autocast: torch.dtype | None, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether the operands are of the dtype, or ones that autocast casts to it."""
+    allowed = (dtype,) if autocast is None else (dtype, torch.float32)
+    return all([t is None or t.dtype in allowed for t in (weight, bias, residual)])
+
+
+def _fits(call: Call, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether bias and residual have their shapes; else torch says what is wrong, or broadcasts."""
+    shape = call.output()
+    return (bias is None or bias.shape == shape[1:2]) and (residual is None or residual.shape == shape)
+
+
+def _because(call: Call) -> str:
+    choice = choices().find(call)
+    return "preferred until it is measured" if choice is None else str(choice)
+
+
+def _cast(weight: Tensor, call: Call) -> Tensor:
+    return weight.to(call.dtype)
+
+
+def _always(call: Call) -> bool:
+    return True
+
+
+# In channels_last, as all candidates: a layer that changed the layout would cost those after it more.
+def _aten_conv2d(call, input, weight, bias, residual, slope) -> Tensor:
+    input = input.contiguous(memory_format=torch.channels_last)
+    geometry = (call.stride, call.padding, call.dilation, call.groups)
+    return conv2d_aten(input, weight, bias, *geometry, None, None, residual, call.activation, slope)
+
+
+def _aten_conv_transpose2d(call, input, weight, bias, residual, slope) -> Tensor:
+    input = input.contiguous(memory_format=torch.channels_last)
+    geometry = (call.stride, call.padding, call.output_padding, call.groups, call.dilation)
+    y = F.conv_transpose2d(input, weight, bias, *geometry)
+    if residual is None:
+        return activate_(y, call.activation, slope)
+    return apply_epilogue(y, None, None, residual, call.activation, slope)
+
+
+# Preferred first, while nothing is measured.
+CANDIDATES["conv2d"] = {
+    "onednn": _onednn.CONV2D,
+    "matmul": _matmul.CONV2D,
+    ATEN: Candidate(_always, _cast, _aten_conv2d),
+}
+CANDIDATES["conv_transpose2d"] = {
+    "onednn": _onednn.CONV_TRANSPOSE2D,
+    "matmul": _matmul.CONV_TRANSPOSE2D,
+    ATEN: Candidate(_always, _cast, _aten_conv_transpose2d),
+}

@@ -1,0 +1,474 @@
+"""Candidates are verified and timed, the fastest right one is remembered, in this process and on disk."""
+
+import json
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as TF
+
+import segfast
+from segfast.ops import _choice, _choice_files, _cpu, _measure
+from segfast.ops._choice import ATEN, CANDIDATES, Call, Candidate, Choice, choices
+from segfast.ops._epilogue import ACTIVATIONS
+
+CONV2D = Call(
+    operation="conv2d",
+    dtype=torch.float32,
+    channels_last=True,
+    input=(1, 8, 12, 10),
+    weight=(6, 8, 3, 3),
+    stride=(1, 1),
+    padding=(1, 1),
+    output_padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    bias=True,
+    residual=False,
+    activation="relu",
+    threads=1,
+)
+TRANSPOSED = CONV2D._replace(
+    operation="conv_transpose2d", weight=(8, 6, 2, 2), stride=(2, 2), padding=(0, 0), activation=None
+)
+CALLS = {
+    "plain": CONV2D,
+    "nchw": CONV2D._replace(channels_last=False),
+    "residual": CONV2D._replace(residual=True),
+    "strided": CONV2D._replace(stride=(2, 2), padding=(0, 1)),
+    "dilated": CONV2D._replace(dilation=(2, 2), padding=(2, 2)),
+    "grouped": CONV2D._replace(groups=2, weight=(6, 4, 3, 3)),
+    "depthwise": CONV2D._replace(groups=8, weight=(8, 1, 3, 3)),
+    "1x1": CONV2D._replace(weight=(6, 8, 1, 1), padding=(0, 0)),
+    "1x1 residual": CONV2D._replace(weight=(6, 8, 1, 1), padding=(0, 0), residual=True),
+    "large": CONV2D._replace(input=(2, 32, 19, 23), weight=(40, 32, 3, 3)),
+    "transposed": TRANSPOSED,
+    "transposed residual": TRANSPOSED._replace(residual=True, activation="relu"),
+    "transposed overlapping": TRANSPOSED._replace(weight=(8, 6, 4, 4), padding=(1, 1), output_padding=(1, 0)),
+    "bfloat16": CONV2D._replace(dtype=torch.bfloat16),
+    "bfloat16 transposed": TRANSPOSED._replace(dtype=torch.bfloat16),
+    "bfloat16 1x1": CONV2D._replace(dtype=torch.bfloat16, weight=(6, 8, 1, 1), padding=(0, 0)),
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of its own."""
+    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
+    _choice.forget_choices()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves while a candidate runs, by what the test says of it."""
+
+    class Clock:
+        def __init__(self) -> None:
+            self.seconds = 0.0
+            self.costs: dict[str, float] = {}
+
+        def __call__(self) -> float:
+            return self.seconds
+
+    clock = Clock()
+    monkeypatch.setattr(_measure, "clock", clock)
+    for operation, candidates in CANDIDATES.items():
+        timed = {name: _timed(clock, name, candidate) for name, candidate in candidates.items()}
+        monkeypatch.setitem(CANDIDATES, operation, timed)
+    return clock
+
+
+def _timed(clock, name, candidate):
+    def run(*args):
+        clock.seconds += clock.costs.get(name, 1.0)
+        return candidate.run(*args)
+
+    return candidate._replace(run=run)
+
+
+def _operands(call: Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    layout = torch.channels_last if call.channels_last else torch.contiguous_format
+    x = torch.randn(call.input).to(call.dtype).contiguous(memory_format=layout)
+    shape = call.output()
+    bias = torch.randn(shape[1]).to(call.dtype) if call.bias else None
+    residual = torch.randn(shape).to(call.dtype) if call.residual else None
+    return x, torch.randn(call.weight), bias, residual
+
+
+def _expected(call: Call, x, weight, bias, residual, slope=0.2) -> Tensor:
+    weight, bias = weight.to(call.dtype).double(), None if bias is None else bias.double()
+    if call.transposed:
+        geometry = (call.stride, call.padding, call.output_padding, call.groups, call.dilation)
+        y = TF.conv_transpose2d(x.double(), weight, bias, *geometry)
+    else:
+        y = TF.conv2d(x.double(), weight, bias, call.stride, call.padding, call.dilation, call.groups)
+    if residual is not None:
+        y = y + residual.double()
+    return ACTIVATIONS[call.activation](y, slope)
+
+
+def _candidates():
+    return [
+        pytest.param(call, name, id=f"{which}-{name}")
+        for which, call in CALLS.items()
+        for name in CANDIDATES[call.operation]
+    ]
+
+
+class TestCandidates:
+    @pytest.mark.parametrize(("call", "name"), _candidates())
+    def test_each_computes_the_call(self, call, name):
+        candidate = CANDIDATES[call.operation][name]
+        if not candidate.serves(call):
+            pytest.skip("it does not serve this call")
+        x, weight, bias, residual = _operands(call)
+        given = [None if t is None else t.clone() for t in (x, weight, bias, residual)]
+        y = candidate.run(call, x, candidate.prepare(weight, call), bias, residual, 0.2)
+        expected = _expected(call, x, weight, bias, residual)
+        assert y.dtype == call.dtype
+        assert tuple(y.shape) == call.output()
+        tolerance = 3 * torch.finfo(call.dtype).eps * expected.abs().max().item() * 4
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance)
+        for tensor, before in zip((x, weight, bias, residual), given, strict=True):
+            assert tensor is None or torch.equal(tensor, before)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("residual", [False, True])
+    @pytest.mark.parametrize("which", ["plain", "1x1", "transposed", "large"])
+    def test_every_activation(self, activation, residual, which):
+        call = CALLS[which]._replace(activation=activation, residual=residual)
+        x, weight, bias, residual = _operands(call)
+        expected = _expected(call, x, weight, bias, residual)
+        for name, candidate in CANDIDATES[call.operation].items():
+            if candidate.serves(call):
+                y = candidate.run(call, x, candidate.prepare(weight, call), bias, residual, 0.2)
+                atol = 1e-5 * expected.abs().max().item()
+                torch.testing.assert_close(y.double(), expected, rtol=0, atol=atol, msg=name)
+
+    def test_a_call_knows_the_shape_of_its_result(self):
+        for call in CALLS.values():
+            x, weight, bias, residual = _operands(call._replace(residual=False))
+            assert call.output() == tuple(_expected(call, x, weight, bias, residual).shape)
+
+    def test_what_does_not_answer_is_no_candidate(self, monkeypatch):
+        from segfast.ops import _onednn
+
+        def missing(*args):
+            raise AttributeError("no such operator")
+
+        monkeypatch.setattr(_onednn, "CONV2D", _onednn.CONV2D._replace(run=missing))
+        _onednn._answers.cache_clear()
+        assert not CANDIDATES["conv2d"]["onednn"].serves(CONV2D)
+        _onednn._answers.cache_clear()
+
+
+class TestMeasuring:
+    def test_the_fastest_is_chosen(self, clock):
+        clock.costs = {"onednn": 3.0, ATEN: 2.0, "matmul": 1.0}
+        choice = _measure.measure(CALLS["1x1"])
+        assert choice.name == "matmul"
+        assert choice.us == pytest.approx({"onednn": 3e6, ATEN: 2e6, "matmul": 1e6})
+
+    def test_a_wrong_one_is_refused_however_fast(self, clock, monkeypatch):
+        clock.costs = {"wrong": 1e-3, "onednn": 2.0}
+        wrong = CANDIDATES["conv2d"][ATEN]
+        slightly = _timed(clock, "wrong", wrong._replace(run=lambda *args: wrong.run(*args) * 1.0001))
+        monkeypatch.setitem(CANDIDATES, "conv2d", {**CANDIDATES["conv2d"], "wrong": slightly})
+        choice = _measure.measure(CONV2D)
+        assert choice.name != "wrong"
+        assert "wrong" not in choice.us
+
+    @pytest.mark.parametrize("row", [0, 5, 11])
+    def test_a_wrong_row_at_an_edge_or_in_the_middle_is_seen(self, row, clock, monkeypatch):
+        aten = CANDIDATES["conv2d"][ATEN]
+
+        def spoiled(*args):
+            y = aten.run(*args).clone()
+            y[:, :, row, 3] += 0.01
+            return y
+
+        monkeypatch.setitem(CANDIDATES["conv2d"], "wrong", aten._replace(run=spoiled))
+        assert "wrong" not in _measure.measure(CONV2D).us
+
+    @pytest.mark.parametrize("spoil", [lambda y: y * float("nan"), lambda y: y[:, :1], lambda y: y.double()])
+    def test_so_is_one_of_another_shape_dtype_or_value(self, spoil, clock, monkeypatch):
+        aten = CANDIDATES["conv2d"][ATEN]
+        run = lambda *args: spoil(aten.run(*args))  # noqa: E731
+        monkeypatch.setitem(CANDIDATES["conv2d"], "wrong", aten._replace(run=run))
+        assert "wrong" not in _measure.measure(CONV2D).us
+
+    def test_so_is_one_that_fails(self, clock, monkeypatch):
+        def fail(*args):
+            raise RuntimeError("could not create a primitive")
+
+        failing = CANDIDATES["conv2d"][ATEN]._replace(run=fail)
+        monkeypatch.setitem(CANDIDATES["conv2d"], "failing", failing)
+        assert "failing" not in _measure.measure(CONV2D).us
+
+    def test_random_state_threads_and_default_dtype_stay(self, cache):
+        before, threads = torch.get_rng_state(), torch.get_num_threads()
+        torch.set_default_dtype(torch.float64)
+        try:
+            _measure.measure(CONV2D)
+            assert torch.get_default_dtype() == torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.get_num_threads() == threads
+
+    def test_most_multiplications_first_and_none_after_the_budget(self, cache, monkeypatch):
+        seen = []
+        now = iter(range(100))
+        monkeypatch.setattr(_measure, "measure", lambda call: seen.append(call) or Choice(ATEN, {}))
+        monkeypatch.setattr(_measure.time, "perf_counter", lambda: next(now))
+        found = _measure.measure_and_keep([CONV2D, CALLS["1x1"], CALLS["large"]], budget_s=2.5)
+        assert list(found) == seen == [CALLS["large"], CONV2D]
+
+    @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+    def test_aten_is_always_one(self, call, clock):
+        assert ATEN in _measure.measure(call).us or _measure.measure(call).name == ATEN
+
+
+class TestDispatch:
+    def _remember(self, call: Call, name: str) -> None:
+        choices().add(call._replace(threads=torch.get_num_threads()), Choice(name, {}))
+
+    def _ran(self, function, *args, **kwargs) -> str:
+        return segfast.explain(function, *args, **kwargs)[0].backend
+
+    def _args(self):
+        x = torch.randn(CONV2D.input).contiguous(memory_format=torch.channels_last)
+        return x, torch.randn(CONV2D.weight), torch.randn(6)
+
+    def _conv2d(self, x, w, b):
+        return segfast.functional.conv2d(x, w, b, padding=1, activation="relu")
+
+    def test_a_choice_runs(self):
+        args = self._args()
+        assert self._ran(self._conv2d, *args) == "aten"
+        self._remember(CONV2D, "onednn")
+        assert self._ran(self._conv2d, *args) == "onednn"
+        torch.testing.assert_close(self._conv2d(*args), TF.relu(TF.conv2d(*args, padding=1)))
+
+    def test_not_for_another_dtype_option_or_number_of_threads(self):
+        x, w, b = self._args()
+        self._remember(CONV2D, "onednn")
+        with torch.no_grad():
+            assert self._ran(self._conv2d, x.double(), w.double(), b.double()) == "aten"
+            assert self._ran(lambda: segfast.functional.conv2d(x, w, b, padding=1)) == "aten"
+        _choice.forget_choices()
+        choices().add(CONV2D._replace(threads=torch.get_num_threads() + 1), Choice("onednn", {}))
+        assert self._ran(self._conv2d, x, w, b) == "aten"
+
+    def test_not_where_a_gradient_is_needed_or_somebody_listens(self, monkeypatch):
+        x, w, b = self._args()
+        self._remember(CONV2D, "onednn")
+        ran = []
+        candidate = CANDIDATES["conv2d"]["onednn"]
+        run = lambda *args: ran.append(1) or candidate.run(*args)  # noqa: E731
+        monkeypatch.setitem(CANDIDATES["conv2d"], "onednn", candidate._replace(run=run))
+        self._conv2d(x, w, b)
+        assert len(ran) == 1
+        w.requires_grad_()
+        self._conv2d(x, w, b).sum().backward()
+        assert w.grad is not None
+        w.requires_grad_(False)
+        with torch.no_grad():
+            self._conv2d(x, w, b)
+            assert len(ran) == 2
+            torch.func.vmap(lambda t: self._conv2d(t, w, b))(x[None])
+            torch.jit.trace(lambda t: self._conv2d(t, w, b), x, check_trace=False)
+            with segfast.backend("aten"):
+                self._conv2d(x, w, b)
+        assert len(ran) == 2
+
+    def test_the_nearest_size_of_the_same_call(self):
+        _, w, b = self._args()
+        self._remember(CONV2D, "onednn")
+        near, far = torch.randn(1, 8, 20, 20), torch.randn(1, 8, 40, 40)
+        to = lambda t: t.contiguous(memory_format=torch.channels_last)  # noqa: E731
+        assert self._ran(self._conv2d, to(near), w, b) == "onednn"
+        assert self._ran(self._conv2d, to(far), w, b) == "aten"
+        torch.testing.assert_close(self._conv2d(to(near), w, b), TF.relu(TF.conv2d(near, w, b, padding=1)))
+        with pytest.raises(RuntimeError):  # torch's own message, for an image smaller than the kernel
+            segfast.functional.conv2d(to(torch.randn(1, 8, 1, 9)), w, b, activation="relu")
+
+    def test_a_weight_that_was_written_to_is_prepared_anew(self):
+        x, w, b = self._args()
+        self._remember(CONV2D, "onednn")
+        for write in (lambda: w.mul_(2), lambda: w.copy_(torch.randn_like(w)), lambda: w[0].zero_()):
+            self._conv2d(x, w, b)
+            write()
+            torch.testing.assert_close(self._conv2d(x, w, b), TF.relu(TF.conv2d(x, w, b, padding=1)))
+        w.data = torch.randn_like(w)
+        torch.testing.assert_close(self._conv2d(x, w, b), TF.relu(TF.conv2d(x, w, b, padding=1)))
+
+    def test_what_was_prepared_goes_with_its_weight(self):
+        x, w, b = self._args()
+        self._remember(CONV2D, "onednn")
+        before = len(_choice._prepared)
+        self._conv2d(x, w, b)
+        assert len(_choice._prepared) == before + 1
+        del w
+        assert len(_choice._prepared) == before
+
+    def test_in_inference_mode_and_on_threads(self):
+        args = self._args()
+        self._remember(CONV2D, "onednn")
+        expected = TF.relu(TF.conv2d(*args, padding=1))
+        with torch.inference_mode():
+            torch.testing.assert_close(self._conv2d(*args), expected)
+            inference = [t.clone() for t in args]
+            torch.testing.assert_close(self._conv2d(*inference), expected)
+        results: list[Tensor] = []
+        threads = [threading.Thread(target=lambda: results.append(self._conv2d(*args))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in results:
+            torch.testing.assert_close(result, expected)
+        assert len(results) == 4
+
+    def test_autocast_keeps_fp32_weights_prepared_in_bf16(self):
+        x, w, b = self._args()
+        self._remember(CONV2D._replace(dtype=torch.bfloat16), "onednn")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self._conv2d(x, w, b)
+            assert self._ran(self._conv2d, x, w, b) == "onednn"
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), TF.relu(TF.conv2d(x, w, b, padding=1)), rtol=0.02, atol=0.1)
+
+
+class TestAutotune:
+    @pytest.mark.measures
+    def test_it_measures_at_first_sight_and_remembers(self, cache, clock, monkeypatch):
+        clock.costs = {"onednn": 0.5}
+        x, w = torch.randn(1, 8, 9, 9), torch.randn(6, 8, 3, 3)
+        measured = []
+        measure = _measure.measure
+        monkeypatch.setattr(_measure, "measure", lambda call: measured.append(call) or measure(call))
+        with segfast.autotune():
+            segfast.functional.conv2d(x, w)
+            y = segfast.functional.conv2d(x, w)
+        assert len(measured) == 1
+        torch.testing.assert_close(y, TF.conv2d(x, w))
+        _choice.forget_choices()
+        assert [choice.name for choice in choices().measured.values()] == ["onednn"]
+        segfast.functional.conv2d(x, torch.randn(6, 8, 5, 5))
+        assert len(measured) == 1
+
+    @pytest.mark.measures
+    def test_what_torch_refuses_torch_refuses(self, cache):
+        with segfast.autotune(), pytest.raises(RuntimeError, match="channels"):
+            segfast.functional.conv2d(torch.randn(1, 7, 9, 9), torch.randn(6, 8, 3, 3))
+        assert not choices().measured
+
+
+FOUND = {CONV2D: Choice("onednn", {"onednn": 1.25, ATEN: 2.5}), TRANSPOSED: Choice(ATEN, {})}
+
+
+class TestFiles:
+    def test_what_is_written_is_read(self, cache):
+        _choice_files.write(FOUND)
+        assert _choice_files.read() == FOUND
+        assert choices().find(CONV2D) == FOUND[CONV2D]
+
+    def test_writing_adds(self, cache):
+        for call, choice in FOUND.items():
+            _choice_files.write({call: choice})
+        assert _choice_files.read() == FOUND
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", '{"choices": 1}', '{"choices": [{"choice": "onednn", "us": {}}]}', "\0"]
+    )
+    def test_a_broken_file_is_a_warning_and_a_fresh_start(self, cache, text):
+        path = _choice_files.path()
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        with pytest.warns(UserWarning, match="ignored"):
+            assert not choices().measured
+        with pytest.warns(UserWarning, match="ignored"):
+            _choice_files.write(FOUND)
+        assert _choice_files.read() == FOUND
+
+    def test_a_cache_that_cannot_be_written_is_a_warning(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "file"))
+        _choice_files._warn_once.cache_clear()
+        with pytest.warns(UserWarning, match="cannot be written"):
+            _choice_files.write(FOUND)
+
+    def test_processes_that_write_at_once_lose_nothing(self, cache):
+        context = multiprocessing.get_context("spawn")
+        workers = [context.Process(target=_write_sizes, args=(start,)) for start in (0, 10)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            assert worker.exitcode == 0
+        assert sorted(call.input[2] for call in _choice_files.read()) == [
+            20 + start + i for start in (0, 10) for i in range(10)
+        ]
+
+    def test_other_versions_have_another_file(self, monkeypatch):
+        path = _choice_files.path()
+        here = _choice_files.machine()
+        for key in here:
+            monkeypatch.setattr(_choice_files, "machine", lambda key=key: {**here, key: "another"})
+            assert _choice_files.path() != path
+
+    def test_saved_choices_are_loaded(self, cache, tmp_path):
+        for call, choice in FOUND.items():
+            choices().add(call, choice)
+        shipped = tmp_path / "model.json"
+        assert segfast.save_choices(shipped) == 2
+        _choice.forget_choices()
+        assert not choices().measured
+        assert segfast.load_choices(shipped) == 2
+        assert choices().measured == FOUND
+        _choice.forget_choices()
+        assert choices().measured == FOUND  # in the cache too
+
+    def test_those_of_another_machine_are_not(self, cache, tmp_path):
+        shipped = tmp_path / "model.json"
+        choices().add(CONV2D, Choice(ATEN, {}))
+        segfast.save_choices(shipped)
+        content = json.loads(shipped.read_text())
+        content["machine"]["cpu"] = "another"
+        shipped.write_text(json.dumps(content))
+        _choice.forget_choices()
+        with pytest.warns(UserWarning, match="another machine .cpu differ"):
+            assert segfast.load_choices(shipped) == 0
+        assert not choices().measured
+
+    def test_what_is_no_such_file_is_an_error(self, tmp_path):
+        (tmp_path / "other.json").write_text("{}")
+        with pytest.raises(ValueError, match="save_choices"):
+            segfast.load_choices(tmp_path / "other.json")
+        with pytest.raises(FileNotFoundError):
+            segfast.load_choices(tmp_path / "missing.json")
+
+
+def _write_sizes(start: int) -> None:
+    for i in range(10):
+        size = 20 + start + i
+        _choice_files.write({CONV2D._replace(input=(1, 8, size, size)): Choice(ATEN, {})})
+
+
+def test_collecting_lists_the_calls_and_their_weights():
+    x, w = torch.randn(1, 8, 9, 9), torch.randn(6, 8, 3, 3)
+    with torch.no_grad(), _choice.collect() as collected:
+        for _ in range(2):
+            segfast.functional.conv2d(x, w)
+    assert list(collected.counts.values()) == [2]
+    (call,) = collected.counts
+    assert collected.by_weight() == {id(w): [call, call]}
+    assert _cpu.CANDIDATES is CANDIDATES
+
+
+def test_a_candidate_is_three_functions():
+    assert Candidate._fields == ("serves", "prepare", "run")
