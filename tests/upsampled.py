@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import segfast
+from segfast.functional import upsample_argmax, upsample_cross_entropy, upsample_dice
+
 from .fused_conv import draw
 from .tolerances import assert_close_to_reference
 
 IGNORED = 255
+NOT_FINITE = [float("-inf"), float("inf"), float("nan")]
 # Logits [N, C, H, W], and arguments of torch.nn.functional.interpolate. Odd sizes, no block full.
 GEOMETRIES = {
     "x4": ((2, 5, 3, 4), {"scale_factor": 4}),
@@ -51,6 +55,70 @@ def head(shape, geometry, dtype=torch.float32, channels_last=False) -> tuple[Ten
     target = torch.randint(shape[1], (shape[0], *size), generator=generator)
     target[torch.rand(target.shape, generator=generator) < 0.15] = IGNORED
     return logits, target
+
+
+def spoiled(name: str, values) -> tuple[Tensor, Tensor, dict]:
+    """A geometry's logits and target, thrice: one logit is not finite, in a corner, on a border and inside.
+
+    Each of another class, and of the value in its place.
+    """
+    shape, geometry = GEOMETRIES[name]
+    logits, target = (t[:1].repeat(3, *(t.dim() - 1) * [1]) for t in head(shape, geometry))
+    places = ((0, 0), (shape[2] - 1, shape[3] // 2), (shape[2] // 2, shape[3] // 2))
+    for i, ((row, column), value) in enumerate(zip(places, values, strict=True)):
+        logits[i, i % shape[1], row, column] = value
+    return logits, target, geometry
+
+
+# Here whether an output lies on a pixel, or a rounding beside it, hangs on fused multiply-adds.
+ROUNDED = ("x3, sources on the cells' edges", "by size", "x0.6", "one pixel")
+# Of `spoiled`: a class masked out, and a mixture.
+SPOILS = [("-inf", "-inf", "-inf"), ("inf", "nan", "inf"), ("nan", "inf", "-inf")]
+
+
+def check_kernels_spread_as_torch(name: str, spoils, device: torch.device) -> None:
+    """Losses, labels and gradients by our kernels have their infinities and NaN where torch has them.
+
+    But for one place in gradients: the second pixel of an axis, which outputs before the first one reach with
+    a weight of zero. Zero times NaN is NaN in torch.
+    """
+    logits, target, geometry = spoiled(name, [float(spoil) for spoil in spoils])
+
+    def ours(leaf, target, loss=upsample_cross_entropy, **options):
+        with segfast.backend("triton"):
+            return loss(leaf.to(device), target.to(device), ignore_index=IGNORED, **options)
+
+    def compare(actual, expected):
+        assert_same(actual[0].cpu(), expected[0])
+        gradient, wanted = actual[1], expected[1].clone()
+        spared = wanted.isnan() & ~gradient.isnan()
+        second = torch.zeros_like(spared)
+        second[:, :, 1:2] = second[:, :, :, 1:2] = True
+        assert not (spared & ~second).any()
+        wanted[spared] = gradient[spared]
+        assert_same(gradient, wanted)
+
+    options = {"reduction": "none", "label_smoothing": 0.1 * (len(name) % 2)}
+    expected = value_and_gradient(cross_entropy, logits, target, **options, **geometry)
+    compare(value_and_gradient(ours, logits, target, **options, **geometry), expected)
+    image, labels = logits[:1], target[:1]  # a dice loss is of all images
+    expected = value_and_gradient(dice, image, labels, **geometry)
+    actual = value_and_gradient(ours, image, labels, loss=upsample_dice, **geometry)
+    if expected[0].isnan():  # in torch all gradients are NaN then, of ignored pixels too
+        assert actual[0].isnan() and actual[1].isnan().any()
+    else:
+        compare(actual, expected)
+    z = interpolate(logits, **geometry)
+    with segfast.backend("triton"):
+        labels, confidence = upsample_argmax(logits.to(device), return_confidence=True, **geometry)
+        alone = upsample_argmax(logits.to(device), **geometry)
+    assert torch.equal(labels.cpu(), z.argmax(1)) and torch.equal(labels, alone)
+    assert_same(confidence.cpu(), z.softmax(1).amax(1))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """The same infinities and NaN, and the same numbers to fp32's roundings."""
+    torch.testing.assert_close(actual, expected, equal_nan=True, atol=1e-5, rtol=1e-4)
 
 
 def cross_entropy(logits, target, weight=None, label_smoothing=0.0, reduction="mean", **geometry) -> Tensor:

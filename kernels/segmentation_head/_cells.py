@@ -1,8 +1,11 @@
 """Which outputs lie between which low-resolution pixels: ATen's source positions, inverted.
 
-Along an axis, cell i holds the outputs whose source lies in [i, i + 1), i = -1 ... size - 1: before the first
-and after the last pixel both ends are that pixel. KIND is "bilinear", "corners" (bilinear with align_corners)
-or "nearest", whose outputs all take the pixel at the cell's start.
+Along an axis, cell i holds the outputs whose source lies in [i, i + 1), i = -1 ... size - 1. KIND is
+"bilinear", "corners" (bilinear with align_corners) or "nearest", whose outputs all take the pixel at the
+cell's start.
+
+An output is the sum of the pixels that ATen takes, by its weights, those of zero too: so a pixel that is
+infinite or NaN reaches what it reaches there.
 """
 
 import functools
@@ -15,6 +18,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Where a search for the largest starts, as -inf less -inf is NaN, and what it passes over.
+LOWEST = tl.constexpr(-1e38)
+NO_CLASS = tl.constexpr(-3e38)
 
 
 @triton.jit
@@ -47,12 +53,11 @@ def _first_output(cell, size, out_size, scale, inverse, KIND: tl.constexpr):
 
 
 @triton.jit
-def _fraction(position, cell, size, scale, KIND: tl.constexpr):
-    # The weight of the cell's end; 1 before the first pixel and 0 after the last, where it has one pixel.
+def _fraction(position, cell, scale, KIND: tl.constexpr):
+    # The weight of the cell's end: all before the first pixel.
     if KIND == "nearest":
         return (position * 0).to(tl.float32)
-    fraction = _source(position, scale, KIND) - cell.to(tl.float32)
-    return tl.where(cell < 0, 1.0, tl.where(cell >= size - 1, 0.0, fraction))
+    return tl.where(cell < 0, 1.0, _source(position, scale, KIND) - cell.to(tl.float32))
 
 
 @triton.jit
@@ -75,15 +80,30 @@ def _row_stretch(lane, row_lanes, W, OH, OW, scale_w, inverse_w, KIND: tl.conste
 
 
 @triton.jit
-def _corners(base, row, column, H, W, stride_xh, stride_xw, KIND: tl.constexpr):
+def _end_pixels(cell, size, KEEPS: tl.constexpr):
+    # The pixels at a cell's start and end. After the last pixel both are that one; before the first, outputs
+    # are that one and zero times the second. Where the size stays they are one pixel, once and zero times.
+    if KEEPS:
+        start = tl.maximum(cell, 0).to(tl.int64)
+        return start, start
+    start = tl.where(cell < 0, tl.minimum(size - 1, 1), cell)
+    return start.to(tl.int64), tl.minimum(cell + 1, size - 1).to(tl.int64)
+
+
+@triton.jit
+def _corners(base, row, column, H, W, stride_xh, stride_xw, KIND: tl.constexpr,
+             KEEPS_H: tl.constexpr, KEEPS_W: tl.constexpr):  # fmt: skip
     # Pointers to the four pixels around a cell, of the class `base` points at.
     # In 64 bits: a row's offset alone can pass 2**31.
-    top = base + tl.maximum(row, 0).to(tl.int64) * stride_xh
-    left = tl.maximum(column, 0).to(tl.int64) * stride_xw
     if KIND == "nearest":
-        return top + left, top + left, top + left, top + left
-    bottom = base + tl.minimum(row + 1, H - 1).to(tl.int64) * stride_xh
-    right = tl.minimum(column + 1, W - 1).to(tl.int64) * stride_xw
+        top_left = base + tl.maximum(row, 0).to(tl.int64) * stride_xh
+        top_left += tl.maximum(column, 0).to(tl.int64) * stride_xw
+        return top_left, top_left, top_left, top_left
+    above, below = _end_pixels(row, H, KEEPS_H)
+    left, right = _end_pixels(column, W, KEEPS_W)
+    top, bottom = base + above * stride_xh, base + below * stride_xh
+    left *= stride_xw
+    right *= stride_xw
     return top + left, top + right, bottom + left, bottom + right
 
 
@@ -104,42 +124,52 @@ def _load_corners(corners, offsets, mask, KIND: tl.constexpr):
 def _class_logits(corners, offsets, fraction_h, fraction_w, mask, KIND: tl.constexpr):
     # The upsampled logit of one class for each output, [SLOTS, LANES].
     top_left, top_right, bottom_left, bottom_right = _load_corners(corners, offsets, mask, KIND)
-    start = top_left + fraction_h[None, :] * (bottom_left - top_left)
-    end = top_right + fraction_h[None, :] * (bottom_right - top_right)
-    return start + fraction_w * (end - start)
+    if KIND == "nearest":
+        return top_left
+    start = top_left * (1.0 - fraction_h)[None, :] + bottom_left * fraction_h[None, :]
+    end = top_right * (1.0 - fraction_h)[None, :] + bottom_right * fraction_h[None, :]
+    return start * (1.0 - fraction_w) + end * fraction_w
 
 
 @triton.jit
-def _ends(values, fraction_h, class_ok):
-    # The cells' two ends at one output row, times log2(e): the logit at the start (-1e30 where there is no
-    # class) and what it gains to the end, [BLOCK_N, LANES].
+def _ends(values, fraction_h, bias, KIND: tl.constexpr):
+    # The logits at the cells' two ends at one output row, times log2(e), plus a bias: [BLOCK_N, LANES].
     top_left, top_right, bottom_left, bottom_right = values
-    start = (top_left + fraction_h[None, :] * (bottom_left - top_left)) * LOG2E
-    end = (top_right + fraction_h[None, :] * (bottom_right - top_right)) * LOG2E
-    return tl.where(class_ok[:, None], start, -1e30), end - start
+    if KIND == "nearest":
+        start = top_left * LOG2E + bias
+        return start, start
+    top = ((1.0 - fraction_h) * LOG2E)[None, :]
+    bottom = (fraction_h * LOG2E)[None, :]
+    return top_left * top + bias + bottom_left * bottom, top_right * top + bias + bottom_right * bottom
 
 
 @triton.jit
 def _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND: tl.constexpr):
-    # Loads a block of classes and interpolates it down to one output row.
+    # Loads a block of classes and interpolates it down to one output row; where there is no class, NO_CLASS.
     mask = (c < C)[:, None] & lane_ok[None, :]
     values = _load_corners(corners, (c * stride_xc)[:, None], mask, KIND)
-    return _ends(values, fraction_h, c < C)
+    return _ends(values, fraction_h, tl.where(c < C, 0.0, NO_CLASS)[:, None], KIND)
 
 
 @triton.jit
-def _between(start, slope, fraction_w):
+def _between(start, end, fraction_w, KIND: tl.constexpr):
     # From the ends of cells [BLOCK_N, LANES] to their outputs [BLOCK_N, SLOTS, LANES].
-    return start[:, None, :] + fraction_w[None, :, :] * slope[:, None, :]
+    if KIND == "nearest":
+        return tl.broadcast_to(start[:, None, :], (start.shape[0], fraction_w.shape[0], start.shape[1]))
+    return start[:, None, :] * (1.0 - fraction_w)[None, :, :] + end[:, None, :] * fraction_w[None, :, :]
 
 
 class Cells(NamedTuple):
-    """A resampling as launchers pass it, (height, width) each: steps, their inverses, outputs of a cell."""
+    """A resampling as launchers pass it, (height, width) each: steps, their inverses, outputs of a cell.
+
+    Also whether the size stays as it is.
+    """
 
     kind: str
     scales: tuple[float, float]
     inverses: tuple[float, float]
     most: tuple[int, int]
+    keeps: tuple[bool, bool]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,7 +181,8 @@ def cells(size: tuple[int, int], out_size: tuple[int, int], mode: str, align_cor
     steps = [source_scale(i, o, kind, s) for i, o, s in zip(size, out_size, given, strict=True)]
     most = [_most_outputs(i, o, kind, s) for i, o, s in zip(size, out_size, steps, strict=True)]
     inverses = [1.0 / s if s > 0 else 1e30 for s in steps]
-    return Cells(kind, (steps[0], steps[1]), (inverses[0], inverses[1]), (most[0], most[1]))
+    keeps = size[0] == out_size[0], size[1] == out_size[1]
+    return Cells(kind, (steps[0], steps[1]), (inverses[0], inverses[1]), (most[0], most[1]), keeps)
 
 
 def source_scale(size: int, out_size: int, kind: str, factor: float | None) -> float:

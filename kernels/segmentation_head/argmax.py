@@ -6,7 +6,7 @@ import triton.language as tl
 from .._configs import register_candidates
 from .._device import bounded
 from .._launch import Plan, layout_key, needs_wide_index, planned
-from ._cells import _between, _block_ends, _cell_of, _corners, _fraction, _row_stretch, cells
+from ._cells import LOWEST, _between, _block_ends, _cell_of, _corners, _fraction, _row_stretch, cells
 from .forward import lanes_of, pixel_candidates, pixel_tile
 
 
@@ -15,8 +15,8 @@ def _upsample_argmax_kernel(
     x_ptr, labels_ptr, confidence_ptr,
     LANES, row_lanes, C, H, W, OH, OW, scale_h, scale_w, inverse_w,
     stride_xn, stride_xc, stride_xh, stride_xw,
-    KIND: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, WIDE_INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, KEEPS_H: tl.constexpr, KEEPS_W: tl.constexpr, PARTS: tl.constexpr,
+    SLOTS: tl.constexpr, WIDE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     c = tl.arange(0, BLOCK_N)
@@ -27,19 +27,20 @@ def _upsample_argmax_kernel(
     lane_ok = lane < LANES
     n, oh, cell, first, end = _row_stretch(lane, row_lanes, W, OH, OW, scale_w, inverse_w, KIND, PARTS, SLOTS)
     row = _cell_of(oh, H, scale_h, KIND)
-    fraction_h = _fraction(oh, row, H, scale_h, KIND)
+    fraction_h = _fraction(oh, row, scale_h, KIND)
     ow = first[None, :] + tl.arange(0, SLOTS)[:, None]  # [SLOTS, BLOCK_M]
     ok = lane_ok[None, :] & (ow < end[None, :])
-    fraction_w = _fraction(ow, cell[None, :], W, scale_w, KIND)
-    corners = _corners(x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND)
+    fraction_w = _fraction(ow, cell[None, :], scale_w, KIND)
+    corners = _corners(x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND, KEEPS_H, KEEPS_W)
 
-    largest = tl.full((SLOTS, BLOCK_M), float("-inf"), tl.float32)
+    largest = tl.full((SLOTS, BLOCK_M), LOWEST, tl.float32)
     label = tl.zeros((SLOTS, BLOCK_M), tl.int32)
     total = tl.zeros((SLOTS, BLOCK_M), tl.float32)
     for first_class in tl.range(0, C, BLOCK_N):
-        start, slope = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
-        z = _between(start, slope, fraction_w)
-        block, index = tl.max(z, 0, return_indices=True)
+        left, right = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
+        z = _between(left, right, fraction_w, KIND)
+        # NaN is the largest, as in torch; beside +inf whichever comes first.
+        block, index = tl.max(tl.where(z == z, z, float("inf")), 0, return_indices=True)
         new = tl.maximum(largest, block)
         # Not >=: of equal logits the first class.
         label = tl.where(block > largest, first_class + index, label)
@@ -50,7 +51,8 @@ def _upsample_argmax_kernel(
     pixel = (n * OH + oh)[None, :] * OW + ow
     tl.store(labels_ptr + pixel, label.to(tl.int64), mask=ok)
     if confidence_ptr is not None:
-        tl.store(confidence_ptr + pixel, 1.0 / total, mask=ok)
+        # All logits -inf leave nothing: NaN, as in torch.
+        tl.store(confidence_ptr + pixel, tl.where(total > 0, 1.0 / total, float("nan")), mask=ok)
 
 
 register_candidates("upsample_argmax", pixel_candidates)
@@ -73,6 +75,8 @@ def upsample_argmax(x, labels, confidence, mode, align_corners, scales) -> None:
                    *x.stride())  # fmt: skip
         constants = {
             "KIND": resampling.kind,
+            "KEEPS_H": resampling.keeps[0],
+            "KEEPS_W": resampling.keeps[1],
             "PARTS": parts,
             "SLOTS": slots,
             "WIDE_INDEX": needs_wide_index(x, labels),

@@ -30,8 +30,8 @@ def _upsample_dice_sums_kernel(
     x_ptr, target_ptr, lse_ptr, sums_ptr,
     LANES, row_lanes, steps, C, H, W, OH, OW, scale_h, scale_w, inverse_w, ignore_index,
     stride_xn, stride_xc, stride_xh, stride_xw, stride_tn, stride_th, stride_tw,
-    KIND: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, WIDE_INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, KEEPS_H: tl.constexpr, KEEPS_W: tl.constexpr, PARTS: tl.constexpr,
+    SLOTS: tl.constexpr, WIDE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # A program sums one block of classes over `steps` tiles of lanes; blocks of the same tiles run together.
     pid = tl.program_id(0)
@@ -51,19 +51,23 @@ def _upsample_dice_sums_kernel(
             lane, row_lanes, W, OH, OW, scale_w, inverse_w, KIND, PARTS, SLOTS
         )
         row = _cell_of(oh, H, scale_h, KIND)
-        fraction_h = _fraction(oh, row, H, scale_h, KIND)
+        fraction_h = _fraction(oh, row, scale_h, KIND)
         ow = first[None, :] + tl.arange(0, SLOTS)[:, None]  # [SLOTS, BLOCK_M]
         ok = lane_ok[None, :] & (ow < end[None, :])
-        fraction_w = _fraction(ow, cell[None, :], W, scale_w, KIND)
-        corners = _corners(x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND)
+        fraction_w = _fraction(ow, cell[None, :], scale_w, KIND)
+        corners = _corners(
+            x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND, KEEPS_H, KEEPS_W
+        )
         lse = tl.load(lse_ptr + (n * OH + oh)[None, :] * OW + ow, mask=ok, other=0.0) * LOG2E
         labels = target_ptr + (n * stride_tn + oh * stride_th)[None, :] + ow * stride_tw
         label = tl.load(labels, mask=ok, other=0).to(tl.int64)
         counted = ok & (label != ignore_index)
         known = counted & (label >= 0) & (label < C)
-        start, slope = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
-        p = tl.exp2(_between(start, slope, fraction_w) - lse[None, :, :])  # [BLOCK_N, SLOTS, BLOCK_M]
-        p = tl.where(counted[None, :, :], tl.where(known, 1.0, float("nan"))[None, :, :] * p, 0.0)
+        left, right = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
+        # Of ignored pixels nothing, but NaN of those whose logits make it, as in torch.
+        lse += tl.where(known, 0.0, tl.where(counted, float("nan"), float("inf")))
+        p = tl.exp2(_between(left, right, fraction_w, KIND) - lse[None, :, :])  # [BLOCK_N, SLOTS, BLOCK_M]
+        p = tl.where(ok[None, :, :], p, 0.0)
         hit = counted[None, :, :] & (label[None, :, :] == c[:, None, None])
         probabilities += tl.sum(p, 1)
         hits += tl.sum(tl.where(hit, p, 0.0), 1)
@@ -80,8 +84,8 @@ def _softmax_expectation_kernel(
     x_ptr, target_ptr, lse_ptr, grad_ptr, mean_ptr,
     LANES, row_lanes, C, H, W, OH, OW, scale_h, scale_w, inverse_w,
     stride_xn, stride_xc, stride_xh, stride_xw, stride_tn, stride_th, stride_tw,
-    KIND: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, WIDE_INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, KEEPS_H: tl.constexpr, KEEPS_W: tl.constexpr, PARTS: tl.constexpr,
+    SLOTS: tl.constexpr, WIDE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # mean = sum over c of p[c] q[c], q[c] = grad[1, c] and, for the label's class, grad[0, c] more.
     pid = tl.program_id(0)
@@ -93,17 +97,17 @@ def _softmax_expectation_kernel(
     lane_ok = lane < LANES
     n, oh, cell, first, end = _row_stretch(lane, row_lanes, W, OH, OW, scale_w, inverse_w, KIND, PARTS, SLOTS)
     row = _cell_of(oh, H, scale_h, KIND)
-    fraction_h = _fraction(oh, row, H, scale_h, KIND)
+    fraction_h = _fraction(oh, row, scale_h, KIND)
     ow = first[None, :] + tl.arange(0, SLOTS)[:, None]  # [SLOTS, BLOCK_M]
     ok = lane_ok[None, :] & (ow < end[None, :])
-    fraction_w = _fraction(ow, cell[None, :], W, scale_w, KIND)
-    corners = _corners(x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND)
+    fraction_w = _fraction(ow, cell[None, :], scale_w, KIND)
+    corners = _corners(x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND, KEEPS_H, KEEPS_W)
     pixel = (n * OH + oh)[None, :] * OW + ow
     lse = tl.load(lse_ptr + pixel, mask=ok, other=0.0) * LOG2E
     mean = tl.zeros((SLOTS, BLOCK_M), tl.float32)
     for _ in tl.range(0, C, BLOCK_N):
-        start, slope = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
-        p = tl.exp2(_between(start, slope, fraction_w) - lse[None, :, :])
+        left, right = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
+        p = tl.exp2(_between(left, right, fraction_w, KIND) - lse[None, :, :])
         q = tl.load(grad_ptr + C + c, mask=c < C, other=0.0)
         mean += tl.sum(p * q[:, None, None], 0)
         c += BLOCK_N
@@ -155,6 +159,8 @@ def upsample_dice_sums(x, target, lse, mode, align_corners, scales, ignore_index
                    resampling.inverses[1], ignore_index, *x.stride(), *target.stride())  # fmt: skip
         constants = {
             "KIND": resampling.kind,
+            "KEEPS_H": resampling.keeps[0],
+            "KEEPS_W": resampling.keeps[1],
             "PARTS": parts,
             "SLOTS": slots,
             "WIDE_INDEX": needs_wide_index(x, target, lse),
@@ -189,6 +195,8 @@ def softmax_expectation(x, target, lse, grad, out, mode, align_corners, scales) 
                    *x.stride(), *target.stride())  # fmt: skip
         constants = {
             "KIND": resampling.kind,
+            "KEEPS_H": resampling.keeps[0],
+            "KEEPS_W": resampling.keeps[1],
             "PARTS": parts,
             "SLOTS": slots,
             "WIDE_INDEX": needs_wide_index(x, target, lse),

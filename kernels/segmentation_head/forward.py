@@ -11,6 +11,7 @@ from .._device import bounded
 from .._launch import Plan, layout_key, needs_wide_index, planned
 from ._cells import (
     LN2,
+    LOWEST,
     _between,
     _block_ends,
     _cell_of,
@@ -30,8 +31,8 @@ def _upsample_softmax_forward_kernel(
     x_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr,
     LANES, row_lanes, C, H, W, OH, OW, scale_h, scale_w, inverse_w, smoothing, ignore_index,
     stride_xn, stride_xc, stride_xh, stride_xw, stride_tn, stride_th, stride_tw,
-    KIND: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr,
-    SMOOTHING: tl.constexpr, PER_PIXEL: tl.constexpr, WIDE_INDEX: tl.constexpr,
+    KIND: tl.constexpr, KEEPS_H: tl.constexpr, KEEPS_W: tl.constexpr, PARTS: tl.constexpr,
+    SLOTS: tl.constexpr, SMOOTHING: tl.constexpr, PER_PIXEL: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Without a target the log-sum-exp alone. A label that is neither a class nor ignored makes the loss NaN.
@@ -44,21 +45,22 @@ def _upsample_softmax_forward_kernel(
     lane_ok = lane < LANES
     n, oh, cell, first, end = _row_stretch(lane, row_lanes, W, OH, OW, scale_w, inverse_w, KIND, PARTS, SLOTS)
     row = _cell_of(oh, H, scale_h, KIND)
-    fraction_h = _fraction(oh, row, H, scale_h, KIND)
+    fraction_h = _fraction(oh, row, scale_h, KIND)
     ow = first[None, :] + tl.arange(0, SLOTS)[:, None]  # [SLOTS, BLOCK_M]
     ok = lane_ok[None, :] & (ow < end[None, :])
-    fraction_w = _fraction(ow, cell[None, :], W, scale_w, KIND)
-    corners = _corners(x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND)
+    fraction_w = _fraction(ow, cell[None, :], scale_w, KIND)
+    corners = _corners(x_ptr + n * stride_xn, row, cell, H, W, stride_xh, stride_xw, KIND, KEEPS_H, KEEPS_W)
 
     # Online: the largest so far, and the sum of exponentials relative to it, all in powers of two.
-    largest = tl.full((SLOTS, BLOCK_M), float("-inf"), tl.float32)
+    # A logit that is +inf or NaN makes the sum NaN, as in torch.
+    largest = tl.full((SLOTS, BLOCK_M), LOWEST, tl.float32)
     total = tl.zeros((SLOTS, BLOCK_M), tl.float32)
-    mean_start = tl.zeros((BLOCK_M,), tl.float32)
-    mean_slope = tl.zeros((BLOCK_M,), tl.float32)
+    mean_left = tl.zeros((BLOCK_M,), tl.float32)
+    mean_right = tl.zeros((BLOCK_M,), tl.float32)
     weights = tl.zeros((BLOCK_N,), tl.float32)
     for _ in tl.range(0, C, BLOCK_N):
-        start, slope = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
-        z = _between(start, slope, fraction_w)
+        left, right = _block_ends(corners, c, C, stride_xc, fraction_h, lane_ok, KIND)
+        z = _between(left, right, fraction_w, KIND)
         new = tl.maximum(largest, tl.max(z, 0))
         total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(z - new[None, :, :]), 0)
         largest = new
@@ -68,8 +70,8 @@ def _upsample_softmax_forward_kernel(
                 w = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
             else:
                 w = tl.where(c < C, 1.0, 0.0)
-            mean_start += tl.sum(w[:, None] * start, 0)
-            mean_slope += tl.sum(w[:, None] * slope, 0)
+            mean_left += tl.sum(w[:, None] * left, 0)
+            mean_right += tl.sum(w[:, None] * right, 0)
             weights += w
         c += BLOCK_N
     lse = (largest + tl.log2(total)) * LN2
@@ -91,7 +93,8 @@ def _upsample_softmax_forward_kernel(
             weight = tl.where(known, 1.0, 0.0)
         loss = (1.0 - smoothing) * weight * (lse - logit)
         if SMOOTHING:
-            mean = (mean_start[None, :] + fraction_w * mean_slope[None, :]) * LN2
+            mean = _between(mean_left[None, :], mean_right[None, :], fraction_w, KIND)
+            mean = tl.sum(mean, 0) * LN2
             loss += smoothing / C * (tl.sum(weights, 0) * lse - mean)
         loss = tl.where(counted, tl.where(known, loss, float("nan")), 0.0)
         if PER_PIXEL:
@@ -157,6 +160,8 @@ def upsample_softmax_forward(x, target, weight, losses, lse, mode, align_corners
                    *((0, 0, 0) if target is None else target.stride()))  # fmt: skip
         constants = {
             "KIND": resampling.kind,
+            "KEEPS_H": resampling.keeps[0],
+            "KEEPS_W": resampling.keeps[1],
             "PARTS": parts,
             "SLOTS": slots,
             "SMOOTHING": smoothing != 0,

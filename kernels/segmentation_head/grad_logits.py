@@ -30,13 +30,20 @@ BUSY = 132 * 1024  # lanes that keep a large GPU busy
 
 
 @triton.jit
+def _share_of_start(fraction, cell, size):
+    # What the pixel at a cell's start gets of an output's gradient: all after the last pixel.
+    return tl.where(cell >= size - 1, 1.0, 1.0 - fraction)
+
+
+@triton.jit
 def _upsample_grad_logits_kernel(
     grad_ptr, x_ptr, target_ptr, weight_ptr, lse_ptr, mean_ptr, gx_ptr,
     LANES, strips, rows, sub_rows, parts, C, H, W, OH, OW,
     scale_h, scale_w, inverse_h, inverse_w, smoothing, ignore_index,
     stride_gn, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
     stride_tn, stride_th, stride_tw, stride_yn, stride_yc, stride_yh, stride_yw,
-    KIND: tl.constexpr, SLOTS: tl.constexpr, DICE: tl.constexpr, SMOOTHING: tl.constexpr,
+    KIND: tl.constexpr, KEEPS_H: tl.constexpr, KEEPS_W: tl.constexpr,
+    SLOTS: tl.constexpr, DICE: tl.constexpr, SMOOTHING: tl.constexpr,
     PER_PIXEL: tl.constexpr, CHANNELS: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +91,8 @@ def _upsample_grad_logits_kernel(
         first_h = _first_output(cell_h, H, OH, scale_h, inverse_h, KIND)
         end_h = _first_output(cell_h + 1, H, OH, scale_h, inverse_h, KIND)
         row_ok = lane_ok & (cell_h < H)
-        corners = _corners(x_image, tl.minimum(cell_h, H - 1), cell_w, H, W, stride_xh, stride_xw, KIND)
+        row = tl.minimum(cell_h, H - 1)
+        corners = _corners(x_image, row, cell_w, H, W, stride_xh, stride_xw, KIND, KEEPS_H, KEEPS_W)
         mask = class_ok[:, None] & row_ok[None, :]
         values = _load_corners(corners, (c * stride_xc)[:, None], mask, KIND)
         top_left = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -94,14 +102,14 @@ def _upsample_grad_logits_kernel(
         for sub_row in tl.range(0, sub_rows):
             oh = first_h + sub_row
             oh_ok = row_ok & (oh < end_h)
-            fraction_h = _fraction(oh, cell_h, H, scale_h, KIND)
-            start, slope = _ends(values, fraction_h, class_ok)
+            fraction_h = _fraction(oh, cell_h, scale_h, KIND)
+            left_end, right_end = _ends(values, fraction_h, 0.0, KIND)
             left = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             right = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for part in tl.range(0, parts):
                 ow = (first_w + part * SLOTS)[None, :] + tl.arange(0, SLOTS)[:, None]  # [SLOTS, BLOCK_M]
                 ok = oh_ok[None, :] & (ow < end_w[None, :])
-                fraction_w = _fraction(ow, cell_w[None, :], W, scale_w, KIND)
+                fraction_w = _fraction(ow, cell_w[None, :], scale_w, KIND)
                 pixel = (n * OH + oh)[None, :] * OW + ow
                 lse = tl.load(lse_ptr + pixel, mask=ok, other=0.0) * LOG2E
                 labels = target_ptr + (n * stride_tn + oh * stride_th)[None, :] + ow * stride_tw
@@ -109,11 +117,13 @@ def _upsample_grad_logits_kernel(
                 counted = ok & (label != ignore_index)
                 known = counted & (label >= 0) & (label < C)
                 label = tl.where(known, label, -1).to(tl.int32)
-                p = tl.exp2(_between(start, slope, fraction_w) - lse[None, :, :])
+                # Of ignored pixels nothing, but NaN of those whose logits make it, as in torch.
+                lse += tl.where(counted, 0.0, float("inf"))
+                p = tl.exp2(_between(left_end, right_end, fraction_w, KIND) - lse[None, :, :])
                 hit = label[None, :, :] == c[:, None, None]
                 if DICE:
                     mean = tl.load(mean_ptr + pixel, mask=ok, other=0.0)
-                    mean = tl.where(known, mean, float("nan"))
+                    mean = tl.where(counted, tl.where(known, mean, float("nan")), 0.0)
                     q = probability_grad[:, None, None] + tl.where(hit, hit_grad[:, None, None], 0.0)
                     dz = p * (q - mean[None, :, :])
                 else:
@@ -125,6 +135,7 @@ def _upsample_grad_logits_kernel(
                     else:
                         weight = tl.where(known, 1.0, 0.0)
                     weight = tl.where(known, weight, float("nan")) * (1.0 - smoothing) * grad
+                    weight = tl.where(counted, weight, 0.0)
                     if SMOOTHING:
                         # A block whatever grad is: Triton 3.9 indexes no scalar.
                         spread = tl.where(counted, smoothing / C * grad, 0.0)
@@ -133,13 +144,22 @@ def _upsample_grad_logits_kernel(
                         dz -= spread[None, :, :] * class_weight[:, None, None]
                     else:
                         dz = p * weight[None, :, :] - tl.where(hit, weight[None, :, :], 0.0)
-                dz = tl.where(counted[None, :, :], dz, 0.0)  # [BLOCK_N, SLOTS, BLOCK_M]
-                left += tl.sum(dz * (1.0 - fraction_w)[None, :, :], 1)
-                right += tl.sum(dz * fraction_w[None, :, :], 1)
-            top_left += (1.0 - fraction_h)[None, :] * left
-            top_right += (1.0 - fraction_h)[None, :] * right
-            bottom_left += fraction_h[None, :] * left
-            bottom_right += fraction_h[None, :] * right
+                dz = tl.where(ok[None, :, :], dz, 0.0)  # [BLOCK_N, SLOTS, BLOCK_M]
+                # Of one pixel: zero times NaN would be the next one's.
+                if KIND == "nearest" or KEEPS_W:
+                    left += tl.sum(dz, 1)
+                else:
+                    left += tl.sum(dz * _share_of_start(fraction_w, cell_w[None, :], W)[None, :, :], 1)
+                    right += tl.sum(dz * fraction_w[None, :, :], 1)
+            if KIND == "nearest" or KEEPS_H:
+                top_left += left
+                top_right += right
+            else:
+                start_h = _share_of_start(fraction_h, cell_h, H)[None, :]
+                top_left += start_h * left
+                top_right += start_h * right
+                bottom_left += fraction_h[None, :] * left
+                bottom_right += fraction_h[None, :] * right
         # The right ends belong to the next lane's pixel; before the first pixel there is only a right end.
         gx = above_left + top_left + tl.gather(above_right + top_right, before, 1)
         pixels = gx_ptr + n * stride_yn + cell_h.to(tl.int64) * stride_yh + cell_w.to(tl.int64) * stride_yw
@@ -198,6 +218,8 @@ def upsample_grad_logits(grad, x, target, weight, lse, mean, out, mode, align_co
                    *grad_strides, *x.stride(), *target.stride(), *out.stride())  # fmt: skip
         constants = {
             "KIND": resampling.kind,
+            "KEEPS_H": resampling.keeps[0],
+            "KEEPS_W": resampling.keeps[1],
             "SLOTS": slots,
             "DICE": mean is not None,
             "SMOOTHING": smoothing != 0,

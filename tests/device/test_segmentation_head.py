@@ -10,7 +10,7 @@ import segfast
 import segfast.functional as SF
 from segfast.kernels._launch import _PLANS
 
-from ..upsampled import IGNORED, head, interpolate
+from ..upsampled import IGNORED, SPOILS, check_kernels_spread_as_torch, head, interpolate
 from .tester import DTYPES, compare, place
 
 pytestmark = pytest.mark.device
@@ -130,3 +130,9 @@ def test_labels_and_dice(name, arithmetic, device):
     (expected_grad,) = torch.autograd.grad(expected, wide)
     judge("dice", loss, expected.detach(), 1 + z.abs().amax(), arithmetic)
     judge("gradient of dice", found, expected_grad, 64 * expected_grad.abs().amax(), arithmetic)
+
+
+@pytest.mark.parametrize("spoils", SPOILS, ids=" ".join)
+@pytest.mark.parametrize("name", ["x4", "x2.3", "corners", "smaller", "x(8, 1)", "nearest by size"])
+def test_logits_that_are_not_finite_reach_what_they_reach_in_torch(name, spoils, device):
+    check_kernels_spread_as_torch(name, spoils, device)

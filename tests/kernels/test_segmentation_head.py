@@ -10,7 +10,11 @@ from segfast.kernels.segmentation_head import _cells, dice_sums, forward, grad_l
 from tests.upsampled import (
     GEOMETRIES,
     IGNORED,
+    ROUNDED,
+    SPOILS,
+    assert_same,
     check,
+    check_kernels_spread_as_torch,
     check_labels,
     cross_entropy,
     dice,
@@ -190,3 +194,49 @@ def test_large_logits_do_not_overflow():
     logits, target = head(shape, geometry)
     for scale in (1e3, 1e4):
         check(ours, cross_entropy, scale * logits, target, **geometry)
+
+
+@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name not in ROUNDED])
+def test_logits_that_are_not_finite_reach_what_they_reach_in_torch(name, poisoned_empty):
+    spoils = SPOILS[list(GEOMETRIES).index(name) % len(SPOILS)]
+    check_kernels_spread_as_torch(name, spoils, torch.device("cpu"))
+
+
+def test_a_masked_class_stays_where_it_is():
+    x = torch.zeros(1, 4, 16, 16)
+    x[:, 0] = 1
+    x[0, 1, 2, 2] = float("-inf")
+    assert (upsample_argmax(x, scale_factor=8) == 0).all()
+    x[:, 2:] = float("-inf")  # a class that no pixel may have
+    x[0, 3, 0, 0] = 2.0
+    z = interpolate(x, scale_factor=8)
+    assert torch.equal(upsample_argmax(x, scale_factor=8), z.argmax(1))
+
+
+def test_without_any_class_left_the_loss_is_nan():
+    logits, target = head((1, 3, 4, 4), {"scale_factor": 2})
+    logits[:, :, 2, 2] = float("-inf")
+    losses = ours(logits, target, reduction="none", scale_factor=2)
+    expected = cross_entropy(logits, target, reduction="none", scale_factor=2)
+    assert expected.isnan().any() and torch.equal(losses.isnan(), expected.isnan())
+    labels, confidence = upsample_argmax(logits, scale_factor=2, return_confidence=True)
+    z = interpolate(logits, scale_factor=2)
+    assert torch.equal(labels, z.argmax(1))
+    assert torch.equal(confidence.isnan(), z.softmax(1).amax(1).isnan())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_reaches_its_pixels(value):
+    shape, geometry = GEOMETRIES["x4"]
+    logits, target = head(shape, geometry)
+    grad = torch.ones(target.shape)
+    grad[target == IGNORED] = float(value)  # counts for nothing
+    inside = (target[0, 2:-2, 2:-2] != IGNORED).nonzero()[7] + 2
+    grad[0, inside[0], inside[1]] = float(value)
+    gradients = []
+    for function in (ours, cross_entropy):
+        leaf = logits.clone().requires_grad_()
+        losses = function(leaf, target, reduction="none", **geometry)
+        gradients.append(torch.autograd.grad(losses, leaf, grad)[0])
+    assert_same(*gradients)
+    assert not gradients[1].isfinite().all() and gradients[1][1:].isfinite().all()

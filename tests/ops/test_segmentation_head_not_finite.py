@@ -5,9 +5,18 @@ import torch
 
 from segfast.functional import upsample_argmax, upsample_cross_entropy, upsample_dice
 from segfast.ops.segmentation_head import chunked
-from tests.upsampled import GEOMETRIES, IGNORED, cross_entropy, dice, head, interpolate, value_and_gradient
-
-VALUES = [float("-inf"), float("inf"), float("nan")]
+from tests.upsampled import (
+    GEOMETRIES,
+    IGNORED,
+    NOT_FINITE,
+    assert_same,
+    cross_entropy,
+    dice,
+    head,
+    interpolate,
+    spoiled,
+    value_and_gradient,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -16,24 +25,12 @@ def tiles_for_all(monkeypatch):
     monkeypatch.setattr(chunked, "pays", lambda *call: True)
 
 
-def spoiled(name, value):
-    """One logit each of a corner, a border and the inside, of different classes."""
-    shape, geometry = GEOMETRIES[name]
-    logits, target = head(shape, geometry)
-    for i, (row, column) in enumerate(
-        ((0, 0), (shape[2] - 1, shape[3] // 2), (shape[2] // 2, shape[3] // 2))
-    ):
-        one = logits.clone()
-        one[0, i % shape[1], row, column] = value
-        yield one, target, geometry
-
-
 def same(actual, expected):
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, equal_nan=True, atol=1e-5, rtol=1e-4)
+        assert_same(a, e)
 
 
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_losses_labels_and_gradients_are_torchs(name, value):
     def ours(logits, target, **options):
@@ -42,7 +39,9 @@ def test_losses_labels_and_gradients_are_torchs(name, value):
     def our_dice(logits, target, **options):
         return upsample_dice(logits, target, ignore_index=IGNORED, **options)
 
-    for logits, target, geometry in spoiled(name, value):
+    every, targets, geometry = spoiled(name, 3 * [value])
+    for image, target in zip(every, targets[:, None].expand(-1, 2, -1, -1), strict=True):
+        logits = torch.stack([image, image.nan_to_num(0.0, 0.0, 0.0)])  # the other image is spared
         for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1, "reduction": "sum"}):
             expected = value_and_gradient(cross_entropy, logits, target, **options, **geometry)
             same(value_and_gradient(ours, logits, target, **options, **geometry), expected)
