@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.crf_peers import core_count
 from benchmarks.environment import ROOT, environment
 from benchmarks.rows import MEASURED, append_rows, make_row
 from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
@@ -90,6 +91,15 @@ class Comparison:
 @pytest.fixture
 def compare(request, benchmark, device, ceilings, shared_columns):
     return Comparison(request, benchmark, device, ceilings, shared_columns)
+
+
+@pytest.fixture
+def threads(request):
+    """All cores, as users have them; without --benchmark two, so that ours are at work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(core_count() if request.config.getoption("--benchmark") else 2)
+    yield torch.get_num_threads()
+    torch.set_num_threads(before)
 
 
 def pytest_sessionstart(session):

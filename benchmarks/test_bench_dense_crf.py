@@ -2,10 +2,6 @@
 
 import os
 import statistics
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,11 +9,11 @@ import torch
 
 import segfast
 import segfast.crf
+from benchmarks.busy import busy_loops, in_turn, timing_of
 from benchmarks.cases import CASES, find, is_crf
 from benchmarks.crf_peers import core_count, ours_by, pydensecrf, solve
 from benchmarks.problems import Problem
 from benchmarks.timing import Measurement
-from segfast._timing import Timing, quantiles
 
 ON_GPU = torch.cuda.is_available()
 # On a CPU most sizes are the same case.
@@ -30,43 +26,6 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("case", FAMILY, ids=lambda case: case.name)
 def test_filter_and_mean_field(compare, case):
     compare(case)
-
-
-@pytest.fixture
-def threads(request):
-    """All cores, as users have them; without --benchmark two, so that ours are at work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(core_count() if request.config.getoption("--benchmark") else 2)
-    yield torch.get_num_threads()
-    torch.set_num_threads(before)
-
-
-@contextmanager
-def busy_loops(count):
-    """So many processes that compute without end."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
-
-
-def in_turn(runs, pairs):
-    """Seconds of each callable, called in turn so often, every other time in the opposite order."""
-    seconds = {name: [] for name in runs}
-    for turn in range(pairs):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            start = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def timing_of(seconds):
-    nan = float("nan")
-    return Timing(nan, nan, nan, *quantiles([1e6 * s for s in seconds]), len(seconds))
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["alone", "busy"])

@@ -1,10 +1,16 @@
 """Losses and labels of upsampled logits against PyTorch's separate functions."""
 
+import os
+import statistics
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.busy import busy_loops, in_turn, timing_of
 from benchmarks.cases import CASES, find
+from benchmarks.crf_peers import core_count
+from benchmarks.timing import Measurement
 from segfast.functional import upsample_argmax, upsample_cross_entropy
 
 FAMILY = [case for case in CASES if case.family == "segmentation_head"]
@@ -15,13 +21,16 @@ def test_head(compare, case):
     compare(case)
 
 
+PAIRS = 9  # of calls in turn with --benchmark
 # Of one image: the sides of the logits.
 SIDES = {"ade20k_upsample_os32": (16, 16), "cityscapes_upsample_n1": (64, 128)}
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["alone", "busy"])
 @pytest.mark.parametrize("task", ["loss", "argmax"])
 @pytest.mark.parametrize("head", SIDES)
-def test_one_image_on_a_cpu(compare, head, task):
+def test_one_image_on_a_cpu(compare, threads, head, task, busy):
+    """Times are reported, and never asserted: alone, and beside a busy loop for each core."""
     if compare.device.type != "cpu":
         pytest.skip("the tiles are the CPU's")
     case = find(f"{head}_{task}").cpu()
@@ -53,4 +62,26 @@ def test_one_image_on_a_cpu(compare, head, task):
         scores = upsampled().detach()
         chosen = scores.gather(1, runs["segfast"]()[:, None])
         torch.testing.assert_close(chosen, scores.amax(1, keepdim=True))
-    compare.side_by_side(case, runs)
+    loops = core_count() if busy else 0
+    with busy_loops(loops):
+        seconds = in_turn(runs, PAIRS if compare.proper else 1)
+        compare.benchmark.pedantic(runs["segfast"], rounds=1)
+    load = os.getloadavg()[0]
+    ratio = statistics.median(s / p for s, p in zip(seconds["segfast"], seconds["pair"], strict=True))
+    note = f"CPU, {threads} threads" + (f", beside {loops} busy loops" if busy else "")
+    compare.keep(
+        case,
+        [
+            Measurement(
+                f"{name}_busy" if busy else name, name == "segfast", "ok", note, timing=timing_of(times)
+            )
+            for name, times in seconds.items()
+        ],
+    )
+    compare.benchmark.extra_info.update(
+        case=case.key, ratio=ratio, threads=threads, busy_loops=loops, load=load
+    )
+    print(
+        f"{case.name}, {note}: {ratio:.2f} times the pair's time "
+        f"(median of {len(seconds['pair'])} pairs, load {load:.1f})"
+    )
