@@ -153,8 +153,8 @@ def convolution(
             top = 4 * row - padding[0]
             low, high = max(top, 0), min(top + 6, height)
             if low < high:
-                read = source[image * height + low : image * height + high]
-                torch.mm(INPUT[:, low - top : high - top], read, out=evaluated)
+                matrix = INPUT if high - low == 6 else INPUT[:, low - top : high - top]
+                torch.mm(matrix, source[image * height + low : image * height + high], out=evaluated)
             else:
                 evaluated.zero_()
         plan.gathered.copy_(plan.overlapping)

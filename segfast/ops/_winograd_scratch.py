@@ -77,10 +77,11 @@ class Plan:
         wide = (4 * columns + 2) * in_channels
         points, half, whole = 36 * count * in_channels, 24 * count * out_channels, 16 * count * out_channels
         product = 0 if packed else 36 * count * out_channels
-        needs = [6 * rows * wide, max(36 * padded * in_channels, half), max(points, whole, product)]
-        z, one, two = scratch(sum(needs)).split(needs)
+        # Each step reads one and writes the other.
+        needs = [max(6 * rows * wide, 36 * padded * in_channels, half), max(points, whole, product)]
+        one, two = scratch(sum(needs)).split(needs)
 
-        z = z.view(rows, 6, wide)
+        z = one[: 6 * rows * wide].view(rows, 6, wide)
         self.evaluated = list(z[:, :, left * in_channels : (left + width) * in_channels])
         self.borders = [z[:, :, : left * in_channels], z[:, :, (left + width) * in_channels :]]
         if packed:
