@@ -6,6 +6,8 @@ for evaluation and interpolation of polynomials at 0, 1, -1, 1/2, -2 and infinit
 Algorithms for Convolutional Neural Networks", 2015; the points after Barabasz et al., "Error Analysis and
 Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018.
 
+Of a dilated convolution every d-th row and column is an image of its own, and not dilated.
+
 Few rows of tiles are computed at a time, so that all between input and output stays in a core's own cache:
 
     rows of the image --B'--> [row, 6, column, C] --gather--> [tile, 6, 6, C] --B'--> [tile, 36, C]
@@ -19,6 +21,7 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._epilogue import activate_
@@ -29,8 +32,11 @@ _CHANNELS_LAST = torch.channels_last
 _onednn = torch.ops.mkldnn
 # From so many products of channels on oneDNN's 1x1 convolution is faster than MKL's batched product.
 _PACKED = 128 * 256
+# With fewer channels the transforms take longer than they save; with fewer tiles, reading the weights does.
 _LEAST_CHANNELS = 32
-_LEAST_SIZE = 8
+_LEAST_PRODUCTS = 32 * 64
+_LEAST_TILES = 9
+_LEAST_FILLED = 0.6  # of the tiles, by the output
 # Of the point 1 all four rows of A' are one: what is added there is added to each output.
 _ONE = 7
 
@@ -54,7 +60,10 @@ def serves(
     dilation: tuple[int, int],
     groups: int,
 ) -> bool:
-    """Tells if `convolution` computes this call: dense 3x3 on a CPU in fp32, of some channels and pixels."""
+    """Tells if `convolution` computes this call: dense 3x3 on a CPU in fp32, of some channels and pixels.
+
+    A padding must be a multiple of the dilation, the same in both directions.
+    """
     if input.dim() != 4 or weight.dim() != 4 or not (input.is_cpu and weight.is_cpu):
         return False
     if input.dtype != torch.float32 or weight.dtype != torch.float32:
@@ -63,11 +72,17 @@ def serves(
         return False
     if tuple(weight.shape[2:]) != (3, 3) or groups != 1 or weight.shape[1] != input.shape[1]:
         return False
-    if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or min(padding) < 0:
+    step = dilation[0]
+    if tuple(stride) != (1, 1) or tuple(dilation) != (step, step) or min(padding) < 0:
         return False
-    height, width = (size + 2 * p - 2 for size, p in zip(input.shape[2:], padding, strict=True))
-    enough = min(weight.shape[:2]) >= _LEAST_CHANNELS and min(height, width) >= _LEAST_SIZE
-    return enough and input.numel() > 0 and _has_onednn() and _full_precision()
+    if any(p % step for p in padding) or min(weight.shape[:2]) < _LEAST_CHANNELS or input.numel() == 0:
+        return False
+    height, width = (size + 2 * (p - step) for size, p in zip(input.shape[2:], padding, strict=True))
+    if min(height, width) <= 0 or weight.shape[0] * weight.shape[1] < _LEAST_PRODUCTS:
+        return False
+    count = tiles(tuple(input.shape), padding, step)
+    filled = input.shape[0] * height * width / (16 * count)
+    return count >= _LEAST_TILES and filled >= _LEAST_FILLED and _has_onednn() and _full_precision()
 
 
 @functools.cache
@@ -81,10 +96,12 @@ def _full_precision() -> bool:
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
-def tiles(input_shape: tuple[int, ...], padding: tuple[int, int]) -> int:
+def tiles(input_shape: tuple[int, ...], padding: tuple[int, int], dilation: int = 1) -> int:
     """The number of 4x4 tiles of the output that an input [N, C, H, W] gives."""
-    rows, columns = ((size + 2 * p + 1) // 4 for size, p in zip(input_shape[2:], padding, strict=True))
-    return input_shape[0] * rows * columns
+    count = input_shape[0] * dilation**2
+    for size, p in zip(input_shape[2:], padding, strict=True):
+        count *= -(-(-(-size // dilation) + 2 * (p // dilation) - 2) // 4)
+    return count
 
 
 def transform_weight(weight: Tensor, tiles: int = MANY) -> TransformedWeight:
@@ -111,12 +128,20 @@ def convolution(
     residual: Tensor | None,
     activation: str | None,
     negative_slope: float,
+    dilation: int = 1,
 ) -> Tensor:
-    """act(conv2d(input, weight, bias, padding=padding) + residual), [N, K, H, W] in channels_last.
+    """act(conv2d(input, weight, bias, 1, padding, dilation) + residual), [N, K, H, W] in channels_last.
 
     For calls that `serves` knows; `input` [N, C, H, W] and `residual` of any strides, `bias` [K]. Without
     gradients.
     """
+    if dilation > 1:
+        size = [s + 2 * (p - dilation) for s, p in zip(input.shape[2:], padding, strict=True)]
+        phases = _phases(input.detach(), dilation)
+        added = None if residual is None else _phases(residual.detach(), dilation)
+        padding = padding[0] // dilation, padding[1] // dilation
+        output = convolution(phases, transformed, bias, padding, added, activation, negative_slope)
+        return _together(output, dilation, *size)
     images, in_channels, height, width = input.shape
     out_channels = transformed.out_channels
     packed = transformed.points.is_mkldnn
@@ -203,3 +228,18 @@ def convolution(
         else:
             on_threads(input, lambda: each(tasks))
     return output
+
+
+def _phases(t: Tensor, step: int) -> Tensor:
+    """[N * step * step, C, H / step, W / step] of [N, C, H, W]: every step-th row and column."""
+    behind = (0, -t.shape[3] % step, 0, -t.shape[2] % step)
+    t = F.pad(t, behind) if any(behind) else t
+    t = t.unflatten(2, (-1, step)).unflatten(4, (-1, step)).permute(0, 3, 5, 2, 4, 1)
+    return t.reshape(-1, *t.shape[3:]).permute(0, 3, 1, 2)
+
+
+def _together(phases: Tensor, step: int, height: int, width: int) -> Tensor:
+    """[N, C, height, width] in channels_last of its `_phases`."""
+    t = phases.permute(0, 2, 3, 1).unflatten(0, (-1, step, step)).permute(0, 3, 1, 4, 2, 5)
+    t = t.reshape(len(t), t.shape[1] * step, t.shape[3] * step, -1).permute(0, 3, 1, 2)
+    return t[:, :, :height, :width].contiguous(memory_format=_CHANNELS_LAST)

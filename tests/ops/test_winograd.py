@@ -30,24 +30,28 @@ def layer(in_channels, out_channels):
     return numbers(out_channels, in_channels, 3, 3) / (9 * in_channels) ** 0.5, numbers(out_channels)
 
 
-def ours(x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01, tiles=None):
-    tiles = winograd.tiles(x.shape, padding) if tiles is None else tiles
+def ours(
+    x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01, tiles=None, step=1
+):
+    tiles = winograd.tiles(x.shape, padding, step) if tiles is None else tiles
     transformed = winograd.transform_weight(weight, tiles)
-    return winograd.convolution(x, transformed, bias, padding, residual, activation, slope)
+    return winograd.convolution(x, transformed, bias, padding, residual, activation, slope, step)
 
 
-def aten(x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01):
-    y = F.conv2d(x, weight, bias, padding=padding)
+def aten(x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01, step=1):
+    y = F.conv2d(x, weight, bias, padding=padding, dilation=step)
     return ACTIVATIONS[activation](y if residual is None else y + residual, slope)
 
 
-def hold(actual, x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01):
+def hold(actual, x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01, step=1):
     """Holds a result to the error rule. No activation's slope is above 1.13, which the rule's 2 covers."""
-    wide = [None if t is None else t.double() for t in (x, weight, bias, residual)]
-    x64, weight64, bias64, residual64 = wide
-    reference = aten(x64, weight64, bias64, padding, residual64, activation, slope)
-    magnitude = aten(*(None if t is None else t.abs() for t in (x64, weight64, bias64)), padding)
-    ordinary = aten(x, weight, bias, padding, residual, activation, slope)
+    x64, weight64, bias64, residual64 = (
+        None if t is None else t.double() for t in (x, weight, bias, residual)
+    )
+    reference = aten(x64, weight64, bias64, padding, residual64, activation, slope, step)
+    absolute = (None if t is None else t.abs() for t in (x64, weight64, bias64))
+    magnitude = aten(*absolute, padding, step=step)
+    ordinary = aten(x, weight, bias, padding, residual, activation, slope, step)
     assert_close_to_reference(actual, reference, ordinary, magnitude, 9 * x.shape[1])
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
@@ -65,6 +69,17 @@ def test_the_matrices_convolve():
 def test_sizes_paddings_batches(images, size, padding):
     x, (weight, bias) = numbers(images, 32, *size), layer(32, 48)
     hold(ours(x, weight, bias, padding), x, weight, bias, padding)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 0)], ids="times the dilation {}".format)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_dilations(step, padding, layout):
+    arrange, padding = LAYOUTS[layout], (step * padding[0], step * padding[1])
+    x, (weight, bias) = arrange(numbers(2, 32, 27, 30)), layer(32, 48)
+    residual = arrange(numbers(*aten(x, weight, None, padding, step=step).shape))
+    y = ours(x, weight, bias, padding, residual, "silu", step=step)
+    hold(y, x, weight, bias, padding, residual, "silu", step=step)
 
 
 # Plain weights and packed ones, for few tiles and for many, with tiles of the other number.
@@ -195,19 +210,32 @@ def test_modes_and_state_of_the_caller():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_tiles_are_those_of_the_output():
+    assert winograd.tiles((1, 32, 16, 20), (1, 1)) == 4 * 5
+    assert winograd.tiles((3, 32, 17, 15), (0, 2)) == 3 * 4 * 5
+    assert winograd.tiles((1, 32, 32, 33), (2, 4), 2) == 4 * 4 * 5
+
+
 def test_calls_it_serves():
     x, (weight, _) = numbers(1, 64, 16, 16), layer(64, 64)
-    dense = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation, groups
+    one, two = (1, 1), (2, 2)
+    dense = one, one, one, 1  # stride, padding, dilation, groups
     assert winograd.serves(x, weight, *dense)
     assert winograd.serves(x.contiguous(memory_format=torch.channels_last), weight, *dense)
-    assert not winograd.serves(x, weight, (2, 2), (1, 1), (1, 1), 1)
-    assert not winograd.serves(x, weight, (1, 1), (2, 2), (2, 2), 1)
-    assert not winograd.serves(x, weight[:, :32], (1, 1), (1, 1), (1, 1), 2)
+    assert winograd.serves(x, weight, one, two, two, 1)
+    assert not winograd.serves(x, weight, one, one, two, 1)
+    assert not winograd.serves(x, weight, one, two, (2, 1), 1)
+    assert not winograd.serves(x, weight, two, one, one, 1)
+    assert not winograd.serves(x, weight[:, :32], one, one, one, 2)
+    assert not winograd.serves(x, weight, one, (6, 6), (6, 6), 1)
     assert not winograd.serves(x, numbers(64, 64, 1, 1), *dense)
     assert not winograd.serves(x[:, :8], weight[:, :8], *dense)
+    assert not winograd.serves(x[:, :32], weight[:32, :32], *dense)
     assert not winograd.serves(x[:0], weight, *dense)
     assert not winograd.serves(x[0], weight, *dense)
-    assert not winograd.serves(x[..., :4], weight, *dense)
+    assert not winograd.serves(x[..., :2], weight, one, (0, 0), one, 1)
+    assert not winograd.serves(x[..., :8, :8], weight, *dense)
+    assert not winograd.serves(x[..., :9, :9], weight, *dense)
     assert not winograd.serves(x.double(), weight.double(), *dense)
     assert not winograd.serves(x.bfloat16(), weight.bfloat16(), *dense)
     assert not winograd.serves(x.to("meta"), weight.to("meta"), *dense)
