@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._choice import Call, Candidate
 from ._epilogue import activate_
 from ._threads import each, on_threads
-from ._winograd_scratch import INPUT, MANY, WEIGHT64, Sizes, kept
+from ._winograd_scratch import FEW, INPUT, MANY, WEIGHT64, Sizes, kept
 
 _CHANNELS_LAST = torch.channels_last
 _onednn = torch.ops.mkldnn
@@ -62,26 +63,36 @@ def serves(
 ) -> bool:
     """Tells if `convolution` computes this call: dense 3x3 on a CPU in fp32, of some channels and pixels.
 
-    A padding must be a multiple of the dilation, the same in both directions.
+    Tensors on "meta" stand for ones on a CPU. A padding must be a multiple of the dilation, which must be the
+    same in both directions.
     """
-    if input.dim() != 4 or weight.dim() != 4 or not (input.is_cpu and weight.is_cpu):
+    if any([t.device.type not in ("cpu", "meta") or t.layout != torch.strided for t in (input, weight)]):
         return False
     if input.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if input.layout != torch.strided or weight.layout != torch.strided:
-        return False
-    if tuple(weight.shape[2:]) != (3, 3) or groups != 1 or weight.shape[1] != input.shape[1]:
+    return _serves(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
+
+
+def _serves(
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> bool:
+    if len(input) != 4 or weight[1:] != (input[1], 3, 3) or groups != 1 or 0 in input:
         return False
     step = dilation[0]
-    if tuple(stride) != (1, 1) or tuple(dilation) != (step, step) or min(padding) < 0:
+    if tuple(stride) != (1, 1) or tuple(dilation) != (step, step) or any(p < 0 or p % step for p in padding):
         return False
-    if any(p % step for p in padding) or min(weight.shape[:2]) < _LEAST_CHANNELS or input.numel() == 0:
+    if min(weight[:2]) < _LEAST_CHANNELS or weight[0] * weight[1] < _LEAST_PRODUCTS:
         return False
-    height, width = (size + 2 * (p - step) for size, p in zip(input.shape[2:], padding, strict=True))
-    if min(height, width) <= 0 or weight.shape[0] * weight.shape[1] < _LEAST_PRODUCTS:
+    height, width = (size + 2 * (p - step) for size, p in zip(input[2:], padding, strict=True))
+    if min(height, width) <= 0:
         return False
-    count = tiles(tuple(input.shape), padding, step)
-    filled = input.shape[0] * height * width / (16 * count)
+    count = tiles(input, padding, step)
+    filled = input[0] * height * width / (16 * count)
     return count >= _LEAST_TILES and filled >= _LEAST_FILLED and _has_onednn() and _full_precision()
 
 
@@ -107,16 +118,18 @@ def tiles(input_shape: tuple[int, ...], padding: tuple[int, int], dilation: int 
 def transform_weight(weight: Tensor, tiles: int = MANY) -> TransformedWeight:
     """A weight [K, C, 3, 3] as `convolution` takes it, laid out for so many tiles; right for any number.
 
-    Computed in fp64 and rounded once. It takes four times the memory of the weight.
+    Laid out too for as many threads as torch has now. Computed in fp64 and rounded once. It takes four times
+    the memory of the weight.
     """
     out_channels, in_channels = weight.shape[:2]
-    few = tiles < MANY
+    packed = tiles < MANY or in_channels * out_channels >= _PACKED
+    few = packed and tiles < MANY * torch.get_num_threads()
     with torch.no_grad():
         points = torch.einsum("ai,bj,ocij->baoc", WEIGHT64, WEIGHT64, weight.detach().double()).float()
-        if not few and in_channels * out_channels < _PACKED:
+        if not packed:
             return TransformedWeight(points.mT.reshape(36, in_channels, out_channels).contiguous(), few)
         points = points.reshape(36 * out_channels, in_channels, 1, 1)
-        size = [1, 36 * in_channels, 1, min(tiles, MANY)]
+        size = [1, 36 * in_channels, 1, min(tiles, FEW) if few else MANY]
         return TransformedWeight(_onednn._reorder_convolution_weight(points, [0], [1], [1], 36, size), few)
 
 
@@ -219,14 +232,12 @@ def convolution(
     total = images * rows
     many = MANY if min(in_channels, out_channels) >= 128 and not packed else 2 * MANY
     strips = max(1, total // -(-many // columns))
+    if transformed.few or not packed:
+        strips = max(strips, min(torch.get_num_threads(), total))
     ends = [total * i // strips for i in range(strips + 1)]
     tasks = [functools.partial(compute, begin, end) for begin, end in itertools.pairwise(ends)]
     with torch.no_grad():
-        if strips < torch.get_num_threads():
-            for task in tasks:
-                task()
-        else:
-            on_threads(input, lambda: each(tasks))
+        on_threads(input, lambda: each(tasks))
     return output
 
 
@@ -243,3 +254,29 @@ def _together(phases: Tensor, step: int, height: int, width: int) -> Tensor:
     t = phases.permute(0, 2, 3, 1).unflatten(0, (-1, step, step)).permute(0, 3, 1, 4, 2, 5)
     t = t.reshape(len(t), t.shape[1] * step, t.shape[3] * step, -1).permute(0, 3, 1, 2)
     return t[:, :, :height, :width].contiguous(memory_format=_CHANNELS_LAST)
+
+
+def _serves_call(call: Call) -> bool:
+    shapes = tuple(call.input), tuple(call.weight)
+    return call.dtype == torch.float32 and _serves(
+        *shapes, call.stride, call.padding, call.dilation, call.groups
+    )
+
+
+def _transform(weight: Tensor, call: Call) -> TransformedWeight:
+    return transform_weight(weight, tiles(tuple(call.input), call.padding, call.dilation[0]))
+
+
+def _run(
+    call: Call,
+    input: Tensor,
+    transformed: TransformedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+) -> Tensor:
+    operands = input, transformed, bias, call.padding, residual, call.activation, slope
+    return convolution(*operands, call.dilation[0])
+
+
+CONV2D = Candidate(_serves_call, _transform, _run)

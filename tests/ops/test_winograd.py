@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from segfast.ops import _winograd as winograd
 from segfast.ops import _winograd_scratch as scratch
+from segfast.ops._choice import Call
 from segfast.ops._epilogue import ACTIVATIONS
 from tests.tolerances import assert_close_to_reference
 
@@ -171,17 +172,34 @@ def test_two_threads_at_once():
     assert wrong == []
 
 
-@pytest.mark.parametrize("tiles", [1, 64])
-def test_on_several_threads_the_number_stays(tiles):
-    x, (weight, bias) = numbers(1, 32, 70, 70), layer(32, 64)
+@pytest.mark.parametrize("size", [12, 20, 36, 70])
+@pytest.mark.parametrize("channels", [(32, 64), (192, 192)])
+def test_on_several_threads_the_number_stays(channels, size):
+    x, (weight, bias) = numbers(1, channels[0], size, size), layer(*channels)
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     try:
-        y = ours(x, weight, bias, tiles=tiles)
-        assert torch.get_num_threads() == 2
+        y = ours(x, weight, bias)
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
     hold(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_as_a_candidate(dilation):
+    """For all that a layer's call says."""
+    x, (weight, bias) = numbers(2, 32, 20, 26), layer(32, 64)
+    padding, dilations = (2 * dilation, dilation), (dilation, dilation)
+    size = 20 + 2 * dilation, 26
+    residual, none = numbers(2, 64, *size), (0, 0)
+    shapes = torch.float32, False, x.shape, weight.shape
+    call = Call("conv2d", *shapes, (1, 1), padding, none, dilations, 1, True, True, "leaky_relu", 1)
+    assert winograd.CONV2D.serves(call)
+    assert not winograd.CONV2D.serves(call._replace(dtype=torch.bfloat16))
+    assert not winograd.CONV2D.serves(call._replace(stride=(2, 2)))
+    y = winograd.CONV2D.run(call, x, winograd.CONV2D.prepare(weight, call), bias, residual, 0.2)
+    hold(y, x, weight, bias, padding, residual, "leaky_relu", 0.2, dilation)
 
 
 def test_modes_and_state_of_the_caller():
@@ -238,7 +256,8 @@ def test_calls_it_serves():
     assert not winograd.serves(x[..., :9, :9], weight, *dense)
     assert not winograd.serves(x.double(), weight.double(), *dense)
     assert not winograd.serves(x.bfloat16(), weight.bfloat16(), *dense)
-    assert not winograd.serves(x.to("meta"), weight.to("meta"), *dense)
+    assert winograd.serves(x.to("meta"), weight.to("meta"), *dense)
+    assert not winograd.serves(x.to_mkldnn(), weight, *dense)
 
 
 def test_matrix_products_in_bf16_are_not_for_transforms(monkeypatch):
