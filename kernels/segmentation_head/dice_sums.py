@@ -149,8 +149,10 @@ def upsample_dice_sums(x, target, lse, mode, align_corners, scales, ignore_index
             "upsample_dice_sums", channels, channels, 1, 1, x.dtype, pixels, pixels, channels, channels
         )
         config = choose_config(problem, x.device)
-        # Three sums are kept for each lane and class.
-        most = min(config.block_n, VALUES_IN_REGISTERS // slots, triton.next_power_of_2(channels))
+        wide = needs_wide_index(x, target, lse)
+        # Three sums are kept for each lane and class; beside offsets of 64 bits registers hold half as many.
+        values = VALUES_IN_REGISTERS // slots
+        most = min(config.block_n, min(4, values) if wide else values, triton.next_power_of_2(channels))
         config = replace(config, block_n=max(1, most))
         lanes = x.shape[0] * out_size[0] * row_lanes
         tiles, blocks = triton.cdiv(lanes, config.block_m), triton.cdiv(channels, config.block_n)
@@ -163,7 +165,7 @@ def upsample_dice_sums(x, target, lse, mode, align_corners, scales, ignore_index
             "KEEPS_W": resampling.keeps[1],
             "PARTS": parts,
             "SLOTS": slots,
-            "WIDE_INDEX": needs_wide_index(x, target, lse),
+            "WIDE_INDEX": wide,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }

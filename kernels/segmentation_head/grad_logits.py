@@ -206,7 +206,8 @@ def upsample_grad_logits(grad, x, target, weight, lse, mean, out, mode, align_co
                           rows=columns * height, columns=channels, depth=height)  # fmt: skip
         config = choose_config(problem, x.device)
         # Eight sums and the corners are kept for each class beside the outputs.
-        values = 8 if smoothing else 16
+        wide = needs_wide_index(x, target, lse, out)
+        values = (4 if wide else 8) if smoothing else 16
         most = min(config.block_n, values // slots, triton.next_power_of_2(channels))
         config = replace(config, block_n=max(1, most))
         rows = min(config.split_k, height)
@@ -225,7 +226,7 @@ def upsample_grad_logits(grad, x, target, weight, lse, mean, out, mode, align_co
             "SMOOTHING": smoothing != 0,
             "PER_PIXEL": grad.dim() == 3,
             "CHANNELS": triton.next_power_of_2(channels),
-            "WIDE_INDEX": needs_wide_index(x, target, lse, out),
+            "WIDE_INDEX": wide,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }
