@@ -63,12 +63,11 @@ def serves(
 ) -> bool:
     """Tells if `convolution` computes this call: dense 3x3 on a CPU in fp32, of some channels and pixels.
 
-    Tensors on "meta" stand for ones on a CPU. A padding must be a multiple of the dilation, which must be the
-    same in both directions.
+    Tensors on "meta" stand for ones on a CPU. Dilated calls are the candidate's, which tells the dilation.
     """
     if any([t.device.type not in ("cpu", "meta") or t.layout != torch.strided for t in (input, weight)]):
         return False
-    if input.dtype != torch.float32 or weight.dtype != torch.float32:
+    if input.dtype != torch.float32 or weight.dtype != torch.float32 or tuple(dilation) != (1, 1):
         return False
     return _serves(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
 
@@ -145,8 +144,8 @@ def convolution(
 ) -> Tensor:
     """act(conv2d(input, weight, bias, 1, padding, dilation) + residual), [N, K, H, W] in channels_last.
 
-    For calls that `serves` knows; `input` [N, C, H, W] and `residual` of any strides, `bias` [K]. Without
-    gradients.
+    `input` [N, C, H, W] and `residual` of any strides, `bias` [K]; a padding is a multiple of the dilation.
+    Without gradients. An infinity or NaN in the input can make NaN of all outputs of the tiles that read it.
     """
     if dilation > 1:
         size = [s + 2 * (p - dilation) for s, p in zip(input.shape[2:], padding, strict=True)]
