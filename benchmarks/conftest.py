@@ -8,7 +8,9 @@ from benchmarks.environment import ROOT, environment
 from benchmarks.rows import MEASURED, append_rows, make_row
 from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
 from benchmarks.timing import Measurement, Skipped
+from segfast import _choose
 from segfast._timing import interleave
+from segfast.ops._choice import forget_choices
 
 SECONDS = 1.0  # of timing, each case
 FOLDER = ROOT / "out" / "benchmark"
@@ -18,6 +20,17 @@ ROWS = pytest.StashKey[list]()
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return timing_device()
+
+
+@pytest.fixture(autouse=True)
+def own_choices(request, tmp_path, monkeypatch):
+    """`optimize` knows nothing of earlier runs nor of other tests; without --benchmark it times nothing."""
+    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
+    if not request.config.getoption("--benchmark"):
+        monkeypatch.setattr(_choose, "MEASURES", False)
+    forget_choices()
+    yield
+    forget_choices()
 
 
 @pytest.fixture(scope="session")

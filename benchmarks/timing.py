@@ -117,7 +117,7 @@ def measure(
         results.append(result)
         try:
             result.cold_ms, warm_s, output = _gate(candidate, device)
-            result.error = error_of(sample(output), reference)
+            result.error, result.note = error_of(sample(output), reference), candidate.note
             result.peak_mb = _peak_mb(candidate.run, device)
         except Exception as error:
             log(f"{case.key} {candidate.name}\n{traceback.format_exc()}")

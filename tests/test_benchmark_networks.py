@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import segfast
 from benchmarks import network_problems, record, rows
-from benchmarks.network_problems import NetworkProblem, largest_error
+from benchmarks.network_problems import BF16_TOLERANCE, NetworkProblem, largest_error
 from benchmarks.network_report import HEADERS, main, network_tables
 from benchmarks.networks import NETWORKS, TINY, Network, network_case, network_cases
 from benchmarks.suite import candidates, measure_problem
@@ -134,19 +135,54 @@ def test_the_first_call_builds_and_the_callers_network_stays(problem, monkeypatc
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
-def test_bf16_where_the_cpu_and_optimize_have_it(problem, monkeypatch, has_bf16):
+def test_bf16_where_the_cpu_has_it(problem, monkeypatch, has_bf16):
     monkeypatch.setattr(network_problems, "no_bf16", lambda device: "" if has_bf16 else "this CPU has none")
-    monkeypatch.setattr(segfast, "optimize", lambda model, example_inputs: model)
     found = {c.name: c for c in candidates(problem)}
     skipped = {name: c.note for name, c in found.items() if isinstance(c, Skipped)}
     if has_bf16:
-        assert skipped == {"segfast_bf16": "segfast.optimize has no argument dtype"}
-        monkeypatch.setattr(segfast, "optimize", lambda model, example_inputs, dtype=None: (model, dtype)[0])
-        ours = next(c for c in candidates(problem) if c.name == "segfast_bf16")
-        assert (ours.dtype, ours.ours) == ("bfloat16", True)
-        assert ours.run().dtype == torch.float32
+        assert skipped == {}
+        for name in ("eager_bf16", "segfast_bf16"):
+            assert (found[name].dtype, found[name].ours) == ("bfloat16", name == "segfast_bf16")
+            assert 1e-4 < largest_error(found[name].run(), problem.expected) < BF16_TOLERANCE
+        # The caller of optimize gets what the network gave before.
+        assert found["segfast_bf16"].run().dtype == torch.float32
     else:
         assert skipped == dict.fromkeys(("eager_bf16", "segfast_bf16"), "this CPU has none")
+
+
+def test_choices_are_of_ours_alone(problem, monkeypatch):
+    """The layers of segfast's own networks take what was chosen for the optimized one, unless told."""
+    seen = {}
+    for candidate in candidates(problem):
+        network = _Backends()
+        monkeypatch.setattr(network_problems, "_channels_last", lambda value, network=network: network)
+        monkeypatch.setattr(segfast, "optimize", lambda *args, network=network, **options: network)
+        if candidate.name not in ("eager_nchw", "eager_bf16") and isinstance(candidate, Candidate):
+            candidate.run()
+            seen[candidate.name] = network.seen
+    assert seen.pop("eager_nhwc") == ["aten"]
+    assert "segfast" in seen
+    assert all(names == ["auto"] for names in seen.values())
+
+
+class _Backends(nn.Module):
+    """Notes the backend of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, input):
+        self.seen.append(segfast.get_backend())
+        return torch.zeros(1)
+
+
+@pytest.mark.measures
+def test_the_gain_is_a_note(problem, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path))
+    ours = next(c for c in candidates(problem) if c.name == "segfast")
+    (found,) = measure_problem(problem, [ours], budget_s=0, min_rounds=1)
+    assert re.match("[0-9.]+ times as fast on this CPU|Not faster on this CPU", found.note)
 
 
 def test_the_gate_is_the_largest_error(problem):
