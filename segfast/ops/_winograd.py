@@ -18,6 +18,7 @@ oneDNN multiplies tiles that lie so; MKL is faster with few channels, and has th
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,48 +52,6 @@ class TransformedWeight(NamedTuple):
     @property
     def out_channels(self) -> int:
         return self.points.shape[0] // 36 if self.points.is_mkldnn else self.points.shape[2]
-
-
-def serves(
-    input: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> bool:
-    """Tells if `convolution` computes this call: dense 3x3 on a CPU in fp32, of some channels and pixels.
-
-    Tensors on "meta" stand for ones on a CPU. Dilated calls are the candidate's, which tells the dilation.
-    """
-    if any([t.device.type not in ("cpu", "meta") or t.layout != torch.strided for t in (input, weight)]):
-        return False
-    if input.dtype != torch.float32 or weight.dtype != torch.float32 or tuple(dilation) != (1, 1):
-        return False
-    return _serves(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
-
-
-def _serves(
-    input: tuple[int, ...],
-    weight: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> bool:
-    if len(input) != 4 or weight[1:] != (input[1], 3, 3) or groups != 1 or 0 in input:
-        return False
-    step = dilation[0]
-    if tuple(stride) != (1, 1) or tuple(dilation) != (step, step) or any(p < 0 or p % step for p in padding):
-        return False
-    if min(weight[:2]) < _LEAST_CHANNELS or weight[0] * weight[1] < _LEAST_PRODUCTS:
-        return False
-    height, width = (size + 2 * (p - step) for size, p in zip(input[2:], padding, strict=True))
-    if min(height, width) <= 0:
-        return False
-    count = tiles(input, padding, step)
-    filled = input[0] * height * width / (16 * count)
-    return count >= _LEAST_TILES and filled >= _LEAST_FILLED and _has_onednn() and _full_precision()
 
 
 @functools.cache
@@ -255,15 +214,23 @@ def _together(phases: Tensor, step: int, height: int, width: int) -> Tensor:
     return t[:, :, :height, :width].contiguous(memory_format=_CHANNELS_LAST)
 
 
-def _serves_call(call: Call) -> bool:
-    shapes = tuple(call.input), tuple(call.weight)
-    return call.dtype == torch.float32 and _serves(
-        *shapes, call.stride, call.padding, call.dilation, call.groups
-    )
+def _serves(call: Call) -> bool:
+    """Dense 3x3 in fp32 of some channels and pixels. A padding is a multiple of the dilation."""
+    step = call.dilation[0]
+    if call.dtype != torch.float32 or call.groups != 1 or call.weight[2:] != (3, 3):
+        return False
+    if call.stride != (1, 1) or call.dilation != (step, step) or any(p < 0 or p % step for p in call.padding):
+        return False
+    output, inner = call.output(), call.weight[:2]
+    if min(inner) < _LEAST_CHANNELS or math.prod(inner) < _LEAST_PRODUCTS or min(*call.input, *output) <= 0:
+        return False
+    count = tiles(call.input, call.padding, step)
+    filled = output[0] * output[2] * output[3] / (16 * count)
+    return count >= _LEAST_TILES and filled >= _LEAST_FILLED and _has_onednn() and _full_precision()
 
 
 def _transform(weight: Tensor, call: Call) -> TransformedWeight:
-    return transform_weight(weight, tiles(tuple(call.input), call.padding, call.dilation[0]))
+    return transform_weight(weight, tiles(call.input, call.padding, call.dilation[0]))
 
 
 def _run(
@@ -278,4 +245,4 @@ def _run(
     return convolution(*operands, call.dilation[0])
 
 
-CONV2D = Candidate(_serves_call, _transform, _run)
+CONV2D = Candidate(_serves, _transform, _run)

@@ -23,6 +23,24 @@ LAYOUTS = {
 }
 
 
+DENSE = Call(
+    operation="conv2d",
+    dtype=torch.float32,
+    channels_last=True,
+    input=(1, 64, 16, 16),
+    weight=(64, 64, 3, 3),
+    stride=(1, 1),
+    padding=(1, 1),
+    output_padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    bias=False,
+    residual=False,
+    activation=None,
+    threads=1,
+)
+
+
 def numbers(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
@@ -190,15 +208,11 @@ def test_on_several_threads_the_number_stays(channels, size):
 def test_as_a_candidate(dilation):
     """For all that a layer's call says."""
     x, (weight, bias) = numbers(2, 32, 20, 26), layer(32, 64)
-    padding, dilations = (2 * dilation, dilation), (dilation, dilation)
-    size = 20 + 2 * dilation, 26
-    residual, none = numbers(2, 64, *size), (0, 0)
-    shapes = torch.float32, False, x.shape, weight.shape
-    call = Call("conv2d", *shapes, (1, 1), padding, none, dilations, 1, True, True, "leaky_relu", 1)
+    padding = 2 * dilation, dilation
+    residual = numbers(2, 64, 20 + 2 * dilation, 26)
+    call = DENSE._replace(input=x.shape, weight=weight.shape, padding=padding, dilation=(dilation, dilation))
+    call = call._replace(bias=True, residual=True, activation="leaky_relu")
     assert winograd.CONV2D.serves(call)
-    assert not winograd.CONV2D.serves(call._replace(dtype=torch.bfloat16))
-    for wrong in ({"stride": (2, 2)}, {"dilation": (2, 1)}, {"dilation": (4, 4)}, {"dilation": (12, 12)}):
-        assert not winograd.CONV2D.serves(call._replace(**wrong))
     y = winograd.CONV2D.run(call, x, winograd.CONV2D.prepare(weight, call), bias, residual, 0.2)
     hold(y, x, weight, bias, padding, residual, "leaky_relu", 0.2, dilation)
 
@@ -235,35 +249,39 @@ def test_tiles_are_those_of_the_output():
     assert winograd.tiles((1, 32, 32, 33), (2, 4), 2) == 4 * 4 * 5
 
 
-def test_calls_it_serves():
-    x, (weight, _) = numbers(1, 64, 16, 16), layer(64, 64)
-    one, two = (1, 1), (2, 2)
-    dense = one, one, one, 1  # stride, padding, dilation, groups
-    assert winograd.serves(x, weight, *dense)
-    assert winograd.serves(x.contiguous(memory_format=torch.channels_last), weight, *dense)
-    assert not winograd.serves(x, weight, one, two, two, 1)
-    assert not winograd.serves(x, weight, two, one, one, 1)
-    assert not winograd.serves(x, weight[:, :32], one, one, one, 2)
-    assert not winograd.serves(x, numbers(64, 64, 1, 1), *dense)
-    assert not winograd.serves(x[:, :8], weight[:, :8], *dense)
-    assert not winograd.serves(x[:, :32], weight[:32, :32], *dense)
-    assert not winograd.serves(x[:0], weight, *dense)
-    assert not winograd.serves(x[0], weight, *dense)
-    assert not winograd.serves(x[..., :2], weight, one, (0, 0), one, 1)
-    assert not winograd.serves(x[..., :8, :8], weight, *dense)
-    assert not winograd.serves(x[..., :9, :9], weight, *dense)
-    assert not winograd.serves(x.double(), weight.double(), *dense)
-    assert not winograd.serves(x.bfloat16(), weight.bfloat16(), *dense)
-    assert winograd.serves(x.to("meta"), weight.to("meta"), *dense)
-    assert not winograd.serves(x.to_mkldnn(), weight, *dense)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"stride": (2, 2)},
+        {"padding": (-1, 1)},
+        {"dilation": (2, 2)},  # with a padding of one
+        {"dilation": (2, 1), "padding": (2, 1)},
+        {"dilation": (6, 6), "padding": (6, 6)},  # images of 3x3, of tiles hardly filled
+        {"groups": 2, "weight": (64, 32, 3, 3)},
+        {"weight": (64, 64, 1, 1)},
+        {"weight": (16, 64, 3, 3)},
+        {"input": (1, 32, 16, 16), "weight": (32, 32, 3, 3)},
+        {"input": (0, 64, 16, 16)},
+        {"input": (1, 64, 16, 2), "padding": (0, 0)},
+        {"input": (1, 64, 16, 1), "padding": (0, 0)},
+        {"input": (1, 64, 8, 8)},
+        {"input": (1, 64, 9, 9)},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+def test_calls_it_does_not_serve(other):
+    assert winograd.CONV2D.serves(DENSE)
+    assert not winograd.CONV2D.serves(DENSE._replace(**other))
 
 
-def test_matrix_products_in_bf16_are_not_for_transforms(monkeypatch):
-    x, (weight, _) = numbers(1, 64, 16, 16), layer(64, 64)
-    precision = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_matrix_products_in_less_than_fp32_are_not_for_transforms(precision):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = precision
     try:
-        assert not winograd.serves(x, weight, (1, 1), (1, 1), (1, 1), 1)
+        assert not winograd.CONV2D.serves(DENSE)
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
-    assert winograd.serves(x, weight, (1, 1), (1, 1), (1, 1), 1)
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert winograd.CONV2D.serves(DENSE)
