@@ -59,7 +59,7 @@ def _source_digest() -> str:
     """Of the candidates' own code."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("_conv2d_aten.py", "_cpu.py", "_matmul.py", "_onednn.py"):
+    for name in ("_conv2d_aten.py", "_cpu.py", "_dilated_taps.py", "_matmul.py", "_onednn.py"):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 

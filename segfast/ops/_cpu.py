@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _matmul, _onednn
+from . import _dilated_taps, _matmul, _onednn
 from ._backend import change_decision
 from ._choice import ATEN, CANDIDATES, Call, Candidate, can_choose, choices, choose, prepared
 from ._conv2d_aten import conv2d_aten
@@ -156,6 +156,7 @@ def _aten_conv_transpose2d(call, input, weight, bias, residual, slope) -> Tensor
 CANDIDATES["conv2d"] = {
     "onednn": _onednn.CONV2D,
     "matmul": _matmul.CONV2D,
+    "taps": _dilated_taps.CONV2D,
     ATEN: Candidate(_always, _cast, _aten_conv2d),
 }
 CANDIDATES["conv_transpose2d"] = {

@@ -37,7 +37,8 @@ def _conv2d(input, packed, bias, stride, padding, dilation, groups, residual, ac
         return operator.default(
             input, packed, bias, padding, stride, dilation, groups, name, scalars, algorithm
         )
-    last = "relu" if activation == "relu" else None
+    # With groups torch makes separate passes, and knows no relu among them in bf16.
+    last = "relu" if activation == "relu" and groups == 1 else None
     y = operator.binary(
         input, residual, packed, bias, padding, stride, dilation, groups, "add", 1.0, last, [], ""
     )

@@ -33,6 +33,8 @@ CONV2D = Call(
 TRANSPOSED = CONV2D._replace(
     operation="conv_transpose2d", weight=(8, 6, 2, 2), stride=(2, 2), padding=(0, 0), activation=None
 )
+DEPTHWISE = CONV2D._replace(groups=8, weight=(8, 1, 3, 3))
+DILATED = CONV2D._replace(dtype=torch.bfloat16, dilation=(6, 6), padding=(6, 6))
 CALLS = {
     "plain": CONV2D,
     "nchw": CONV2D._replace(channels_last=False),
@@ -40,7 +42,31 @@ CALLS = {
     "strided": CONV2D._replace(stride=(2, 2), padding=(0, 1)),
     "dilated": CONV2D._replace(dilation=(2, 2), padding=(2, 2)),
     "grouped": CONV2D._replace(groups=2, weight=(6, 4, 3, 3)),
-    "depthwise": CONV2D._replace(groups=8, weight=(8, 1, 3, 3)),
+    "depthwise": DEPTHWISE,
+    "bfloat16 grouped residual": CONV2D._replace(
+        dtype=torch.bfloat16, groups=2, weight=(6, 4, 3, 3), residual=True
+    ),
+    "depthwise dilated": DEPTHWISE._replace(dilation=(3, 3), padding=(3, 3)),
+    "depthwise, dilation larger than the image": DEPTHWISE._replace(dilation=(14, 11), padding=(14, 11)),
+    "depthwise, padding unlike dilation": DEPTHWISE._replace(dilation=(4, 2), padding=(1, 5)),
+    "depthwise, dilated, residual": DEPTHWISE._replace(dilation=(6, 6), padding=(6, 6), residual=True),
+    "depthwise 5x4": DEPTHWISE._replace(
+        input=(2, 8, 13, 9), weight=(8, 1, 5, 4), dilation=(3, 2), padding=(7, 3), bias=False, activation=None
+    ),
+    "depthwise, in padding alone": DEPTHWISE._replace(
+        input=(1, 8, 2, 2), weight=(8, 1, 2, 2), dilation=(5, 5), padding=(2, 2)
+    ),
+    "depthwise, several filters a channel": DEPTHWISE._replace(
+        weight=(16, 1, 3, 3), dilation=(3, 3), padding=(3, 3)
+    ),
+    "bfloat16 depthwise dilated": DEPTHWISE._replace(
+        dtype=torch.bfloat16, dilation=(6, 6), padding=(6, 6), residual=True
+    ),
+    "bfloat16 dilated": DILATED,
+    "bfloat16 dilated, larger than the image": DILATED._replace(dilation=(13, 10), padding=(13, 10)),
+    "bfloat16 dilated 4x5": DILATED._replace(
+        input=(2, 8, 11, 14), weight=(6, 8, 4, 5), dilation=(5, 4), padding=(6, 9), bias=False, residual=True
+    ),
     "1x1": CONV2D._replace(weight=(6, 8, 1, 1), padding=(0, 0)),
     "1x1 residual": CONV2D._replace(weight=(6, 8, 1, 1), padding=(0, 0), residual=True),
     "large": CONV2D._replace(input=(2, 32, 19, 23), weight=(40, 32, 3, 3)),
@@ -137,7 +163,7 @@ class TestCandidates:
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("residual", [False, True])
-    @pytest.mark.parametrize("which", ["plain", "1x1", "transposed", "large"])
+    @pytest.mark.parametrize("which", ["plain", "1x1", "transposed", "large", "depthwise dilated"])
     def test_every_activation(self, activation, residual, which):
         call = CALLS[which]._replace(activation=activation, residual=residual)
         x, weight, bias, residual = _operands(call)
