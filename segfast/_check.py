@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._check_advice import advice
 from ._compare import arguments
 from ._errors import UserError, describe
 from ._load_model import FORMS, add_device, input_channels, load_model, parse_device, parse_dtype, parse_size
 from ._memory import MEMORY_KINDS, peak_bytes
-from ._optimize import Report, optimize, report
-from ._step import LAYOUTS, Step, floating, has_layouts, laid_out, on_aten, seeded
+from ._optimize import Gain, Report, optimize, report
+from ._step import LAYOUTS, Step, floating, has_layouts, laid_out, layout_of, on_aten, seeded
 from ._table import format_table
 from ._timing import Timing, interleave
 from .kernels._device import dot_precision
+from .nn._fused_dtype import dtype_of
 from .ops._backend import Decision, explain
 
 WORTH_IT = 1.05
@@ -38,7 +40,9 @@ class Difference:
 class CheckResult:
     """What `check_model` found: `before` on ATen, `after` optimized. `str()` is a page of text.
 
-    `layouts` has the times before in each layout that was tried, `layout` is the fastest of them.
+    `layouts` has the times before in each layout that was tried, `layout` is the fastest of them, `given` the
+    one that the model has. `compute` is the dtype that `optimize` was asked to compute in, `computed` the one
+    that the optimized model does compute in.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +58,9 @@ class CheckResult:
     after_bytes: int
     report: Report
     decisions: tuple[Decision, ...]
+    given: str = ""
+    compute: torch.dtype | None = None
+    computed: torch.dtype | None = None
 
     @property
     def before(self) -> Timing:
@@ -68,14 +75,29 @@ class CheckResult:
     @property
     def agrees(self) -> bool:
         """Whether no relative difference is above the square root of the precision's roundoff."""
-        limit = math.sqrt(_roundoff(self.dtype, self.device))
+        limit = math.sqrt(_roundoff(self.computed or self.dtype, self.device))
         return all(d is None or d.relative <= limit for d in (self.output, self.gradient))
 
     @property
     def worth_it(self) -> bool:
         """Faster by 5% at least, beyond the runs' own spread, with outputs that agree."""
         apart = self.after.wall_p80 < self.before.wall_p20
-        return self.agrees and self.concerns_us and apart and self.ratio >= WORTH_IT
+        changed = self.concerns_us and not self.left_as_it_was
+        return self.agrees and changed and apart and self.ratio >= WORTH_IT
+
+    @property
+    def left_as_it_was(self) -> bool:
+        """Whether `optimize` timed the whole model, which was not faster, and undid all."""
+        return self.report.gain is not None and not self.report.gain.kept
+
+    @property
+    def in_channels_last(self) -> float | None:
+        """How many times as fast channels_last is as the model's own layout, where that pays by itself."""
+        if self.layout != "channels_last" or self.given not in self.layouts:
+            return None
+        given = self.layouts[self.given]
+        ratio = given.wall_us / self.before.wall_us
+        return ratio if ratio >= WORTH_IT and given.wall_p20 > self.before.wall_p80 else None
 
     @property
     def concerns_us(self) -> bool:
@@ -86,8 +108,15 @@ class CheckResult:
     def verdict(self) -> str:
         """One sentence."""
         gain = f"{self.ratio:.2f}x"
+        if not self.agrees and self.computed is not None:
+            return (
+                f"DIFFERENT: {_name(self.computed)}'s rounding does not explain how far the outputs are off."
+            )
         if not self.agrees:
             return "DIFFERENT: the optimized model does not compute what the original does; please report it."
+        measured = self.report.gain
+        if measured is not None and not measured.kept:
+            return f"Not worth it: {_as_it_was(measured)}."
         if not self.concerns_us:
             return "Not worth it: nothing in the model is segfast's, before or after."
         if self.worth_it:
@@ -105,7 +134,7 @@ class CheckResult:
             ("peak memory, MiB", *(f"{n / 2**20:.2f}" for n in (self.before_bytes, self.after_bytes)))
         )
         lines = [
-            f"{kind}, input {list(self.shape)}, {_name(self.dtype)}, {_device_name(self.device)}",
+            f"{kind}, input {list(self.shape)}, {self._precision()}, {_device_name(self.device)}",
             "",
             format_table(["", "before (ATen)", "after (optimized)"], rows),
             f"Medians of {self.before.runs} runs each, interleaved; p20 to p80 in brackets.",
@@ -116,12 +145,18 @@ class CheckResult:
         ]
         if self.gradient is not None:
             lines.append(_error_line("largest error of a gradient", self.gradient))
-        lines += ["", str(self.report)]
+        # Its sentence on the gain, where `optimize` measured one, would be a second verdict.
+        lines += ["", str(dataclasses.replace(self.report, gain=None))]
         counted = collections.Counter(self.decisions)
         if counted:
             cells = [(d.operation, d.backend, n, d.reason) for d, n in counted.items()]
             lines += ["", format_table(["operation", "ran on", "calls", "because"], cells)]
-        return "\n".join([*lines, "", self.verdict])
+        return "\n".join([*lines, "", f"{self.verdict} {advice(self)}".rstrip()])
+
+    def _precision(self) -> str:
+        if self.computed is None:
+            return _name(self.dtype)
+        return f"{_name(self.dtype)} computed in {_name(self.computed)}"
 
     def _layout_line(self) -> list[str]:
         slower = [f"{n}: {t.wall_us / 1e3:.3f} ms" for n, t in self.layouts.items() if n != self.layout]
@@ -138,6 +173,7 @@ def check_model(
     example: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     train: bool = False,
+    compute: torch.dtype | None = None,
     budget_s: float = 5.0,
 ) -> CheckResult:
     """Run copies of `model` before and after `segfast.optimize` on `example` and compare them.
@@ -153,6 +189,8 @@ def check_model(
         example: its input, a tuple of its positional arguments, or a dict of its keyword arguments, on the
             model's device.
         train: compare gradients too and time training steps.
+        compute: `segfast.optimize`'s `dtype`, of the model after; its outputs may be off by that dtype's
+            rounding.
         budget_s: seconds to spend on timing; five runs of each are made however long they take.
 
     Raises:
@@ -181,6 +219,8 @@ def check_model(
         before = copy.deepcopy(model).train(train)
     except Exception as error:
         raise UserError(f"the model cannot be deep-copied, which check needs: {describe(error)}") from error
+    if train and compute is not None:
+        raise UserError("compute: training computes in the dtype of the parameters; it is for inference")
     if train and not any(p.requires_grad for p in before.parameters()):
         raise UserError("train: the model has no parameter that requires a gradient")
     devices = [lead.device] if lead.device.type == "cuda" else []
@@ -194,7 +234,7 @@ def check_model(
             shapes = ", ".join(str(list(t.shape)) for t in values if isinstance(t, Tensor))
             what = f"an input of shape {shapes}, {_name(lead.dtype)}"
             raise UserError(f"the model does not accept {what}: {describe(error)}") from error
-        after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True)
+        after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True, dtype=compute)
         ours = seeded(Step(after, inputs, train))
         result = ours()
         output = _worst(floating(reference), floating(result))
@@ -226,7 +266,15 @@ def check_model(
         after_bytes=our_bytes,
         report=report(after),
         decisions=decisions,
+        given=layout_of(model),
+        compute=compute,
+        computed=dtype_of(after),
     )
+
+
+def _as_it_was(gain: Gain) -> str:
+    before, after = (f"{ms:.1f} ms" for ms in (gain.before_ms, gain.after_ms))
+    return f"{before} a call before ({gain.layout}), {after} optimized, so the model was left as it was"
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -296,6 +344,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", help="float32, float16, bfloat16 or float64, or fp32, ... (float32)"
     )
+    parser.add_argument(
+        "--compute",
+        metavar="DTYPE",
+        help="bfloat16: optimize a float32 model to compute in it, with inputs and outputs as they are",
+    )
     add_device(parser)
     parser.add_argument("--seconds", type=float, default=5.0, help="time to spend on timing (5)")
 
@@ -304,6 +357,13 @@ def run(args: argparse.Namespace) -> int:
     """Run `segfast check`: 0 if the outputs agree, 1 if not."""
     height, width = parse_size(args.size)
     dtype, device = parse_dtype(args.dtype), parse_device(args.device)
+    compute = None
+    if args.compute is not None:
+        compute = parse_dtype(args.compute, ("bfloat16",), "--compute")
+        if args.train:
+            raise UserError("--compute is for inference; leave out --train")
+        if dtype != torch.float32:
+            raise UserError(f"--compute is for a model in float32, got --dtype {args.dtype}")
     for name in ("batch", "channels"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -314,6 +374,6 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model).to(device, dtype)
     channels = args.channels or input_channels(model)
     example = torch.randn(args.batch, channels, height, width, dtype=dtype, device=device)
-    result = check_model(model, example, train=args.train, budget_s=args.seconds)
+    result = check_model(model, example, train=args.train, compute=compute, budget_s=args.seconds)
     print(f"segfast check {args.model}: {result}")
     return 0 if result.agrees else 1

@@ -191,16 +191,16 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def parse_dtype(text: str, known: Sequence[str] = DTYPES) -> torch.dtype:
+def parse_dtype(text: str, known: Sequence[str] = DTYPES, option: str = "--dtype") -> torch.dtype:
     """The floating-point dtype of that name, in either spelling; `known` has the long one.
 
     >>> parse_dtype("bf16")
     torch.bfloat16
     """
-    return getattr(torch, dtype_name(text, known))
+    return getattr(torch, dtype_name(text, known, option))
 
 
-def dtype_name(text: str, known: Sequence[str]) -> str:
+def dtype_name(text: str, known: Sequence[str], option: str = "--dtype") -> str:
     """That of `known` which is `text`, or its other spelling ("bf16" for "bfloat16", and so on).
 
     Raises:
@@ -212,7 +212,8 @@ def dtype_name(text: str, known: Sequence[str]) -> str:
                 return name
     if text in known:
         return text
-    raise UserError(f"--dtype must be one of {', '.join(known)}; got {text!r}")
+    choice = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
+    raise UserError(f"{option} must be {choice}; got {text!r}")
 
 
 def check_seed(seed: int) -> None:

@@ -56,6 +56,13 @@ def has_layouts(model: nn.Module, inputs: Any) -> bool:
     return any(map(_has_layout, (*model.parameters(), *model.buffers(), *_pytree.tree_leaves(inputs))))
 
 
+def layout_of(model: nn.Module) -> str:
+    """Which of `LAYOUTS` the weights of a model have: "NCHW" unless one has the other for certain."""
+    weights = (p for p in model.parameters() if _has_layout(p) and not p.is_contiguous())
+    last = any(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    return "channels_last" if last else "NCHW"
+
+
 def seeded(run: Callable[[], Any]) -> Callable[[], Any]:
     """Dropout and the gradients of the outputs must be the same before and after."""
 

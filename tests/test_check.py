@@ -11,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import segfast
 from segfast import _check, _timing, cli
-from segfast._check import CheckResult, Difference, check_model
+from segfast._check import check_model
 from segfast._errors import UserError
 from segfast._memory import peak_bytes
-from segfast._optimize import Report, Row
-from segfast._timing import Timing, interleave
+from segfast._timing import interleave
 
 QUICK = {"budget_s": 0.01}
 NAN = math.nan
@@ -23,60 +22,6 @@ NAN = math.nan
 
 def up(channels=4):
     return nn.ConvTranspose2d(channels, channels, 2, stride=2)
-
-
-def timing(ms, spread=0.01):
-    us = 1e3 * ms
-    return Timing(NAN, NAN, NAN, us, us * (1 - spread), us * (1 + spread), 9)
-
-
-def result(before, after, relative=0.0, gradient=None, replaced=True):
-    return CheckResult(
-        shape=(1, 1, 8, 8),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        train=gradient is not None,
-        output=Difference(relative, relative, "output"),
-        gradient=gradient,
-        layout="NCHW",
-        layouts={"NCHW": before},
-        after=after,
-        before_bytes=2**20,
-        after_bytes=2**20,
-        report=Report((Row("up", "ConvTranspose2d", replaced, "replaced"),)),
-        decisions=(),
-    )
-
-
-class TestVerdict:
-    def test_worth_it(self):
-        assert result(timing(2), timing(1)).verdict == "Worth it: 2.00x faster."
-
-    def test_five_percent_is_the_least(self):
-        assert result(timing(1.04, 0), timing(1, 0)).verdict.startswith("Not worth it: 1.04x")
-        assert result(timing(1.06, 0), timing(1, 0)).worth_it
-
-    def test_a_slowdown_is_not_worth_it(self):
-        assert result(timing(1), timing(2)).verdict.startswith("Not worth it: 0.50x")
-
-    def test_a_gain_within_the_spread_is_not_worth_it(self):
-        verdict = result(timing(1.2, 0.3), timing(1, 0.3)).verdict
-        assert verdict == "Not worth it: 1.20x is within the spread of the runs."
-
-    @pytest.mark.parametrize("relative", [1e-3, math.nan, math.inf])
-    def test_fast_and_wrong_is_not_worth_it(self, relative):
-        wrong = result(timing(2), timing(1), relative)
-        assert not wrong.agrees and not wrong.worth_it and wrong.verdict.startswith("DIFFERENT")
-        wrong = result(timing(2), timing(1), 0.0, Difference(1.0, relative, "weight"))
-        assert wrong.verdict.startswith("DIFFERENT")
-
-    def test_without_a_layer_of_ours_times_say_nothing(self):
-        found = result(timing(2), timing(1), replaced=False)
-        assert not found.worth_it
-        assert found.verdict == "Not worth it: nothing in the model is segfast's, before or after."
-
-    def test_rounding_agrees(self):
-        assert result(timing(2), timing(1), 1e-5).worth_it
 
 
 @pytest.mark.parametrize(("slow", "worth_it"), [("aten", True), ("auto", False)])

@@ -125,6 +125,13 @@ MISTAKES = [
     ],
     *[("check", ["--size", value], "--size must be HxW") for value in ("0x8", "nan", "8")],
     ("check", ["--dtype", "bf17"], "--dtype must be one of float32, float16, bfloat16, float64; got 'bf17'"),
+    ("check", ["--compute", "float16"], "--compute must be bfloat16; got 'float16'"),
+    ("check", ["--compute", "bf16", "--train"], "--compute is for inference; leave out --train"),
+    (
+        "check",
+        ["--compute", "bf16", "--dtype", "fp16"],
+        "--compute is for a model in float32, got --dtype fp16",
+    ),
     *[
         (f"check models.py:{name}", ["--channels", "3", "--size", "8x8"], "the model is scripted or traced")
         for name in ("scripted", "traced")
