@@ -26,8 +26,8 @@ HEADERS = [
 def network_tables(rows: Iterable[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, headers, lines) of each machine that measured networks in full size.
 
-    Of each case only the last run is shown. Ways that were not right, failed or were not run are empty. Below
-    the networks of one size and number of threads stand the geometric means.
+    Of each case only the last run is shown. A way whose scores were not right, or that failed, says so; one
+    that was not run is empty. Below the networks of one size and number of threads stand the geometric means.
     """
     machines: dict[str, dict[str, dict[str, list[Row]]]] = {}
     for row in rows:
@@ -67,7 +67,9 @@ def _lines(runs: Iterable[Sequence[Row]]) -> list[list[str]]:
         seconds = [f"{timed[way]['cold_ms'] / 1e3:.3g}" if way in timed else "" for way in WAYS[:2]]
         layout = eager["candidate"].removeprefix("eager_").upper()
         line = [name, f"{side}x{side}", eager["threads"], f"{time_us(eager) / 1e3:.3g}", layout]
-        line += [*map(_ratio, ratios), *seconds]
+        failed = {row["candidate"]: row["status"] for row in run if row["status"] in ("wrong", "failed")}
+        cells = [_ratio(ratio) or failed.get(way, "") for way, ratio in zip(WAYS, ratios, strict=True)]
+        line += [*cells, *seconds]
         kinds[int(side), int(eager["threads"] or 0)].append((order.get(name, len(order)), line, ratios))
     found = []
     for (side, threads), members in sorted(kinds.items()):

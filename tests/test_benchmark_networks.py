@@ -219,7 +219,7 @@ def test_the_table_compares_within_the_last_run(tmp_path, capsys):
     assert "A, AVX2: torch 2.13, commit abc, 2026-01-01 to 2026-01-02" in title
     assert "B, AVX2" in other
     assert lines == [
-        ["smp_pan_resnet34", "256x256", "1", "100", "NHWC", "1.25", "2.00", "", "", "2", "2"],
+        ["smp_pan_resnet34", "256x256", "1", "100", "NHWC", "1.25", "2.00", "", "wrong", "2", "2"],
         ["segfast_unet", "256x256", "1", "10", "NCHW", "", "0.50", "", "", "", "2"],
         ["geometric mean", "256x256", "1", "", "", "1.25 of 1", "1.00", "", "", "", ""],
     ]
