@@ -111,10 +111,11 @@ def caveat(rows: Sequence[Row]) -> str:
         return f"Dry run on a CPU: the control flow was walked, {NO_GPU}."
     if on_cpu(rows):
         return (
-            f"CPU figures (batch 1, fp32, small sizes, one thread, but where a row says so): {NO_GPU}. On a "
-            "CPU segfast runs ATen's operations; others of them, or fewer, with fixed bilinear weights, with "
-            "a batch norm that folds into a filter, in a segmentation head and in a dense CRF. Elsewhere "
-            "expect ratios near 1 and noise."
+            f"CPU figures (batch 1, fp32, small sizes, one thread, but where a row says so): {NO_GPU}. "
+            "segfast.optimize, which chooses on a CPU by timing, is no part of these calls: they run ATen's "
+            "operations, or what it chose here before; others of ATen's, or fewer, with fixed bilinear "
+            "weights, with a batch norm that folds into a filter, in a segmentation head and in a dense CRF. "
+            "Elsewhere expect ratios near 1 and noise."
         )
     return f"Measured on {', '.join(sorted({row['gpu'] for row in rows if row['gpu']}))}."
 

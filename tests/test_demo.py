@@ -45,6 +45,8 @@ def test_a_short_run_misses_the_bar_and_leaves_everything(elsewhere, capsys, mon
     monkeypatch.setattr(_demo, "write_quick_report", lambda *args: reports.append(args))
     assert main(["demo", "--steps", "3"]) == 1
     output = capsys.readouterr()
+    *_, verdict, _, seconds = output.out.splitlines()
+    assert "orth it: " in verdict and seconds.endswith(" s in all.")
     assert "0.776" in output.out and "required" in output.out and "decoder.0.up" in output.out
     assert output.err.splitlines()[-1].startswith("FAILED: foreground IoU") and "3/3" in output.err
     with Image.open("out/demo.png") as picture:
