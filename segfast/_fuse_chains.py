@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from ._compare import arguments, call, cloned, first_line, running_mode, undisturbed
 from .nn._chains import options
+from .nn._eager import only_forward
 from .nn._fused_chain import Chain, fuse
-from .nn._pair import only_forward
 from .nn._rules import own_class
 from .ops import backend
 

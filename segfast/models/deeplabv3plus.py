@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from segfast.nn import SeparableConv2d
 from segfast.nn._chains import Fused, fused_form
 from segfast.nn._dense import Dense
+from segfast.nn._eager import only_forward
 from segfast.nn._norm import FoldsNorms, PooledBatchNorm2d
-from segfast.nn._pair import Pair, only_forward, pays
+from segfast.nn._pair import Pair, pays
 from segfast.nn._pyramid import Pyramid
 
 from ._base import SegmentationModel, tensors, unlike

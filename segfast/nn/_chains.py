@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..ops._choice import fusion_could_help
 from ._activation import activation_name
 from ._dense import Dense
+from ._eager import only_forward
 from ._norm import activation_of_norm, is_batch_norm
-from ._pair import Pair, is_convolution, is_pointwise, only_forward, pays
+from ._pair import Pair, is_convolution, is_pointwise, pays
 
 Fused = Dense | Pair
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ._eager import folds_filters, global_hooks, only_forward
 from ._norm import folded, folded_filter, folds
-from ._pair import folds_filters, global_hooks, is_convolution, only_forward, padded
+from ._pair import is_convolution, padded
+from ._ready import Ready, Stage, ready
 
 
 def _trains_in_16_bits(conv: Any) -> bool:
@@ -56,12 +58,22 @@ class Dense(NamedTuple):
             and not global_hooks()
         )
 
+    def ready(self, input: Any, residual: Tensor | None = None) -> Ready | None:
+        """What computes the layers on a CPU, if it is known and the layers still `fits`."""
+        if self.conv.transposed:
+            return None
+        stages = (Stage(self.conv, self.norm, self.activation),)
+        return ready(stages, input, residual, self.negative_slope)
+
     def run(self, input: Any, residual: Tensor | None = None) -> Tensor:
         """The layers in one operator; `input` may be several images, as `segfast.functional.conv2d` has it.
 
         `residual` is added before the activation.
         """
         conv = self.conv
+        known = self.ready(input, residual)
+        if known is not None:
+            return known.run(input, residual)
         scale = shift = None
         if self.norm is not None and folds_filters(input if isinstance(input, Tensor) else input[0], conv):
             weight, bias = folded_filter(conv, self.norm)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ._activation import activation_name
 from ._chains import is_convolution
 from ._dense import Dense
+from ._eager import only_forward
 from ._fused_chain import wanted
 from ._fused_class import FusedModule, fused_class, runs_in_eval
 from ._norm import activation_of_norm, is_batch_norm
-from ._pair import only_forward
 from ._rules import own_class
 
 # Convolutions, and what they write compared to the block's input, on average: see `pays`. A quarter of that

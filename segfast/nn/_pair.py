@@ -6,29 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._backend import _INTERPRETING
 from ..ops._choice import fusion_could_help
-from ._norm import folded, folded_filter, folds, runs_eagerly
+from ._eager import folds_filters, global_hooks, only_forward
+from ._norm import folded, folded_filter, folds
+from ._ready import Ready, Stage, ready
 from ._rules import own_class
 
-# In the __dict__ of a module whose forward calls fused chains.
-CALLER = "_segfast_caller"
 # Elements of the input: below, the operator's own overhead may show.
 _PAYS_ON_CPU = 2**15
-_LOSSLESS = (torch.float32, torch.float64)
-global_hooks = torch.nn.modules.module._has_any_global_hook
-
-
-def only_forward(module: nn.Module) -> bool:
-    """Whether calling `module` is no more than its class's forward: no hooks, no forward of its own."""
-    ours = CALLER in vars(module)  # one hook before its forward, one after it
-    return not (
-        len(module._forward_hooks) > ours
-        or len(module._forward_pre_hooks) > ours
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def pays(input: Any, growth: float = 1) -> bool:
@@ -74,23 +59,6 @@ def padded(conv: Any, input: Tensor) -> tuple[Tensor, Any]:
     return nn.functional.pad(input, conv._reversed_padding_repeated_twice, conv.padding_mode), 0
 
 
-def folds_filters(input: Tensor, conv: Any) -> bool:
-    """Whether ATen may have the norms in the filters: where nothing is lost, or differentiated."""
-    return (
-        input.is_cpu
-        and not _INTERPRETING
-        and _is_lossless(input, conv.weight)
-        and not torch.is_grad_enabled()
-        and runs_eagerly()
-    )
-
-
-def _is_lossless(input: Tensor, weight: Tensor) -> bool:
-    if torch.is_autocast_enabled("cpu"):
-        return weight.dtype == torch.float32  # rounded once, with the norm in it or not
-    return input.dtype == weight.dtype and weight.dtype in _LOSSLESS
-
-
 class Pair(NamedTuple):
     """The layers of one pair, in their order; None for what it lacks.
 
@@ -126,8 +94,18 @@ class Pair(NamedTuple):
             and not global_hooks()
         )
 
+    def ready(self, input: Any, residual: Tensor | None = None) -> Ready | None:
+        """What computes the layers on a CPU, if it is known and the layers still `fits`."""
+        stages = [Stage(self.depthwise, self.norm, self.activation)]
+        if self.pointwise is not None:
+            stages.append(Stage(self.pointwise, self.pointwise_norm, self.pointwise_activation))
+        return ready(stages, input, residual, self.negative_slope)
+
     def run(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The pair in one operator. `residual` is added before the last activation."""
+        known = self.ready(input, residual)
+        if known is not None:
+            return known.run(input, residual)
         layer = self.depthwise
         check_channels(layer, input)
         input, padding = padded(layer, input)

@@ -16,8 +16,8 @@ from ..ops._epilogue import ACTIVATIONS
 from ..ops._operands import pair
 from ._chains import Fused, fused_form
 from ._dense import Dense
+from ._eager import folds_filters, only_forward
 from ._norm import folded, needs_gradient, norm_tensors, remembered, runs_eagerly
-from ._pair import folds_filters, only_forward
 from ._rules import own_class
 from .dilated_conv2d import ConvBNAct
 

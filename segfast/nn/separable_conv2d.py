@@ -11,8 +11,9 @@ from ..ops._choice import could_choose
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
+from ._eager import only_forward
 from ._norm import FoldsNorms
-from ._pair import Pair, check_channels, only_forward, padded, pays
+from ._pair import Pair, check_channels, padded, pays
 from ._rules import Rule
 from ._scripting import Unscriptable
 

@@ -122,6 +122,11 @@ def _noted() -> _Notes | None:
     return _main.decisions if _thread.decisions is None else _thread.decisions
 
 
+def is_noting() -> bool:
+    """Whether somebody asks for the decisions."""
+    return _noted() is not None
+
+
 # A predicate's reason where nothing is to be computed: by whatever name, ATen's is the right empty result.
 EMPTY = "a tensor is empty"
 

@@ -131,6 +131,7 @@ class Choices:
             self._sizes.setdefault(_of_any_size(call), []).append(call)
         self.measured[call] = choice
         self._near.clear()
+        _renew()
 
     def find(self, call: Call) -> Choice | None:
         """The choice of a call, or of the measured one with the nearest number of pixels."""
@@ -185,6 +186,8 @@ class Collected:
 
 
 _choices: Choices | None = None
+# Counted up whenever a choice may have become another one.
+_generation = 0
 _collected: Collected | None = None
 _measures_unseen = os.environ.get("SEGFAST_AUTOTUNE", "0") == "1"
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -202,10 +205,22 @@ def choices() -> Choices:
     return _choices
 
 
+def _renew() -> None:
+    global _generation
+    _generation += 1
+
+
+def settled() -> int | None:
+    """A number that stays while choices do; None while somebody collects, measures or asks for reasons."""
+    listening = _collected is not None or _measures_unseen or _backend.is_noting()
+    return None if listening else _generation
+
+
 def forget_choices() -> None:
     """Read them anew at their next use, and drop what was prepared for them."""
     global _choices
     _choices = None
+    _renew()
     _prepared.clear()
 
 
@@ -249,7 +264,9 @@ def autotune() -> Iterator[None]:
 
 def could_choose(input: Tensor) -> bool:
     """Whether a convolution of `input` may run something else than ATen on a CPU, if nobody listens."""
-    return input.is_cpu and not torch.is_grad_enabled() and get_backend() == "auto" and are_there_choices()
+    if torch.compiler.is_compiling() or not input.is_cpu or torch.is_grad_enabled():
+        return False
+    return get_backend() == "auto" and are_there_choices()
 
 
 def fusion_could_help(input: Tensor) -> bool:
@@ -346,6 +363,7 @@ def forget_prepared(*weights: Tensor | None) -> None:
     """Prepare each of these anew at its next call."""
     for weight in weights:
         _prepared.pop(id(weight), None)
+    _renew()
 
 
 def _version(weight: Tensor) -> int:

@@ -59,7 +59,15 @@ def _source_digest() -> str:
     """Of the candidates' own code."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("_conv2d_aten.py", "_cpu.py", "_dilated_taps.py", "_matmul.py", "_onednn.py"):
+    for name in (
+        "_conv2d_aten.py",
+        "_cpu.py",
+        "_dilated_taps.py",
+        "_matmul.py",
+        "_onednn.py",
+        "_winograd.py",
+        "_winograd_scratch.py",
+    ):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dilated_taps, _matmul, _onednn
+from . import _dilated_taps, _matmul, _onednn, _winograd
 from ._backend import change_decision
 from ._choice import ATEN, CANDIDATES, Call, Candidate, can_choose, choices, choose, prepared
 from ._conv2d_aten import conv2d_aten
@@ -39,6 +39,44 @@ def conv2d(
             return y
     operands = (input, weight, bias, stride, padding, dilation, groups)
     return conv2d_aten(*operands, scale, shift, residual, activation, negative_slope)
+
+
+def bound_conv2d(
+    dtype: torch.dtype,
+    shape: torch.Size,
+    channels_last: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Pair, Pair, Pair, int],
+    residual: bool,
+    activation: str | None,
+) -> tuple[Call, Candidate, object, Tensor | None] | None:
+    """The call of a conv2d of images of `shape`, its candidate, and weight and bias as that takes them.
+
+    `geometry` is stride, padding, dilation and groups. None where nothing is chosen.
+    """
+    stride, padding, dilation, groups = geometry
+    call = Call(
+        "conv2d",
+        dtype,
+        channels_last,
+        shape,
+        weight.shape,
+        stride,
+        padding,
+        _NO_PADDING,
+        dilation,
+        groups,
+        bias is not None,
+        residual,
+        activation,
+        torch.get_num_threads(),
+    )
+    name = choose(call, weight) if dtype in _DTYPES else None
+    if name is None or (bias is not None and bias.shape != call.output()[1:2]):
+        return None
+    bias = None if bias is None else bias.detach().to(dtype)
+    return call, CANDIDATES["conv2d"][name], prepared(weight, call, name), bias
 
 
 def conv_transpose2d_chosen(
@@ -155,6 +193,7 @@ def _aten_conv_transpose2d(call, input, weight, bias, residual, slope) -> Tensor
 # Preferred first, while nothing is measured.
 CANDIDATES["conv2d"] = {
     "onednn": _onednn.CONV2D,
+    "winograd": _winograd.CONV2D,
     "matmul": _matmul.CONV2D,
     "taps": _dilated_taps.CONV2D,
     ATEN: Candidate(_always, _cast, _aten_conv2d),

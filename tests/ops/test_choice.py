@@ -121,7 +121,7 @@ def _operands(call: Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     shape = call.output()
     bias = torch.randn(shape[1]).to(call.dtype) if call.bias else None
     residual = torch.randn(shape).to(call.dtype) if call.residual else None
-    return x, torch.randn(call.weight), bias, residual
+    return x, torch.randn(call.weight) / 8, bias, residual
 
 
 def _expected(call: Call, x, weight, bias, residual, slope=0.2) -> Tensor:

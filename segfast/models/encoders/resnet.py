@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from segfast.nn import Conv2d
 from segfast.nn._dense import Dense
+from segfast.nn._eager import only_forward
 from segfast.nn._norm import FoldsNorms
-from segfast.nn._pair import only_forward, pays
+from segfast.nn._pair import pays
 
 from ._base import Encoder, scaled, strides_and_dilations
 

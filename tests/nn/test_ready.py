@@ -1,0 +1,213 @@
+"""What is kept for a call of fused layers holds only while nothing about them has changed."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import segfast
+from segfast.nn import _ready
+from segfast.nn._dense import Dense
+from segfast.nn._pair import Pair
+from segfast.ops._choice import Choice, choices, collect
+
+
+def _layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        nn.Conv2d(8, 6, 1),
+        nn.BatchNorm2d(6),
+    ).eval()
+    with torch.no_grad():
+        for norm in (layers[1], layers[4]):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return layers
+
+
+def _dense(layers) -> Dense:
+    return Dense(layers[3], layers[4], "relu")
+
+
+def _pair(layers) -> Pair:
+    return Pair(layers[0], layers[1], "relu6", layers[3], layers[4], "relu")
+
+
+def _expected(form, layers, x, residual=None):
+    y = layers[3:](x) if isinstance(form, Dense) else layers(x)
+    return torch.relu(y if residual is None else y + residual)
+
+
+@pytest.fixture(params=[_dense, _pair], ids=["dense", "pair"])
+def form(request):
+    """A fused form whose calls of 9x7 pixels have a choice, and its layers."""
+    layers = _layers()
+    form, x = request.param(layers), torch.randn(2, 8, 9, 7)
+    with torch.no_grad():
+        for residual in (None, torch.randn(2, 6, 9, 7)):
+            for each in (x, x.contiguous(memory_format=torch.channels_last)):
+                with collect() as collected:
+                    form.run(each, residual)
+                for call in collected.counts:
+                    choices().add(call, Choice("onednn", {}))
+    return form, layers
+
+
+def _check(form, layers, x, residual=None, **tolerance):
+    with torch.no_grad():
+        actual = form.run(x, residual)
+        torch.testing.assert_close(actual, _expected(form, layers, x, residual), **tolerance)
+
+
+def test_it_is_kept_and_computes_the_same(form):
+    form, layers = form
+    x, residual = torch.randn(2, 8, 9, 7), torch.randn(2, 6, 9, 7)
+    for _ in range(2):
+        _check(form, layers, x)
+        with torch.no_grad():
+            assert form.ready(x) is form.ready(torch.randn(2, 8, 9, 7)) is not None
+        _check(form, layers, x, residual)
+        _check(form, layers, x.contiguous(memory_format=torch.channels_last), residual)
+
+
+def _write_running_statistics(layers):
+    layers[4].running_var.mul_(3)
+
+
+def _write_weight(layers):
+    layers[3].weight.mul_(2)
+
+
+def _replace_weight(layers):
+    layers[3].weight = nn.Parameter(layers[3].weight * 2)
+
+
+def _replace_bias(layers):
+    layers[3].bias = None
+
+
+def _replace_buffer(layers):
+    layers[4].running_mean = layers[4].running_mean + 1
+
+
+def _change_padding(layers):
+    layers[3].padding = (1, 1)
+
+
+def _change_eps(layers):
+    layers[4].eps = 0.5
+
+
+CHANGES = (
+    _write_running_statistics,
+    _write_weight,
+    _replace_weight,
+    _replace_bias,
+    _replace_buffer,
+    _change_padding,
+    _change_eps,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
+def test_what_changed_is_seen(change, form):
+    form, layers = form
+    x = torch.randn(2, 8, 9, 7)
+    _check(form, layers, x)
+    with torch.no_grad():
+        change(layers)
+    if change is _change_padding and isinstance(form, Pair):
+        with torch.no_grad():
+            assert not form.fits()  # a 1x1 convolution with padding is another operator
+        return
+    _check(form, layers, x)
+
+
+def test_another_size_dtype_backend_or_grad_mode(form):
+    form, layers = form
+    x = torch.randn(2, 8, 9, 7)
+    _check(form, layers, x)
+    _check(form, layers, torch.randn(1, 8, 12, 5))
+    _check(form, layers, torch.randn(3, 8, 1, 1))
+    assert form.run(x).requires_grad
+    with torch.no_grad():
+        assert form.ready(x) is not None
+        with segfast.backend("aten"):
+            assert form.ready(x) is None
+        with collect():
+            assert form.ready(x) is None
+        assert form.ready(x[0]) is None
+        assert form.ready([x]) is None
+    assert form.ready(x) is None  # gradients are enabled
+    _check(form, layers, x)
+    layers.double()
+    _check(form, layers, x.double())
+
+
+def test_hooks_and_train_mode(form):
+    form, layers = form
+    x = torch.randn(2, 8, 9, 7)
+    _check(form, layers, x)
+    seen = []
+    with torch.no_grad():
+        handle = layers[3].register_forward_hook(lambda *_: seen.append(1))
+        assert form.ready(x) is None
+        handle.remove()
+        assert form.ready(x) is not None
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+        assert form.ready(x) is None
+        handle.remove()
+        layers[4].train()
+        assert form.ready(x) is None
+
+
+def test_a_write_through_data_is_seen_after_eval(form):
+    form, layers = form
+    blocks = segfast.nn.ConvBNAct(8, 6, 1)  # whose eval() tells that
+    blocks[0], blocks[1] = layers[3], layers[4]
+    x = torch.randn(2, 8, 9, 7)
+    _check(form, layers, x)
+    layers[3].weight.data.mul_(2)
+    blocks.eval()
+    _check(form, layers, x)
+
+
+def test_autocast(form):
+    form, layers = form
+    x = torch.randn(2, 8, 9, 7)
+    _check(form, layers, x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert form.run(x).dtype == torch.bfloat16
+    _check(form, layers, x)
+
+
+def test_nothing_is_kept_of_layers_that_are_gone(form):
+    form, layers = form
+    x = torch.randn(2, 8, 9, 7)
+    _check(form, layers, x)
+    first = layers[3] if isinstance(form, Dense) else layers[0]
+    key = id(first)
+    assert key in _ready._made
+    kept = _ready._made[key]
+    assert kept.conv() is first
+
+
+def test_a_model_that_is_gone_leaves_nothing():
+    def make():
+        layers = _layers()
+        with torch.no_grad(), collect() as collected:
+            _dense(layers).run(torch.randn(1, 8, 4, 4))
+        for call in collected.counts:
+            choices().add(call, Choice("onednn", {}))
+        with torch.no_grad():
+            _dense(layers).run(torch.randn(1, 8, 4, 4))
+        assert id(layers[3]) in _ready._made
+
+    before = len(_ready._made)
+    make()
+    gc.collect()
+    assert len(_ready._made) == before
