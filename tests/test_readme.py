@@ -1,24 +1,81 @@
-"""The README's example runs, and its commands exist."""
+"""The README's example runs, and its commands exist; docs/optimize.md's examples run, and it says what is so."""
 
-import contextlib
-import io
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
+import torch
+
+import segfast
+from segfast import _choose
 from segfast.cli import COMMANDS
+from segfast.ops import _choice
+from segfast.ops._choice import CANDIDATES
+from segfast.ops._choice_files import path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+OPTIMIZE = (ROOT / "docs" / "optimize.md").read_text()
 
 
-def test_the_example_runs():
+@pytest.fixture
+def faster(monkeypatch, tmp_path):
+    """Every model is found to be twice as fast, and nothing was measured before."""
+    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    _choice.forget_choices()
+
+    def gain(model, plain, channels_last, inputs, dtype):
+        name, error = (None, None) if dtype is None else ("bfloat16", 0.01)
+        return _choose.Gain(2, 1, "channels_last", 1, True, name, error)
+
+    monkeypatch.setattr("segfast._optimize.gain", gain)
+
+
+@pytest.mark.measures
+def test_the_example_runs(faster, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
-    assert "1 of 1 layers replaced" in printed.getvalue()
-    assert "conv_transpose2d: aten (the tensors are on a CPU)" in printed.getvalue()
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("2.00 times as fast on this CPU")
+    assert "1 of 2 layers replaced. 1 fused with others." in printed
+    assert "conv_transpose2d: aten (the tensors are on a CPU)" in printed
+
+
+@pytest.mark.measures
+def test_the_examples_on_optimize_run(faster, tmp_path, capsys):
+    space, printed = {}, []
+    for code in re.findall(r"```python\n(.*?)```", OPTIMIZE, re.DOTALL):
+        exec(compile(code, "optimize.md", "exec"), space)
+        printed.append(capsys.readouterr().out)
+    first, autotuned, shipped, half = printed
+    assert "\n2.00 times as fast on this CPU with" in first and "\nconv_transpose2d: " in first
+    assert autotuned == shipped == ""
+    assert "in bfloat16, where outputs changed by 0.01 of the largest value" in half
+    assert (tmp_path / "choices.json").exists() and path().parent == tmp_path / "cache" / "choices"
+    assert {call.input[2:] for call in _choice.choices().measured} == {(128, 128), (480, 640)}
+    assert segfast.report(space["fast"]).gain.dtype == "bfloat16"
+
+
+def test_the_page_on_optimize_lists_the_candidates():
+    named = re.findall(r"^ +\| `(\w+)` \|", OPTIMIZE, re.MULTILINE)
+    assert sorted(named) == sorted({name for some in CANDIDATES.values() for name in some})
+
+
+@pytest.mark.measures
+def test_a_write_through_data_is_not_seen_and_another_is(faster):
+    """As the page on optimize warns; where this changes, the warning goes."""
+    up = segfast.optimize(torch.nn.ConvTranspose2d(32, 2, 2, stride=2), torch.randn(1, 32, 8, 8))
+    x = torch.randn(1, 32, 8, 8)
+    for call in list(_choice.choices().measured):
+        _choice.choices().add(call, _choice.Choice("matmul", {}))
+    with torch.no_grad():
+        before = up(x)
+        up.weight.data.mul_(2)
+        assert torch.equal(up(x), before)
+        up.weight.mul_(1)
+        assert not torch.equal(up(x), before)
 
 
 def test_every_command_it_names_exists():
