@@ -1,4 +1,4 @@
-"""The README's example runs, and its commands exist; docs/optimize.md's examples run, and it says what is so."""
+"""The README's example runs, and its commands exist; docs/optimize.md's run, and it says what is so."""
 
 import re
 import subprocess
