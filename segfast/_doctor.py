@@ -1,4 +1,7 @@
-"""`segfast doctor`: versions, GPU, what is proven and measured on it, folders; `--prove` runs the proof."""
+"""`segfast doctor`: versions, folders, what is measured on the CPU, what is proven and measured on the GPU.
+
+`--prove` runs the proof.
+"""
 
 import argparse
 import importlib.metadata
@@ -12,13 +15,17 @@ import torch
 import triton
 
 from . import __version__
+from ._check_advice import cpu_has_bfloat16
 from ._load_model import parse_device
 from ._table import format_table
 from .kernels import _configs
 from .kernels._device import architecture, dot_precision, gpu_slug
 from .ops._backend import _KERNEL_DTYPES, forget_decisions, get_backend
+from .ops._choice import choices
+from .ops._choice_files import machine, path
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_ON_A_CPU = "On a CPU `segfast.optimize` measures what runs a model's calls; a call not measured takes ATen."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `segfast doctor`: 0 on a GPU, 1 if a proof failed, 2 without a GPU."""
-    for title, lines in (("Versions", _versions()), ("Settings", _settings()), ("Folders", _folders())):
+    sections = {"Versions": _versions(), "Settings": _settings(), "Folders": _folders(), "CPU": _cpu()}
+    for title, lines in sections.items():
         print(f"{title}\n{_indented(lines)}\n")
     if not torch.cuda.is_available():
         print(_no_gpu())
         return 2
     device = parse_device(args.device)
     if device.type != "cuda":
-        print("The kernels run on CUDA GPUs; on a CPU every call takes ATen.")
+        print(f"The kernels run on CUDA GPUs. {_ON_A_CPU}")
         return 2
     failed = args.prove and not _prove(device)
     print(_gpu(device))
@@ -74,7 +82,7 @@ def _driver() -> str:
 
 def _settings() -> list[tuple[str, str]]:
     lines = [("backend", get_backend())]
-    for name in ("SEGFAST_BACKEND", "TRITON_INTERPRET"):
+    for name in ("SEGFAST_BACKEND", "SEGFAST_AUTOTUNE", "TRITON_INTERPRET"):
         lines.append((name, os.environ.get(name, "not set")))
     return lines
 
@@ -88,9 +96,19 @@ def _folders() -> list[tuple[str, str]]:
     ]
 
 
+def _cpu() -> list[tuple[str, str]]:
+    here = machine()
+    return [
+        ("model", here["cpu"]),
+        ("instructions", here["isa"]),
+        ("bfloat16", "yes" if cpu_has_bfloat16() else "slow: neither AMX nor AVX512-BF16"),
+        ("calls measured", f"{len(choices().measured)} ({path()})"),
+    ]
+
+
 def _no_gpu() -> str:
     why = "torch sees none" if torch.version.cuda or torch.version.hip else "this torch is a CPU build"
-    return f"No GPU: {why}. The kernels do not run here; every call takes ATen."
+    return f"No GPU: {why}. The kernels do not run here. {_ON_A_CPU}"
 
 
 def _gpu(device: torch.device) -> str:

@@ -1,16 +1,19 @@
 """`segfast doctor`, without a GPU and on a pretended one."""
 
 import json
+import re
 import types
 
 import pytest
 import torch
 import triton
 
+import segfast
 from segfast import _doctor, cli
 from segfast.kernels import _configs, _device
 from segfast.ops import FAMILIES, _prove, _prove_apart
 from segfast.ops._backend import forget_decisions
+from segfast.ops._choice_files import machine, path
 
 OPERATION = "conv_transpose2d_forward"
 
@@ -46,7 +49,7 @@ def lines(text):
 def test_without_a_gpu_it_says_so_and_exits_2(cache, capsys, arguments):
     assert cli.main(["doctor", *arguments]) == 2
     out = capsys.readouterr().out
-    assert "No GPU: " in out and "every call takes ATen" in out
+    assert "No GPU: " in out and "On a CPU `segfast.optimize` measures" in out
     assert not cache.exists()
 
 
@@ -64,6 +67,18 @@ def test_versions_settings_and_folders(cache, capsys, monkeypatch):
         "nvidia-h200.json",
     ):
         assert part in out, part
+
+
+def test_what_is_measured_on_the_cpu(cache, capsys):
+    counts = []
+    for _ in range(2):
+        cli.main(["doctor"])
+        printed = capsys.readouterr().out
+        assert re.search(r"model +(.*)", printed)[1] == machine()["cpu"]
+        counts.append(re.search(r"calls measured +(\d+) \((.*)\)", printed).groups())
+        with torch.no_grad(), segfast.autotune():
+            segfast.functional.conv2d(torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3))
+    assert counts == [("0", str(path())), ("1", str(path()))]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_examples_on_optimize_run(faster, tmp_path, capsys):
     assert autotuned == shipped == ""
     assert "in bfloat16, where outputs changed by 0.01 of the largest value" in half
     assert (tmp_path / "choices.json").exists() and path().parent == tmp_path / "cache" / "choices"
-    assert {call.input[2:] for call in _choice.choices().measured} == {(128, 128), (480, 640)}
+    assert {call.input[2:] for call in _choice.choices().measured} == {(256, 256), (480, 640)}
     assert segfast.report(space["fast"]).gain.dtype == "bfloat16"
 
 

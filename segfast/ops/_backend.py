@@ -77,8 +77,9 @@ class backend:
     `torch.nn.DataParallel` starts and autograd's among them; in another thread, for that thread alone.
 
     Args:
-        name: "auto" (a kernel of ours where it is proven on this GPU and measured faster, else ATen),
-            "triton" (our kernels or an error), or "aten" (cuDNN on a GPU, oneDNN on a CPU).
+        name: "auto" (a kernel of ours where it is proven on this GPU and measured faster, on a CPU what was
+            measured to be the fastest; else ATen), "triton" (our kernels or an error), or "aten" (cuDNN on a
+            GPU, oneDNN on a CPU).
 
     Raises:
         ValueError: another name.
