@@ -87,7 +87,7 @@ class CheckResult:
 
     @property
     def left_as_it_was(self) -> bool:
-        """Whether `optimize` timed the whole model, which was not faster, and undid all."""
+        """True where `optimize` timed the whole model, which was not faster, and undid all."""
         return self.report.gain is not None and not self.report.gain.kept
 
     @property

@@ -1,4 +1,4 @@
-"""Which command or argument may make a checked model faster still, in a sentence each."""
+"""The commands and arguments that may make a checked model faster still, in a sentence each."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def advice(found: "CheckResult") -> str:
-    """What to try next; empty where nothing is known to gain more."""
+    """Sentences on what to try next; empty where nothing is known to gain more."""
     return " ".join(_on_gpu(found) if found.device.type == "cuda" else _on_cpu(found))
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 by instructions of its own: AMX or AVX512-BF16."""
+    """True where this CPU multiplies in bfloat16 by instructions of its own: AMX or AVX512-BF16."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -57,7 +57,7 @@ def has_layouts(model: nn.Module, inputs: Any) -> bool:
 
 
 def layout_of(model: nn.Module) -> str:
-    """Which of `LAYOUTS` the weights of a model have: "NCHW" unless one has the other for certain."""
+    """The one of `LAYOUTS` that a model's weights have: "NCHW" unless one has the other for certain."""
     weights = (p for p in model.parameters() if _has_layout(p) and not p.is_contiguous())
     last = any(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     return "channels_last" if last else "NCHW"
