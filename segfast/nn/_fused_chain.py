@@ -21,9 +21,11 @@ from ._eager import CALLER, only_forward
 from ._fused_class import FusedModule, fused_class
 from ._norm import runs_eagerly
 from ._pair import pays
+from ._rules import own_class
 
-# In the __dict__ of a chain's layers.
+# In the __dict__ of a chain's layers, and of an `nn.Sequential` that calls chains itself: by position.
 _PLACE = "_segfast_chain"
+_CHAINS = "_segfast_chains"
 
 
 _NOT_BEGUN = (-1, -1, None)
@@ -89,8 +91,7 @@ class Chain:
 
     def step(self, position: int, layer: nn.Module, input: Any) -> Tensor | None:
         """The result of the layer at `position`, or None if it shall compute it itself."""
-        assert self.caller is not None
-        run = _threads.runs.get(self.caller)
+        run = None if self.caller is None else _threads.runs.get(self.caller)
         if run is None or layer is not self.layers[position]:
             return None
         if position == 0:
@@ -103,6 +104,25 @@ class Chain:
         else:
             run.begun[self] = (position + 1, length, output)
         return output
+
+    def compute(self, input: Any, layers: Sequence[nn.Module]) -> tuple[Tensor, int] | None:
+        """The result of the first of `layers`, which are called one after the other, and of how many."""
+        if _threads.forced is False or not _are_the_same(layers[: len(self.layers)], self.layers):
+            return None
+        if not self.in_train and any([m.training for m in self.layers]):
+            return None
+        if not self._is_unwatched():
+            return None
+        length, form = self.options[0]
+        known = form.ready(input)
+        if known is not None:
+            return known.run(input, None), length
+        if not wanted(input, self.growth) or _is_checkpointed():
+            return None
+        for length, form in self.options:
+            if form.fits():
+                return form.run(input), length
+        return None
 
     def _begin(self, run: _Run, input: Any) -> Tensor | None:
         length, form = self.options[0]
@@ -156,18 +176,61 @@ class _Layer(FusedModule):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
+class _Sequential(FusedModule):
+    """Mixed into the class of an `nn.Sequential` that calls the layers of chains itself."""
+
+    def forward(self, input: Any) -> Any:
+        chains = vars(self).get(_CHAINS)  # none in a slice
+        if chains is None or not runs_eagerly() or getattr(self, "_is_replica", False):
+            return super().forward(input)  # type: ignore[misc]
+        layers: list[nn.Module] = list(self._modules.values())  # type: ignore[attr-defined]
+        position = 0
+        while position < len(layers):
+            chain = chains.get(position)
+            found = None if chain is None else chain.compute(input, layers[position:])
+            input, length = (layers[position](input), 1) if found is None else found
+            position += length
+        return input
+
+
 def fuse(caller: nn.Module, chains: Sequence[Chain]) -> None:
     """Let `caller`'s forward compute each chain at once."""
-    if CALLER not in vars(caller):
-        vars(caller)[CALLER] = _Caller()
-        caller.register_forward_pre_hook(_enter)
-        caller.register_forward_hook(_leave, always_call=True)
+    children = list(caller._modules.values())
     for chain in chains:
-        chain.caller = vars(caller)[CALLER]
         for position, layer in enumerate(chain.layers):
             vars(layer)[_PLACE] = (chain, position)
             kind: Any = type(layer)
             layer.__class__ = fused_class(_Layer, kind)
+        begin = _place_in(children, chain)
+        if begin is None or own_class(caller).forward is not nn.Sequential.forward:
+            _hook(caller)
+            chain.caller = vars(caller)[CALLER]
+            continue
+        if _CHAINS not in vars(caller):
+            vars(caller)[_CHAINS] = {}
+            kind = type(caller)
+            caller.__class__ = fused_class(_Sequential, kind)
+        vars(caller)[_CHAINS][begin] = chain
+
+
+def _place_in(children: Sequence[nn.Module | None], chain: Chain) -> int | None:
+    """Where the layers of `chain` stand one after the other."""
+    first = next((i for i, child in enumerate(children) if child is chain.layers[0]), None)
+    if first is None:
+        return None
+    there = children[first : first + len(chain.layers)]
+    return first if _are_the_same(there, chain.layers) else None
+
+
+def _are_the_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all([a is b for a, b in zip(some, others, strict=True)])
+
+
+def _hook(caller: nn.Module) -> None:
+    if CALLER not in vars(caller):
+        vars(caller)[CALLER] = _Caller()
+        caller.register_forward_pre_hook(_enter)
+        caller.register_forward_hook(_leave, always_call=True)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -177,6 +240,9 @@ def unfuse(model: nn.Module) -> None:
             for layer in vars(module)[_PLACE][0].layers:
                 if vars(layer).pop(_PLACE, None) is not None:
                     layer.__class__ = layer.unfused_class
+        if vars(module).pop(_CHAINS, None) is not None:
+            sequential: Any = module
+            sequential.__class__ = sequential.unfused_class
         if vars(module).pop(CALLER, None) is not None:
             for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _enter]:
                 del module._forward_pre_hooks[key]
