@@ -34,6 +34,7 @@ class Gain:
     `layout` names the faster one before: "as given" or "channels_last". `kept` is False where nothing was
     faster and the model was left as it was. `error` is the largest change of an output as a part of its
     largest value, where the model computes in `dtype`. `unmeasured` calls did not fit into the budget.
+    A model that is left alone has channels_last weights where that was faster.
     """
 
     before_ms: float
@@ -54,7 +55,10 @@ class Gain:
         where = f"on this CPU with {self.threads} thread{'s' if self.threads > 1 else ''}"
         before = f"{self.before_ms:.1f} ms before, {self.layout}"
         if not self.kept:
-            return f"Not faster {where}: {before}, {self.after_ms:.1f} ms optimized; left as it was."
+            laid_out = ", but for channels_last weights" if self.layout == "channels_last" else ""
+            return (
+                f"Not faster {where}: {before}, {self.after_ms:.1f} ms optimized; left as it was{laid_out}."
+            )
         text = f"{self.ratio:.2f} times as fast {where}: {before}, {self.after_ms:.1f} ms now"
         if self.dtype is not None:
             text += f" in {self.dtype}, where outputs changed by {self.error:.2g} of the largest value"

@@ -16,7 +16,7 @@ from ._judge import RECORD, check_model, common_reason_not, judge, record_of, ru
 from ._report import Report, Row, report
 from .nn._chains import is_convolution, is_depthwise
 from .nn._fused_chain import chain_of
-from .nn._fused_dtype import compute_as_given, compute_in
+from .nn._fused_dtype import compute_as_given, compute_in, compute_on_aten
 from .nn._rules import Rule, all_rules, own_class
 from .nn.dilated_conv2d import Conv2d
 from .ops._backend import fusion_could_help, taken_by_kernels
@@ -191,8 +191,22 @@ def _choose(
         if all(choice.startswith("aten") for choice in record_of(module).get("choices", ())):
             restore(module)
     if not found.kept:
-        restore(model)
+        _leave(model, found)
     record_of(model)["gain"] = found
+
+
+def _leave(model: nn.Module, found: Gain) -> None:
+    """Undo what was done to `model`, which was not faster for it, but for a layout that was."""
+    restore(model)
+    if found.layout == "channels_last":
+        for module in model.modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None and tensor.dim() == 4 and type(tensor) is nn.Parameter:
+                    _set_layout(module, (name,), _channels_last)
+                    record = record_of(module)
+                    record["contiguous"] = tuple({*record.get("contiguous", ()), name})
+    if any(own_class(m).__module__.startswith("segfast.") for m in model.modules()):
+        compute_on_aten(model)
 
 
 def _measured(

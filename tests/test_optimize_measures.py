@@ -120,6 +120,7 @@ def test_a_model_that_is_not_faster_is_left_as_it_was(inplace, wins, model_takes
     wins("onednn")
     model_takes(2, 3, 2.5)
     net, x = _net(), _image()
+    strides = [p.stride() for p in net.parameters()]
     with torch.no_grad():
         expected = net(x)
     kinds = [type(m) for m in net.modules()]
@@ -130,6 +131,34 @@ def test_a_model_that_is_not_faster_is_left_as_it_was(inplace, wins, model_takes
         assert torch.equal(fast(x), expected)
     assert "Not faster on this CPU" in str(segfast.report(fast))
     assert segfast.report(fast).gain.layout == "as given"
+    assert [p.stride() for p in fast.parameters()] == strides
+
+
+def test_but_for_channels_last_weights_where_those_are_faster(wins, model_takes):
+    wins("onednn")
+    model_takes(3, 2, 2.5)
+    net, x = _net(), _image()
+    strides = [p.stride() for p in net.parameters()]
+    fast = segfast.optimize(net, x)
+    assert type(fast.conv) is nn.Conv2d
+    assert fast.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert "left as it was, but for channels_last weights" in str(segfast.report(fast))
+    assert [p.stride() for p in net.parameters()] == strides
+    assert [p.stride() for p in segfast.restore(fast).parameters()] == strides
+
+
+def test_a_model_of_our_own_layers_that_is_not_faster_runs_aten(wins, model_takes):
+    from segfast.models import create
+
+    wins("onednn")
+    net, x = create("unet", width=4).eval(), torch.randn(1, 1, 32, 32)
+    model_takes(3, 2, 1)
+    with torch.no_grad():
+        assert "onednn" in _ran(segfast.optimize(net, x), x)
+        model_takes(2, 2, 3)
+        left = segfast.optimize(net, x)
+        assert "onednn" not in _ran(left, x)
+        assert "onednn" in _ran(segfast.restore(left), x)
 
 
 def test_a_second_time_nothing_is_measured(wins, model_takes, monkeypatch):

@@ -1,4 +1,4 @@
-"""A whole model computed in another dtype, with inputs, outputs and parameters as the caller has them."""
+"""A whole model computed in another dtype, or by ATen alone, with all that the caller sees as it was."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from ..ops._backend import backend_of_this_thread, get_backend
 from ._fused_class import FusedModule, fused_class
 
 # In the __dict__ of a model that computes in another dtype.
@@ -41,9 +42,27 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         model.__class__ = fused_class(_InDtype, kind)
 
 
+class _OnATen(FusedModule):
+    """Mixed into the class of a model whose layers are segfast's and were no faster by anything else."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or get_backend() != "auto":
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with backend_of_this_thread("aten"):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def compute_on_aten(model: nn.Module) -> None:
+    """Let `model` compute by ATen alone where "auto" would choose, without gradients."""
+    if not isinstance(model, _OnATen):
+        kind: Any = type(model)
+        model.__class__ = fused_class(_OnATen, kind)
+
+
 def compute_as_given(model: nn.Module) -> None:
-    """Undo `compute_in`."""
-    if vars(model).pop(_DTYPE, None) is not None:
+    """Undo `compute_in` and `compute_on_aten`."""
+    vars(model).pop(_DTYPE, None)
+    while isinstance(model, _InDtype | _OnATen):
         fused: Any = model
         fused.__class__ = fused.unfused_class
 
