@@ -207,6 +207,7 @@ def test_a_model_that_is_gone_leaves_nothing():
             _dense(layers).run(torch.randn(1, 8, 4, 4))
         assert id(layers[3]) in _ready._made
 
+    gc.collect()
     before = len(_ready._made)
     make()
     gc.collect()
