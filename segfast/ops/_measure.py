@@ -13,7 +13,8 @@ from ._choice import ATEN, CANDIDATES, Call, Choice, choices
 from ._choice_files import write
 from ._epilogue import ACTIVATIONS
 
-_ROUNDS = 5
+# So many rounds, or after fewer the seconds a call may take.
+_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 5, 2, 0.3
 _SLOPE = 0.01
 # A candidate that took so many times as long as the fastest one in a round is out.
 _HOPELESS = 1.5
@@ -131,13 +132,13 @@ def _is_right(call: Call, operands: _Operands, run: Callable[[], Tensor]) -> boo
 
 def _exact_bands(call: Call, operands: _Operands) -> Iterable[tuple[int, Tensor, Tensor]]:
     """The first row of each band, its exact result in fp64, and what its terms sum up to without signs."""
-    weight = operands.weight.to(call.dtype).double()
+    weight = operands.weight.to(call.dtype)
     height = call.output()[2]
     tops = {0, max(0, height // 2 - _BAND // 2), max(0, height - _BAND)}
     for top in sorted(tops):
         rows = slice(top, min(height, top + _BAND))
-        exact = _exact(call, operands.input.double(), weight, rows)
-        magnitude = _exact(call, operands.input.double().abs(), weight.abs(), rows)
+        exact = _exact(call, operands.input.double(), weight.double(), rows)
+        magnitude = _exact(call, operands.input.float().abs(), weight.float().abs(), rows)
         if operands.bias is not None:
             exact = exact + operands.bias.double()[:, None, None]
         if operands.residual is not None:
@@ -171,6 +172,7 @@ def _times(runs: dict[str, Callable[[], Tensor]], input: Tensor) -> dict[str, fl
         run()
         repeats[name] = max(1, min(50, int(_SHORTEST_S / max(clock() - begin, 1e-9))))
     racing = list(runs)
+    start = clock()
     for turn in range(_ROUNDS):
         for name in racing[turn % len(racing) :] + racing[: turn % len(racing)]:
             flushed.sum()
@@ -181,7 +183,7 @@ def _times(runs: dict[str, Callable[[], Tensor]], input: Tensor) -> dict[str, fl
             samples[name].append((clock() - begin) / repeats[name])
         fastest = min(min(samples[name]) for name in racing)
         racing = [name for name in racing if min(samples[name]) <= _HOPELESS * fastest]
-        if len(racing) == 1:
+        if len(racing) == 1 or (turn + 1 >= _LEAST_ROUNDS and clock() - start > _ENOUGH_S):
             break
     # Of a machine with other work, the quieter rounds.
     return {name: 1e6 * sorted(times)[len(times) // 4] for name, times in samples.items()}
