@@ -132,7 +132,8 @@ def exact_fp32() -> Iterator[None]:
 def running_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """`model` in train or eval; afterwards each module is in the mode it was in."""
     before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if any(mode != training for _, mode in before):  # a change of mode makes packed weights anew
+        model.train(training)
     try:
         yield
     finally:

@@ -90,3 +90,16 @@ def test_its_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#]+)", README)
     assert len(targets) >= 3
     assert [t for t in targets if not t.startswith("https:") and not (ROOT / t).exists()] == []
+
+
+def test_the_table_of_networks_is_that_of_the_committed_rows():
+    """Copied from `python -m benchmarks.network_report`, without the columns that are the same in all lines."""
+    from benchmarks.network_report import network_tables
+    from benchmarks.networks import FAMILY
+    from benchmarks.rows import read_rows
+
+    files = sorted((ROOT / "benchmarks" / "results").glob(f"*/{FAMILY}.csv"))
+    ((_, _, lines),) = network_tables([row for file in files for row in read_rows(file)])
+    for network, _, _, eager, _, compiled, ours, bf16, ours_in_bf16, *_ in lines:
+        line = " | ".join([network, eager, compiled, ours, bf16, ours_in_bf16])
+        assert f"| {line} |" in README

@@ -23,7 +23,7 @@ _SHORTEST_S = 1e-3
 # Read between two candidates, so that weights come from memory as they do in a network.
 _FLUSH_BYTES = 8 << 20
 # Rows of the output that are compared with exact ones, at the top, in the middle and at the bottom.
-_BAND = 4
+_BAND = 2
 
 
 class _Operands(NamedTuple):
