@@ -93,7 +93,7 @@ def test_its_links_lead_somewhere():
 
 
 def test_the_table_of_networks_is_that_of_the_committed_rows():
-    """Copied from `python -m benchmarks.network_report`, without the columns that are the same in all lines."""
+    """Copied from `python -m benchmarks.network_report`, without the columns that are alike in all lines."""
     from benchmarks.network_report import network_tables
     from benchmarks.networks import FAMILY
     from benchmarks.rows import read_rows
