@@ -1,6 +1,8 @@
 """Choosing what runs each call of a model, by trying, and timing whether the model is faster for it."""
 
 import contextlib
+import copy
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from torch.utils import _pytree
 from ._compare import call, leaves, running_mode, undisturbed
 from ._judge import record_of
 from ._timing import interleave
+from .nn._fused_dtype import keep_contiguous
 from .ops._backend import backend, get_backend
 from .ops._choice import Call, Collected, choices, collect
 from .ops._measure import measure_and_keep
@@ -33,7 +36,8 @@ class Gain:
 
     `layout` names the faster one before: "as given" or "channels_last". `kept` is False where nothing was
     faster and the model was left as it was. `error` is the largest change of an output as a part of its
-    largest value, where the model computes in `dtype`. `unmeasured` calls did not fit into the budget.
+    largest value; in another `dtype` it may be large, else a model with more than rounding is left alone.
+    `unmeasured` calls did not fit into the budget.
     A model that is left alone has channels_last weights where that was faster.
     """
 
@@ -43,7 +47,7 @@ class Gain:
     threads: int
     kept: bool
     dtype: str | None = None
-    error: float | None = None
+    error: float = 0.0
     unmeasured: int = 0
 
     @property
@@ -54,6 +58,8 @@ class Gain:
     def __str__(self) -> str:
         where = f"on this CPU with {self.threads} thread{'s' if self.threads > 1 else ''}"
         before = f"{self.before_ms:.1f} ms before, {self.layout}"
+        if self.error > _most_changed(self.dtype):
+            return f"Outputs changed by {self.error:.2g} of the largest value {where}; left as it was."
         if not self.kept:
             laid_out = ", but for channels_last weights" if self.layout == "channels_last" else ""
             return (
@@ -74,15 +80,16 @@ def can_measure(model: nn.Module, inputs: Inputs) -> bool:
     return MEASURES and bool(tensors) and bool(owned) and all(t.is_cpu for t in (*tensors, *owned))
 
 
-def choose(model: nn.Module, inputs: Inputs, budget_s: float, progress: bool) -> int:
+def choose(model: nn.Module, inputs: Inputs, budget_s: float, progress: bool) -> int | None:
     """Measure what calls of `model` on `inputs` have no choice yet; returns how many did not fit the budget.
 
-    What was chosen for a layer is noted in its record.
+    None if the model makes no call that anything could be chosen for. What was chosen for a layer is noted in
+    its record.
     """
     left = 0
     end = time.perf_counter() + budget_s
     for _ in range(_PASSES):
-        unseen = [made for made in _calls(model, inputs).counts if made not in choices().measured]
+        unseen = [each for each in _calls(model, inputs).counts if each not in choices().measured]
         rest = end - time.perf_counter()
         if not unseen or rest <= 0:
             left = len(unseen)
@@ -91,37 +98,67 @@ def choose(model: nn.Module, inputs: Inputs, budget_s: float, progress: bool) ->
             left = len(unseen) - len(measure_and_keep(unseen, budget_s=rest, on_call=on_call))
         if left:
             break
-    _note(model, _calls(model, inputs))
-    return left
+    made = _calls(model, inputs)
+    _note(model, made)
+    return left if made.counts else None
 
 
-def gain(
-    model: nn.Module, plain: nn.Module, channels_last: nn.Module, inputs: Inputs, dtype: torch.dtype | None
-) -> Gain:
-    """Time `model` on `inputs` beside what it was before, in two layouts; all in eval, without gradients."""
-    models = {"as given": plain, "channels_last": channels_last, "after": model}
+def gain(model: nn.Module, plain: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Gain:
+    """Time `model` on `inputs` beside what it was before, in two layouts; all in eval, without gradients.
+
+    Where the outputs were contiguous before and are no more, they are made so from now on.
+    """
+    models = {"as given": plain, "channels_last": _in_channels_last(plain), "after": model}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for each in models.values():
             stack.enter_context(running_mode(each, False))
             stack.enter_context(undisturbed(each))
         runs = {name: _run(each, inputs, name != "after") for name, each in models.items()}
-        outputs = {name: run() for name, run in runs.items()}
-        error = None if dtype is None else _change(outputs["as given"], outputs["after"])
-        del outputs
+        expected, actual = runs["as given"](), runs["after"]()
+        error = _change(expected, actual)
+        if _lost_layout(expected, actual):
+            keep_contiguous(model)
+        del expected, actual
+        try:
+            runs["channels_last"]()
+        except RuntimeError:  # a forward that takes views of contiguous images
+            del runs["channels_last"]
         budget = _MODEL_BUDGET_S
         times = interleave(runs, torch.device("cpu"), budget_s=budget, min_rounds=3, max_rounds=30)
     ms = {name: timing.wall_us / 1e3 for name, timing in times.items()}
-    layout = min("as given", "channels_last", key=ms.__getitem__)
-    right = error is None or error < 1
+    after = ms.pop("after")
+    layout = min(ms, key=ms.__getitem__)
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
     return Gain(
         before_ms=ms[layout],
-        after_ms=ms["after"],
+        after_ms=after,
         layout=layout,
         threads=torch.get_num_threads(),
-        kept=ms["after"] <= ms[layout] and right,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        kept=after <= ms[layout] and error <= _most_changed(name),
+        dtype=name,
         error=error,
+    )
+
+
+def _most_changed(dtype: str | None) -> float:
+    """How much of the largest value outputs may change by, over many layers."""
+    return math.sqrt(torch.finfo(torch.float32).eps) if dtype is None else 0.25
+
+
+def _in_channels_last(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def _lost_layout(before: Any, after: Any) -> bool:
+    """Whether images that were contiguous are so no more."""
+    return any(
+        isinstance(a, Tensor) and a.dim() == 4 and a.is_contiguous() and not b.is_contiguous()
+        for (_, a), (_, b) in zip(leaves(before), leaves(after), strict=True)
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -10,13 +11,15 @@ import torch
 from torch import nn
 
 from ._choose import Gain, Inputs, can_measure, choose, gain
-from ._compare import arguments, call, running_mode, undisturbed
+from ._compare import arguments, call, first_line, running_mode, undisturbed
 from ._fuse import find_fusions, fuse, undo
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
 from ._report import Report, Row, report
 from .nn._chains import is_convolution, is_depthwise
 from .nn._fused_chain import chain_of
-from .nn._fused_dtype import compute_as_given, compute_in, compute_on_aten
+from .nn._fused_dtype import compute_as_given, compute_in, compute_on_aten, keep_contiguous
+from .nn._norm import forget
+from .nn._ready import forget_ready
 from .nn._rules import Rule, all_rules, own_class
 from .nn.dilated_conv2d import Conv2d
 from .ops._backend import fusion_could_help, taken_by_kernels
@@ -173,50 +176,76 @@ def _choose(
     `dense` are convolutions that no rule is about. They become ours too where something else than ATen is
     chosen for them.
     """
+    if not can_measure(model, inputs):
+        if dtype is not None:
+            compute_in(model, dtype)
+        return
+    try:
+        plain = restore(_copied(model))
+    except RuntimeError:
+        return  # inplace: without a copy nothing can be compared
+    for module in dense:
+        if type(module) is nn.Conv2d:
+            record_of(module)["rule"] = (nn.Conv2d, Conv2d)
+            module.__class__ = Conv2d
     if dtype is not None:
         compute_in(model, dtype)
-    if not can_measure(model, inputs):
+    try:
+        found = _measured(model, plain, inputs, dtype, time.perf_counter() + budget, progress)
+    except BaseException as error:
+        _leave(model, "as given")
+        if not isinstance(error, RuntimeError):
+            raise
+        record_of(model)["not_fused"] = f"undone: {first_line(error)}"
         return
-    dense = [module for module in dense if type(module) is nn.Conv2d]
     for module in dense:
-        record_of(module)["rule"] = (nn.Conv2d, Conv2d)
-        module.__class__ = Conv2d
-    found = _measured(model, inputs, dtype, budget, progress)
-    if dtype is not None and not found.kept:
-        slower = found
-        compute_as_given(model)
-        found = _measured(model, inputs, None, budget, progress)
-        record_of(model)["slower"] = slower
-    for module in dense:
-        if all(choice.startswith("aten") for choice in record_of(module).get("choices", ())):
+        chosen = vars(module).get(RECORD, {}).get("choices", ())
+        if type(module) is Conv2d and all(name.startswith("aten") for name in chosen):
             restore(module)
+    if found is None:
+        return
     if not found.kept:
-        _leave(model, found)
+        slower = vars(model).get(RECORD, {}).get("slower")
+        _leave(model, found.layout)
+        if slower is not None:
+            record_of(model)["slower"] = slower
     record_of(model)["gain"] = found
 
 
-def _leave(model: nn.Module, found: Gain) -> None:
+def _leave(model: nn.Module, layout: str) -> None:
     """Undo what was done to `model`, which was not faster for it, but for a layout that was."""
     restore(model)
-    if found.layout == "channels_last":
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if layout == "channels_last" and not wrapped:
         for module in model.modules():
             for name, tensor in module._parameters.items():
                 if tensor is not None and tensor.dim() == 4 and type(tensor) is nn.Parameter:
                     _set_layout(module, (name,), _channels_last)
                     record = record_of(module)
                     record["contiguous"] = tuple({*record.get("contiguous", ()), name})
+        keep_contiguous(model)
     if any(own_class(m).__module__.startswith("segfast.") for m in model.modules()):
         compute_on_aten(model)
 
 
 def _measured(
-    model: nn.Module, inputs: Inputs, dtype: torch.dtype | None, budget: float, progress: bool
-) -> Gain:
-    left = choose(model, inputs, budget, progress)
-    plain = restore(_copied(model))
-    channels_last: Any = _copied(plain)
-    channels_last.to(memory_format=torch.channels_last)
-    return dataclasses.replace(gain(model, plain, channels_last, inputs, dtype), unmeasured=left)
+    model: nn.Module,
+    plain: nn.Module,
+    inputs: Inputs,
+    dtype: torch.dtype | None,
+    end: float,
+    progress: bool,
+) -> Gain | None:
+    """Choose until `end`, and what it gained; None where there is nothing to choose."""
+    left = choose(model, inputs, end - time.perf_counter(), progress)
+    if left is None and dtype is None:
+        return None
+    found = dataclasses.replace(gain(model, plain, inputs, dtype), unmeasured=left or 0)
+    if found.kept or dtype is None:
+        return found
+    compute_as_given(model)
+    record_of(model)["slower"] = found
+    return _measured(model, plain, inputs, None, end, progress)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -240,6 +269,8 @@ def restore(model: nn.Module) -> nn.Module:
     for name, module in recorded:
         _check_restorable(name, module)
     undo(model)
+    forget(*model.modules())
+    forget_ready(model)
     for _, module in recorded:
         record = vars(module).pop(RECORD)
         _set_layout(module, record.get("contiguous", ()), torch.Tensor.contiguous)

@@ -26,8 +26,8 @@ def faster(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     _choice.forget_choices()
 
-    def gain(model, plain, channels_last, inputs, dtype):
-        name, error = (None, None) if dtype is None else ("bfloat16", 0.01)
+    def gain(model, plain, inputs, dtype):
+        name, error = (None, 0.0) if dtype is None else ("bfloat16", 0.01)
         return _choose.Gain(2, 1, "channels_last", 1, True, name, error)
 
     monkeypatch.setattr("segfast._optimize.gain", gain)

@@ -31,8 +31,11 @@ class FusedModule:
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time: copies and pickles name those it was made from.
-        mixin = type(self).__bases__[0]
-        return _remake, (mixin, self.unfused_class), super().__reduce_ex__(protocol)[2]
+        mixins, kind = [], type(self)
+        while issubclass(kind, FusedModule):
+            mixins.append(kind.__bases__[0])
+            kind = kind.unfused_class  # type: ignore[assignment]
+        return _remake, (tuple(mixins), kind), super().__reduce_ex__(protocol)[2]
 
 
 @functools.cache
@@ -50,6 +53,7 @@ def runs_in_eval(module: Any) -> bool:
     return runs_eagerly()
 
 
-def _remake(mixin: Any, kind: Any) -> nn.Module:
-    fused = fused_class(mixin, kind)
-    return fused.__new__(fused)
+def _remake(mixins: tuple[Any, ...], kind: Any) -> nn.Module:
+    for mixin in reversed(mixins):
+        kind = fused_class(mixin, kind)
+    return kind.__new__(kind)

@@ -30,7 +30,7 @@ class Affine(NamedTuple):
 @dataclass
 class _Entry:
     tensors: tuple[Tensor | None, ...]
-    versions: list[int] | None  # None once forgotten
+    versions: list[Any] | None  # None once forgotten
     key: Any
     result: Any
     captured: bool  # a CUDA graph reads `result`
@@ -211,8 +211,9 @@ class PooledBatchNorm2d(nn.BatchNorm2d):
         return super().forward(input)
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    return [-1 if t is None else t._version for t in tensors]
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    """How often each was written, and where it lies, for `.data` may have been set."""
+    return [None if t is None else (t._version, t.data_ptr()) for t in tensors]
 
 
 def _affine(tensors: tuple[Tensor | None, ...], eps: float) -> Affine:

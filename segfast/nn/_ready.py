@@ -30,17 +30,15 @@ class Stage:
 class Ready:
     """The calls of some stages for one kind of input, and all that they depend on."""
 
-    __slots__ = ("_input", "_modules", "_owned", "_slope", "_steps", "conv", "output")
+    __slots__ = ("_modules", "_owned", "_slope", "_steps", "output")
 
     def __init__(self, stages: Sequence[Stage], input: Tensor, residual: bool, slope: float):
-        self.conv = weakref.ref(stages[0].conv)
-        self._input = _kind(input, residual)
-        modules = [m for stage in stages for m in (stage.conv, stage.norm) if m is not None]
-        # Weakly: what is kept must not keep the model.
+        modules = _modules(stages)
+        # Weakly: what is kept must not keep the model, nor what stood in for its parameters in one call.
         self._modules = [(weakref.ref(module), _settings(module)) for module in modules]
         self._slope = slope
         self._owned = [
-            (where, key, tensor, -1 if tensor is None else tensor._version, _address(tensor))
+            (where, key, _weakly(tensor), -1 if tensor is None else tensor._version, _address(tensor))
             for module in modules
             for where in (module._parameters, module._buffers)
             for key, tensor in where.items()
@@ -74,19 +72,19 @@ class Ready:
             shape, channels_last = torch.Size(step[0].output()), True
         return steps
 
-    def stands(self, input: Tensor, residual: bool) -> bool:
-        """Whether nothing that this was made of has changed."""
+    def stands(self, stages: Sequence[Stage]) -> bool:
+        """Whether nothing about these stages, of which this was made, has changed."""
+        modules = _modules(stages)
         return (
-            self._input == _kind(input, residual)
-            and not global_hooks()
-            and all([_is_as_it_was(module(), settings) for module, settings in self._modules])
+            not global_hooks()
+            and len(modules) == len(self._modules)
             and all(
                 [
-                    where.get(key) is tensor
-                    and (tensor is None or (tensor._version == version and tensor.data_ptr() == address))
-                    for where, key, tensor, version, address in self._owned
+                    made() is module and only_forward(module) and _settings(module) == settings
+                    for module, (made, settings) in zip(modules, self._modules, strict=True)
                 ]
             )
+            and all([_is_the_same(where.get(key), *kept) for where, key, *kept in self._owned])
         )
 
     def possible(self) -> bool:
@@ -109,8 +107,18 @@ def _settings(module: Any) -> tuple:
     return (module.eps, module.training)
 
 
-def _is_as_it_was(module: nn.Module | None, settings: tuple) -> bool:
-    return module is not None and only_forward(module) and _settings(module) == settings
+def _modules(stages: Sequence[Stage]) -> list[nn.Module]:
+    return [m for stage in stages for m in (stage.conv, stage.norm) if m is not None]
+
+
+def _weakly(tensor: Tensor | None) -> Any:
+    return None if tensor is None else weakref.ref(tensor)
+
+
+def _is_the_same(tensor: Tensor | None, kept: Any, version: int, address: int) -> bool:
+    if tensor is None or kept is None:
+        return tensor is kept
+    return kept() is tensor and tensor._version == version and tensor.data_ptr() == address
 
 
 def _in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,8 +141,10 @@ def _kind(input: Tensor, residual: bool) -> tuple:
     )
 
 
-# By the id of the first convolution: beside the modules, no part of their state_dict, of copies, of pickles.
-_made: dict[int, Ready] = {}
+# Of each first convolution, by its id, what was made of it, by what is computed of what. Beside the modules:
+# no part of their state_dict, of copies, of pickles.
+_made: dict[int, dict[tuple, Ready]] = {}
+_MOST_KINDS = 8  # of inputs, for each convolution
 
 
 def ready(stages: Sequence[Stage], input: Any, residual: Tensor | None, slope: float) -> Ready | None:
@@ -143,17 +153,20 @@ def ready(stages: Sequence[Stage], input: Any, residual: Tensor | None, slope: f
     if not eager or settled() is None:
         return None
     conv = stages[0].conv
-    found = _made.get(id(conv))
-    if found is None or found.conv() is not conv or not found.stands(input, residual is not None):
-        found = _make(stages, input, residual is not None, slope)
+    what = [(id(stage.conv), id(stage.norm), stage.activation) for stage in stages]
+    key = (*what, slope, *_kind(input, residual is not None))
+    kinds = _made.get(id(conv))
+    found = None if kinds is None else kinds.get(key)
+    if found is None or not found.stands(stages):
+        found = _make(stages, input, residual is not None, slope, key)
     if found is None or not found.possible():
         return None
     return found if residual is None or residual.shape == found.output else None
 
 
-def _make(stages: Sequence[Stage], input: Tensor, residual: bool, slope: float) -> Ready | None:
+def _make(stages: Sequence[Stage], input: Tensor, residual: bool, slope: float, key: tuple) -> Ready | None:
     conv = stages[0].conv
-    modules = [m for stage in stages for m in (stage.conv, stage.norm) if m is not None]
+    modules = _modules(stages)
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     fit = (
         input.dim() == 4
@@ -164,8 +177,18 @@ def _make(stages: Sequence[Stage], input: Tensor, residual: bool, slope: float) 
     )
     if not fit:
         return None
-    made = Ready(stages, input, residual, slope)
     if id(conv) not in _made:
         weakref.finalize(conv, _made.pop, id(conv), None)
-    _made[id(conv)] = made
-    return made
+        _made[id(conv)] = {}
+    kinds = _made[id(conv)]
+    if key not in kinds and len(kinds) >= _MOST_KINDS:
+        kinds.clear()
+    kinds[key] = Ready(stages, input, residual, slope)
+    return kinds[key]
+
+
+def forget_ready(model: nn.Module) -> None:
+    """Drop what was made of the convolutions in `model`."""
+    for module in model.modules():
+        if id(module) in _made:
+            _made[id(module)].clear()

@@ -190,7 +190,7 @@ _choices: Choices | None = None
 _generation = 0
 _collected: Collected | None = None
 _measures_unseen = os.environ.get("SEGFAST_AUTOTUNE", "0") == "1"
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def choices() -> Choices:
@@ -281,18 +281,22 @@ def can_choose(input: Tensor, *others: Tensor | None) -> bool:
     """Whether these tensors could be a chosen candidate's: on a CPU, without gradients, nobody listening."""
     if not input.is_cpu or get_backend() != "auto" or is_traced() or not are_there_choices():
         return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (input, *others)]):
         return False
-    return all([t is None or type(t) in _PLAIN for t in (input, *others)])
+    return all([t is None or type(t) in PLAIN for t in (input, *others)])
 
 
 def choose(call: Call, weight: Tensor) -> str | None:
     """The name of the candidate that runs `call`; None where none is known."""
     found = choices().find(call)
     if _collected is not None:
+        if not _is_valid(call):
+            return None
         _collected.add(call, weight)
         if found is None:
-            return _preferred(call)
+            return _preferred(call, weight)
     elif found is None and _measures_unseen and _is_valid(call):
         from ._measure import measure_and_keep
 
@@ -300,11 +304,15 @@ def choose(call: Call, weight: Tensor) -> str | None:
     return None if found is None else found.name
 
 
-def _preferred(call: Call) -> str | None:
-    if not _is_valid(call):
-        return None
-    serving = (name for name, candidate in CANDIDATES[call.operation].items() if candidate.serves(call))
-    return next(serving, None)
+def _preferred(call: Call, weight: Tensor) -> str | None:
+    for name, candidate in CANDIDATES[call.operation].items():
+        if candidate.serves(call):
+            try:
+                prepared(weight, call, name)
+            except RuntimeError:
+                continue  # as oneDNN refuses some geometries
+            return name
+    return None
 
 
 def _is_valid(call: Call) -> bool:
@@ -350,7 +358,16 @@ def prepared(weight: Tensor, call: Call, name: str) -> Any:
         entry = _Prepared(weight, ref)
         if not weight.is_inference():  # its writes cannot be seen
             _prepared[key] = entry
-    kind = (name, call.dtype, call.stride, call.padding, call.dilation, call.output_padding, call.groups)
+    kind = (
+        name,
+        call.operation,
+        call.dtype,
+        call.stride,
+        call.padding,
+        call.dilation,
+        call.output_padding,
+        call.groups,
+    )
     found = entry.kept.get(kind)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _dilated_taps, _matmul, _onednn, _winograd
 from ._backend import change_decision
-from ._choice import ATEN, CANDIDATES, Call, Candidate, can_choose, choices, choose, prepared
+from ._choice import ATEN, CANDIDATES, PLAIN, Call, Candidate, can_choose, choices, choose, prepared
 from ._conv2d_aten import conv2d_aten
 from ._epilogue import activate_, apply_epilogue
 from ._operands import Pair
@@ -53,8 +53,10 @@ def bound_conv2d(
 ) -> tuple[Call, Candidate, object, Tensor | None] | None:
     """The call of a conv2d of images of `shape`, its candidate, and weight and bias as that takes them.
 
-    `geometry` is stride, padding, dilation and groups. None where nothing is chosen.
+    `geometry` is stride, padding, dilation and groups. None where nothing is chosen, or where weight or bias
+    are of another dtype, which autocast alone casts.
     """
+    allowed = (dtype, torch.float32) if torch.is_autocast_enabled("cpu") else (dtype,)
     stride, padding, dilation, groups = geometry
     call = Call(
         "conv2d",
@@ -72,7 +74,8 @@ def bound_conv2d(
         activation,
         torch.get_num_threads(),
     )
-    name = choose(call, weight) if dtype in _DTYPES else None
+    plain = all([t is None or (type(t) in PLAIN and t.dtype in allowed) for t in (weight, bias)])
+    name = choose(call, weight) if dtype in _DTYPES and plain else None
     if name is None or (bias is not None and bias.shape != call.output()[1:2]):
         return None
     bias = None if bias is None else bias.detach().to(dtype)
@@ -141,7 +144,10 @@ def _chosen(
     if autocast is not None:
         input = input.to(dtype)
         bias, residual = [None if t is None else t.to(dtype) for t in (bias, residual)]
-    y = candidate.run(call, input, prepared(weight, call, name), bias, residual, slope)
+    try:
+        y = candidate.run(call, input, prepared(weight, call, name), bias, residual, slope)
+    except RuntimeError:
+        return None  # as oneDNN refuses some geometries: what is wrong with another, torch says
     change_decision(name, _because(call))
     return y
 

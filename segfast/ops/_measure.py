@@ -72,8 +72,8 @@ def measure(call: Call) -> Choice:
         runs = {}
         for name, candidate in CANDIDATES[call.operation].items():
             if candidate.serves(call):
-                run = _ready(call, name, operands)
-                if name == ATEN or _is_right(call, operands, run):
+                run = _runner(call, name, operands)
+                if run is not None and (name == ATEN or _is_right(call, operands, run)):
                     runs[name] = run
         if len(runs) == 1:
             return Choice(ATEN, {})
@@ -99,9 +99,12 @@ def _random_operands(call: Call) -> _Operands:
     )
 
 
-def _ready(call: Call, name: str, operands: _Operands) -> Callable[[], Tensor]:
+def _runner(call: Call, name: str, operands: _Operands) -> Callable[[], Tensor] | None:
     candidate = CANDIDATES[call.operation][name]
-    prepared = candidate.prepare(operands.weight, call)
+    try:
+        prepared = candidate.prepare(operands.weight, call)
+    except RuntimeError:
+        return None  # as oneDNN refuses some geometries
 
     def run() -> Tensor:
         return candidate.run(call, operands.input, prepared, operands.bias, operands.residual, _SLOPE)
