@@ -231,9 +231,12 @@ def test_the_nuclei_by_default(tmp_path, capsys, monkeypatch):
     """Fitted to what the network was not trained on, the upper half of it."""
     monkeypatch.chdir(tmp_path)
     trained, fitted = [], []
-    monkeypatch.setattr(
-        _crf_fit, "trained_model", lambda samples: trained.extend(samples) or UNet(1, 2, width=4, depth=1)
-    )
+
+    def trained_model(samples, device):
+        trained.extend(samples)
+        return UNet(1, 2, width=4, depth=1).to(device)
+
+    monkeypatch.setattr(_crf_fit, "trained_model", trained_model)
     monkeypatch.setattr(
         _crf_fit, "search", lambda part, *args, **options: fitted.extend(part) or (TEXTBOOK, 1)
     )

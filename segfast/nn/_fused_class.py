@@ -24,9 +24,11 @@ class FusedModule:
 
     def __prepare_scriptable__(self):
         """As `Unscriptable`'s, of any class."""
-        prepare = getattr(super(), "__prepare_scriptable__", None)
-        if prepare is not None:
-            prepare()  # what it says holds once this is undone
+        # What a layer within says holds once this is undone.
+        for part in (super(), *self.children()):  # type: ignore[attr-defined]
+            prepare = getattr(part, "__prepare_scriptable__", None)
+            if prepare is not None:
+                prepare()
         raise RuntimeError("a fused module cannot be scripted; call segfast.restore(model) first")
 
     def __reduce_ex__(self, protocol):
