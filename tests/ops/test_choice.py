@@ -144,6 +144,7 @@ def _candidates():
     ]
 
 
+@pytest.mark.compat
 class TestCandidates:
     @pytest.mark.parametrize(("call", "name"), _candidates())
     def test_each_computes_the_call(self, call, name):
