@@ -88,7 +88,7 @@ class Call(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The candidate that runs a call, and the median microseconds of each that was right."""
+    """The candidate that runs a call, and the microseconds of each that was right (the lower quartile)."""
 
     name: str
     us: dict[str, float]

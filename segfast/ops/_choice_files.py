@@ -5,14 +5,12 @@ A file is {"machine": {...}, "choices": [{"operation": ..., "input": [...], ...,
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import platform
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .._files import temporary_beside
 from ._choice import CANDIDATES, Call, Choice, choices
 
 Table = Mapping[Call, Choice]
@@ -112,6 +111,11 @@ def _warn_once(message: str) -> None:
 @contextlib.contextmanager
 def _turn(file: Path) -> Iterator[None]:
     """While this runs no other process writes `file`."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows, where the package can be imported: there the last one wins
+        yield
+        return
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -121,16 +125,8 @@ def replace(file: Path, found: Table) -> None:
     """Write `file` whole to another name and rename it."""
     rows = [_row(call, choice) for call, choice in found.items()]
     text = json.dumps({"machine": machine(), "choices": rows}, indent=1)
-    handle, name = tempfile.mkstemp(prefix=f".{file.stem[:32]}.", suffix=".json", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    with temporary_beside(file) as temporary:
+        temporary.write_text(text)
 
 
 def save_choices(file: str | os.PathLike) -> int:

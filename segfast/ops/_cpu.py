@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dilated_taps, _matmul, _onednn, _winograd
-from ._backend import change_decision
+from ._backend import change_decision, is_noting
 from ._choice import ATEN, CANDIDATES, PLAIN, Call, Candidate, can_choose, choices, choose, prepared
 from ._conv2d_aten import conv2d_aten
 from ._epilogue import activate_, apply_epilogue
@@ -31,9 +31,10 @@ def conv2d(
     negative_slope: float,
 ) -> Tensor:
     """act(scale * (conv(input, weight) + bias) + shift + residual)."""
-    if input.is_cpu and scale is None:
-        term = bias if shift is None else shift if bias is None else bias + shift
+    # A shift alone is a bias.
+    if input.is_cpu and scale is None and (bias is None or shift is None):
         geometry = (stride, padding, _NO_PADDING, dilation, groups)
+        term = bias if shift is None else shift
         y = _chosen("conv2d", input, weight, term, *geometry, residual, activation, negative_slope)
         if y is not None:
             return y
@@ -148,7 +149,8 @@ def _chosen(
         y = candidate.run(call, input, prepared(weight, call, name), bias, residual, slope)
     except RuntimeError:
         return None  # as oneDNN refuses some geometries: what is wrong with another, torch says
-    change_decision(name, _because(call))
+    if is_noting():
+        change_decision(name, _because(call))
     return y
 
 
