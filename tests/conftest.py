@@ -177,3 +177,48 @@ def small_tiles():
 
     with tiles(4, 8, 8, 2), in_form("fused"):
         yield
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the test's own, from which nothing is known yet."""
+    from segfast.ops._choice import forget_choices
+
+    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
+    forget_choices()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wins(monkeypatch, cache):
+    """`wins(name)`: this candidate takes the least wherever it serves and is right."""
+
+    def set_winner(winner: str) -> None:
+        def times(runs, input):
+            return {name: 1.0 if name == winner else 2.0 for name in runs}
+
+        from segfast.ops import _measure
+
+        monkeypatch.setattr(_measure, "_times", times)
+
+    return set_winner
+
+
+@pytest.fixture
+def model_takes(monkeypatch):
+    """`model_takes(as_given, channels_last, after)`: milliseconds that whole models take."""
+
+    def set_times(*ms: float) -> None:
+        from segfast import _choose
+        from segfast._timing import Timing
+
+        def interleave(runs, device, **kwargs):
+            nan = float("nan")
+            return {
+                name: Timing(nan, nan, nan, 1e3 * t, 1e3 * t, 1e3 * t, 3)
+                for name, t in zip(runs, ms, strict=True)
+            }
+
+        monkeypatch.setattr(_choose, "interleave", interleave)
+
+    return set_times
