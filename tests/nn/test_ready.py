@@ -228,6 +228,7 @@ def test_what_shares_a_convolution_is_told_apart():
         Dense(layers[3], other, "relu"),
         Dense(layers[3], None, "silu"),
     ]
+    forms.append(Dense(layers[3], layers[4], "silu"))  # but for the activation the first one
     forms += [Dense(layers[3], layers[4], "leaky_relu", slope) for slope in (0.1, 0.5)]
     x = torch.randn(1, 8, 6, 5)
     for form in forms:
