@@ -8,7 +8,7 @@ import pytest
 import segfast
 from segfast.ops import _choice, _choice_files
 from segfast.ops._choice import ATEN, Choice, choices
-from tests.ops.test_choice import CONV2D, TRANSPOSED
+from tests.ops.test_choice_candidates import CONV2D, TRANSPOSED
 
 FOUND = {CONV2D: Choice("onednn", {"onednn": 1.25, ATEN: 2.5}), TRANSPOSED: Choice(ATEN, {})}
 
