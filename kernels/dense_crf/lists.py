@@ -101,7 +101,8 @@ def _lists_kernel(
         there = start + t < TILES
         tile = first + start + t
         exponent = _least_exponents(bounds_ptr, tile, there, ALL_TILES, low, high, middle, radius, D)
-        keep = (there & ((exponent < cutoff) | (broken > 0))).to(tl.int32)
+        # Of features whose squares overflow, some are NaN: those count.
+        keep = (there & (~(exponent >= cutoff) | (broken > 0))).to(tl.int32)
         place = kept + tl.cumsum(keep, 0) - 1
         entry = (start + t).to(list_ptr.dtype.element_ty)
         tl.store(list_ptr + row_tile * TILES + place, entry, mask=keep == 1)

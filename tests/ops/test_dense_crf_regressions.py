@@ -12,34 +12,11 @@ import segfast
 from segfast.functional import gaussian_filter, mean_field
 from segfast.kernels.dense_crf import lists
 from segfast.ops import OPERATORS
-from segfast.ops.dense_crf import backend, device, device_filters, lattice, operators
+from segfast.ops.dense_crf import backend, device, device_filters, operators
 from segfast.ops.dense_crf.compute import Crf
 
+from .test_dense_crf_far_features import huge
 from .test_dense_crf_kernels import small_device  # noqa: F401
-
-
-def huge(dim=5, points=20):
-    torch.manual_seed(0)
-    features = 3 * torch.rand(1, dim, points)
-    features[0, :, 5] = torch.randn(dim) * 1e9
-    return features
-
-
-@pytest.mark.parametrize("scale", [1e8, 1e30, float("inf")])
-def test_simplices_of_features_too_large_have_ranks_that_are_indices(scale):
-    _, rank, _ = lattice.simplices(torch.randn(1000, 5) * scale)
-    assert rank.min() >= 0 and rank.max() <= 5
-
-
-def test_features_that_span_too_much_are_an_error_on_a_cpu():
-    with pytest.raises(ValueError, match=r"features: they span 2\*\*\d+ lattice cells"):
-        gaussian_filter(torch.rand(1, 2, 20), huge(), method="lattice")
-    # From 62 bits on, not from some more.
-    torch.manual_seed(0)
-    points = torch.randn(20, 5)
-    with pytest.raises(ValueError, match=r"they span 2\*\*62 lattice cells"):
-        for scale in range(1300, 1500, 10):
-            lattice.Lattice(points * scale)
 
 
 @pytest.mark.interpreter

@@ -7,7 +7,7 @@ import torch
 
 from segfast.functional import gaussian_filter, mean_field
 from segfast.ops import _threads as threads
-from segfast.ops.dense_crf import inference, lattice
+from segfast.ops.dense_crf import inference, simplices
 from segfast.ops.dense_crf.chunks import chunks_of
 from segfast.ops.dense_crf.lattice import Lattice, LatticeFilter
 
@@ -62,7 +62,7 @@ def test_operations_wait_for_no_thread(two_threads, monkeypatch, method):
 
     spy(torch, "embedding_bag" if method == "lattice" else "matmul")
     spy(inference, "_softmax")
-    spy(lattice, "_simplices")
+    spy(simplices, "_simplices")
     unary, image = problem(height=40, width=41)
     mean_field(unary, image, iterations=2, method=method)
     gaussian_filter(unary, image, method=method)

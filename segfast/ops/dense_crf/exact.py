@@ -17,6 +17,8 @@ Theta = Sequence[float] | Tensor
 
 # Elements of the kernel matrix that exist at a time, unless one row has more.
 _CHUNK = 1 << 20
+# Of larger half norms float64 no longer holds the exponents, which are their differences, to 2**-20.
+_LARGEST_HALF_NORM = 2.0**30
 
 
 class AllPairsFilter:
@@ -37,6 +39,10 @@ class AllPairsFilter:
         places = features.detach().to(self._dtype if features.device.type == "mps" else torch.float64)
         self._centred = places - places.mean(0)
         half_norm = self._centred.square().sum(1, keepdim=True) / 2
+        # Where one is too large, and asking does not wait for a device: points whose distances are taken.
+        self._far: Tensor | None = None
+        if places.is_cpu and not is_traced() and not half_norm.amax() <= _LARGEST_HALF_NORM:
+            self._far = places
         one = torch.ones_like(half_norm)
         # Their product is the exponent, -|f_i|^2 / 2 + f_i f_j - |f_j|^2 / 2.
         self._rows = torch.cat([self._centred, -half_norm, one], 1)
@@ -119,10 +125,19 @@ class AllPairsFilter:
                 yield rows, (self._rows[rows] @ self._columns).to(self._dtype).clamp(*limits).exp()
                 continue
             count = rows.stop - rows.start
-            kernel = torch.matmul(self._rows[rows], self._columns, out=exponents[:count])
+            if self._far is not None:
+                kernel = _exponents(self._far[rows], self._far)
+            else:
+                kernel = torch.matmul(self._rows[rows], self._columns, out=exponents[:count])
             if not same:
                 kernel = kernels[:count].copy_(kernel)
             yield rows, kernel.clamp_(*limits).exp_()
+
+
+def _exponents(rows: Tensor, columns: Tensor) -> Tensor:
+    """-|f_i - f_j|^2 / 2, slowly, from differences."""
+    distances = torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.square_().mul_(-0.5)
 
 
 class _AllPairs(torch.autograd.Function):

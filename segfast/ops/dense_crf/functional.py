@@ -64,7 +64,8 @@ def gaussian_filter(
     Raises:
         ValueError: shapes that do not go together, an unknown option, on a CPU features that are not finite.
             On a GPU, where a check would wait for them, these make the result NaN, as do on the lattice
-            points that span more than 2**62 of its cells, an error on a CPU.
+            points that span more than 2**62 of its cells, and features so far from zero that the dtype
+            cannot tell points apart, about 2**18 in float32: errors on a CPU.
 
     Source: Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (2010).
 

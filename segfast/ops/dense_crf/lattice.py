@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._threads import Task, each, on_threads
 from .chunks import Passes, chunks_of
+from .simplices import check_digits, simplices
 
 _MOST_BITS = 62
 
@@ -38,8 +39,7 @@ class Lattice:
 
     def _build(self, features: Tensor, with_origin: bool) -> None:
         points, dim = features.shape
-        if not features.abs().amax() < 2.0**_MOST_BITS:
-            raise _too_far(features.abs().amax().log2().item())
+        check_digits(features)
         floor, rank, self.weights = simplices(features)
         packing = _Packing(floor, with_origin)
         # One row a remainder, and the remainder is the highest part of a key.
@@ -171,72 +171,6 @@ class _Chunk(NamedTuple):
     ends: Tensor
 
 
-def _too_far(bits: float) -> ValueError:
-    return ValueError(
-        f"features: they span 2**{bits:.0f} lattice cells, at most 2**{_MOST_BITS} can be told apart: larger "
-        "standard deviations, fewer features, or method='exact'"
-    )
-
-
-def simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every point, the vertex of remainder 0, the rank of each coordinate, the barycentric weights.
-
-    The first two are [D + 1, N] integers, the vertex in units of D + 1; the weights are [N, D + 1].
-    """
-    points, dim = features.shape
-    floor = torch.empty(dim + 1, points, device=features.device, dtype=torch.int64)
-    rank, weights = torch.empty_like(floor), features.new_empty(points, dim + 1)
-
-    def write(rows: slice) -> None:
-        floor[:, rows], rank[:, rows], weights[rows] = _simplices(features[rows])
-
-    each(functools.partial(write, rows) for rows in chunks_of(points))
-    return floor, rank, weights
-
-
-def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`simplices`, of a chunk of points."""
-    dim = features.shape[1]
-    rounded = np.float64 if features.dtype == torch.float64 else np.float32
-    # The blur spreads by this standard deviation (section 3.1 there); float32 constants as densecrf has them.
-    spread = float(rounded(math.sqrt(2 / 3) * (dim + 1)))
-    columns = features.new_empty(dim, features.shape[0])
-    for i in range(dim):
-        scale = float(rounded(spread / math.sqrt((i + 1) * (i + 2))))
-        torch.mul(features[:, i], scale, out=columns[i])
-    elevated = columns.new_empty(dim + 1, features.shape[0])
-    total = torch.zeros_like(elevated[0])
-    for i in range(dim, 0, -1):
-        torch.sub(total, columns[i - 1] * i, out=elevated[i])
-        total += columns[i - 1]
-    elevated[0] = total
-
-    inverse = float(rounded(1 / (dim + 1)))
-    floor = (elevated * inverse).round_()
-    rest = elevated - floor * (dim + 1)
-    # How many coordinates come before each: all of a lower index but those that are smaller ...
-    rank = torch.arange(dim + 1, device=rest.device, dtype=torch.int16)[:, None].repeat(1, rest.shape[1])
-    for i in range(dim):
-        smaller = (rest[i] < rest[i + 1 :]).view(torch.int8)
-        rank[i + 1 :] -= smaller
-        for one in smaller:
-            rank[i] += one
-    # ... turned round, as the rounded vertex must lie on the plane of coordinates that sum to zero.
-    rank += floor.sum(0).to(torch.int16)
-    step = (rank < 0).view(torch.int8) - (rank > dim).view(torch.int8)
-    rank += step * (dim + 1)
-    floor += step
-    # Of features too large for their type, whose integers mean nothing, a rank is still an index.
-    rank.clamp_(0, dim)
-
-    torch.sub(elevated, floor * (dim + 1), out=rest).mul_(inverse)
-    place = rank.to(torch.int64)
-    falling = torch.empty_like(rest).scatter_(0, dim - place, rest)
-    torch.sub(falling[1:], falling[:-1], out=rest[1:])
-    torch.add(1 - falling[-1], falling[0], out=rest[0])
-    return floor, place, rest.T
-
-
 class _Packing:
     """Vertices as integers: key = remainder * cells + sum of (coordinate - lowest) * stride.
 
@@ -250,14 +184,16 @@ class _Packing:
             low, high = low.clamp(max=0), high.clamp(min=0)
         self.dim = floor.shape[0] - 1
         self.cells, self.strides = 1, [0]
-        # In integers of any size: of features too large for 64 bits the vertices are at an end of these.
-        lows, highs = low.tolist(), high.tolist()
-        for least, most in reversed([*zip(lows, highs, strict=True)][:-1]):
+        # In integers of any size.
+        for least, most in reversed([*zip(low.tolist(), high.tolist(), strict=True)][:-1]):
             self.strides.insert(0, self.cells)
             self.cells *= most - least + 4
-        bits = math.log2(max(self.cells * (self.dim + 1), *map(abs, lows + highs)))
+        bits = math.log2(self.cells * (self.dim + 1))
         if bits >= _MOST_BITS:
-            raise _too_far(bits)
+            raise ValueError(
+                f"features: they span 2**{bits:.0f} lattice cells, at most 2**{_MOST_BITS} can be told "
+                "apart: larger standard deviations, fewer features, or method='exact'"
+            )
         self._stride = floor.new_tensor(self.strides)[:, None]
         self._lowest = low[:, None] - 2
 

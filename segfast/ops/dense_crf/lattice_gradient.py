@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .chunks import Passes, passes_of
 from .exact import scale
-from .lattice import Lattice, LatticeFilter, simplices
+from .lattice import Lattice, LatticeFilter
+from .simplices import simplices
 
 
 class FeatureLatticeFilter:
