@@ -8,7 +8,7 @@ compute what they always did. A chain that was begun and not ended is an error.
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -105,19 +105,26 @@ class Chain:
             run.begun[self] = (position + 1, length, output)
         return output
 
-    def compute(self, input: Any, layers: Sequence[nn.Module]) -> tuple[Tensor, int] | None:
-        """The result of the first of `layers`, which are called one after the other, and of how many."""
-        if _threads.forced is False or not _are_the_same(layers[: len(self.layers)], self.layers):
+    def begins(self, layers: Sequence[nn.Module | None]) -> bool:
+        """Whether its layers are the first of `layers`."""
+        some = layers[: len(self.layers)]
+        return len(some) == len(self.layers) and all([a is b for a, b in zip(some, self.layers, strict=True)])
+
+    def compute(self, input: Any, may: Callable[[], bool] = lambda: True) -> tuple[Tensor, int] | None:
+        """The result of its first layers and of how many, or None if they shall compute it themselves.
+
+        may: a last condition, which costs something to ask.
+        """
+        if _threads.forced is False or not self._is_unwatched():
             return None
         if not self.in_train and any([m.training for m in self.layers]):
-            return None
-        if not self._is_unwatched():
             return None
         length, form = self.options[0]
         known = form.ready(input)
         if known is not None:
-            return known.run(input, None), length
-        if not wanted(input, self.growth) or _is_checkpointed():
+            return (known.run(input, None), length) if may() else None
+        # Costs as much as a small layer, and is asked last.
+        if not wanted(input, self.growth) or not may() or not runs_eagerly() or _is_checkpointed():
             return None
         for length, form in self.options:
             if form.fits():
@@ -125,31 +132,16 @@ class Chain:
         return None
 
     def _begin(self, run: _Run, input: Any) -> Tensor | None:
-        length, form = self.options[0]
-        modes = self.in_train or not any([m.training for m in self.layers])
-        if modes and self not in run.begun and _threads.forced is not False and self._is_unwatched():
-            known = form.ready(input)
-            if known is not None and run.goes_on():
-                output = known.run(input, None)
-                run.begun[self] = (1, length, output)
-                return output
-        # Asked last: it costs as much as a small layer.
-        if (not wanted(input, self.growth) and self not in run.begun) or not run.goes_on():
-            return None
         if self in run.begun:
-            raise self._broken(run)
-        if not runs_eagerly() or _is_checkpointed():
+            if run.goes_on():
+                raise self._broken(run)
             return None
-        if not self.in_train and any([m.training for m in self.layers]):
+        found = self.compute(input, run.goes_on)
+        if found is None:
             return None
-        if not self._is_unwatched():
-            return None
-        for length, form in self.options:
-            if form.fits():
-                output = form.run(input)
-                run.begun[self] = (1, length, output)
-                return output
-        return None
+        output, length = found
+        run.begun[self] = (1, length, output)
+        return output
 
     def _is_unwatched(self) -> bool:
         return all([only_forward(m) for m in self.others])
@@ -187,7 +179,7 @@ class _Sequential(FusedModule):
         position = 0
         while position < len(layers):
             chain = chains.get(position)
-            found = None if chain is None else chain.compute(input, layers[position:])
+            found = chain.compute(input) if chain is not None and chain.begins(layers[position:]) else None
             input, length = (layers[position](input), 1) if found is None else found
             position += length
         return input
@@ -216,14 +208,7 @@ def fuse(caller: nn.Module, chains: Sequence[Chain]) -> None:
 def _place_in(children: Sequence[nn.Module | None], chain: Chain) -> int | None:
     """Where the layers of `chain` stand one after the other."""
     first = next((i for i, child in enumerate(children) if child is chain.layers[0]), None)
-    if first is None:
-        return None
-    there = children[first : first + len(chain.layers)]
-    return first if _are_the_same(there, chain.layers) else None
-
-
-def _are_the_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all([a is b for a, b in zip(some, others, strict=True)])
+    return first if first is not None and chain.begins(children[first:]) else None
 
 
 def _hook(caller: nn.Module) -> None:
