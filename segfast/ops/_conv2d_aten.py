@@ -7,6 +7,9 @@ from torch import Tensor
 from ._epilogue import activate_, apply_epilogue
 from ._registry import needs_autograd
 
+# To the left and right, up to which oneDNN computes a depthwise filter fast: with AVX-512; with AVX2 it is 4.
+_FAST_PADDING = 6
+
 
 def conv2d_aten(
     input: Tensor,
@@ -28,7 +31,9 @@ def conv2d_aten(
     nothing by it: rounding a filter to 16 bits again would. What needs no gradient is activated in place,
     except under a transform: `vmap` may map the residual alone.
     """
-    lossless = input.dtype in (torch.float32, torch.float64) and not _autocasts(input)
+    # Only for what is folded or added: asking for autocast takes a microsecond.
+    ends = scale is not None or shift is not None or residual is not None
+    lossless = ends and input.dtype in (torch.float32, torch.float64) and not _autocasts(input)
     if lossless and (scale is not None or shift is not None) and _pays_to_fold(weight, input):
         weight, bias = _folded(weight, bias, scale, shift)
         scale = shift = None
@@ -84,32 +89,37 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 def _convolution(input, weight, bias, stride, padding, dilation, groups: int) -> Tensor:
     """F.conv2d. On a CPU a dilated filter loses the taps that meet nothing but padding.
 
-    oneDNN multiplies them all, and takes longer for a dilated depthwise filter with a bias than for the sum
-    afterwards.
+    oneDNN multiplies them all. Past the padding up to which it computes a depthwise filter fast it takes
+    longer with a bias, where it has AVX2 alone, than for the sum afterwards.
     """
     plain = dilation in (1, (1, 1)) or torch.compiler.is_compiling() or _functorch_active()
     plain = plain or min(stride) < 1  # torch says so
-    if input.device.type != "cpu" or plain or input.dim() != 4 or weight.dim() != 4:
+    if not input.is_cpu or plain or input.dim() != 4 or weight.dim() != 4:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    trimmed, pads = weight, list(padding)
+    trimmed, pads, sizes, kernels = weight, list(padding), input.shape, weight.shape
     for axis in (0, 1):
-        size, kernel = input.shape[2 + axis], weight.shape[2 + axis]
-        s, p, d = stride[axis], padding[axis], dilation[axis]
-        out = (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        # As many at either end, so that the padding stays the same on both sides.
-        drop = 0
-        while (
-            kernel - 2 * drop > 1
-            and (out - 1) * s - p + drop * d < 0 <= p - (drop + 1) * d
-            and ((kernel - 1 - drop) * d - p >= size)
-        ):
-            drop += 1
+        kernel = kernels[2 + axis]
+        drop = _taps_in_padding(sizes[2 + axis], kernel, stride[axis], pads[axis], dilation[axis])
         if drop:
             trimmed = trimmed.narrow(2 + axis, drop, kernel - 2 * drop)
-            pads[axis] = p - drop * d
-    if bias is None or groups == 1 or bias.dtype != input.dtype or _needs_gradient(input, weight, bias):
+            pads[axis] -= drop * dilation[axis]
+    inside = bias is None or groups == 1 or pads[1] <= _FAST_PADDING or bias.dtype != input.dtype
+    if inside or _needs_gradient(input, weight, bias):
         return F.conv2d(input, trimmed, bias, stride, pads, dilation, groups)
     return F.conv2d(input, trimmed, None, stride, pads, dilation, groups).add_(bias[:, None, None])
+
+
+def _taps_in_padding(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many taps at either end of an axis meet no pixel: as many, so that the paddings stay the same."""
+    out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    drop = 0
+    while (
+        kernel - 2 * drop > 1
+        and (kernel - 1 - drop) * dilation - padding >= size
+        and (out - 1) * stride - padding + drop * dilation < 0 <= padding - (drop + 1) * dilation
+    ):
+        drop += 1
+    return drop
 
 
 def _autocasts(input: Tensor) -> bool:
