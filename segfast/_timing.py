@@ -98,6 +98,7 @@ def _interleave_cuda(runs, device, budget_s, min_rounds, max_rounds) -> dict[str
 def _wall(runs, budget_s, min_rounds, max_rounds, synchronize) -> dict[str, list[float]]:
     """Host microseconds a call, in blocks long enough for the clock, one block of each candidate a round."""
     calls, cost = {}, 0.0
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         synchronize()
         start = time.perf_counter()
@@ -106,11 +107,14 @@ def _wall(runs, budget_s, min_rounds, max_rounds, synchronize) -> dict[str, list
         once = time.perf_counter() - start
         calls[name] = max(1, min(200, int(0.002 / once)))
         cost += once * calls[name]
+        if calls[name] == 1:
+            samples[name].append(1e6 * once)
     rounds = _rounds(budget_s, cost, min_rounds, max_rounds)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
         for name in _rotated(list(runs), turn):
             run, count = runs[name], calls[name]
+            if len(samples[name]) > turn:
+                continue  # a call that is a block by itself was timed already
             synchronize()
             start = time.perf_counter()
             for _ in range(count):

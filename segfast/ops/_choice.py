@@ -21,6 +21,8 @@ from ._operands import Pair
 from ._registry import is_traced
 
 ATEN = "aten"
+# Instead of a candidate: a call that is only listed need not be computed.
+ZEROS = "zeros"
 # Further away from every measured image than this, a size counts as never seen.
 FARTHEST = 4.0
 
@@ -165,10 +167,12 @@ def _of_any_size(call: Call) -> Call:
 class Collected:
     """The calls made while somebody listens, each with the id of its weight, and how often each was made.
 
-    A weight with a norm folded into it goes by the id of the layer's own.
+    A weight with a norm folded into it goes by the id of the layer's own. With `zeros` those that have no
+    choice are not computed, and give zeros.
     """
 
-    def __init__(self, origins: dict[int, int]) -> None:
+    def __init__(self, origins: dict[int, int], zeros: bool = False) -> None:
+        self.zeros = zeros
         self.counts: dict[Call, int] = {}
         self._weights: list[tuple[Call, int]] = []
         self._origins = origins
@@ -230,11 +234,14 @@ def are_there_choices() -> bool:
 
 
 @contextlib.contextmanager
-def collect() -> Iterator[Collected]:
-    """List the calls made meanwhile. One that has no choice runs the candidate that is preferred."""
+def collect(zeros: bool = False) -> Iterator[Collected]:
+    """List the calls made meanwhile.
+
+    One that has no choice runs the candidate that is preferred; with `zeros` it gives zeros at once.
+    """
     global _collected
     with _backend.noting() as notes:
-        previous, _collected = _collected, Collected(notes.origins)
+        previous, _collected = _collected, Collected(notes.origins, zeros)
         try:
             yield _collected
         finally:
@@ -289,14 +296,14 @@ def can_choose(input: Tensor, *others: Tensor | None) -> bool:
 
 
 def choose(call: Call, weight: Tensor) -> str | None:
-    """The name of the candidate that runs `call`; None where none is known."""
+    """The name of the candidate that runs `call`, or `ZEROS`; None where none is known."""
     found = choices().find(call)
     if _collected is not None:
         if not _is_valid(call):
             return None
         _collected.add(call, weight)
         if found is None:
-            return _preferred(call, weight)
+            return ZEROS if _collected.zeros else _preferred(call, weight)
     elif found is None and _measures_unseen and _is_valid(call):
         from ._measure import measure_and_keep
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _dilated_taps, _matmul, _onednn, _winograd
 from ._backend import change_decision, is_noting
-from ._choice import ATEN, CANDIDATES, PLAIN, Call, Candidate, can_choose, choices, choose, prepared
+from ._choice import ATEN, CANDIDATES, PLAIN, ZEROS, Call, Candidate, can_choose, choices, choose, prepared
 from ._conv2d_aten import conv2d_aten
 from ._epilogue import activate_, apply_epilogue
 from ._operands import Pair
@@ -141,6 +141,9 @@ def _chosen(
     plain = name == ATEN and autocast is None and call.channels_last
     if name is None or plain or not _fits(call, bias, residual):
         return None
+    if name == ZEROS:
+        y = torch.empty(call.output(), dtype=dtype, device="cpu", memory_format=torch.channels_last)
+        return y.zero_()
     candidate = CANDIDATES[operation][name]
     if autocast is not None:
         input = input.to(dtype)

@@ -14,25 +14,54 @@ from ._choice_files import write
 from ._epilogue import ACTIVATIONS
 
 # So many rounds, or after fewer the seconds a call may take.
-_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 5, 2, 0.3
+_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 5, 2, 0.2
 _SLOPE = 0.01
-# A candidate that took so many times as long as the fastest one in a round is out.
-_HOPELESS = 1.5
+# A candidate is out that took so many times as long as the fastest one, after one round, two, and more.
+_HOPELESS = (1.5, 1.2, 1.1)
 # A round of one candidate takes at least so long, of several calls if need be.
 _SHORTEST_S = 1e-3
+# Of a call that takes so long the first one counts: what else a first call takes is little beside it.
+_LONG_S = 2e-2
 # Read between two candidates, so that weights come from memory as they do in a network.
 _FLUSH_BYTES = 8 << 20
-# Rows of the output that are compared with exact ones, at the top, in the middle and at the bottom.
+# Rows of ATen's output that are compared with exact ones, at the top, in the middle and at the bottom, and
+# how many of the channels.
 _BAND = 2
+_CHANNELS = 8
+# Operands are whole numbers up to these, by a power of two. Those of the input have more bits than bfloat16.
+_LARGEST_INPUT, _LARGEST_WEIGHT = 2047, 31
+# So many random numbers, a prime, are repeated: to draw each takes as long as to compute with it.
+_DRAWN = 65521
 
 
 class _Operands(NamedTuple):
-    """Random tensors as a call has them."""
+    """Random tensors as a call has them, and what the terms of a result sum up to without signs."""
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
     residual: Tensor | None
+    magnitude: float
+
+
+class _Run:
+    """Computes a call with what a candidate made of the weight; `first_s` is what the first time took."""
+
+    def __init__(self, call: Call, name: str, operands: _Operands) -> None:
+        candidate = CANDIDATES[call.operation][name]
+        prepared = candidate.prepare(operands.weight, call)
+        arguments = (call, operands.input, prepared, operands.bias, operands.residual, _SLOPE)
+        self._compute: Callable[[], Tensor] = lambda: candidate.run(*arguments)
+        self.first_s = 0.0
+
+    def __call__(self) -> Tensor:
+        return self._compute()
+
+    def first(self) -> Tensor:
+        begin = clock()
+        y = self._compute()
+        self.first_s = clock() - begin
+        return y
 
 
 def clock() -> float:
@@ -68,13 +97,19 @@ def measure(call: Call) -> Choice:
     The caller's random state stays as it was.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        others = [name for name, it in CANDIDATES[call.operation].items() if name != ATEN and it.serves(call)]
+        if not others:
+            return Choice(ATEN, {})
         operands = _random_operands(call)
-        runs = {}
-        for name, candidate in CANDIDATES[call.operation].items():
-            if candidate.serves(call):
-                run = _runner(call, name, operands)
-                if run is not None and (name == ATEN or _is_right(call, operands, run)):
-                    runs[name] = run
+        aten = _Run(call, ATEN, operands)
+        exact = _reference(call, operands, aten.first())
+        if exact is None:
+            return Choice(ATEN, {})
+        runs = {ATEN: aten}
+        for name in others:
+            run = _right(call, name, operands, exact)
+            if run is not None:
+                runs[name] = run
         if len(runs) == 1:
             return Choice(ATEN, {})
         us = _times(runs, operands.input)
@@ -82,95 +117,126 @@ def measure(call: Call) -> Choice:
 
 
 def _random_operands(call: Call) -> _Operands:
-    generator = torch.Generator("cpu").manual_seed(0)
+    """Operands whose sums of products are exact in fp32, in whatever order they are added.
 
-    def normal(shape: Sequence[int], dtype: torch.dtype = call.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    All are whole numbers by a power of two, and so few bits long that no sum of theirs is of 2**24 or more
+    (of eight standard deviations, that is). Results are of the size of the input's numbers, about 1.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    taps = math.prod(call.weight[2:]) * (call.weight[0] // call.groups if call.transposed else call.weight[1])
+    terms = max(1, taps // math.prod(call.stride)) if call.transposed else taps
+    largest = min(_LARGEST_INPUT, int(2**24 * 3 / (8 * _LARGEST_WEIGHT * math.sqrt(terms))))
+    unit = 2.0 ** -round(math.log2(largest / math.sqrt(3)))
+    weight_unit = 2.0 ** -round(math.log2(_LARGEST_WEIGHT * math.sqrt(terms / 3)))
+
+    def numbers(shape: Sequence[int], largest: int, unit: float) -> Tensor:
+        count = math.prod(shape)
+        drawn = torch.randint(-largest, largest + 1, (min(count, _DRAWN),), generator=generator, device="cpu")
+        drawn = drawn.to(torch.float32).mul_(unit)
+        return drawn.repeat(-(-count // _DRAWN))[:count].view(*shape)
+
+    def like_input(shape: Sequence[int]) -> Tensor:
+        return numbers(shape, largest, unit).to(call.dtype)
 
     layout = torch.channels_last if call.channels_last else torch.contiguous_format
     shape = call.output()
-    # The weight of a network in reduced precision stays in fp32; results are of the size of the input.
-    taps = math.prod(call.weight[2:]) * (call.weight[0] if call.transposed else call.weight[1])
     return _Operands(
-        normal(call.input).contiguous(memory_format=layout),
-        normal(call.weight, torch.float32) / math.sqrt(taps),
-        normal(shape[1:2]) if call.bias else None,
-        normal(shape).contiguous(memory_format=layout) if call.residual else None,
+        like_input(call.input).contiguous(memory_format=layout),
+        # The weight of a network in reduced precision stays in fp32.
+        numbers(call.weight, _LARGEST_WEIGHT, weight_unit),
+        like_input(shape[1:2]) if call.bias else None,
+        like_input(shape).contiguous(memory_format=layout) if call.residual else None,
+        terms * (largest * unit / 2) * (_LARGEST_WEIGHT * weight_unit / 2),
     )
 
 
-def _runner(call: Call, name: str, operands: _Operands) -> Callable[[], Tensor] | None:
-    candidate = CANDIDATES[call.operation][name]
+def _reference(call: Call, operands: _Operands, y: Tensor) -> Tensor | None:
+    """The exact result of the call in fp32, of which ATen gave `y`; None where ATen's is not exact.
+
+    It is not where torch was told to multiply fp32 in bfloat16, or by a fault.
+    """
+    if call.dtype != torch.float32:
+        call = call._replace(dtype=torch.float32)
+        input, weight, bias, residual = (None if t is None else t.float() for t in operands[:4])
+        assert input is not None and weight is not None
+        operands = _Operands(input, weight, bias, residual, operands.magnitude)
+        y = _Run(call, ATEN, operands)()
+    channels = slice(None, None, max(1, y.shape[1] // _CHANNELS) if call.groups == 1 else 1)
+    height = y.shape[2]
+    for top in {0, max(0, height // 2 - _BAND // 2), max(0, height - _BAND)}:
+        rows = slice(top, min(height, top + _BAND))
+        if not _is_close(call, operands, y[:, channels, rows], _in_fp64(call, operands, channels, rows)):
+            return None
+    return y
+
+
+def _right(call: Call, name: str, operands: _Operands, reference: Tensor) -> _Run | None:
+    """The candidate `name`, if its result is `reference` but for rounding."""
     try:
-        prepared = candidate.prepare(operands.weight, call)
+        run = _Run(call, name, operands)
+        y = run.first()
     except RuntimeError:
         return None  # as oneDNN refuses some geometries
-
-    def run() -> Tensor:
-        return candidate.run(call, operands.input, prepared, operands.bias, operands.residual, _SLOPE)
-
-    return run
+    if y.shape != reference.shape or y.dtype != call.dtype:
+        return None
+    return run if _is_close(call, operands, y, reference) else None
 
 
-def _is_right(call: Call, operands: _Operands, run: Callable[[], Tensor]) -> bool:
-    """Whether the result is that of exact arithmetic but for rounding, on some rows of the output."""
-    try:
-        y = run()
-    except RuntimeError:
-        return False
-    if tuple(y.shape) != call.output() or y.dtype != call.dtype:
-        return False
-    eps = torch.finfo(call.dtype).eps
+def _is_close(call: Call, operands: _Operands, y: Tensor, exact: Tensor) -> bool:
+    """Whether `y` is `exact` but for each rounding of the result, and of the sums in fp32. May change `y`."""
     depth = math.prod(call.weight[1:])
-    for top, exact, magnitude in _exact_bands(call, operands):
-        actual = y[:, :, top : top + exact.shape[2]].double()
-        largest = exact.abs().max().item()
-        # Each rounding of the result, and of the sums in fp32.
-        allowed = 4 * eps * largest + 2.0**-22 * math.sqrt(depth) * magnitude.max().item()
-        error = (actual - exact).abs().max().item()
-        if not error <= allowed:
-            return False
-    return True
+    allowed = 4 * torch.finfo(call.dtype).eps * _largest(exact)
+    allowed += 2.0**-22 * math.sqrt(depth) * operands.magnitude
+    return _largest(y.to(exact.dtype).sub_(exact)) <= allowed
 
 
-def _exact_bands(call: Call, operands: _Operands) -> Iterable[tuple[int, Tensor, Tensor]]:
-    """The first row of each band, its exact result in fp64, and what its terms sum up to without signs."""
-    weight = operands.weight.to(call.dtype)
-    height = call.output()[2]
-    tops = {0, max(0, height // 2 - _BAND // 2), max(0, height - _BAND)}
-    for top in sorted(tops):
-        rows = slice(top, min(height, top + _BAND))
-        exact = _exact(call, operands.input.double(), weight.double(), rows)
-        magnitude = _exact(call, operands.input.float().abs(), weight.float().abs(), rows)
-        if operands.bias is not None:
-            exact = exact + operands.bias.double()[:, None, None]
-        if operands.residual is not None:
-            exact = exact + operands.residual[:, :, rows].double()
-        yield top, ACTIVATIONS[call.activation](exact, _SLOPE), magnitude
+def _largest(t: Tensor) -> float:
+    """The largest absolute value of images in channels_last; NaN if one is."""
+    low, high = torch.aminmax(t.permute(0, 2, 3, 1))
+    return torch.maximum(-low, high).item()
 
 
-def _exact(call: Call, input: Tensor, weight: Tensor, rows: slice) -> Tensor:
+def _in_fp64(call: Call, operands: _Operands, channels: slice, rows: slice) -> Tensor:
+    """Some channels and rows of the call's result."""
+    weight = operands.weight[:, channels] if call.transposed else operands.weight[channels]
+    y = _convolution_in_fp64(call, operands.input, weight, rows)
+    if operands.bias is not None:
+        y = y + operands.bias[channels].double()[:, None, None]
+    if operands.residual is not None:
+        y = y + operands.residual[:, channels, rows].double()
+    return ACTIVATIONS[call.activation](y, _SLOPE)
+
+
+def _convolution_in_fp64(call: Call, input: Tensor, weight: Tensor, rows: slice) -> Tensor:
     """Some rows of the convolution alone, from the rows of the input that they need."""
+    stride, padding, height = call.stride[0], call.padding[0], input.shape[2]
+    reach = call.dilation[0] * (call.weight[2] - 1)
     if call.transposed:
-        geometry = (call.stride, call.padding, call.output_padding, call.groups, call.dilation)
-        return F.conv_transpose2d(input, weight, None, *geometry)[:, :, rows]
-    stride, padding, dilation = call.stride[0], call.padding[0], call.dilation[0]
-    begin = rows.start * stride - padding
-    end = (rows.stop - 1) * stride - padding + dilation * (call.weight[2] - 1) + 1
-    height = input.shape[2]
+        begin = (rows.start + padding) // stride - -(-reach // stride)
+        end = (rows.stop - 1 + padding) // stride + 1
+    else:
+        begin = rows.start * stride - padding
+        end = (rows.stop - 1) * stride - padding + reach + 1
     inside = input[:, :, max(begin, 0) : max(min(end, height), 0)]
     missing = (max(0, min(-begin, end - begin)), max(0, min(end - height, end - begin)))
-    inside = F.pad(inside, (0, 0, *missing))
-    return F.conv2d(inside, weight, None, call.stride, (0, call.padding[1]), call.dilation, call.groups)
+    inside, weight = F.pad(inside, (0, 0, *missing)).double(), weight.double()
+    if not call.transposed:
+        return F.conv2d(inside, weight, None, call.stride, (0, call.padding[1]), call.dilation, call.groups)
+    paddings = (0, call.padding[1]), (stride - 1, call.output_padding[1])
+    y = F.conv_transpose2d(inside, weight, None, call.stride, *paddings, call.groups, call.dilation)
+    first = rows.start + padding - begin * stride
+    return y[:, :, first : first + rows.stop - rows.start]
 
 
-def _times(runs: dict[str, Callable[[], Tensor]], input: Tensor) -> dict[str, float]:
+def _times(runs: dict[str, _Run], input: Tensor) -> dict[str, float]:
     """Microseconds of each, interleaved; of what is hopeless, of the rounds that it took part in."""
     flushed = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device="cpu")
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    repeats = {}
+    repeats = dict.fromkeys(runs, 1)
     for name, run in runs.items():
-        run()
+        if run.first_s >= _LONG_S:
+            samples[name].append(run.first_s)
+            continue
         begin = clock()
         run()
         repeats[name] = max(1, min(50, int(_SHORTEST_S / max(clock() - begin, 1e-9))))
@@ -178,6 +244,8 @@ def _times(runs: dict[str, Callable[[], Tensor]], input: Tensor) -> dict[str, fl
     start = clock()
     for turn in range(_ROUNDS):
         for name in racing[turn % len(racing) :] + racing[: turn % len(racing)]:
+            if len(samples[name]) > turn:
+                continue
             flushed.sum()
             input.sum()  # written a moment ago, in a network
             begin = clock()
@@ -185,7 +253,8 @@ def _times(runs: dict[str, Callable[[], Tensor]], input: Tensor) -> dict[str, fl
                 runs[name]()
             samples[name].append((clock() - begin) / repeats[name])
         fastest = min(min(samples[name]) for name in racing)
-        racing = [name for name in racing if min(samples[name]) <= _HOPELESS * fastest]
+        hopeless = _HOPELESS[min(turn, len(_HOPELESS) - 1)] * fastest
+        racing = [name for name in racing if min(samples[name]) <= hopeless]
         if len(racing) == 1 or (turn + 1 >= _LEAST_ROUNDS and clock() - start > _ENOUGH_S):
             break
     # Of a machine with other work, the quieter rounds.

@@ -39,6 +39,7 @@ _LEAST_CHANNELS = 32
 _LEAST_PRODUCTS = 32 * 64
 _LEAST_TILES = 9
 _LEAST_FILLED = 0.6  # of the tiles, by the output
+_TRANSFORMED_AT_ONCE = 4096  # filters
 # Of the point 1 all four rows of A' are one: what is added there is added to each output.
 _ONE = 7
 
@@ -83,12 +84,23 @@ def transform_weight(weight: Tensor, tiles: int = MANY) -> TransformedWeight:
     packed = tiles < MANY or in_channels * out_channels >= _PACKED
     few = packed and tiles < MANY * torch.get_num_threads()
     with torch.no_grad():
-        points = torch.einsum("ai,bj,ocij->baoc", WEIGHT64, WEIGHT64, weight.detach().double()).float()
+        points = _at_points(weight.detach())
         if not packed:
-            return TransformedWeight(points.mT.reshape(36, in_channels, out_channels).contiguous(), few)
+            return TransformedWeight(points.mT.contiguous(), few)
         points = points.reshape(36 * out_channels, in_channels, 1, 1)
         size = [1, 36 * in_channels, 1, min(tiles, FEW) if few else MANY]
         return TransformedWeight(_onednn._reorder_convolution_weight(points, [0], [1], [1], 36, size), few)
+
+
+def _at_points(weight: Tensor) -> Tensor:
+    """[36, K, C] of a weight [K, C, 3, 3], few output channels at a time, which a core's own cache holds."""
+    out_channels, in_channels = weight.shape[:2]
+    matrix = torch.einsum("ai,bj->baij", WEIGHT64, WEIGHT64).reshape(36, 9)
+    points = torch.empty(36, out_channels, in_channels, dtype=torch.float32, device="cpu")
+    step = max(1, _TRANSFORMED_AT_ONCE // in_channels)
+    for part, target in zip(weight.split(step), points.split(step, 1), strict=True):
+        target.copy_(torch.mm(matrix, part.reshape(-1, 9).double().t()).view(target.shape))
+    return points
 
 
 def convolution(
