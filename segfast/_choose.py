@@ -163,8 +163,8 @@ def _milliseconds(runs: dict[str, Callable[[], Any]], first: dict[str, float]) -
     clear = not 1 / _ABOUT_THE_SAME < before / first["after"] < _ABOUT_THE_SAME
     if clear and sum(first.values()) > _SLOW_S:
         return {name: 1e3 * seconds for name, seconds in first.items()}
-    device = torch.device("cpu")
-    times = interleave(runs, device, budget_s=_MODEL_BUDGET_S, min_rounds=2 if clear else 3, max_rounds=30)
+    rounds = {"min_rounds": 2 if clear else 3, "max_rounds": 30}
+    times = interleave(runs, torch.device("cpu"), budget_s=_MODEL_BUDGET_S, clock=clock, **rounds)
     return {name: timing.wall_us / 1e3 for name, timing in times.items()}
 
 

@@ -52,11 +52,15 @@ def interleave(
     budget_s: float = 1.0,
     min_rounds: int = 5,
     max_rounds: int = 100,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
-    """Time every callable of `runs` within about `budget_s` seconds; they must have run once already."""
+    """Time every callable of `runs` within about `budget_s` seconds; they must have run once already.
+
+    On a CPU by `clock`, in seconds, where one is given.
+    """
     if device.type == "cuda":
         return _interleave_cuda(runs, device, budget_s, min_rounds, max_rounds)
-    samples = _wall(runs, budget_s, min_rounds, max_rounds, lambda: None)
+    samples = _wall(runs, budget_s, min_rounds, max_rounds, lambda: None, clock)
     nan = math.nan
     return {name: Timing(nan, nan, nan, *quantiles(values), len(values)) for name, values in samples.items()}
 
@@ -95,16 +99,17 @@ def _interleave_cuda(runs, device, budget_s, min_rounds, max_rounds) -> dict[str
     }
 
 
-def _wall(runs, budget_s, min_rounds, max_rounds, synchronize) -> dict[str, list[float]]:
+def _wall(runs, budget_s, min_rounds, max_rounds, synchronize, clock=None) -> dict[str, list[float]]:
     """Host microseconds a call, in blocks long enough for the clock, one block of each candidate a round."""
+    clock = clock or time.perf_counter
     calls, cost = {}, 0.0
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         run()
         synchronize()
-        once = time.perf_counter() - start
+        once = clock() - start
         calls[name] = max(1, min(200, int(0.002 / once)))
         cost += once * calls[name]
         if calls[name] == 1:
@@ -116,11 +121,11 @@ def _wall(runs, budget_s, min_rounds, max_rounds, synchronize) -> dict[str, list
             if len(samples[name]) > turn:
                 continue  # a call that is a block by itself was timed already
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(count):
                 run()
             synchronize()
-            samples[name].append(1e6 * (time.perf_counter() - start) / count)
+            samples[name].append(1e6 * (clock() - start) / count)
     return samples
 
 

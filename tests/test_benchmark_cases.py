@@ -255,6 +255,17 @@ def test_candidates_are_interleaved(monkeypatch):
     assert quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
 
 
+def test_a_call_that_is_a_block_by_itself_runs_once_a_round(monkeypatch):
+    order = []
+    clock = SimpleNamespace(perf_counter=itertools.count(step=1.0).__next__)
+    monkeypatch.setattr(_timing, "time", clock)
+    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found = interleave(runs, CPU, budget_s=6.0, min_rounds=1)
+    assert found["a"].runs == found["b"].runs == 3
+    assert sorted(order) == ["a"] * 3 + ["b"] * 3
+    assert found["a"].wall_us == 1e6
+
+
 def test_a_far_slower_candidate_is_timed_apart():
     assert timing._paced({"ours": 0.002, "peer": 0.15, "another": 0.019}) == [["ours", "peer", "another"]]
     assert timing._paced({"slow": 0.5, "ours": 0.002, "peer": 0.1}) == [["ours", "peer"], ["slow"]]

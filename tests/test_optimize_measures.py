@@ -205,3 +205,41 @@ def test_every_candidate_serves_a_real_network(cache, monkeypatch):
         for call, choice in choices().measured.items():
             assert (choice.name == winner) == CANDIDATES[call.operation][winner].serves(call)
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_model_that_does_not_take_zeros_is_measured_too(wins, model_takes):
+    """Its calls are listed without computing them first; then it is run as it is."""
+
+    class Normalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _net()
+
+        def forward(self, x):
+            y = self.net(x)
+            if not torch.compiler.is_compiling() and not y.any():
+                raise ValueError("nothing to normalize")
+            return y / y.abs().max()
+
+    wins("onednn")
+    model_takes(3, 2, 1)
+    fast = segfast.optimize(Normalized().eval(), _image())
+    assert _ran(fast, _image()) == ["onednn"] * 4
+
+
+def test_slow_models_are_timed_once_where_that_is_clear(monkeypatch):
+    timed = []
+
+    def interleave(runs, device, **kwargs):
+        timed.append(kwargs["min_rounds"])
+        return {name: Timing(*[1e3] * 7) for name in runs}
+
+    monkeypatch.setattr(_choose, "interleave", interleave)
+    runs = dict.fromkeys(("as given", "channels_last", "after"), lambda: None)
+    slow = {"as given": 2.0, "channels_last": 1.5, "after": 1.0}
+    assert _choose._milliseconds(runs, slow) == {name: 1e3 * s for name, s in slow.items()}
+    assert not timed
+    assert _choose._milliseconds(runs, {**slow, "after": 1.45})["after"] == 1
+    assert _choose._milliseconds(runs, {**slow, "after": 1.55})["after"] == 1
+    assert _choose._milliseconds(runs, {name: s / 10 for name, s in slow.items()})["after"] == 1
+    assert timed[0] == timed[1] > timed[2] > 1

@@ -14,10 +14,10 @@ from ._choice_files import write
 from ._epilogue import ACTIVATIONS
 
 # So many rounds, or after fewer the seconds a call may take.
-_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 5, 2, 0.2
+_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 7, 2, 0.2
 _SLOPE = 0.01
 # A candidate is out that took so many times as long as the fastest one, after one round, two, and more.
-_HOPELESS = (1.5, 1.2, 1.1)
+_HOPELESS = (1.5, 1.5, 1.2)
 # A round of one candidate takes at least so long, of several calls if need be.
 _SHORTEST_S = 1e-3
 # Of a call that takes so long the first one counts: what else a first call takes is little beside it.
@@ -30,18 +30,21 @@ _BAND = 2
 _CHANNELS = 8
 # Operands are whole numbers up to these, by a power of two. Those of the input have more bits than bfloat16.
 _LARGEST_INPUT, _LARGEST_WEIGHT = 2047, 31
+# A sum of n terms in fp32 is off by sqrt(n) roundings or fewer, and by so many where they are more: those are
+# added up in blocks.
+_MOST_ROUNDED = 16
 # So many random numbers, a prime, are repeated: to draw each takes as long as to compute with it.
 _DRAWN = 65521
 
 
 class _Operands(NamedTuple):
-    """Random tensors as a call has them, and what the terms of a result sum up to without signs."""
+    """Random tensors as a call has them, and by how much rounding in sums of their products may be off."""
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
     residual: Tensor | None
-    magnitude: float
+    rounding: float
 
 
 class _Run:
@@ -123,8 +126,10 @@ def _random_operands(call: Call) -> _Operands:
     (of eight standard deviations, that is). Results are of the size of the input's numbers, about 1.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    taps = math.prod(call.weight[2:]) * (call.weight[0] // call.groups if call.transposed else call.weight[1])
-    terms = max(1, taps // math.prod(call.stride)) if call.transposed else taps
+    # Of a transposed convolution each result is one of a window's, whose taps are a stride apart.
+    steps = call.stride if call.transposed else (1, 1)
+    terms = call.weight[0] // call.groups if call.transposed else call.weight[1]
+    terms *= math.prod(-(-taps // step) for taps, step in zip(call.weight[2:], steps, strict=True))
     largest = min(_LARGEST_INPUT, int(2**24 * 3 / (8 * _LARGEST_WEIGHT * math.sqrt(terms))))
     unit = 2.0 ** -round(math.log2(largest / math.sqrt(3)))
     weight_unit = 2.0 ** -round(math.log2(_LARGEST_WEIGHT * math.sqrt(terms / 3)))
@@ -140,13 +145,15 @@ def _random_operands(call: Call) -> _Operands:
 
     layout = torch.channels_last if call.channels_last else torch.contiguous_format
     shape = call.output()
+    # Of the terms of a result without their signs.
+    magnitude = terms * (largest * unit / 2) * (_LARGEST_WEIGHT * weight_unit / 2)
     return _Operands(
         like_input(call.input).contiguous(memory_format=layout),
         # The weight of a network in reduced precision stays in fp32.
         numbers(call.weight, _LARGEST_WEIGHT, weight_unit),
         like_input(shape[1:2]) if call.bias else None,
         like_input(shape).contiguous(memory_format=layout) if call.residual else None,
-        terms * (largest * unit / 2) * (_LARGEST_WEIGHT * weight_unit / 2),
+        2.0**-22 * min(math.sqrt(terms), _MOST_ROUNDED) * magnitude,
     )
 
 
@@ -159,7 +166,7 @@ def _reference(call: Call, operands: _Operands, y: Tensor) -> Tensor | None:
         call = call._replace(dtype=torch.float32)
         input, weight, bias, residual = (None if t is None else t.float() for t in operands[:4])
         assert input is not None and weight is not None
-        operands = _Operands(input, weight, bias, residual, operands.magnitude)
+        operands = _Operands(input, weight, bias, residual, operands.rounding)
         y = _Run(call, ATEN, operands)()
     channels = slice(None, None, max(1, y.shape[1] // _CHANNELS) if call.groups == 1 else 1)
     height = y.shape[2]
@@ -184,9 +191,7 @@ def _right(call: Call, name: str, operands: _Operands, reference: Tensor) -> _Ru
 
 def _is_close(call: Call, operands: _Operands, y: Tensor, exact: Tensor) -> bool:
     """Whether `y` is `exact` but for each rounding of the result, and of the sums in fp32. May change `y`."""
-    depth = math.prod(call.weight[1:])
-    allowed = 4 * torch.finfo(call.dtype).eps * _largest(exact)
-    allowed += 2.0**-22 * math.sqrt(depth) * operands.magnitude
+    allowed = 4 * torch.finfo(call.dtype).eps * _largest(exact) + operands.rounding
     return _largest(y.to(exact.dtype).sub_(exact)) <= allowed
 
 

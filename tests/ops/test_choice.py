@@ -84,6 +84,30 @@ class TestMeasuring:
         monkeypatch.setitem(CANDIDATES["conv2d"], "failing", failing)
         assert "failing" not in _measure.measure(CONV2D).us
 
+    def test_a_call_that_takes_long_runs_few_times(self, clock, monkeypatch):
+        """What is hopeless runs once, to be verified; the others twice."""
+        clock.costs = {"onednn": 3.0, ATEN: 1.0, "matmul": 1.05}
+        ran = []
+        for name, candidate in CANDIDATES["conv2d"].items():
+            run = lambda *args, name=name, run=candidate.run: ran.append(name) or run(*args)  # noqa: E731
+            monkeypatch.setitem(CANDIDATES["conv2d"], name, candidate._replace(run=run))
+        assert _measure.measure(CALLS["1x1"]).name == ATEN
+        assert sorted(ran) == [ATEN, ATEN, "matmul", "matmul", "onednn"]
+
+    def test_a_first_call_of_a_short_one_does_not_count(self, clock, monkeypatch):
+        """It takes long by what is made ready for the calls after it."""
+        clock.costs = dict.fromkeys(CANDIDATES["conv2d"], 3e-3)
+        matmul, made_ready = CANDIDATES["conv2d"]["matmul"], []
+
+        def run(*args):
+            clock.seconds += 0.0 if made_ready else 4e-3
+            clock.seconds -= 1e-3
+            made_ready.append(True)
+            return matmul.run(*args)
+
+        monkeypatch.setitem(CANDIDATES["conv2d"], "matmul", matmul._replace(run=run))
+        assert _measure.measure(CALLS["1x1"]).us["matmul"] == pytest.approx(2e3)
+
     def test_random_state_threads_and_default_dtype_stay(self, cache):
         before, threads = torch.get_rng_state(), torch.get_num_threads()
         torch.set_default_dtype(torch.float64)
@@ -106,6 +130,77 @@ class TestMeasuring:
     @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
     def test_aten_is_always_one(self, call, clock):
         assert ATEN in _measure.measure(call).us or _measure.measure(call).name == ATEN
+
+
+DEEP = CONV2D._replace(input=(1, 4096, 4, 4), weight=(8, 4096, 3, 3))
+EXACT_CALLS = {
+    **CALLS,
+    "deep": DEEP,
+    "transposed with gaps": CALLS["transposed"]._replace(
+        weight=(8, 6, 1, 2), stride=(3, 4), padding=(0, 1), output_padding=(2, 0)
+    ),
+}
+
+
+class TestVerifying:
+    """What is verified against: ATen on operands whose sums are exact in fp32, checked in fp64 itself."""
+
+    @pytest.mark.parametrize("call", EXACT_CALLS.values(), ids=EXACT_CALLS)
+    def test_sums_are_exact_in_fp32(self, call):
+        """Those of all terms, and of the first so many."""
+        call = call._replace(activation=None)
+        operands = _measure._random_operands(call)
+        every = slice(None)
+        rows = slice(0, call.output()[2])
+        for share in (1, 2, 3):
+            input = operands.input.clone()
+            input[:, input.shape[1] // share :] = 0
+            some = _measure._in_fp64(call, operands._replace(input=input), every, rows)
+            assert torch.equal(some.float().double(), some)
+        # In bfloat16 they are not, so that what computes in it is refused.
+        assert call.dtype == torch.bfloat16 or not torch.equal(operands.input.bfloat16(), operands.input)
+
+    @pytest.mark.parametrize("which", ["plain", "strided", "grouped", "depthwise", "transposed", "deep"])
+    def test_results_are_of_the_size_of_the_input(self, which):
+        call = EXACT_CALLS[which]._replace(activation=None, bias=False, residual=False)
+        operands = _measure._random_operands(call)
+        rows = slice(0, call.output()[2])
+        y = _measure._convolution_in_fp64(call, operands.input, operands.weight, rows)
+        assert 0.5 < operands.input.std() < 2
+        assert 0.3 < y.std() < 3
+
+    @pytest.mark.parametrize("call", EXACT_CALLS.values(), ids=EXACT_CALLS)
+    def test_rows_in_fp64_are_those_of_the_whole(self, call):
+        operands = _measure._random_operands(call)
+        x, weight = operands.input.double(), operands.weight.double()
+        if call.transposed:
+            geometry = (call.stride, call.padding, call.output_padding, call.groups, call.dilation)
+            whole = TF.conv_transpose2d(x, weight, None, *geometry)
+        else:
+            whole = TF.conv2d(x, weight, None, call.stride, call.padding, call.dilation, call.groups)
+        height = call.output()[2]
+        for rows in [slice(i, min(i + 2, height)) for i in range(height)]:
+            some = _measure._convolution_in_fp64(call, operands.input, operands.weight, rows)
+            torch.testing.assert_close(some, whole[:, :, rows], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("call", [CONV2D, DEEP], ids=["plain", "deep"])
+    def test_one_that_computes_in_bfloat16_is_refused(self, call, clock, monkeypatch):
+        aten = CANDIDATES["conv2d"][ATEN]
+        run = lambda call, x, *others: aten.run(call, x.bfloat16().float(), *others)  # noqa: E731
+        monkeypatch.setitem(CANDIDATES["conv2d"], "wrong", aten._replace(run=run))
+        us = _measure.measure(call).us
+        assert "wrong" not in us
+        assert len(us) > 1
+
+    @pytest.mark.parametrize("which", ["plain", "transposed", "depthwise", "bfloat16"])
+    def test_where_aten_is_not_exact_nothing_is_compared_with_it(self, which, clock, monkeypatch):
+        call = CALLS[which]
+        candidates = CANDIDATES[call.operation]
+        aten = candidates[ATEN]
+        monkeypatch.setitem(
+            candidates, ATEN, aten._replace(run=lambda *args: aten.run(*args) * (1 + 2.0**-9))
+        )
+        assert _measure.measure(call) == Choice(ATEN, {})
 
 
 class TestDispatch:
@@ -256,3 +351,16 @@ def test_collecting_lists_the_calls_and_their_weights():
     (call,) = collected.counts
     assert collected.by_weight() == {id(w): [call, call]}
     assert _cpu.CANDIDATES is CANDIDATES
+
+
+def test_calls_that_are_only_listed_are_not_computed():
+    x, w = torch.randn(1, 8, 9, 9), torch.randn(6, 8, 3, 3)
+    with torch.no_grad(), _choice.collect(zeros=True) as collected:
+        y = segfast.functional.conv2d(x, w)
+        choices().add(next(iter(collected.counts)), Choice("onednn", {}))
+        known = segfast.functional.conv2d(x, w)
+    assert list(collected.counts.values()) == [2]
+    assert y.shape == (1, 6, 7, 7)
+    assert not y.any()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(known, TF.conv2d(x, w))
