@@ -16,8 +16,9 @@ from ._epilogue import ACTIVATIONS
 # So many rounds, or after fewer the seconds a call may take.
 _ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 7, 2, 0.2
 _SLOPE = 0.01
-# A candidate is out that took so many times as long as the fastest one, after one round, two, and more.
-_HOPELESS = (1.5, 1.5, 1.2)
+# A candidate is out that took so many times as long as the fastest one, after one round, two, and more. Where
+# calls are long one round tells as much as two of short ones, which other work on the machine disturbs.
+_HOPELESS = (3.0, 1.5, 1.2)
 # A round of one candidate takes at least so long, of several calls if need be.
 _SHORTEST_S = 1e-3
 # Of a call that takes so long the first one counts: what else a first call takes is little beside it.
@@ -258,7 +259,7 @@ def _times(runs: dict[str, _Run], input: Tensor) -> dict[str, float]:
                 runs[name]()
             samples[name].append((clock() - begin) / repeats[name])
         fastest = min(min(samples[name]) for name in racing)
-        hopeless = _HOPELESS[min(turn, len(_HOPELESS) - 1)] * fastest
+        hopeless = fastest * _HOPELESS[min(turn + (fastest >= _LONG_S), len(_HOPELESS) - 1)]
         racing = [name for name in racing if min(samples[name]) <= hopeless]
         if len(racing) == 1 or (turn + 1 >= _LEAST_ROUNDS and clock() - start > _ENOUGH_S):
             break
