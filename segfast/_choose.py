@@ -25,9 +25,9 @@ from .ops._measure import clock, measure_and_keep
 MEASURES = True
 # A choice can change the layout that the calls after it see, and these are measured then.
 _PASSES = 3
-# Whole models are timed for so long. Where a run of each takes longer than `_SLOW_S` it is the only one,
-# unless they take about the same time.
-_MODEL_BUDGET_S, _SLOW_S = 2.0, 1.5
+# Whole models are timed for so long, and twice as long where they take about the same time. Else the first
+# run is the only one, if all together take longer than `_SLOW_S`.
+_MODEL_BUDGET_S, _SLOW_S = 1.0, 1.0
 _ABOUT_THE_SAME = 1.1
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -163,8 +163,9 @@ def _milliseconds(runs: dict[str, Callable[[], Any]], first: dict[str, float]) -
     clear = not 1 / _ABOUT_THE_SAME < before / first["after"] < _ABOUT_THE_SAME
     if clear and sum(first.values()) > _SLOW_S:
         return {name: 1e3 * seconds for name, seconds in first.items()}
-    rounds = {"min_rounds": 2 if clear else 3, "max_rounds": 30}
-    times = interleave(runs, torch.device("cpu"), budget_s=_MODEL_BUDGET_S, clock=clock, **rounds)
+    least, budget = (1, _MODEL_BUDGET_S) if clear else (3, 2 * _MODEL_BUDGET_S)
+    device = torch.device("cpu")
+    times = interleave(runs, device, budget_s=budget, min_rounds=least, max_rounds=30, clock=clock)
     return {name: timing.wall_us / 1e3 for name, timing in times.items()}
 
 

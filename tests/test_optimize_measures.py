@@ -242,4 +242,4 @@ def test_slow_models_are_timed_once_where_that_is_clear(monkeypatch):
     assert _choose._milliseconds(runs, {**slow, "after": 1.45})["after"] == 1
     assert _choose._milliseconds(runs, {**slow, "after": 1.55})["after"] == 1
     assert _choose._milliseconds(runs, {name: s / 10 for name, s in slow.items()})["after"] == 1
-    assert timed[0] == timed[1] > timed[2] > 1
+    assert timed[0] == timed[1] > timed[2] > 0

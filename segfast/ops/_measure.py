@@ -14,7 +14,7 @@ from ._choice_files import write
 from ._epilogue import ACTIVATIONS
 
 # So many rounds, or after fewer the seconds a call may take.
-_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 7, 2, 0.2
+_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 7, 2, 0.1
 _SLOPE = 0.01
 # A candidate is out that took so many times as long as the fastest one, after one round, two, and more. Where
 # calls are long one round tells as much as two of short ones, which other work on the machine disturbs.
@@ -22,7 +22,7 @@ _HOPELESS = (3.0, 1.5, 1.2)
 # A round of one candidate takes at least so long, of several calls if need be.
 _SHORTEST_S = 1e-3
 # Of a call that takes so long the first one counts: what else a first call takes is little beside it.
-_LONG_S = 2e-2
+_LONG_S = 1e-2
 # Read between two candidates, so that weights come from memory as they do in a network.
 _FLUSH_BYTES = 8 << 20
 # Rows of ATen's output that are compared with exact ones, at the top, in the middle and at the bottom, and
@@ -169,13 +169,34 @@ def _reference(call: Call, operands: _Operands, y: Tensor) -> Tensor | None:
         assert input is not None and weight is not None
         operands = _Operands(input, weight, bias, residual, operands.rounding)
         y = _Run(call, ATEN, operands)()
-    channels = slice(None, None, max(1, y.shape[1] // _CHANNELS) if call.groups == 1 else 1)
+    call, operands, some = _of_some_channels(call, operands, y)
     height = y.shape[2]
     for top in {0, max(0, height // 2 - _BAND // 2), max(0, height - _BAND)}:
         rows = slice(top, min(height, top + _BAND))
-        if not _is_close(call, operands, y[:, channels, rows], _in_fp64(call, operands, channels, rows)):
+        if not _is_close(call, operands, some[:, :, rows], _in_fp64(call, operands, rows)):
             return None
     return y
+
+
+def _of_some_channels(call: Call, operands: _Operands, y: Tensor) -> tuple[Call, _Operands, Tensor]:
+    """A call of a part of the output channels, or of the groups where there are some, and its part of `y`."""
+    grouped = call.groups > 1
+    step = max(1, (call.groups if grouped else y.shape[1]) // _CHANNELS)
+
+    def some(t: Tensor, axis: int) -> Tensor:
+        parts = t.unflatten(axis, (call.groups, -1)) if grouped else t.unflatten(axis, (-1, 1))
+        return parts.movedim(axis, 0)[::step].movedim(0, axis).flatten(axis, axis + 1)
+
+    input, weight, bias, residual, rounding = operands
+    part = _Operands(
+        some(input, 1) if grouped else input,
+        some(weight, 1 if call.transposed and not grouped else 0),
+        None if bias is None else some(bias, 0),
+        None if residual is None else some(residual, 1),
+        rounding,
+    )
+    groups = -(-call.groups // step) if grouped else 1
+    return call._replace(input=part.input.shape, weight=part.weight.shape, groups=groups), part, some(y, 1)
 
 
 def _right(call: Call, name: str, operands: _Operands, reference: Tensor) -> _Run | None:
@@ -202,14 +223,13 @@ def _largest(t: Tensor) -> float:
     return torch.maximum(-low, high).item()
 
 
-def _in_fp64(call: Call, operands: _Operands, channels: slice, rows: slice) -> Tensor:
-    """Some channels and rows of the call's result."""
-    weight = operands.weight[:, channels] if call.transposed else operands.weight[channels]
-    y = _convolution_in_fp64(call, operands.input, weight, rows)
+def _in_fp64(call: Call, operands: _Operands, rows: slice) -> Tensor:
+    """Some rows of the call's result."""
+    y = _convolution_in_fp64(call, operands.input, operands.weight, rows)
     if operands.bias is not None:
-        y = y + operands.bias[channels].double()[:, None, None]
+        y = y + operands.bias.double()[:, None, None]
     if operands.residual is not None:
-        y = y + operands.residual[:, channels, rows].double()
+        y = y + operands.residual[:, :, rows].double()
     return ACTIVATIONS[call.activation](y, _SLOPE)
 
 

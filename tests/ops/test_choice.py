@@ -150,12 +150,11 @@ class TestVerifying:
         """Those of all terms, and of the first so many."""
         call = call._replace(activation=None)
         operands = _measure._random_operands(call)
-        every = slice(None)
         rows = slice(0, call.output()[2])
         for share in (1, 2, 3):
             input = operands.input.clone()
             input[:, input.shape[1] // share :] = 0
-            some = _measure._in_fp64(call, operands._replace(input=input), every, rows)
+            some = _measure._in_fp64(call, operands._replace(input=input), rows)
             assert torch.equal(some.float().double(), some)
         # In bfloat16 they are not, so that what computes in it is refused.
         assert call.dtype == torch.bfloat16 or not torch.equal(operands.input.bfloat16(), operands.input)
@@ -182,6 +181,16 @@ class TestVerifying:
         for rows in [slice(i, min(i + 2, height)) for i in range(height)]:
             some = _measure._convolution_in_fp64(call, operands.input, operands.weight, rows)
             torch.testing.assert_close(some, whole[:, :, rows], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("call", EXACT_CALLS.values(), ids=EXACT_CALLS)
+    def test_some_channels_are_those_of_the_whole(self, call, monkeypatch):
+        monkeypatch.setattr(_measure, "_CHANNELS", 2)
+        operands = _measure._random_operands(call)
+        rows = slice(0, call.output()[2])
+        whole = _measure._in_fp64(call, operands, rows)
+        few, its, part = _measure._of_some_channels(call, operands, whole)
+        assert part.shape[1] == 2 * (whole.shape[1] // call.groups if call.groups > 1 else 1)
+        torch.testing.assert_close(_measure._in_fp64(few, its, rows), part, rtol=0, atol=0)
 
     @pytest.mark.parametrize("call", [CONV2D, DEEP], ids=["plain", "deep"])
     def test_one_that_computes_in_bfloat16_is_refused(self, call, clock, monkeypatch):
