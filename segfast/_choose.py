@@ -25,10 +25,10 @@ from .ops._measure import clock, measure_and_keep
 MEASURES = True
 # A choice can change the layout that the calls after it see, and these are measured then.
 _PASSES = 3
-# Whole models are timed for so long, and twice as long where they take about the same time. Else the first
-# run is the only one, if all together take longer than `_SLOW_S`.
+# Whole models are timed for so long, and twice as long where the model after is not clearly faster. Else the
+# first run is the only one, if all together take longer than `_SLOW_S`.
 _MODEL_BUDGET_S, _SLOW_S = 1.0, 1.0
-_ABOUT_THE_SAME = 1.1
+_CLEARLY = 1.1
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -160,7 +160,7 @@ def _milliseconds(runs: dict[str, Callable[[], Any]], first: dict[str, float]) -
     A first run takes longer by what is prepared for each call, which is little where it takes so long.
     """
     before = min(seconds for name, seconds in first.items() if name != "after")
-    clear = not 1 / _ABOUT_THE_SAME < before / first["after"] < _ABOUT_THE_SAME
+    clear = before > _CLEARLY * first["after"]
     if clear and sum(first.values()) > _SLOW_S:
         return {name: 1e3 * seconds for name, seconds in first.items()}
     least, budget = (1, _MODEL_BUDGET_S) if clear else (3, 2 * _MODEL_BUDGET_S)
