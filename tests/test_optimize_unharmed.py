@@ -92,7 +92,7 @@ def test_outputs_that_change_are_not_kept(wins, model_takes, monkeypatch):
     model_takes(3, 2, 1)
     candidate = CANDIDATES["conv2d"]["onednn"]
     wrong = candidate._replace(run=lambda *args: candidate.run(*args) * 1.01)
-    monkeypatch.setattr(_measure, "_is_right", lambda *args: True)
+    monkeypatch.setattr(_measure, "_is_close", lambda *args: True)
     monkeypatch.setitem(CANDIDATES["conv2d"], "onednn", wrong)
     net, x = _net(), _image()
     fast = segfast.optimize(net, x)
