@@ -3,28 +3,22 @@ PY := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 OUT ?= out/gpu
 RUN_GPU = $(PY) -m benchmarks.gpu --out $(OUT)
 
-.PHONY: gpu gpu-peers gpu-test gpu-tune gpu-bench gpu-full gpu-unseen record
+.PHONY: gpu gpu-first gpu-second gpu-layers gpu-full record
 
-gpu: ## on a GPU: prove, measure the peers, then ours beside them, tune; into OUT=out/gpu
+gpu: ## on a GPU: both of the next two, twelve minutes; into OUT=out/gpu
 	$(RUN_GPU)
 
-gpu-peers: ## on a GPU: the device's ceilings and every case against the peers only
-	$(RUN_GPU) --tier T1
+gpu-first: ## on a GPU, six minutes: prove the kernels, then the headline rows, ours beside every peer
+	$(RUN_GPU) first
 
-gpu-test: ## on a GPU: every kernel against fp64; writes proven.json. FULL=1 adds the long checks
-	$(RUN_GPU) --tier T0 $(if $(FULL),full)
+gpu-second: ## on a GPU, six minutes: choose what runs each call of three models, then measure these
+	$(RUN_GPU) second
 
-gpu-tune: ## on a GPU: tile sizes beside cuDNN; writes configs.json
-	$(RUN_GPU) --tier T4
+gpu-layers: ## on a GPU: all cases of FAMILY=conv_transpose2d (or another), every direction
+	$(RUN_GPU) layers --budget 3600 $(if $(FAMILY),--family $(FAMILY))
 
-gpu-bench: ## on a GPU: all cases of FAMILY=conv_transpose2d (or another), every direction
-	$(RUN_GPU) --tier bench $(if $(FAMILY),--family $(FAMILY))
-
-gpu-full: ## on a GPU: whole models, other dtypes, torch.compile
-	$(RUN_GPU) --tier T5
-
-gpu-unseen: ## on a GPU: backend "auto" beside ATen on 300 convolutions that are in no table
-	$(RUN_GPU) --tier unseen
+gpu-full: ## on a GPU: prove in every dtype, then the long checks: fuzz, large tensors, graphs, the sanitizer
+	$(RUN_GPU) full --budget 1200
 
 record: ## file what a GPU run brought back: make record FROM=folder
 	@test -n "$(FROM)" || { echo "usage: make record FROM=folder" >&2; exit 2; }

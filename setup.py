@@ -11,9 +11,8 @@ setup(
     ],
     package_dir={"segfast": "segfast", "segfast.kernels": "kernels"},
     package_data={
-        "segfast": ["py.typed"],
+        "segfast": ["py.typed", "measured/*.json"],
         "segfast.data": ["*.npz", "*.safetensors", "*.jpg", "*.md"],
         "segfast.kernels": ["py.typed"],
-        "segfast.kernels.configs": ["*.json"],
     },
 )

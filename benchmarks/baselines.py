@@ -44,11 +44,12 @@ def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
         # A backward timed alone runs many times over one forward's saved tensors.
         config.donated_buffer = False
         function = torch.compile(problem.formula, mode=COMPILE_MODE, dynamic=False)
-        yield Candidate("compile", problem.bind(function), note=compile_note())
+        yield Candidate("compile", problem.bind(function), note=compile_note(COMPILE_MODE))
 
 
-def compile_note() -> str:
-    return f"torch {torch.__version__} {COMPILE_MODE}, channels_last"
+def compile_note(mode: str) -> str:
+    """What was compiled by, and how."""
+    return f"torch {torch.__version__} {mode}, channels_last"
 
 
 def _depthwise_kernels(problem: Problem) -> Iterator[Peer]:

@@ -38,7 +38,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
     @property
     def activation(self) -> str | None:

@@ -1,6 +1,6 @@
 """Every measured shape, named after the layer of the model it is from.
 
-One list for the benchmarks, the tuner and the tests. Sizes are those of the papers' networks at batch 1, 8,
+One list for the benchmarks and the tests. Sizes are those of the papers' networks at batch 1, 8,
 16 or 32, bf16; `case.cpu()` is the same layer small enough for a CPU (batch 1, fp32). Needs torch only.
 """
 
@@ -292,7 +292,7 @@ def directions(case: Case) -> tuple[str, ...]:
 
 
 def headline() -> list[Case]:
-    """The twelve rows of the second tier."""
+    """The twelve rows that a GPU run measures first."""
     return [case for case in CASES if case.headline]
 
 

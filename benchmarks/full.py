@@ -1,4 +1,4 @@
-"""The long checks of kernels on a GPU (`FULL=1 make gpu-test`): fuzz, offsets past 2**31, graphs, streams.
+"""The long checks of kernels on a GPU (`make gpu-full`): fuzz, offsets past 2**31, graphs, streams.
 
 Each check is a generator of (name, passed, note). compute-sanitizer can refuse a device: a line, no failure.
 """

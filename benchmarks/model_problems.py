@@ -1,21 +1,28 @@
 """Whole networks as problems: the plain twin, its peers, and segfast's model with the same weights."""
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import segfast
 from benchmarks import plain_resnet
-from benchmarks.baselines import COMPILE_MODE, Peer, compile_note
+from benchmarks.baselines import Peer, compile_note
 from benchmarks.cases import Case
+from benchmarks.environment import dry_run
 from benchmarks.fused_models import fused_with_cudnn
 from benchmarks.plain_models import DEEPLABV3PLUS, plain_model
 from benchmarks.problems import no_search
 from benchmarks.timing import Candidate, Skipped
+from segfast._choose import thoroughly
 
 TOLERANCE = 5e-2  # of logits after tens of layers, and of a training step's loss, in 16 bits
+OPTIMIZE_SECONDS = 20.0  # for what no earlier step has chosen
 
 
 class ModelProblem:
@@ -51,7 +58,7 @@ class ModelProblem:
     def _reference(self) -> torch.Tensor:
         with no_search():
             if self.training:
-                return self._step(_trained(self.network), autocast=False)()
+                return self._step(_trained(self.network), self.images, autocast=False)()
             with torch.no_grad():
                 return self.network.eval()(self.images[:1])
 
@@ -59,42 +66,58 @@ class ModelProblem:
         """Logits of the first image, or the loss, in fp32."""
         return self.expected
 
-    def _step(self, network: nn.Module, autocast: bool) -> Callable[[], torch.Tensor]:
+    def _step(self, network: nn.Module, images: torch.Tensor, autocast: bool) -> Callable[[], torch.Tensor]:
         parameters = [p for p in network.parameters() if p.requires_grad]
 
         def step() -> torch.Tensor:
-            with torch.autocast(self.device.type, self.case.torch_dtype, enabled=autocast):
-                loss = F.cross_entropy(network(self.images).float(), self.labels)
+            with self._autocast(autocast):
+                loss = F.cross_entropy(network(images).float(), self.labels)
             torch.autograd.grad(loss, parameters, allow_unused=True)
             return loss.detach()
 
         return step
 
-    def bind(self, network: nn.Module, compiled: bool = False) -> Callable[[], torch.Tensor]:
-        """A call of the network in the case's direction."""
-        sixteen = self.case.torch_dtype != torch.float32
+    def bind(self, network: nn.Module, images: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+        """A call of the network in the case's direction, by default on the problem's images."""
+        network = self._in_mode(network)
+        images = self._given() if images is None else images
         if self.training:
-            network = _trained(network)
-            if compiled:
-                network = torch.compile(network, mode=COMPILE_MODE, dynamic=False)
-            return self._step(network, autocast=sixteen)
-        network = network.eval().to(self.case.torch_dtype)
-        images = self.images.to(self.case.torch_dtype)
-        if compiled:
-            network = torch.compile(network, mode=COMPILE_MODE, dynamic=False)
-
+            return self._step(network, images, autocast=True)
         return lambda: _run(network, images)
 
+    def _in_mode(self, network: nn.Module) -> nn.Module:
+        return _trained(network) if self.training else network.eval().to(self.case.torch_dtype)
+
+    def _given(self) -> torch.Tensor:
+        """The images in the dtype in which a network gets them."""
+        return self.images if self.training else self.images.to(self.case.torch_dtype)
+
+    def _autocast(self, enabled: bool) -> torch.autocast:
+        sixteen = self.case.torch_dtype != torch.float32
+        return torch.autocast(self.device.type, self.case.torch_dtype, enabled=enabled and sixteen)
+
     def peers(self, compiled: bool = False) -> Iterator[Peer]:
-        """The plain twin, channels_last: eager, on cuDNN's fused calls, `compiled` by torch.compile."""
-        run = self.bind(self.network)
-        yield Candidate("eager_nhwc", run, tolerance=TOLERANCE)
+        """The plain twin: eager in both layouts, on cuDNN's fused calls, `compiled` by torch.compile."""
+        yield self.eager()
+        plain = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
+        yield Candidate("eager_nchw", self.bind(plain, self._given().contiguous()), tolerance=TOLERANCE)
         if self.device.type == "cuda" and not self.training:
             yield self.fused()
         if compiled:
-            yield Candidate(
-                "compile", self.bind(self.network, True), note=compile_note(), tolerance=TOLERANCE
-            )
+            yield self.compiled("default")
+
+    def eager(self) -> Candidate:
+        """The plain twin, channels_last."""
+        return Candidate("eager_nhwc", self.bind(self.network), tolerance=TOLERANCE)
+
+    def compiled(self, mode: str) -> Candidate:
+        """The same by torch.compile, which is part of its first call."""
+        network = torch.compile(self._in_mode(self.network), mode=mode, dynamic=False)
+        run = (
+            self._step(network, self.images, True) if self.training else partial(_run, network, self._given())
+        )
+        name = "compile" if mode == "default" else "compile_max_autotune"
+        return Candidate(name, run, note=compile_note(mode), tolerance=TOLERANCE)
 
     def fused(self) -> Peer:
         """The twin with every chain that cuDNN has a call for as that call; in inference."""
@@ -108,13 +131,40 @@ class ModelProblem:
         )
 
     def ours(self) -> Iterator[Peer]:
-        """segfast's model of that name with the twin's weights."""
-        network = _segfast_model(self.case, self.network)
-        if network is None:
+        """segfast's model of that name with the twin's weights, on a GPU optimized, in its first call."""
+        if _segfast_model(self.case, self.network) is None:
             yield Skipped("segfast", f"segfast has no {self.case['model']} yet")
             return
-        network = network.to(self.device, memory_format=torch.channels_last)
-        yield Candidate("segfast", self.bind(network), ours=True, tolerance=TOLERANCE)
+        built: list[Callable[[], torch.Tensor]] = []
+
+        def run() -> torch.Tensor:
+            with segfast.backend("auto"):
+                if not built:
+                    network = self.optimized(OPTIMIZE_SECONDS) if self.chooses else self.twin()
+                    candidate.note = str(segfast.report(network).gain or "")
+                    built.append(self.bind(network))
+                return built[0]()
+
+        candidate = Candidate("segfast", run, ours=True, tolerance=TOLERANCE)
+        yield candidate
+
+    @property
+    def chooses(self) -> bool:
+        """Whether ours is optimized: a CPU's figures are those of `benchmarks.networks`."""
+        return self.device.type == "cuda" or dry_run()
+
+    def twin(self) -> nn.Module:
+        """segfast's model with the plain twin's weights, in the case's mode."""
+        network = _segfast_model(self.case, self.network)
+        assert network is not None
+        return self._in_mode(network.to(self.device, memory_format=torch.channels_last))
+
+    def optimized(self, budget_s: float, thorough: bool = False) -> nn.Module:
+        """The same after `segfast.optimize`; `thorough`, as `segfast tune` does it, with all tiles."""
+        with self._autocast(self.training), thoroughly() if thorough else contextlib.nullcontext():
+            return segfast.optimize(
+                self.twin(), self._given(), inplace=True, budget=budget_s, progress=False, train=self.training
+            )
 
 
 @torch.no_grad()

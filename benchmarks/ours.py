@@ -30,7 +30,7 @@ def ours(problem: Problem) -> Iterator[Peer]:
     tensors = _laid_out(problem)
     candidate = Candidate("segfast", problem.bind(function, tensors), ours=True)
     yield candidate
-    if case.family == "dilated_conv2d" and problem.device.type == "cuda":
+    if problem.device.type == "cuda":
         yield on_auto(candidate)
     if is_head(case):
         yield Candidate("segfast_nchw", problem.bind(function, problem.contiguous()), ours=True)
@@ -45,7 +45,7 @@ def ours(problem: Problem) -> Iterator[Peer]:
 
 
 def on_auto(candidate: Candidate) -> Candidate:
-    """The same on backend "auto", whichever is in force: what a user gets, with the tables there are."""
+    """The same on backend "auto", whichever is in force: what a user gets, with the choices there are."""
 
     def run() -> Any:
         with segfast.backend("auto"):

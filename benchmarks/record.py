@@ -1,13 +1,12 @@
 """File what a run brought back: `python -m benchmarks.record FOLDER` (`make record FROM=FOLDER`).
 
-configs.json goes into kernels/configs/<gpu>.json, proven.json into kernels/configs/proven.json, the rows into
+The choices and proofs in its choices/ go into segfast/measured/, where the product finds them, the rows into
 benchmarks/results/<gpu or cpu>/<family>.csv, each merged with what is there. Nothing is written before all
 is checked.
 """
 
 import argparse
 import csv
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,13 @@ from typing import Any
 from benchmarks.environment import ROOT
 from benchmarks.rows import FIELDS, KEY, MEASURED, read_rows
 from segfast._files import atomic_write
+from segfast.kernels import operations
+from segfast.ops._call import AnyCall
+from segfast.ops._choice import ATEN, Choice
+from segfast.ops._choice_files import choices_row, file_name, parsed
+
+PROVEN = "proven.json"
+SIMULATED = "fake-"  # what the simulated device's name begins with
 
 
 class Refused(Exception):
@@ -37,14 +43,11 @@ def record(source: Path, root: Path = ROOT) -> list[Path]:
             raise Refused("ceilings.json comes from a dry run")
         path = root / "benchmarks" / "results" / _gpu(content.get("gpu"), "ceilings.json") / "ceilings.json"
         written[path] = _dump(content)
-    if (source / "configs.json").exists():
-        written |= _configs(source / "configs.json", root / "kernels" / "configs")
-    if (source / "proven.json").exists():
-        written |= _proven(source / "proven.json", root / "kernels" / "configs" / "proven.json")
+    for path in sorted((source / "choices").glob("[!.]*.json")):
+        file_one = _proven if path.name == PROVEN else _choices
+        written |= file_one(path, root / "segfast" / "measured")
     if not written:
-        raise Refused(
-            f"{source} holds none of rows.csv, measured.csv, ceilings.json, configs.json, proven.json"
-        )
+        raise Refused(f"{source} holds none of rows.csv, measured.csv, ceilings.json, choices/*.json")
     for path, text in written.items():
         with atomic_write(path) as temporary:
             temporary.write_text(text)
@@ -102,60 +105,71 @@ def _csv(rows: Sequence[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def _configs(path: Path, folder: Path) -> dict[Path, str]:
-    from segfast.kernels import Config
-
-    new = _json(path)
-    gpu = _gpu(new.get("gpu"), str(path))
-    names = {field.name for field in dataclasses.fields(Config)}
-    for operation, buckets in new.get("operations", {}).items():
-        for bucket, row in buckets.items():
-            times = [row.get("us", 0), row.get("aten_us", 0)]
-            times += [value for name, value in row.items() if name.endswith("_us")]
-            if not names >= set(row.get("config", {})) or min(times) <= 0:
-                raise Refused(f"{path}: {operation} {bucket} is not a measured configuration: {row}")
-    if not new.get("operations"):
-        raise Refused(f"{path} holds no operation")
-    target = folder / f"{gpu}.json"
-    table = _json(target) if target.exists() else {}
-    operations = table.get("operations", {})
-    for operation, buckets in new["operations"].items():
-        own = operations.setdefault(operation, {})
-        for bucket, row in buckets.items():
-            # A row timed as part of another operation does not replace the kernel's own.
-            if "timed_as" not in row or "timed_as" in own.get(bucket, row):
-                own[bucket] = row
-    return {target: _dump({**table, **new, "operations": operations})}
+def _choices(path: Path, folder: Path) -> dict[Path, str]:
+    """A file of choices merged with the product's of the same GPU and versions."""
+    parts = _checked(path)
+    target = folder / path.name
+    merged: dict[str, dict[AnyCall, Choice]] = {}
+    for here, found in [*(_checked(target) if target.exists() else []), *parts]:
+        merged.setdefault(json.dumps(here, sort_keys=True), {}).update(found)
+    text = json.dumps([choices_row(json.loads(here), found) for here, found in merged.items()], indent=1)
+    return {target: text + "\n"}
 
 
-def _proven(path: Path, target: Path) -> dict[Path, str]:
+def _checked(path: Path) -> list[tuple[dict[str, str], dict[AnyCall, Choice]]]:
+    """The machines of a file and their choices: GPUs', of operations there are, measured."""
+    content = _json(path, list)
+    parts = []
+    for part in content:
+        try:
+            here = part["machine"]
+            gpu = _gpu(here.get("gpu"), str(path))
+            if path.name != file_name(here):
+                raise Refused(f"{path}: it would be looked up as {file_name(here)}")
+            found = dict(parsed(row, here) for row in part["choices"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refused(f"{path} is not a file of choices: {type(error).__name__}: {error}") from None
+        for call, choice in found.items():
+            unknown = [name for name, *_ in choice.configs if name not in operations()]
+            if unknown:
+                raise Refused(f"{path}: {gpu} has tiles of {', '.join(unknown)}, which no kernel is")
+            timed = choice.us or {ATEN: 1.0}  # nothing else could run it
+            if choice.name not in timed or not min(timed.values()) > 0:
+                raise Refused(f"{path}: {choice.name} was not measured for {call}")
+        parts.append((here, found))
+    return parts
+
+
+def _proven(path: Path, folder: Path) -> dict[Path, str]:
+    target = folder / PROVEN
     new = _json(path)
     merged = _json(target) if target.exists() else {}
-    for arch, proofs in new.items():
-        if not arch.startswith(("sm_", "gfx")):
-            raise Refused(f"{path}: {arch!r} is no GPU's architecture")
+    for gpu, proofs in new.items():
+        _gpu(gpu, str(path))
         for name, proof in proofs.items():
-            if not all(proof.get(what) for what in ("source", "gpu", "triton")):
+            if not all(proof.get(what) for what in ("source", "triton", "cases")):
                 raise Refused(
-                    f"{path}: the proof of {name} does not name its source, its GPU and Triton's version"
+                    f"{path}: the proof of {name} does not name its source, Triton's version and cases"
                 )
-        merged.setdefault(arch, {}).update(proofs)
+            if name.rpartition(".")[0] not in operations():
+                raise Refused(f"{path}: {name} is no kernel's")
+        merged.setdefault(gpu, {}).update(proofs)
     return {target: _dump(merged)}
 
 
 def _gpu(name: Any, path: str) -> str:
-    if not name or name == "cpu":
+    if not name or name == "cpu" or name.startswith(SIMULATED):
         raise Refused(f"{path}: measured on {name or 'an unnamed device'}, not on a GPU")
     return name
 
 
-def _json(path: Path) -> dict:
+def _json(path: Path, kind: type = dict) -> Any:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise Refused(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise Refused(f"{path}: expected a JSON object, got {type(content).__name__}")
+    if not isinstance(content, kind):
+        raise Refused(f"{path}: expected a {kind.__name__} in JSON, got a {type(content).__name__}")
     return content
 
 

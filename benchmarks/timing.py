@@ -105,9 +105,13 @@ def measure(
     graphs: bool = False,
     min_rounds: int = 5,
     error_of: Callable[[Any, Any], float] = relative_error,
+    tolerance: float | None = None,
     log: Callable[[str], None] = print,
 ) -> list[Measurement]:
-    """Gate each candidate against `reference` on `sample(output)`, then time those that pass, interleaved."""
+    """Gate each candidate against `reference` on `sample(output)`, then time those that pass, interleaved.
+
+    Without a `tolerance` of its own a candidate has this one, or the dtype's.
+    """
     results, passed, seconds = [], {}, {}
     for candidate in candidates:
         if isinstance(candidate, Skipped):
@@ -123,10 +127,8 @@ def measure(
             log(f"{case.key} {candidate.name}\n{traceback.format_exc()}")
             result.status, result.note = "failed", f"{type(error).__name__}: {str(error).splitlines()[:1]}"
             continue
-        tolerance = (
-            TOLERANCE[candidate.dtype or case.dtype] if candidate.tolerance is None else candidate.tolerance
-        )
-        if not result.error <= tolerance:
+        usual = TOLERANCE[candidate.dtype or case.dtype] if tolerance is None else tolerance
+        if not result.error <= (usual if candidate.tolerance is None else candidate.tolerance):
             result.status = "wrong"
             log(f"{case.key} {candidate.name}: error {result.error:.3g}, not timed")
         else:

@@ -25,9 +25,35 @@ if __name__ == "kernels":
             f"this folder is segfast's: import segfast.kernels, not kernels (asked for {name!r})"
         )
 else:
-    from ._configs import Config, candidates, choose_config, override_config
-    from ._device import architecture, dot_precision, gpu_slug, interpreting, pretend_architecture
-    from ._launch import KernelError, compile_offline, layout_key, recall, record_launches, remember
+    from ._configs import (
+        Config,
+        candidates,
+        choose_config,
+        forget_configs,
+        keep_config,
+        operations,
+        override_config,
+        record_problems,
+        source_digest,
+        whole_digest,
+    )
+    from ._device import (
+        architecture,
+        dot_precision,
+        gpu_slug,
+        interpreting,
+        pretend_architecture,
+        shared_memory_limit,
+    )
+    from ._launch import (
+        KernelError,
+        compile_offline,
+        layout_key,
+        recall,
+        record_launches,
+        remember,
+        separate_plans,
+    )
     from ._operands import multiplies_in_tf32
     from .conv_transpose2d import (
         conv_transpose2d_forward,
@@ -101,12 +127,15 @@ else:
         "exact_grad_features",
         "exact_pack",
         "exact_unpack",
+        "forget_configs",
         "gpu_slug",
         "interpreting",
         "is_split",
+        "keep_config",
         "layout_key",
         "mean_field_update",
         "multiplies_in_tf32",
+        "operations",
         "override_config",
         "packed_width",
         "parallel_conv2d_forward",
@@ -115,12 +144,17 @@ else:
         "pretend_architecture",
         "recall",
         "record_launches",
+        "record_problems",
         "remember",
         "separable_conv2d_forward",
+        "separate_plans",
+        "shared_memory_limit",
         "softmax_expectation",
+        "source_digest",
         "spatial_gaussian",
         "upsample_argmax",
         "upsample_dice_sums",
         "upsample_grad_logits",
         "upsample_softmax_forward",
+        "whole_digest",
     ]

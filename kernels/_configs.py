@@ -1,28 +1,21 @@
-"""Which tile sizes a kernel runs with, which kernels are proven on which GPU, and what was measured there.
+"""Which tile sizes a kernel runs with.
 
-`choose_config` is a pure function of the problem: the user's cache, then this GPU's committed table, then a
-table of the same architecture, then the family's heuristic; always pruned by the shared memory the device
-really has.
+`choose_config` answers with what was measured on this GPU near the problem, else with the family's heuristic;
+always pruned by the shared memory the device really has.
 """
 
 import contextlib
 import functools
 import hashlib
-import json
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import triton
 
-from ._device import architecture, gpu_slug, interpreting, shared_memory_limit
+from ._device import architecture, dot_precision, gpu_slug, shared_memory_limit
 from ._launch import forget_plans, separate_plans
-
-_FOLDER = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class Problem:
 
     @property
     def bucket(self) -> str:
-        """The key of the measured tables."""
+        """The name that what was measured is kept under."""
         prefix = stem(self.channels_in, self.channels_out, self.taps, self.groups, self.dtype, self.variant)
         return f"{prefix}{log2(self.pixels)}"
 
@@ -144,37 +137,53 @@ def candidates(problem: Problem, arch: str, shared_limit: int | None = None) -> 
 
 
 def choose_config(problem: Problem, device: torch.device) -> Config:
-    """The configuration to run `problem` with on `device`."""
+    """The configuration to run `problem` with on `device`: one measured near it, else the first guess."""
     if _asked is not None:
         _asked.append(problem)
     if problem.operation in _overrides:
         return _overrides[problem.operation]
-    row = None
-    if device.type == "cuda":
-        row = measured(problem.operation, problem.bucket, gpu_slug(device), architecture(device))
     limit = shared_memory_limit(device)
-    if row is not None:
-        config = Config(**row["config"])
-        if config.shared_memory(problem.dtype.itemsize) <= limit:
+    if _measured and device.type == "cuda":
+        precision = dot_precision(problem.dtype) if problem.dtype == torch.float32 else ""
+        config = measured_config(problem, f"{gpu_slug(device)}{precision}")
+        if config is not None and config.shared_memory(problem.dtype.itemsize) <= limit:
             return config
-    arch = architecture(device)
-    if device.type == "cuda" and not interpreting():
-        _warn_untuned(problem.operation, arch)
-    return candidates(problem, arch, limit)[0]
+    return candidates(problem, architecture(device), limit)[0]
 
 
-@functools.cache
-def _warn_untuned(operation: str, arch: str) -> None:
-    warnings.warn(
-        f"segfast: no measured configuration for {operation} on {arch}, using a heuristic; "
-        "`segfast tune` measures",
-        stacklevel=2,
-    )
+# By GPU, operation and the part of a bucket before its pixels: configurations by log2 of the pixels.
+_measured: dict[tuple[str, str, str], dict[int, Config]] = {}
+
+
+def keep_config(gpu: str, operation: str, bucket: str, config: Config) -> None:
+    """Run problems near `bucket` with `config`, which was measured to be the fastest.
+
+    On GPUs named `gpu`, where for fp32 the precision of its products follows (`dot_precision`).
+    """
+    prefix, _, pixels = bucket.rpartition("-p")
+    _measured.setdefault((gpu, operation, prefix), {})[int(pixels)] = config
+    forget_plans()
+
+
+def measured_config(problem: Problem, gpu: str) -> Config | None:
+    """The measured configuration nearest to `problem`: its pixels within a factor of four."""
+    prefix, _, pixels = problem.bucket.rpartition("-p")
+    known = _measured.get((gpu, problem.operation, prefix))
+    if not known:
+        return None
+    nearest = min(known, key=lambda other: abs(other - int(pixels)))
+    return known[nearest] if abs(nearest - int(pixels)) <= 2 else None
+
+
+def forget_configs() -> None:
+    """Forget every configuration that `keep_config` was told of."""
+    _measured.clear()
+    forget_plans()
 
 
 @contextlib.contextmanager
 def override_config(operation: str, config: Config, plans: dict | None = None) -> Iterator[None]:
-    """Run `operation` with `config` whatever the tables say: for tests, the tuner and benchmarks.
+    """Run `operation` with `config` whatever was measured: for tests, proofs and those who measure.
 
     A dictionary `plans` keeps the launches from one time to the next, so that a repeated call is as short as
     any other.
@@ -193,7 +202,7 @@ def override_config(operation: str, config: Config, plans: dict | None = None) -
 
 @contextlib.contextmanager
 def record_problems() -> Iterator[list[Problem]]:
-    """Collect the problems a configuration is chosen for: how the tuner learns what a call consists of."""
+    """Collect the problems a configuration is chosen for: what a call consists of."""
     global _asked
     previous, _asked = _asked, []
     forget_plans()
@@ -201,67 +210,6 @@ def record_problems() -> Iterator[list[Problem]]:
         yield _asked
     finally:
         _asked = previous
-
-
-# --- measured tables and proofs
-# -------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where this user's own proofs and tables are kept: `SEGFAST_CACHE`, else `$XDG_CACHE_HOME/segfast`."""
-    if "SEGFAST_CACHE" in os.environ:
-        return Path(os.environ["SEGFAST_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "segfast"
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        warnings.warn(f"segfast: cannot read {path}: {error}; ignored", stacklevel=2)
-        return {}
-
-
-@functools.cache
-def tables(slug: str, arch: str) -> list[dict]:
-    """Measured tables in the order they are asked: the user's, this GPU's, others of the same architecture.
-
-    A table is {"architecture": "sm_90", "operations": {operation: {bucket: {"config": {...}, "us": float,
-    "aten_us": float}}}}; "us" and "aten_us" are medians of GPU time from the same run. A row may have
-    "cudnn_relu_us" and "cudnn_graph_us" of that run, of calls that take a convolution's epilogue along, and
-    "timed_as" where the times are those of another operation that launches this kernel.
-    """
-    found = [_read(cache_folder() / f"{slug}.json"), _read(_FOLDER / f"{slug}.json")]
-    others = [_read(p) for p in sorted(_FOLDER.glob("*.json")) if p.stem not in (slug, "proven")]
-    return [t for t in found + [o for o in others if o.get("architecture") == arch] if t]
-
-
-def measured(operation: str, bucket: str, slug: str, arch: str) -> dict | None:
-    """The measured row nearest to `bucket`: same channels, taps and dtype, pixels within a factor of four.
-
-    A bucket that ends in "-p" leaves the pixels open; the row least favourable to our kernel is returned.
-    """
-    prefix, _, pixels = bucket.rpartition("-p")
-    for table in tables(slug, arch):
-        rows = table.get("operations", {}).get(operation, {})
-        same = {key: row for key, row in rows.items() if key.rpartition("-p")[0] == prefix}
-        if not pixels and same:
-            return max(same.values(), key=lambda row: row["us"] / row["aten_us"])
-        near = [(abs(int(key.rpartition("-p")[2]) - int(pixels)), key) for key in same] if pixels else []
-        if near and min(near)[0] <= 2:
-            return same[min(near)[1]]
-    return None
-
-
-def rows_of(operation: str, slug: str, arch: str) -> Iterator[tuple[str, dict]]:
-    """Every (bucket, measured row) of an operation, of the first table that has any."""
-    for table in tables(slug, arch):
-        rows = table.get("operations", {}).get(operation, {})
-        if rows:
-            yield from rows.items()
-            return
 
 
 # What kernels of several families are made with.
@@ -283,43 +231,9 @@ def source_digest(operation: str) -> str:
 
 
 @functools.cache
-def proven_entries(arch: str) -> frozenset[str]:
-    """The "operation.dtype" pairs proven on a GPU of architecture `arch`: committed, or in the user's cache.
-
-    A proof is {arch: {"operation.dtype": {"source": digest, "gpu": ..., "torch": ..., "triton": ..., "date":
-    ...}}}; one made with other device code, or by a Triton of another minor version, does not count.
-    """
-    found = set()
-    for path in (_FOLDER / "proven.json", cache_folder() / "proven.json"):
-        for key, proof in _read(path).get(arch, {}).items():
-            operation = key.rpartition(".")[0]
-            if (
-                operation in _CANDIDATES
-                and proof.get("source") == source_digest(operation)
-                and minor_version(proof.get("triton", "")) == minor_version(triton.__version__)
-            ):
-                found.add(key)
-    return frozenset(found)
-
-
-def minor_version(version: str) -> list[str]:
-    """The first two numbers of "3.7.1": compilers that differ in them make different machine code."""
-    return version.split(".")[:2]
-
-
-def proven(operation: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `operation` in `dtype` was proven right on a GPU of this architecture."""
-    return f"{operation}.{str(dtype).removeprefix('torch.')}" in proven_entries(architecture(device))
-
-
-def forget_tables() -> None:
-    """Read the tables and proofs anew at their next use."""
-    tables.cache_clear()
-    proven_entries.cache_clear()
-    forget_plans()
-
-
-def config_row(config: Config, us: float, aten_us: float, **rivals: float) -> dict:
-    """A row of a measured table; `rivals` are what else was timed, "cudnn_relu" for instance."""
-    times = {"us": us, "aten_us": aten_us, **{f"{name}_us": time for name, time in rivals.items()}}
-    return {"config": asdict(config), **{name: round(time, 3) for name, time in times.items()}}
+def whole_digest() -> str:
+    """A digest of every file of this package: what was measured holds for the code it was measured with."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

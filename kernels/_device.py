@@ -87,7 +87,7 @@ def architecture(device: torch.device) -> str:
 
 
 def gpu_slug(device: torch.device) -> str:
-    """The GPU's name as the committed tables spell it ("nvidia-h200"); "cpu" without one."""
+    """The GPU's name as files of what was measured spell it ("nvidia-h200"); "cpu" without one."""
     return _query(_index(device))[1] if device.type == "cuda" else "cpu"
 
 

@@ -234,7 +234,8 @@ def check_model(
             shapes = ", ".join(str(list(t.shape)) for t in values if isinstance(t, Tensor))
             what = f"an input of shape {shapes}, {_name(lead.dtype)}"
             raise UserError(f"the model does not accept {what}: {describe(error)}") from error
-        after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True, dtype=compute)
+        options: dict[str, Any] = {"dtype": compute, "train": train and lead.device.type == "cuda"}
+        after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True, **options)
         ours = seeded(Step(after, inputs, train))
         result = ours()
         output = _worst(floating(reference), floating(result))
@@ -274,7 +275,8 @@ def check_model(
 
 def _as_it_was(gain: Gain) -> str:
     before, after = (f"{ms:.1f} ms" for ms in (gain.before_ms, gain.after_ms))
-    return f"{before} a call before ({gain.layout}), {after} optimized, so the model was left as it was"
+    what = "step" if gain.train else "call"
+    return f"{before} a {what} before ({gain.layout}), {after} optimized, so the model was left as it was"
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from ._judge import record_of
 from ._timing import interleave
 from .nn._fused_dtype import keep_contiguous
 from .ops._backend import backend, get_backend
-from .ops._choice import Call, Collected, choices, collect
+from .ops._call import AnyCall, Call
+from .ops._choice import Collected, choices, collect
+from .ops._gpu_call import ALL, FEW, GpuCall
 from .ops._measure import clock, measure_and_keep
 
 # Tests that want no times switch this off.
@@ -29,18 +31,21 @@ _PASSES = 3
 # first run is the only one, if all together take longer than `_SLOW_S`.
 _MODEL_BUDGET_S, _SLOW_S = 1.0, 1.0
 _CLEARLY = 1.1
+# What a model must take of its time before to count as faster: less is noise.
+_WORTH_IT = 0.98
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Milliseconds a call of a model before and after, and on how many threads.
+    """Milliseconds a call of a model before and after, and on what.
 
     `layout` names the faster one before: "as given" or "channels_last". `kept` is False where nothing was
     faster and the model was left as it was. `error` is the largest change of an output as a part of its
-    largest value; in another `dtype` it may be large, else a model with more than rounding is left alone.
-    `unmeasured` calls did not fit into the budget.
+    largest value, `allowed` what it may be; in another `dtype` that is much, else a model with more than
+    rounding is left alone. `unmeasured` calls did not fit into the budget. `gpu` is the GPU's name, "" on a
+    CPU, where `threads` counts. `train` says that a training step was timed, and not a call in eval.
     A model that is left alone has channels_last weights where that was faster.
     """
 
@@ -51,7 +56,10 @@ class Gain:
     kept: bool
     dtype: str | None = None
     error: float = 0.0
+    allowed: float = math.inf
     unmeasured: int = 0
+    gpu: str = ""
+    train: bool = False
 
     @property
     def ratio(self) -> float:
@@ -59,9 +67,11 @@ class Gain:
         return self.before_ms / self.after_ms
 
     def __str__(self) -> str:
-        where = f"on this CPU with {self.threads} thread{'s' if self.threads > 1 else ''}"
-        before = f"{self.before_ms:.1f} ms before, {self.layout}"
-        if self.error > _most_changed(self.dtype):
+        where = f"on {self.gpu}" if self.gpu else f"on this CPU with {self.threads} thread"
+        where += "s" if not self.gpu and self.threads > 1 else ""
+        what = "a training step " if self.train else ""
+        before = f"{what}{self.before_ms:.1f} ms before, {self.layout}"
+        if self.error > self.allowed:
             return f"Outputs changed by {self.error:.2g} of the largest value {where}; left as it was."
         if not self.kept:
             laid_out = ", but for channels_last weights" if self.layout == "channels_last" else ""
@@ -76,52 +86,122 @@ class Gain:
         return f"{text}."
 
 
-def can_measure(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether something can be chosen for the calls of `model` on `inputs`: on a CPU."""
+def device_of(model: nn.Module, inputs: Inputs) -> torch.device | None:
+    """The CPU or the GPU that `model` and `inputs` are on together; None if they are not, or on another."""
     tensors = [t for t in _pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     owned = [*model.parameters(), *model.buffers()]
-    return MEASURES and bool(tensors) and bool(owned) and all(t.is_cpu for t in (*tensors, *owned))
+    devices = {t.device for t in (*tensors, *owned)}
+    if not MEASURES or not tensors or not owned or len(devices) > 1:
+        return None
+    (device,) = devices
+    return device if device.type in ("cpu", "cuda") else None
 
 
-def choose(model: nn.Module, inputs: Inputs, budget_s: float, progress: bool) -> int | None:
+_most = FEW
+
+
+@contextlib.contextmanager
+def thoroughly() -> Iterator[None]:
+    """Within it all tiles of each kernel are tried, also of calls that were measured before."""
+    global _most
+    previous, _most = _most, ALL
+    try:
+        yield
+    finally:
+        _most = previous
+
+
+def choose(
+    model: nn.Module, inputs: Inputs, budget_s: float, progress: bool, train: bool = False
+) -> int | None:
     """Measure what calls of `model` on `inputs` have no choice yet; returns how many did not fit the budget.
 
-    None if the model makes no call that anything could be chosen for. What was chosen for a layer is noted in
-    its record.
+    Of a forward pass in eval and, with `train`, of a training step first. None if the model makes no call
+    that anything could be chosen for. What was chosen for a layer is noted in its record.
     """
     left = 0
     end = time.perf_counter() + budget_s
+    modes = (True, False) if train else (False,)
+    device = device_of(model, inputs)
+    known: Container[AnyCall] = {} if _most == ALL else choices().measured
+    tried: set[AnyCall] = set()
+    proven: set[tuple[str, torch.dtype]] = set()
     try:
-        made = _calls(model, inputs, zeros=True)
+        made = [_calls(model, inputs, training, zeros=True) for training in modes]
     except Exception:  # a forward that does not take any values
-        made = _calls(model, inputs)
+        made = [_calls(model, inputs, training) for training in modes]
     for _ in range(_PASSES):
-        unseen = [each for each in made.counts if each not in choices().measured]
+        calls = dict.fromkeys(call for each in made for call in each.counts)
+        unseen = [call for call in calls if call not in known and call not in tried]
+        unproven = {each for collected in made for each in collected.unproven}
         left = len(unseen)
         rest = end - time.perf_counter()
-        if left == 0 or rest <= 0:
+        if not (unseen or unproven - proven) or rest <= 0:
             break
-        with _bar(len(unseen), progress) as on_call:
-            left -= len(measure_and_keep(unseen, budget_s=rest, on_call=on_call))
-        made = _calls(model, inputs)
+        tried |= set(unseen)
+        with _bar(len(unseen), progress) as bar:
+            end += _prove(unseen, unproven, device, bar)
+            left -= measure(unseen, device, end - time.perf_counter(), bar.call)
+        proven |= unproven
+        made = [_calls(model, inputs, training) for training in modes]
         if left:
             break
     _note(model, made)
-    return left if made.counts else None
+    return left if any(each.counts for each in made) else None
 
 
-def gain(model: nn.Module, plain: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Gain:
-    """Time `model` on `inputs` beside what it was before, in two layouts; all in eval, without gradients.
+def _prove(
+    calls: Iterable[AnyCall],
+    unproven: Iterable[tuple[str, torch.dtype]],
+    device: torch.device | None,
+    bar: "_Bar",
+) -> float:
+    """Prove the kernels that a GPU needs for `calls`, once; returns how many seconds that took."""
+    if device is None or device.type != "cuda":
+        return 0.0
+    from .ops import _gpu_tune  # which needs triton
+
+    begin = time.perf_counter()
+    on_gpu = [call for call in calls if isinstance(call, GpuCall)]
+    _gpu_tune.prove_missing(on_gpu, device, bar.proof, unproven)
+    return time.perf_counter() - begin
+
+
+def measure(
+    calls: Iterable[AnyCall],
+    device: torch.device | None,
+    budget_s: float,
+    on_call: Callable[[AnyCall], None] = lambda call: None,
+) -> int:
+    """Choose for each of `calls`, of our kernels what is proven; returns for how many."""
+    on_gpu = [call for call in calls if isinstance(call, GpuCall)]
+    on_cpu = [call for call in calls if isinstance(call, Call)]
+    done = len(measure_and_keep(on_cpu, budget_s=budget_s, on_call=on_call)) if on_cpu else 0
+    if device is not None and device.type == "cuda":
+        from .ops import _gpu_tune  # which needs triton
+
+        options: dict[str, Any] = {"most": _most, "on_call": on_call}
+        done += len(_gpu_tune.measure_and_keep(on_gpu, device, budget_s=budget_s, **options))
+    return done
+
+
+def gain(
+    model: nn.Module,
+    plain: nn.Module,
+    inputs: Inputs,
+    dtype: torch.dtype | None,
+    train: bool = False,
+) -> Gain:
+    """Time `model` on `inputs` beside what it was before, in two layouts; in eval or, with `train`, a step.
 
     Where the outputs were contiguous before and are no more, they are made so from now on.
     """
+    device = device_of(model, inputs) or torch.device("cpu")
     models = {"as given": plain, "channels_last": _in_channels_last(plain), "after": model}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         for each in models.values():
-            stack.enter_context(running_mode(each, False))
             stack.enter_context(undisturbed(each))
-        runs = {name: _run(each, inputs, name != "after") for name, each in models.items()}
+        runs = {name: _run(each, inputs, name != "after", False) for name, each in models.items()}
         first: dict[str, float] = {}
 
         def run_first(name: str) -> Any:
@@ -130,48 +210,87 @@ def gain(model: nn.Module, plain: nn.Module, inputs: Inputs, dtype: torch.dtype 
             first[name] = clock() - begin
             return result
 
-        expected, actual = run_first("as given"), run_first("after")
-        error = _change(expected, actual)
-        if _lost_layout(expected, actual):
-            keep_contiguous(model)
-        del expected, actual
+        with contextlib.ExitStack() as evaluating:
+            for each in models.values():
+                evaluating.enter_context(running_mode(each, False))
+            with _convolutions_called(plain) as last:
+                expected = run_first("as given")
+            actual = run_first("after")
+            error = _change(expected, actual)
+            if _lost_layout(expected, actual):
+                record_of(model)["last"] = last[-1:]
+                for each in (model, models["channels_last"]):
+                    keep_contiguous(each, *map(each.get_submodule, last[-1:]))
+            del expected, actual
+        if train:
+            runs = {name: _run(each, inputs, name != "after", True) for name, each in models.items()}
+        for each in models.values():
+            stack.enter_context(running_mode(each, train))
+        if train:
+            run_first("as given")
+            run_first("after")
         try:
             run_first("channels_last")
         except RuntimeError:  # a forward that takes views of contiguous images
             del runs["channels_last"]
-        ms = _milliseconds(runs, first)
+        ms = _milliseconds(runs, first, device)
     after = ms.pop("after")
     layout = min(ms, key=ms.__getitem__)
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    allowed = _most_changed(model, dtype, device)
     return Gain(
         before_ms=ms[layout],
         after_ms=after,
         layout=layout,
         threads=torch.get_num_threads(),
-        kept=after <= ms[layout] and error <= _most_changed(name),
-        dtype=name,
+        kept=after <= _WORTH_IT * ms[layout] and error <= allowed,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         error=error,
+        allowed=allowed,
+        gpu=torch.cuda.get_device_properties(device).name if device.type == "cuda" else "",
+        train=train,
     )
 
 
-def _milliseconds(runs: dict[str, Callable[[], Any]], first: dict[str, float]) -> dict[str, float]:
+def _milliseconds(
+    runs: dict[str, Callable[[], Any]], first: dict[str, float], device: torch.device
+) -> dict[str, float]:
     """What each model takes. `first` are the seconds of its first run, which tell enough of slow models.
 
     A first run takes longer by what is prepared for each call, which is little where it takes so long.
     """
     before = min(seconds for name, seconds in first.items() if name != "after")
     clear = before > _CLEARLY * first["after"]
-    if clear and sum(first.values()) > _SLOW_S:
+    if device.type == "cpu" and clear and sum(first.values()) > _SLOW_S:
         return {name: 1e3 * seconds for name, seconds in first.items()}
     least, budget = (1, _MODEL_BUDGET_S) if clear else (3, 2 * _MODEL_BUDGET_S)
-    device = torch.device("cpu")
     times = interleave(runs, device, budget_s=budget, min_rounds=least, max_rounds=30, clock=clock)
     return {name: timing.wall_us / 1e3 for name, timing in times.items()}
 
 
-def _most_changed(dtype: str | None) -> float:
+@contextlib.contextmanager
+def _convolutions_called(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the model's convolutions, in the order in which they are called meanwhile."""
+    called: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _most_changed(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> float:
     """How much of the largest value outputs may change by, over many layers."""
-    return math.sqrt(torch.finfo(torch.float32).eps) if dtype is None else 0.25
+    if dtype is not None:
+        return 0.25
+    eps = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+    if device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        eps.append(2.0**-11)
+    return math.sqrt(max(eps, default=torch.finfo(torch.float32).eps))
 
 
 def _in_channels_last(model: nn.Module) -> nn.Module:
@@ -191,32 +310,50 @@ def _lost_layout(before: Any, after: Any) -> bool:
     )
 
 
-def _run(model: nn.Module, inputs: Inputs, on_aten: bool) -> Callable[[], Any]:
+def _run(model: nn.Module, inputs: Inputs, on_aten: bool, train: bool) -> Callable[[], Any]:
+    """A call of `model` without gradients, or its forward and backward pass."""
+
     def run() -> Any:
-        with backend("aten" if on_aten else get_backend()):
-            return call(model, inputs)
+        with backend("aten" if on_aten else get_backend()), torch.set_grad_enabled(train):
+            outputs = call(model, inputs)
+            if not train:
+                return outputs
+            scores = [t for _, t in leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            if not scores or not trained:
+                raise ValueError(
+                    "train needs a model with parameters, and an output, that require a gradient"
+                )
+            total = torch.stack([t.float().mean() for t in scores]).sum()
+            return torch.autograd.grad(total, trained, allow_unused=True)
 
     return run
 
 
-def _calls(model: nn.Module, inputs: Inputs, zeros: bool = False) -> Collected:
-    with running_mode(model, False), undisturbed(model), torch.no_grad(), collect(zeros) as collected:
+def _calls(model: nn.Module, inputs: Inputs, train: bool, zeros: bool = False) -> Collected:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running_mode(model, train))
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.set_grad_enabled(train))
+        collected = stack.enter_context(collect(zeros))
         call(model, inputs)
     return collected
 
 
-def _note(model: nn.Module, collected: Collected) -> None:
+def _note(model: nn.Module, made: Iterable[Collected]) -> None:
     """Note in each layer's record what runs it, for `report`."""
-    calls = collected.by_weight()
+    calls: dict[int, list[AnyCall]] = {}
+    for collected in made:
+        for weight, found in collected.by_weight().items():
+            calls.setdefault(weight, []).extend(found)
     for module in model.modules():
-        weight = module._parameters.get("weight")
-        made = dict.fromkeys(calls.get(id(weight), ()))
-        found = [_chosen(each) for each in made]
-        if found:
-            record_of(module)["choices"] = tuple(found)
+        own = module._parameters.get("weight")
+        chosen = [_chosen(each) for each in dict.fromkeys(calls.get(id(own), ()))]
+        if chosen:
+            record_of(module)["choices"] = tuple(chosen)
 
 
-def _chosen(made: Call) -> str:
+def _chosen(made: AnyCall) -> str:
     choice = choices().find(made)
     return "aten: not measured" if choice is None else str(choice)
 
@@ -234,9 +371,26 @@ def _change(expected: Any, actual: Any) -> float:
     return worst
 
 
+class _Bar:
+    """A progress bar on stderr; none at all where there is no `bar`."""
+
+    def __init__(self, bar: Any = None) -> None:
+        self._bar = bar
+
+    def call(self, _: AnyCall) -> None:
+        """One more call is measured."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def proof(self, row: Any) -> None:
+        """One more case of a proof is done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"proving {row.operation} in {row.dtype}")
+
+
 @contextlib.contextmanager
-def _bar(calls: int, shown: bool) -> Iterator[Callable[[Call], None]]:
-    """A progress bar on stderr, where that is a terminal and the package tqdm is installed."""
+def _bar(calls: int, shown: bool) -> Iterator[_Bar]:
+    """A progress bar, where stderr is a terminal and the package tqdm is installed."""
     bar: Any = None
     if shown and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
@@ -244,7 +398,7 @@ def _bar(calls: int, shown: bool) -> Iterator[Callable[[Call], None]]:
 
             bar = tqdm(total=calls, desc="measuring on this machine", unit="call", leave=False)
     try:
-        yield lambda _: None if bar is None else bar.update()
+        yield _Bar(bar)
     finally:
         if bar is not None:
             bar.close()

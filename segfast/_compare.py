@@ -109,7 +109,10 @@ def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | No
 
 def _put_back(tensor: Tensor | None, values: Tensor | None, version: int | None) -> Tensor | None:
     """The tensor with its values, written only if somebody else wrote it."""
-    if tensor is not None and values is not None and (version is None or tensor._version != version):
+    if tensor is None or values is None:
+        return tensor
+    # A batch norm in training writes its statistics without counting it.
+    if version is None or tensor._version != version or not torch.equal(tensor, values):
         tensor.copy_(values)
     return tensor
 

@@ -1,14 +1,10 @@
-"""`segfast doctor`: versions, folders, what is measured on the CPU, what is proven and measured on the GPU.
-
-`--prove` runs the proof.
-"""
+"""`segfast doctor`: versions, folders, what is measured on this CPU, and proven and measured on the GPU."""
 
 import argparse
 import importlib.metadata
 import os
 import platform
 import re
-import time
 from pathlib import Path
 
 import torch
@@ -18,11 +14,11 @@ from . import __version__
 from ._check_advice import cpu_has_bfloat16
 from ._load_model import parse_device
 from ._table import format_table
-from .kernels import _configs
-from .kernels._device import architecture, dot_precision, gpu_slug
-from .ops._backend import _KERNEL_DTYPES, forget_decisions, get_backend
+from .kernels import architecture, dot_precision, gpu_slug, operations
+from .ops._backend import _KERNEL_DTYPES, get_backend
 from .ops._choice import choices
-from .ops._choice_files import machine, path
+from .ops._choice_files import cache_folder, gpu_machine, machine, measured_folders, path, read_gpu
+from .ops._proofs import judged
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _ON_A_CPU = "On a CPU `segfast.optimize` measures what runs a model's calls; a call not measured takes ATen."
@@ -31,13 +27,10 @@ _ON_A_CPU = "On a CPU `segfast.optimize` measures what runs a model's calls; a c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `segfast doctor`."""
     parser.add_argument("--device", help="which GPU, e.g. cuda:1 (the first)")
-    parser.add_argument(
-        "--prove", action="store_true", help="run every kernel here and record which are right"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `segfast doctor`: 0 on a GPU, 1 if a proof failed, 2 without a GPU."""
+    """Run `segfast doctor`: 0 on a GPU, 2 without one."""
     sections = {"Versions": _versions(), "Settings": _settings(), "Folders": _folders(), "CPU": _cpu()}
     for title, lines in sections.items():
         print(f"{title}\n{_indented(lines)}\n")
@@ -48,9 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if device.type != "cuda":
         print(f"The kernels run on CUDA GPUs. {_ON_A_CPU}")
         return 2
-    failed = args.prove and not _prove(device)
     print(_gpu(device))
-    return 1 if failed else 0
+    return 0
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -88,8 +80,8 @@ def _settings() -> list[tuple[str, str]]:
 
 
 def _folders() -> list[tuple[str, str]]:
-    mine = _configs.cache_folder()
-    held = sorted(path.name for path in mine.glob("*.json"))
+    mine = cache_folder()
+    held = sorted(each.name for each in measured_folders()[-1].glob("*.json"))
     return [
         ("segfast's own", f"{mine} ({', '.join(held) or 'empty'})"),
         ("Triton's compiled kernels", triton.knobs.cache.dir),
@@ -118,54 +110,30 @@ def _gpu(device: torch.device) -> str:
         ("name", properties.name),
         ("architecture", f"{arch} (compute capability {properties.major}.{properties.minor})"),
         ("memory", f"{properties.total_memory / 2**30:.1f} GiB"),
-        ("table name", slug),
+        ("name in files", slug),
         ("fp32 convolutions", dot_precision(torch.float32)),
     ]
     if torch.version.hip is None and properties.major < 8:
         lines.append(("kernels", "none: they need compute capability 8.0; every call takes ATen"))
         return f"GPU\n{_indented(lines)}"
-    return f"GPU\n{_indented(lines)}\n\n{_proofs(arch, slug)}"
+    lines.append(("calls measured", f"{len(read_gpu(slug))} ({path(gpu_machine(slug))})"))
+    return f"GPU\n{_indented(lines)}\n\n{_proofs(device)}"
 
 
-def _proofs(arch: str, slug: str) -> str:
-    proven = _configs.proven_entries(arch)
+def _proofs(device: torch.device) -> str:
+    known = judged(device)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _KERNEL_DTYPES]
-    rows = []
-    for operation in _configs.operations():
-        marks = ["proven" if f"{operation}.{dtype}" in proven else "not proven" for dtype in dtypes]
-        shapes = {
-            key for table in _configs.tables(slug, arch) for key in table["operations"].get(operation, {})
-        }
-        rows.append((operation, *marks, len(shapes)))
-    text = format_table(["operation", *dtypes, "shapes measured"], rows)
-    lines = [text, 'Backend "auto" uses a kernel where it is proven and was measured faster than ATen.']
-    if any("not proven" in row for row in rows):
-        lines.append("`segfast doctor --prove` proves what is right on this GPU.")
-    if not all(row[-1] for row in rows):
-        lines.append("`segfast tune` measures.")
+    words = {True: "proven", False: "WRONG", None: "not proven"}
+    rows = [
+        (operation, *[words[known.get(f"{operation}.{dtype}")] for dtype in dtypes])
+        for operation in operations()
+    ]
+    lines = [
+        format_table(["operation", *dtypes], rows),
+        'Backend "auto" uses a kernel where it is proven and was measured to be the fastest.',
+        "`segfast.optimize` proves and measures what a model needs; `segfast prove` proves all.",
+    ]
     return "\n".join(lines)
-
-
-def _prove(device: torch.device) -> bool:
-    """Run the proof, row by row on the screen, and record it family by family. True if every row passed."""
-    from .ops import FAMILIES
-    from .ops._prove import write_proofs
-    from .ops._prove_apart import prove_apart
-
-    start = time.perf_counter()
-    rows = []
-    path = _configs.cache_folder() / "proven.json"
-    for family in FAMILIES:
-        found = []
-        for row in prove_apart(device, families=(family,)):
-            print(row, flush=True)
-            found.append(row)
-        write_proofs(found, device, path)
-        rows += found
-    forget_decisions()
-    passed = sum(row.passed for row in rows)
-    print(f"{passed} of {len(rows)} right, in {time.perf_counter() - start:.0f} s; recorded in {path}\n")
-    return passed == len(rows)
 
 
 def _indented(lines: list[tuple[str, str]]) -> str:

@@ -5,29 +5,33 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
 
-from ._choose import Gain, Inputs, can_measure, choose, gain
-from ._compare import arguments, call, first_line, running_mode, undisturbed
+from ._choose import Gain, Inputs, choose, device_of, gain
+from ._compare import arguments, first_line
 from ._fuse import find_fusions, fuse, undo
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
+from ._layouts import all_channels_last, is_wrapped, lay_out, set_layout
 from ._report import Report, Row, report
 from .nn._chains import is_convolution, is_depthwise
 from .nn._fused_chain import chain_of
-from .nn._fused_dtype import compute_as_given, compute_in, compute_on_aten, keep_contiguous
+from .nn._fused_dtype import (
+    compute_as_given,
+    compute_in,
+    compute_on_aten,
+    keep_contiguous,
+    lay_out_scores,
+    lays_out_scores,
+)
 from .nn._norm import forget
 from .nn._ready import forget_ready
 from .nn._rules import Rule, all_rules, own_class
 from .nn.dilated_conv2d import Conv2d
-from .ops._backend import fusion_could_help, taken_by_kernels
 
 __all__ = ["Report", "Row", "optimize", "report", "restore"]
-
-# Where weights get the layout that the kernels read without a copy.
-_LAYOUT_DEVICES = ("cuda",)
 
 
 def optimize(
@@ -39,21 +43,23 @@ def optimize(
     dtype: torch.dtype | None = None,
     budget: float = 60.0,
     progress: bool = True,
+    train: bool = False,
 ) -> nn.Module:
     """Replace every layer that segfast serves; `report` says which, `restore` undoes it.
 
-    Given `example_inputs`, on a CPU, the model is run on them, and for each call that its layers make the
-    implementations that could serve it (ATen, oneDNN's fused calls with packed weights, our own) are checked
-    against exact arithmetic and timed; the fastest runs from then on, wherever nothing needs a gradient. What
-    was measured is remembered in the user's cache (`SEGFAST_CACHE`), so that it is measured once on a
-    machine. At the end the whole model is timed before and after; if it is not faster it is left as it was,
-    which `report` says.
+    Given `example_inputs`, the model is run on them, and for each call that its layers make the
+    implementations that could serve it (ATen, our own, on a CPU oneDNN's fused calls with packed weights, on
+    a GPU cuDNN's fused calls and our kernels with several tile sizes) are checked against exact arithmetic
+    and timed; the fastest runs from then on, on a CPU wherever nothing needs a gradient. What was measured is
+    remembered in the user's cache (`SEGFAST_CACHE`), so that it is measured once on a machine. On a GPU the
+    kernels are proven first, once, and all is compiled and timed in processes of their own. At the end the
+    whole model is timed before and after; if it is not faster it is left as it was, which `report` says.
 
     A layer is replaced by a change of its class: parameters, buffers, hooks, state_dict keys and the links of
     an optimizer stay. Subclasses, parametrized, quantized and scripted layers are left alone. Given
-    `example_inputs`, weights on a GPU get the layout (channels_last) of the kernels that take them on these
-    inputs; those that ATen takes stay as they are, and all do under DistributedDataParallel, whose buckets
-    are laid out already. Optimize before `torch.compile` and before wrapping for data-parallel training.
+    `example_inputs`, weights on a GPU are made channels_last, but for those under DistributedDataParallel,
+    whose buckets are laid out already. Optimize before `torch.compile` and before wrapping for data-parallel
+    training.
 
     A convolution, transposed or not, is moreover fused with the batch norm and activation that follow it, a
     depthwise one also with the 1x1 convolution after them: in an `nn.Sequential`, and, given
@@ -81,6 +87,8 @@ def optimize(
             much the outputs changed. Kept only where it is faster.
         budget: seconds to spend on measuring at most; calls that do not fit, the smallest, stay ATen's.
         progress: show a bar on a terminal while measuring.
+        train: measure the calls of a training step too, and time one before and after. On a GPU: on a CPU
+            only ATen's have gradients.
 
     Returns:
         `model`, or its optimized copy.
@@ -89,7 +97,7 @@ def optimize(
         TypeError: `model` is not a module, or is a scripted one; `filter_fn` cannot be called;
             `example_inputs` is neither a tensor, a tuple nor a dict.
         ValueError: `budget` is not positive; another `dtype`, or one without `example_inputs`; the model is
-            on several devices and `example_inputs` are given.
+            on several devices and `example_inputs` are given; `train`, and no output needs a gradient.
         RuntimeError: the model cannot be deep-copied; use `inplace=True`.
         Exception: the model's own, if it does not run on `example_inputs`.
 
@@ -139,13 +147,13 @@ def optimize(
         record_of(modules[name])["not_fused"] = reason
     ours = {rule.target for rule in all_rules()}
     served = any(own_class(m) in ours or type(m) is not own_class(m) for m in modules.values())
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules.values())
-    if served and not wrapped and example_inputs is not None:
-        _lay_out(model, arguments(example_inputs))
+    if served and not is_wrapped(model) and example_inputs is not None:
+        lay_out(model, arguments(example_inputs))
     if example_inputs is not None:
         wholes = tuple(f"{name}." for name in (*plan.known, *plan.unknown))
         left = [n for n in heads if n not in chosen and not n.startswith(wholes)]
-        _choose(model, arguments(example_inputs), [modules[n] for n in left], dtype, budget, progress)
+        dense = [modules[n] for n in left]
+        _choose(model, arguments(example_inputs), dense, dtype, budget, progress, train)
     return model
 
 
@@ -170,13 +178,16 @@ def _choose(
     dtype: torch.dtype | None,
     budget: float,
     progress: bool,
+    train: bool,
 ) -> None:
     """Choose what runs the calls of `model`; undo what was done to it where it is not faster for it.
 
     `dense` are convolutions that no rule is about. They become ours too where something else than ATen is
     chosen for them.
     """
-    if not can_measure(model, inputs):
+    device = device_of(model, inputs)
+    train = train and device is not None and device.type == "cuda"
+    if device is None:
         if dtype is not None:
             compute_in(model, dtype)
         return
@@ -191,7 +202,9 @@ def _choose(
     if dtype is not None:
         compute_in(model, dtype)
     try:
-        found = _measured(model, plain, inputs, dtype, time.perf_counter() + budget, progress)
+        if device.type == "cuda":
+            all_channels_last(model)
+        found = _measured(model, plain, inputs, dtype, time.perf_counter() + budget, progress, train)
     except BaseException as error:
         _leave(model, "as given")
         if not isinstance(error, RuntimeError):
@@ -200,8 +213,11 @@ def _choose(
         return
     for module in dense:
         chosen = vars(module).get(RECORD, {}).get("choices", ())
-        if type(module) is Conv2d and all(name.startswith("aten") for name in chosen):
+        if own_class(module) is Conv2d and all(name.startswith("aten") for name in chosen):
+            last = lays_out_scores(module)
             restore(module)
+            if last:
+                lay_out_scores(module)
     if found is None:
         return
     if not found.kept:
@@ -214,16 +230,10 @@ def _choose(
 
 def _leave(model: nn.Module, layout: str) -> None:
     """Undo what was done to `model`, which was not faster for it, but for a layout that was."""
+    last = vars(model).get(RECORD, {}).get("last", ())
     restore(model)
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
-    if layout == "channels_last" and not wrapped:
-        for module in model.modules():
-            for name, tensor in module._parameters.items():
-                if tensor is not None and tensor.dim() == 4 and type(tensor) is nn.Parameter:
-                    _set_layout(module, (name,), _channels_last)
-                    record = record_of(module)
-                    record["contiguous"] = tuple({*record.get("contiguous", ()), name})
-        keep_contiguous(model)
+    if layout == "channels_last" and all_channels_last(model):
+        keep_contiguous(model, *map(model.get_submodule, last))
     if any(own_class(m).__module__.startswith("segfast.") for m in model.modules()):
         compute_on_aten(model)
 
@@ -235,17 +245,22 @@ def _measured(
     dtype: torch.dtype | None,
     end: float,
     progress: bool,
+    train: bool,
 ) -> Gain | None:
     """Choose until `end`, and what it gained; None where there is nothing to choose."""
-    left = choose(model, inputs, end - time.perf_counter(), progress)
-    if left is None and dtype is None:
+    left = choose(model, inputs, end - time.perf_counter(), progress, train)
+    # On a GPU filters have got another layout, which is to pay too.
+    laid_out = any(p.is_cuda and p.dim() == 4 for p in model.parameters())
+    if left is None and dtype is None and not laid_out:
         return None
-    found = dataclasses.replace(gain(model, plain, inputs, dtype), unmeasured=left or 0)
+    if not is_wrapped(model):
+        lay_out(model, inputs)
+    found = dataclasses.replace(gain(model, plain, inputs, dtype, train), unmeasured=left or 0)
     if found.kept or dtype is None:
         return found
     compute_as_given(model)
     record_of(model)["slower"] = found
-    return _measured(model, plain, inputs, None, end, progress)
+    return _measured(model, plain, inputs, None, end, progress, train)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -273,7 +288,7 @@ def restore(model: nn.Module) -> nn.Module:
     forget_ready(model)
     for _, module in recorded:
         record = vars(module).pop(RECORD)
-        _set_layout(module, record.get("contiguous", ()), torch.Tensor.contiguous)
+        set_layout(module, record.get("contiguous", ()), torch.Tensor.contiguous)
         if "rule" in record:
             for key in rule_of(record).attributes:
                 vars(module).pop(key, None)
@@ -308,68 +323,3 @@ def _check_restorable(name: str, module: nn.Module) -> None:
                 f"layer {name!r} has {key}={value!r}, set after optimize, which {rule.source.__name__} "
                 f"cannot hold; set it back to {neutral!r} first"
             )
-
-
-def _lay_out(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
-    """Give what kernels take on these inputs their layout, and note in each record what had another.
-
-    A weight that ATen takes stays as it is: in another layout ATen may copy it at every call. But where the
-    kernels behind it take only the channels_last images that such a weight makes, it is channels_last too.
-    """
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    owned = [
-        (module, name, tensor)
-        for module in modules
-        for name, tensor in {**module._parameters, **module._buffers}.items()
-        if _is_weight(tensor)
-    ]
-    weights = [tensor for _, _, tensor in owned]
-    if not any(fusion_could_help(weight) for weight in weights):
-        return
-    layouts = {rule.target: rule.layout for rule in all_rules() if rule.layout is not None}
-    before = [(t, t.data, None if t.grad is None else t.grad.data) for t in weights]
-
-    def lay(taken: set[int] | None, others: Callable[[torch.Tensor], torch.Tensor] | None) -> set[int]:
-        """Lay out the weights in `taken` (None: all), the rest by `others`; return what is taken then."""
-        for tensor, data, grad in before:
-            tensor.data = data
-            if tensor.grad is not None and grad is not None:
-                tensor.grad.data = grad
-        for module, name, tensor in owned:
-            own = layouts.get(own_class(module), _channels_last)
-            layout = own if taken is None or id(tensor) in taken else others
-            if layout is not None and layout(tensor.data).stride() != tensor.stride():
-                _set_layout(module, (name,), layout)
-        with running_mode(model, False), undisturbed(model):
-            return {id(t) for t in taken_by_kernels(lambda: call(model, inputs), weights)}
-
-    taken = lay(None, None)
-    if lay(taken, None) != taken:
-        lay(taken, _channels_last)
-    strides = {id(tensor): data.stride() for tensor, data, _ in before}
-    for module, name, tensor in owned:
-        if tensor.stride() != strides[id(tensor)]:
-            record = record_of(module)
-            record["contiguous"] = tuple({*record.get("contiguous", ()), name})
-
-
-def _is_weight(tensor: Any) -> TypeGuard[torch.Tensor]:
-    plain = type(tensor) in (nn.Parameter, torch.Tensor)
-    return plain and tensor.device.type in _LAYOUT_DEVICES and tensor.dim() == 4
-
-
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _set_layout(
-    module: nn.Module, names: tuple[str, ...], layout: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    """Change the layout under the same Parameter objects, as `Module.to(memory_format=...)` does."""
-    for name in names:
-        tensor = getattr(module, name, None)
-        if tensor is None:
-            continue
-        tensor.data = layout(tensor.data)
-        if tensor.grad is not None:
-            tensor.grad.data = layout(tensor.grad.data)

@@ -20,8 +20,12 @@ COMMANDS = {
     "segment": ("segfast._segment", "find the person in photos with a pretrained network: mask and overlay"),
     "crf-fit": ("segfast._crf_fit", "search a dense CRF's parameters on a validation split; does it help?"),
     "check": ("segfast._check", "run a model before and after optimize: error, time, memory"),
-    "doctor": ("segfast._doctor", "versions, GPU, what is proven and tuned on it, where caches are"),
-    "tune": ("segfast._tune", "time tile sizes beside cuDNN on this GPU and keep the best"),
+    "doctor": ("segfast._doctor", "versions, GPU, what is proven and measured on it, where caches are"),
+    "prove": ("segfast._prove_command", "run every kernel on this GPU and remember which are right"),
+    "tune": (
+        "segfast._tune",
+        "measure what runs a model's calls fastest here, more thoroughly than optimize",
+    ),
     "compile-report": (
         "segfast._compile_report",
         "registers, spills, shared memory of every kernel, without a GPU",

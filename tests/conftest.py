@@ -39,13 +39,22 @@ def pytest_collection_modifyitems(config, items):
 def no_choices(request, monkeypatch):
     """`optimize` times nothing and each call is ATen's, but in tests marked `measures`."""
     from segfast import _choose
-    from segfast.ops._choice import forget_choices
 
     if "measures" not in request.keywords:
         monkeypatch.setattr(_choose, "MEASURES", False)
-    forget_choices()
+    forget()
     yield
-    forget_choices()
+    forget()
+
+
+def forget() -> None:
+    """Read choices and proofs anew at their next use."""
+    from segfast.ops import _backend, _choice, _gpu, _proofs
+
+    _backend.MEASURED.clear()
+    _choice.forget_choices()
+    _gpu.forget()
+    _proofs.forget()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -182,11 +191,47 @@ def small_tiles():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of the test's own, from which nothing is known yet."""
-    from segfast.ops._choice import forget_choices
-
     monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
-    forget_choices()
-    return tmp_path / "cache"
+    forget()
+    yield tmp_path / "cache"
+    forget()
+
+
+def is_taken(file) -> bool:
+    """Whether somebody has the turn to write `file`, so that another process would wait."""
+    import fcntl
+
+    with open(file.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, cache, tmp_path):
+    """What torch says of an H200, of which nothing is known yet, where there is none; its name in files."""
+    import types
+
+    from segfast.kernels import _device
+    from segfast.ops import _backend, _choice_files, _gpu
+
+    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": properties,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-h200", 232448))
+    monkeypatch.setattr(_backend, "_gpu_reasons", {0: None})
+    monkeypatch.setattr(_choice_files, "_BROUGHT", tmp_path / "brought")
+    monkeypatch.setattr(_gpu, "_names", {})
+    return "nvidia-h200"
 
 
 @pytest.fixture

@@ -103,13 +103,39 @@ def proofs():
         error, allowed = judge(item)
         assert error <= allowed, item.case
 
+def measured():
+    from segfast.ops._gpu_call import GPU_OPERATIONS, Draw, GpuCall
+    from segfast.ops._gpu_measure import _runner
+    call = GpuCall("prelu", "", torch.float32, "", True, ((2, 3, 5, 4),), ((3,),), (), True)
+    bound = GPU_OPERATIONS["prelu"].bind(call, Draw(call, x.device))
+    results = [_runner(call, bound, name)() for name in ("triton", "aten")]
+    assert len(results[0]) == 3  # and the gradients of both
+    torch.testing.assert_close(*results)
+
+def chosen():
+    from segfast.ops import _gpu, prelu
+    from segfast.ops._choice import collect
+    with collect() as collected:
+        segfast.functional.prelu(x, w)  # on a CPU there is nothing to choose
+        assert not collected.counts
+    asked = []
+    prelu.choose = lambda *args: asked.append(args) or "triton"
+    prelu.kernel_reason_not = lambda *args: None
+    torch.Tensor.is_cuda = True
+    try:
+        (decision,) = segfast.explain(segfast.functional.prelu, x, w)
+    finally:
+        del torch.Tensor.is_cuda
+    assert asked == [("prelu", (x,), (w,), (), False)] and decision.backend == "triton"
+
 def launches():
     with segfast.backend("triton"), segfast.kernels.record_launches() as recorded:
         segfast.functional.prelu(x.detach(), w.detach())
     (plan, pointers), = recorded
     assert plan.constants == {"CHANNELS": 3, "BLOCK": 1024} and len(pointers) == 3
 
-CHECKS = (registered, dispatch, values, autograd, opcheck, compiled, flops, optimize, proofs, launches)
+CHECKS = (registered, dispatch, values, autograd, opcheck, compiled, flops, optimize, proofs, measured,
+          launches, chosen)
 for check in CHECKS:
     try:
         check()

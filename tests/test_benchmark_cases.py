@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import baselines, cudnn_graph, rows, timing
+from benchmarks import baselines, cudnn_graph, rows, suite, timing
 from benchmarks.cases import (
     ALONE,
     BLOCKS,
@@ -230,6 +230,19 @@ def test_gate_passes_the_right_and_rejects_the_wrong(direction):
         m.candidate for m in found if m.status == "ok"
     ]
     assert any("ZeroDivisionError" in text for text in logged)
+
+
+@pytest.mark.parametrize("name", ["resnet_layer3_d2", "xception_middle_dw", "decoder_sep_256"])
+def test_gate_of_gradients_behind_a_relu(name):
+    """Rounding moves elements across its corner; what is wrong with a kernel is more than that."""
+    problem = Problem(find(name).tiny().replace(dtype="bfloat16", direction="train"), CPU)
+
+    def wrong(t):
+        return problem.formula({**t, "x": t["x"].roll(1, -1)})
+
+    found = [timing.Candidate(f.__name__, problem.bind(f)) for f in (problem.formula, wrong)]
+    right, wrong = suite.measure_problem(problem, found, budget_s=0.0, min_rounds=1, log=lambda text: None)
+    assert (right.status, wrong.status) == ("ok", "wrong")
 
 
 def test_relative_error_never_passes_nan_or_another_shape():

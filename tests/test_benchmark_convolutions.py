@@ -1,6 +1,4 @@
-"""What the benchmarks hold convolutions to: cuDNN's fused calls, networks of them, and unseen shapes."""
-
-import json
+"""What the benchmarks hold convolutions to: cuDNN's fused calls, and networks of them."""
 
 import pytest
 import torch
@@ -9,15 +7,11 @@ from torch import nn
 
 import segfast
 from benchmarks import baselines, timing
-from benchmarks.cases import CASES, find
+from benchmarks.cases import find
 from benchmarks.fused_models import fused_with_cudnn
 from benchmarks.ours import on_auto, ours
 from benchmarks.problems import Problem
 from benchmarks.timing import Candidate
-from benchmarks.unseen import COUNT, unseen_cases, verdict
-from segfast._tune_calls import FAMILIES
-from segfast._tune_layers import Layer
-from segfast.kernels import Config, _configs
 
 CPU = torch.device("cpu")
 
@@ -141,78 +135,3 @@ def test_our_pyramid_has_the_cases_weights(direction):
     problem = Problem(find("aspp_n8_33").tiny().replace(direction=direction), CPU)
     error = timing.relative_error(problem.sample(next(ours(problem)).run()), problem.reference())
     assert error < 1e-5
-
-
-def test_unseen_shapes_are_drawn_anew_and_alike_and_in_no_table():
-    cases = unseen_cases()
-    assert len(cases) == COUNT == 300
-    assert cases == unseen_cases() and [c.params for c in cases] == [c.params for c in unseen_cases()]
-    assert [c.params for c in unseen_cases(5, seed=1)] != [c.params for c in cases[:5]]
-
-    def key(case):
-        return tuple(case[name] for name in ("ci", "co", "k", "s", "d"))
-
-    assert len({key(case) for case in cases}) == COUNT
-    assert not {key(case) for case in cases} & {key(case) for case in CASES if case.op == "conv2d"}
-    tuned = [layer for layer in FAMILIES["dilated_conv2d"].layers if isinstance(layer, Layer)]
-    fields = ("c_in", "c_out", "kernel", "stride", "dilation")
-    assert not {key(case) for case in cases} & {tuple(getattr(t, f) for f in fields) for t in tuned}
-    assert {case["k"] for case in cases} == {1, 3, 5, 7} and {case["d"] for case in cases} >= {1, 2, 12}
-    assert {"silu", "relu", None} == {case.activation for case in cases}
-    for case in (cases[0], next(case for case in cases if "add" in case.epilogue)):
-        problem = Problem(case.tiny(), CPU)
-        assert timing.relative_error(next(ours(problem)).run(), problem.bind(problem.formula)()) < 1e-5
-
-
-def _row(case, candidate, us, ours=False, status="ok"):
-    key = {"dtype": "bfloat16", "direction": "forward", "size": "full"}
-    return {"case": case, "candidate": candidate, "ours": ours, "status": status, "gpu_us": us, **key}
-
-
-def test_the_verdict_counts_what_was_slower():
-    rows = []
-    for case, aten, auto in (("a", 10.0, 5.0), ("b", 10.0, 10.2), ("c", 10.0, 12.5)):
-        rows += [_row(case, "aten_nhwc", aten), _row(case, "aten_nchw", 3 * aten)]
-        rows += [_row(case, "segfast_auto", auto, True), _row(case, "segfast", 1.0, True)]
-    rows.append(_row("d", "aten_nhwc", 1.0))
-    text = verdict(rows)
-    assert text.startswith("3 unseen shapes: ATen's time over auto's 1.162 in the geometric mean")
-    assert text.endswith("66.7 % at 0.97 or more, least 0.80")
-    assert verdict([]) == "no unseen shape was measured"
-
-
-def test_auto_chooses_by_what_the_run_has_found(tmp_path, monkeypatch):
-    from benchmarks.tiers import Session
-    from segfast.kernels import _device
-
-    row = _configs.config_row(Config(64, 32, 32, 4, 3), 1.0, 2.0, cudnn_relu=1.5)
-    content = {"architecture": "sm_90", "gpu": "card", "operations": {"conv2d_forward": {"b-p4": row}}}
-    monkeypatch.setenv("SEGFAST_DRY_RUN", "1")
-    session = Session("unseen", tmp_path, 1.0)
-    monkeypatch.setattr(_device, "gpu_slug", lambda device: "card")
-    monkeypatch.setattr("segfast.kernels.gpu_slug", lambda device: "card")
-    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
-    session.dry = False
-    try:
-        session.use_found_tables()  # nothing found yet: the user's stay
-        assert _configs.cache_folder() == tmp_path / "cache"
-        (tmp_path / "configs.json").write_text(json.dumps(content))
-        session.use_found_tables()
-        assert _configs.measured("conv2d_forward", "b-p5", "card", "sm_90") == row
-        assert _configs.cache_folder() not in (tmp_path, tmp_path / "cache")
-    finally:
-        monkeypatch.undo()
-        _configs.forget_tables()
-
-
-def test_the_unseen_tier_measures_auto_beside_aten(tmp_path, monkeypatch):
-    from benchmarks.rows import read_rows
-    from benchmarks.tiers import Session, run_tier
-
-    monkeypatch.setenv("SEGFAST_DRY_RUN", "1")
-    with segfast.backend("auto"):
-        run_tier(Session("unseen", tmp_path, 60.0))
-    found = read_rows(tmp_path / "rows.csv")
-    assert {row["candidate"] for row in found} == {"aten_nhwc", "aten_nchw", "segfast_auto"}
-    assert {row["case"] for row in found} == {f"unseen_{i:03}" for i in range(3)}
-    assert {row["status"] for row in found} == {"ok"}

@@ -3,13 +3,20 @@
 import json
 import math
 import subprocess
+import types
+from dataclasses import astuple
 
 import pytest
+import torch
 
 from benchmarks import record, rows, timing
 from benchmarks.cases import find
 from benchmarks.environment import ROOT
 from benchmarks.report import html_page, markdown, ratio, summary, write_report
+from segfast.kernels import Config
+from segfast.ops._choice import Choice
+from segfast.ops._choice_files import file_name, replace
+from segfast.ops._gpu_call import GpuCall
 
 H200 = {"copy_gbs": 4300.0, "bf16_tflops": 790.0, "l2_gbs": 6600.0, "exp2_gops": 3700.0}
 
@@ -21,7 +28,7 @@ def _row(
     measured = timing.Measurement(candidate, ours, status, "", 1e-3, timed if status == "ok" else None)
     measured.peak_mb = more.get("peak_mb", math.nan)
     columns = dict.fromkeys(rows.VERSIONS, "") | {"gpu": gpu, "commit": "abc", "date": "2026-01-01"}
-    return rows.make_row("T2", find(case), measured, H200, columns, more.get("dry_run", False))
+    return rows.make_row("headline", find(case), measured, H200, columns, more.get("dry_run", False))
 
 
 def _rows_file(folder, *found):
@@ -136,47 +143,59 @@ def test_outputs_replace_only_themselves(tmp_path):
         (folder / name).write_text(kept)
 
 
-def _configs(gpu="nvidia-h200", **config):
-    tile = {"block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3, "split_k": 1}
-    row = {"config": tile | config, "us": 50.0, "aten_us": 60.0}
-    operations = {"conv_transpose2d_forward": {"ci8-co8-t4-g1-bfloat16-p3": row}}
-    return {"gpu": gpu, "architecture": "sm_90", "operations": operations}
+MACHINE = {
+    "gpu": "nvidia-h200",
+    "architecture": "sm_90",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "cudnn": "91900",
+    "source": "0123-4567",
+}
+CALL = GpuCall(
+    "conv_transpose2d", "nvidia-h200", torch.bfloat16, "", True, ((8, 64, 28, 28),), ((64, 32, 2, 2),),
+    ((2, 2), (0, 0), (0, 0), 1, (1, 1), True, False, False, False, None), False,
+)  # fmt: skip
+TILE = ("conv_transpose2d_forward", "ci64-co32-t4-g1-bfloat16-p13", astuple(Config(128, 64, 32, 4, 3)))
+CHOICE = Choice("triton", {"aten": 60.0, "triton": 50.0}, (TILE,))
 
 
-def test_record_keeps_every_time_of_a_row_and_a_kernels_own_rows(tmp_path):
-    source, root = tmp_path / "run", tmp_path / "tree"
-    source.mkdir()
-    content = _configs()
-    ((bucket, own),) = content["operations"]["conv_transpose2d_forward"].items()
-    lent = own | {"timed_as": "conv2d_grad_input", "us": 70.0}
-    fused = own | {"cudnn_relu_us": 55.0, "cudnn_graph_us": 52.0}
+def _choices(folder, found=None, machine=MACHINE):
+    """A file of choices as a run leaves it; its path."""
+    path = folder / "choices" / file_name(machine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, [(machine, {CALL: CHOICE} if found is None else found)])
+    return path
 
-    def recorded(**buckets):
-        found = {**content, "operations": {"conv_transpose2d_forward": buckets}}
-        (source / "configs.json").write_text(json.dumps(found))
-        record.record(source, root)
-        table = json.loads((root / "kernels/configs/nvidia-h200.json").read_text())
-        return table["operations"]["conv_transpose2d_forward"]
 
-    assert recorded(**{bucket: lent}) == {bucket: lent}
-    assert recorded(**{bucket: own}) == {bucket: own}
-    assert recorded(**{bucket: lent, "other-p4": fused}) == {bucket: own, "other-p4": fused}
-    with pytest.raises(record.Refused, match="other-p4 is not a measured configuration"):
-        recorded(**{"other-p4": fused | {"cudnn_graph_us": 0.0}})
+def _proof(**changes):
+    return {"passed": True, "source": "0123", "triton": "3.6.0", "torch": "2.11.0", "cases": 12} | changes
+
+
+def _proven(folder, proofs):
+    path = folder / "choices" / "proven.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(proofs))
+    return path
+
+
+def _filed(path):
+    return {call: choice for _, found in record._checked(path) for call, choice in found.items()}
 
 
 def test_record_files_what_a_run_brought_back(tmp_path):
     source, root = tmp_path / "run", tmp_path / "tree"
     _rows_file(source, _row(), _row("crf_321_160_3", candidate="pytorch_exact"))
-    (source / "configs.json").write_text(json.dumps(_configs()))
-    proof = {"source": "0123", "gpu": "nvidia-h200", "triton": "3.6.0"}
-    (source / "proven.json").write_text(json.dumps({"sm_90": {"conv_transpose2d_forward.bfloat16": proof}}))
+    name = _choices(source).name
+    _proven(source, {"nvidia-h200": {"conv_transpose2d_forward.bfloat16": _proof()}})
+    (source / "choices" / "proven.lock").write_text("")
+    (source / "choices" / ".killed.json").write_text("{")  # what a process left that was ended
     (source / "ceilings.json").write_text(
         json.dumps({"dry_run": False, "gpu": "nvidia-h200", "ceilings": H200})
     )
-    proven = root / "kernels" / "configs" / "proven.json"
-    proven.parent.mkdir(parents=True)
-    proven.write_text(json.dumps({"sm_80": {"conv_transpose2d_forward.float16": proof}}))
+    measured = root / "segfast" / "measured"
+    measured.mkdir(parents=True)
+    proven = measured / "proven.json"
+    proven.write_text(json.dumps({"nvidia-a100": {"conv2d_forward.float16": _proof()}}))
     for _ in range(2):  # a second time changes nothing
         written = record.record(source, root)
         names = sorted(str(path.relative_to(root)) for path in written)
@@ -184,17 +203,82 @@ def test_record_files_what_a_run_brought_back(tmp_path):
             "benchmarks/results/nvidia-h200/ceilings.json",
             "benchmarks/results/nvidia-h200/conv_transpose2d.csv",
             "benchmarks/results/nvidia-h200/dense_crf.csv",
-            "kernels/configs/nvidia-h200.json",
-            "kernels/configs/proven.json",
+            f"segfast/measured/{name}",
+            "segfast/measured/proven.json",
         ]
-        assert set(json.loads(proven.read_text())) == {"sm_80", "sm_90"}
-        assert json.loads((root / "kernels/configs/nvidia-h200.json").read_text()) == _configs()
+        assert set(json.loads(proven.read_text())) == {"nvidia-a100", "nvidia-h200"}
+        assert _filed(measured / name) == {CALL: CHOICE}
         results = root / "benchmarks/results/nvidia-h200/conv_transpose2d.csv"
         assert [row["gpu_us"] for row in rows.read_rows(results)] == [100.0]
     # A later measurement is a row more, not another in its place.
     rows.append_rows(source / "rows.csv", [_row(us=90.0) | {"date": "2026-01-02"}])
     record.record(source, root)
     assert [row["gpu_us"] for row in rows.read_rows(results)] == [100.0, 90.0]
+
+
+def test_record_merges_choices_and_the_later_ones_prevail(tmp_path):
+    root = tmp_path / "tree"
+    other = CALL._replace(gradients=True)
+    slower = Choice("aten", {"aten": 40.0, "triton": 50.0})
+    for i, found in enumerate(({CALL: CHOICE}, {CALL: slower, other: Choice("aten", {})})):
+        path = _choices(tmp_path / f"run{i}", found)
+        record.record(tmp_path / f"run{i}", root)
+    assert _filed(root / "segfast" / "measured" / path.name) == {CALL: slower, other: Choice("aten", {})}
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch):
+    """A machine with that GPU and those versions, nothing of it read yet."""
+    from segfast.ops import _choice_files, _gpu, _proofs
+    from segfast.ops._choice import forget_choices
+
+    def forget():
+        forget_choices()
+        _gpu.forget()
+        _proofs.forget()
+
+    monkeypatch.setattr(_choice_files, "gpu_machine", lambda gpu: MACHINE if gpu == MACHINE["gpu"] else {})
+    monkeypatch.setattr(_gpu, "gpu_name", lambda index: MACHINE["gpu"])
+    monkeypatch.setattr(_proofs, "gpu_name", lambda index: MACHINE["gpu"])
+    monkeypatch.setattr(torch, "cuda", types.SimpleNamespace(current_device=lambda: 0))
+    forget()
+    yield torch.device("cuda", 0)
+    monkeypatch.undo()
+    forget()
+
+
+def test_what_was_filed_is_used_without_measuring(tmp_path, monkeypatch, on_an_h200):
+    from segfast.kernels import source_digest
+    from segfast.ops import _choice_files, _gpu, _proofs
+    from segfast.ops._choice import choices
+
+    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "a user's, empty"))
+    run, root = tmp_path / "run", tmp_path / "tree"
+    _choices(run)
+    import triton
+
+    proof = _proof(source=source_digest("conv_transpose2d_forward"), triton=triton.__version__)
+    _proven(run, {MACHINE["gpu"]: {"conv_transpose2d_forward.bfloat16": proof}})
+    assert not _gpu.can_choose(0)
+    assert not _proofs.proven("conv_transpose2d_forward", torch.bfloat16, on_an_h200)
+    record.record(run, root)
+    monkeypatch.setattr(_choice_files, "_BROUGHT", root / "segfast" / "measured")
+    _gpu.forget()
+    _proofs.forget()
+    assert _choice_files.read_gpu(MACHINE["gpu"]) == {CALL: CHOICE}
+    assert _gpu.can_choose(0)
+    assert choices().find(CALL) == CHOICE
+    nearer = CALL._replace(images=((8, 64, 40, 40),))
+    assert choices().find(nearer) == CHOICE
+    assert choices().find(CALL._replace(images=((8, 64, 280, 280),))) is None
+    assert _proofs.proven("conv_transpose2d_forward", torch.bfloat16, on_an_h200)
+    assert not _proofs.proven("conv_transpose2d_forward", torch.float16, on_an_h200)
+
+
+def _edited(path, edit):
+    content = json.loads(path.read_text())
+    edit(content[0])
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -204,24 +288,45 @@ def test_record_files_what_a_run_brought_back(tmp_path):
         (lambda folder: _rows_file(folder, _row(dry_run=True)), "dry run"),
         (lambda folder: _rows_file(folder, _row(gpu="cpu")), "not on a GPU"),
         (lambda folder: (folder / "rows.csv").write_text("a,b\n"), "expected the columns"),
-        (lambda folder: (folder / "configs.json").write_text("{"), "not JSON"),
-        (
-            lambda folder: (folder / "configs.json").write_text(json.dumps(_configs(gpu="cpu"))),
-            "not on a GPU",
-        ),
-        (
-            lambda folder: (folder / "configs.json").write_text(json.dumps(_configs(tile=3))),
-            "not a measured",
-        ),
-        (lambda folder: (folder / "proven.json").write_text('{"cpu": {}}'), "no GPU's architecture"),
         (lambda folder: (folder / "ceilings.json").write_text('{"dry_run": true}'), "dry run"),
+        (lambda folder: _choices(folder).write_text("{"), "not JSON"),
+        (lambda folder: _choices(folder).write_text("{}"), "expected a list"),
+        (lambda folder: _choices(folder).write_text("[{}]"), "not a file of choices"),
+        (lambda folder: _choices(folder, machine={"cpu": "amd"}), "not on a GPU"),
+        (lambda folder: _choices(folder, machine=MACHINE | {"gpu": "fake-sm90"}), "not on a GPU"),
+        (lambda folder: _choices(folder).rename(folder / "choices" / "a.json"), "would be looked up as"),
+        (
+            lambda folder: _choices(folder, {CALL._replace(operation="conv3d"): CHOICE}),
+            "unknown operation: conv3d",
+        ),
+        (lambda folder: _choices(folder, {CALL: Choice("triton", {"aten": 1.0})}), "was not measured"),
+        (lambda folder: _choices(folder, {CALL: Choice("aten", {"aten": 0.0})}), "was not measured"),
+        (
+            lambda folder: _choices(folder, {CALL: CHOICE._replace(configs=(("conv9d", *TILE[1:]),))}),
+            "tiles of conv9d",
+        ),
+        (
+            lambda folder: _edited(_choices(folder), lambda part: part["choices"][0].pop("us")),
+            "KeyError: 'us'",
+        ),
+        (lambda folder: _proven(folder, {"cpu": {}}), "not on a GPU"),
+        (lambda folder: _proven(folder, {"fake-sm90": {}}), "not on a GPU"),
+        (
+            lambda folder: _proven(folder, {"nvidia-h200": {"conv9d_forward.float16": _proof()}}),
+            "is no kernel's",
+        ),
+        (
+            lambda folder: _proven(folder, {"nvidia-h200": {"conv2d_forward.float16": _proof(source="")}}),
+            "does not name its source",
+        ),
     ],
 )
 def test_record_refuses(tmp_path, prepare, message, capsys):
     source, root = tmp_path / "run", tmp_path / "tree"
     source.mkdir()
+    prepare(source)
     # Nothing of the folder is filed if one file is refused.
-    if prepare(source) is not None and not (source / "rows.csv").exists():
+    if any(source.iterdir()) and not (source / "rows.csv").exists():
         _rows_file(source, _row())
     with pytest.raises(record.Refused, match=message):
         record.record(source, root)

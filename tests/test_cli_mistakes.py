@@ -151,11 +151,30 @@ MISTAKES = [
     *[("compile-report", ["--processes", value], "--processes must be positive") for value in ("0", "-1")],
     ("compile-report", ["--out", "data"], "data: is a folder"),
     ("compile-report", ["--out", f"{UNWRITABLE}/a.txt"], f"{UNWRITABLE}/a.txt: "),
-    ("tune", ["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32; got 'int8'"),
-    *[("tune", ["--budget", value], "--budget must be positive, got") for value in ("0", "-1", "nan")],
-    ("tune", ["--family", "conv_transpose2d", "--shape", "1,2,0"], "--shape must be"),
-    ("tune", ["--shape", "1,2,0"], "--shape needs --family"),
-    ("tune", ["--out", "photo.png"], "--out photo.png: is not a folder"),
+    ("prove", ["--device", "nothing"], "--device must be cpu, cuda or auto, got 'nothing'"),
+    ("prove", ["--device", "cpu"], "the kernels are proven on a GPU"),
+    ("prove", ["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32; got 'int8'"),
+    ("prove", ["--dtype", "float64"], "--dtype must be one of bfloat16, float16, float32; got 'float64'"),
+    (
+        "tune models.py:net",
+        ["--dtype", "int8"],
+        "--dtype must be one of float32, bfloat16, float16; got 'int8'",
+    ),
+    *[
+        ("tune models.py:net", [option, value], f"{option} must be positive and finite, got")
+        for option, value in (
+            ("--budget", "0"),
+            ("--budget", "-1"),
+            ("--budget", "nan"),
+            ("--budget", "inf"),
+            ("--batch", "0"),
+            ("--channels", "-1"),
+        )
+    ],
+    ("tune models.py:net", ["--size", "8"], "--size must be"),
+    ("tune models.py:net", ["--device", "nothing"], "--device must be cpu, cuda or auto, got 'nothing'"),
+    ("tune models.py:net", ["--channels", "7"], "models.py:net does not run on images [1, 7, 512, 512]: "),
+    ("tune absent.py:net", [], "no file absent.py"),
     ("demo", ["--steps", "0"], "--steps must be at least 1, got 0"),
     ("demo", ["--seed", "-1"], "--seed must be from 0"),
     ("demo", ["--out", "photo.png"], "photo.png is not a folder"),
@@ -344,9 +363,8 @@ def test_both_spellings_of_a_dtype(files, monkeypatch, capsys, name):
     assert "bfloat16" in capsys.readouterr().out
     assert cli.main(["compile-report", "--dtype", name, "--specimen", "none"]) == 2
     assert "--specimen" in the_one_line(capsys.readouterr().err)
-    if not torch.cuda.is_available():
-        assert cli.main(["tune", "--dtype", name]) == 2
-        assert "torch sees none here" in the_one_line(capsys.readouterr().err)
+    assert cli.main(["tune", "models.py:net", "--dtype", name, "--channels", "7", "--size", "8x8"]) == 2
+    assert "does not run on images [1, 7, 8, 8]" in the_one_line(capsys.readouterr().err)
 
 
 def test_the_demo_may_run_twice(tmp_path, monkeypatch):

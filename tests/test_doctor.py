@@ -2,7 +2,6 @@
 
 import json
 import re
-import types
 
 import pytest
 import torch
@@ -10,34 +9,14 @@ import triton
 
 import segfast
 from segfast import _doctor, cli
-from segfast.kernels import _configs, _device
-from segfast.ops import FAMILIES, _prove, _prove_apart
-from segfast.ops._backend import forget_decisions
+from segfast.kernels import source_digest
+from segfast.ops import _choice_files, _proofs
+from segfast.ops._choice import Choice
 from segfast.ops._choice_files import machine, path
+from tests.conftest import forget
+from tests.ops.test_gpu import CALL
 
 OPERATION = "conv_transpose2d_forward"
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty user's cache."""
-    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
-    forget_decisions()
-    yield tmp_path / "cache"
-    monkeypatch.undo()
-    forget_decisions()
-
-
-@pytest.fixture
-def gpu(monkeypatch, cache):
-    """What torch says of an H200, where there is none."""
-    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-h200", 232448))
-    monkeypatch.setattr(_device, "_index", lambda device: 0)
-    return properties
 
 
 def lines(text):
@@ -45,9 +24,8 @@ def lines(text):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("arguments", [[], ["--prove"]])
-def test_without_a_gpu_it_says_so_and_exits_2(cache, capsys, arguments):
-    assert cli.main(["doctor", *arguments]) == 2
+def test_without_a_gpu_it_says_so_and_exits_2(cache, capsys):
+    assert cli.main(["doctor"]) == 2
     out = capsys.readouterr().out
     assert "No GPU: " in out and "On a CPU `segfast.optimize` measures" in out
     assert not cache.exists()
@@ -55,8 +33,8 @@ def test_without_a_gpu_it_says_so_and_exits_2(cache, capsys, arguments):
 
 def test_versions_settings_and_folders(cache, capsys, monkeypatch):
     monkeypatch.setenv("SEGFAST_BACKEND", "auto")
-    cache.mkdir()
-    (cache / "nvidia-h200.json").write_text("{}")
+    (cache / "choices").mkdir(parents=True)
+    (cache / "choices" / "nvidia-h200-1.json").write_text("{}")
     cli.main(["doctor"])
     out = capsys.readouterr().out
     for part in (
@@ -64,7 +42,7 @@ def test_versions_settings_and_folders(cache, capsys, monkeypatch):
         triton.__version__,
         "SEGFAST_BACKEND   auto",
         str(cache),
-        "nvidia-h200.json",
+        "(nvidia-h200-1.json)",
     ):
         assert part in out, part
 
@@ -101,61 +79,50 @@ def test_the_drivers_version(monkeypatch, tmp_path, text, version):
     assert _doctor._driver() == "none found"
 
 
-def test_an_unproven_gpu(gpu, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(_configs, "_FOLDER", tmp_path)
+def test_an_unproven_gpu(pretended_gpu, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "NVIDIA H200" in out and "sm_90 (compute capability 9.0)" in out and "141.0 GiB" in out
-    assert lines(out)[OPERATION].split()[1:] == ["not", "proven"] * 3 + ["0"]
-    assert "doctor --prove" in out and "segfast tune" in out
+    assert pretended_gpu in out
+    assert lines(out)[OPERATION].split()[1:] == ["not", "proven"] * 3
+    assert len(re.findall(r"calls measured +0 ", out)) == 2  # of the CPU and of the GPU
+    assert "`segfast.optimize` proves and measures" in out and "`segfast prove`" in out
 
 
-def test_a_proven_and_measured_gpu(gpu, cache, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(_configs, "_FOLDER", tmp_path)
-    cache.mkdir()
-    proof = {"source": _configs.source_digest(OPERATION), "triton": triton.__version__}
-    stale = proof | {"source": "of other code"}
-    proofs = {f"{OPERATION}.bfloat16": proof, f"{OPERATION}.float32": stale}
-    (cache / "proven.json").write_text(
-        json.dumps({"sm_90": proofs, "sm_80": {f"{OPERATION}.float16": proof}})
+def test_a_proven_and_measured_gpu(pretended_gpu, capsys):
+    proof = {"passed": True, "source": source_digest(OPERATION), "triton": triton.__version__}
+    stale, wrong = (
+        proof | {"source": "of other code"},
+        proof | {"passed": False, "source": source_digest("conv2d_forward")},
     )
-    measured = {OPERATION: {"ci8-co8-t4-g1-bfloat16-p10": {}, "ci8-co8-t4-g1-bfloat16-p12": {}}}
-    (cache / "nvidia-h200.json").write_text(json.dumps({"architecture": "sm_90", "operations": measured}))
-    forget_decisions()
+    proofs = {
+        f"{OPERATION}.bfloat16": proof,
+        f"{OPERATION}.float32": stale,
+        "conv2d_forward.float16": wrong,
+    }
+    _proofs.file().parent.mkdir(parents=True)
+    _proofs.file().write_text(
+        json.dumps({pretended_gpu: proofs, "nvidia-other": {f"{OPERATION}.float16": proof}})
+    )
+    _choice_files.write({CALL: Choice("aten", {}), CALL._replace(gradients=True): Choice("aten", {})})
+    forget()
     assert cli.main(["doctor"]) == 0
-    shown = lines(capsys.readouterr().out)
-    header, row = shown["operation"].split(), shown[OPERATION].split()
-    assert header[1:4] == ["float16", "bfloat16", "float32"]
-    assert row[1:] == ["not", "proven", "proven", "not", "proven", "2"]
+    out = capsys.readouterr().out
+    shown = lines(out)
+    assert shown["operation"].split()[1:] == ["float16", "bfloat16", "float32"]
+    assert shown[OPERATION].split()[1:] == ["not", "proven", "proven", "not", "proven"]
+    assert shown["conv2d_forward"].split()[1:] == ["WRONG", *["not", "proven"] * 2]
+    file = path(_choice_files.gpu_machine(pretended_gpu))
+    assert re.findall(r"calls measured +(\d+) \((.*)\)", out) == [("0", str(path())), ("2", str(file))]
 
 
-def test_a_gpu_too_old(gpu, capsys):
-    gpu.major, gpu.minor = 7, 5
+def test_a_gpu_too_old(pretended_gpu, capsys):
+    properties = torch.cuda.get_device_properties(0)
+    properties.major, properties.minor = 7, 5
     assert cli.main(["doctor"]) == 0
     assert "they need compute capability 8.0" in capsys.readouterr().out
 
 
-def test_a_gpu_that_is_not_there(gpu, capsys):
+def test_a_gpu_that_is_not_there(pretended_gpu, capsys):
     assert cli.main(["doctor", "--device", "cuda:3"]) == 2
     assert "--device cuda:3: there are 1 CUDA GPUs" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_prove_records_what_is_right(gpu, cache, capsys, monkeypatch, wrong):
-    rows = [
-        _prove.ProofRow(OPERATION, "float16", "k2 s2", 1e-4, 1e-3, True),
-        _prove.ProofRow(OPERATION, "float32", "k2 s2", 1e-7, 1e-6, True),
-        _prove.ProofRow(OPERATION, "float32", "k3 s2", 1e-1 if wrong else 1e-7, 1e-6, not wrong),
-    ]
-    monkeypatch.setattr(
-        _prove_apart, "prove_apart", lambda device, families: iter(rows if families == FAMILIES[:1] else ())
-    )
-    cli.main(["doctor"])  # reads that nothing is proven yet
-    assert cli.main(["doctor", "--prove"]) == (1 if wrong else 0)
-    out = capsys.readouterr().out
-    assert f"{2 if wrong else 3} of 3 right" in out and str(cache / "proven.json") in out
-    float32 = ["not", "proven"] if wrong else ["proven"]
-    row = next(line for line in reversed(out.splitlines()) if line.startswith(OPERATION))
-    assert row.split()[1:] == ["proven", "not", "proven", *float32, "0"]
-    recorded = json.loads((cache / "proven.json").read_text())["sm_90"]
-    assert (f"{OPERATION}.float32" in recorded) is not wrong and f"{OPERATION}.float16" in recorded

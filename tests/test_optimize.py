@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import segfast
-from segfast import _optimize
 from segfast.nn._rules import all_rules
 
 
@@ -322,9 +321,9 @@ def process_group(tmp_path):
 
 
 def test_distributed_data_parallel_keeps_its_buckets(image, monkeypatch, process_group):
-    monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
-    monkeypatch.setattr(_optimize, "fusion_could_help", lambda tensor: True)
-    monkeypatch.setattr(_optimize, "taken_by_kernels", lambda run, tensors: list(tensors))
+    monkeypatch.setattr(segfast._layouts, "_LAYOUT_DEVICES", ("cpu",))
+    monkeypatch.setattr(segfast._layouts, "fusion_could_help", lambda tensor: True)
+    monkeypatch.setattr(segfast._layouts, "taken_by_kernels", lambda run, tensors: list(tensors))
     wrapped = nn.parallel.DistributedDataParallel(Up())
     stride = wrapped.module.up.weight.stride()
     segfast.optimize(wrapped, image, inplace=True)
@@ -368,9 +367,9 @@ class TestLayout:
 
     @pytest.fixture(autouse=True)
     def on_the_cpu(self, monkeypatch):
-        monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
-        monkeypatch.setattr(_optimize, "fusion_could_help", lambda tensor: True)
-        monkeypatch.setattr(_optimize, "taken_by_kernels", lambda run, tensors: list(tensors))
+        monkeypatch.setattr(segfast._layouts, "_LAYOUT_DEVICES", ("cpu",))
+        monkeypatch.setattr(segfast._layouts, "fusion_could_help", lambda tensor: True)
+        monkeypatch.setattr(segfast._layouts, "taken_by_kernels", lambda run, tensors: list(tensors))
 
     @staticmethod
     def is_channels_last(tensor):
@@ -445,9 +444,9 @@ def test_the_cpu_keeps_its_layout(image):
 @pytest.mark.parametrize("known", [False, True], ids=["nothing proven", "only others proven"])
 def test_weights_that_aten_takes_keep_their_layout(image, monkeypatch, known):
     """On a GPU, for which the CPU stands in: ATen would copy them at every call."""
-    monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
+    monkeypatch.setattr(segfast._layouts, "_LAYOUT_DEVICES", ("cpu",))
     if known:
-        monkeypatch.setattr(_optimize, "fusion_could_help", lambda tensor: True)
+        monkeypatch.setattr(segfast._layouts, "fusion_could_help", lambda tensor: True)
     model = nn.Sequential(
         nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), Up()
     )
@@ -461,7 +460,7 @@ def test_weights_that_aten_takes_keep_their_layout(image, monkeypatch, known):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("example", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "dict"])
 def test_only_weights_that_kernels_take_change_layout(image, monkeypatch, example):
-    monkeypatch.setattr(_optimize, "_LAYOUT_DEVICES", ("cpu",))
+    monkeypatch.setattr(segfast._layouts, "_LAYOUT_DEVICES", ("cpu",))
     model = Up().eval()
     with segfast.backend("triton"):
         fast = segfast.optimize(model, example(image))

@@ -210,7 +210,7 @@ def test_autocast_and_inference_mode(x):
 
 @pytest.mark.interpreter
 def test_fused_alone_gets_the_kernels_layout(monkeypatch, x):
-    monkeypatch.setattr(segfast._optimize, "_LAYOUT_DEVICES", ("cpu",))
+    monkeypatch.setattr(segfast._layouts, "_LAYOUT_DEVICES", ("cpu",))
     with segfast.backend("triton"):
         model = optimized(block(nn.Conv2d(C, 4, 3)), x)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)

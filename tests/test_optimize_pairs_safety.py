@@ -308,7 +308,7 @@ class TestReport:
 
 @pytest.mark.interpreter
 def test_depthwise_weights_get_the_kernels_layout(monkeypatch, x):
-    monkeypatch.setattr(segfast._optimize, "_LAYOUT_DEVICES", ("cpu",))
+    monkeypatch.setattr(segfast._layouts, "_LAYOUT_DEVICES", ("cpu",))
     model = trained(Block()).eval()
     expected = model(x)
     with segfast.backend("triton"):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import segfast
-from segfast.ops import _choice, _measure
-from segfast.ops._choice import CANDIDATES
+from segfast._compare import undisturbed
+from segfast.ops import _measure, _remembered
+from segfast.ops._call import CANDIDATES
 from tests.optimize_measures import Net
 from tests.optimize_measures import image as _image
 from tests.optimize_measures import net as _net
@@ -102,6 +103,56 @@ def test_outputs_that_change_are_not_kept(wins, model_takes, monkeypatch):
     assert "Outputs changed by" in str(segfast.report(fast))
 
 
+def test_statistics_of_batch_norms_stay_as_they_were():
+    """`optimize(train=True)` makes training steps on a GPU; torch writes statistics without counting it."""
+    net = _net().train()
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    with undisturbed(net):
+        net(_image())
+        assert not torch.equal(net.stem[1].running_mean, kept["stem.1.running_mean"])
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(value, kept[name], rtol=0, atol=0, msg=name)
+
+
+class Enlarged(torch.nn.Module):
+    """Scores of a quarter of the size, enlarged."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = _net(), torch.nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return torch.nn.functional.interpolate(self.head(self.net(x)), scale_factor=4.0, mode="bilinear")
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "left"])
+def test_scores_are_laid_out_as_the_output_before_they_are_enlarged(kept, wins, model_takes):
+    wins("onednn")
+    model_takes(*((3, 2, 1) if kept else (3, 1, 2)))
+    net, x = Enlarged().eval(), _image()
+    fast = segfast.optimize(net, x)
+    assert segfast.report(fast).gain.kept == kept
+    with torch.no_grad():
+        y, expected = fast(x), net(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert y.is_contiguous()
+        enlarged = []
+        interpolate = torch.nn.functional.interpolate
+
+        def noted(input, *args, **kwargs):
+            enlarged.append(input.is_contiguous())
+            return interpolate(input, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(torch.nn.functional, "interpolate", noted)
+            assert fast(x).is_contiguous()
+            last = fast(x.contiguous(memory_format=torch.channels_last))
+            assert last.is_contiguous(memory_format=torch.channels_last)
+    assert enlarged == [True, False]
+    restored = segfast.restore(fast)
+    assert type(restored) is Enlarged and type(restored.head) is torch.nn.Conv2d
+
+
 def test_outputs_keep_their_layout(wins, model_takes):
     wins("onednn")
     model_takes(3, 2, 1)
@@ -172,9 +223,9 @@ def test_nothing_is_kept_for_a_model_left_alone(wins, model_takes):
 
     wins("onednn")
     model_takes(2, 2, 3)
-    prepared, made = dict(_choice._prepared), sum(map(len, _ready._made.values()))
+    prepared, made = dict(_remembered._kept), sum(map(len, _ready._made.values()))
     net = segfast.optimize(_net(), _image(), inplace=True)
-    assert _choice._prepared.keys() <= prepared.keys()
+    assert _remembered._kept.keys() <= prepared.keys()
     assert sum(map(len, _ready._made.values())) <= made
     assert net is not None
 

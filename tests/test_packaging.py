@@ -105,7 +105,7 @@ def test_wheel_holds_every_module_and_the_data_once(wheel):
     assert len(names) == len(set(names))
     data = ("*.json", "*.npz", "*.safetensors", "*.jpg", "py.typed")
     wanted = sources().union(*map(sources, data))
-    some = ("data/nuclei.npz", "data/selfie_segmenter.safetensors", "py.typed", "kernels/configs/proven.json")
+    some = ("data/nuclei.npz", "data/selfie_segmenter.safetensors", "py.typed", "measured/proven.json")
     assert {f"segfast/{name}" for name in some} <= wanted
     assert wanted <= set(names)
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"segfast"}
@@ -114,6 +114,9 @@ def test_wheel_holds_every_module_and_the_data_once(wheel):
 def test_wheel_installs_and_imports_from_elsewhere(wheel, tmp_path):
     pip("install", "--target", tmp_path / "site", wheel, cwd=tmp_path)
     assert_importable_from(tmp_path / "site", tmp_path)
+    code = "from segfast.ops._choice_files import measured_folders; print(measured_folders()[0])"
+    (folder,) = run(code, tmp_path / "site", cwd=tmp_path)
+    assert (Path(folder) / "proven.json").is_file()
 
 
 def test_sdist_installs_and_imports_from_elsewhere(sdist, tmp_path):
@@ -131,7 +134,7 @@ def test_sdist_carries_what_testing_and_benchmarks_need(unpacked):
         "benchmarks/cases.py",
         "segfast/data/nuclei.npz",
         "tests/data/selfie_segmentation.tflite",
-        "kernels/configs/proven.json",
+        "segfast/measured/proven.json",
         "docs/adding-an-operator.md",
     ]
     assert [name for name in wanted if not (unpacked / name).is_file()] == []

@@ -11,8 +11,12 @@ import segfast
 from segfast import _choose
 from segfast.cli import COMMANDS
 from segfast.ops import _choice
-from segfast.ops._choice import CANDIDATES
+from segfast.ops._call import CANDIDATES
+from segfast.ops._choice import ATEN
 from segfast.ops._choice_files import path
+from segfast.ops._cudnn import CALLS
+from segfast.ops._gpu import PARTS, TRITON
+from segfast.ops._gpu_call import FEW
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,7 +30,7 @@ def faster(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     _choice.forget_choices()
 
-    def gain(model, plain, inputs, dtype):
+    def gain(model, plain, inputs, dtype, train):
         name, error = (None, 0.0) if dtype is None else ("bfloat16", 0.01)
         return _choose.Gain(2, 1, "channels_last", 1, True, name, error)
 
@@ -59,8 +63,12 @@ def test_the_examples_on_optimize_run(faster, tmp_path, capsys):
 
 
 def test_the_page_on_optimize_lists_the_candidates():
-    named = re.findall(r"^ +\| `(\w+)` \|", OPTIMIZE, re.MULTILINE)
-    assert sorted(named) == sorted({name for some in CANDIDATES.values() for name in some})
+    named = {}
+    for section in re.split(r"^## ", OPTIMIZE, flags=re.MULTILINE):
+        named[section.partition("\n")[0]] = re.findall(r"^ +\| `(\w+)` \|", section, re.MULTILINE)
+    assert sorted(named["On a CPU"]) == sorted({name for some in CANDIDATES.values() for name in some})
+    assert sorted(named["On a GPU"]) == sorted({ATEN, TRITON, PARTS, *CALLS})
+    assert "four of each kernel" in OPTIMIZE and FEW == 4
 
 
 @pytest.mark.measures
@@ -80,7 +88,8 @@ def test_a_write_through_data_is_not_seen_and_another_is(faster):
 
 def test_every_command_it_names_exists():
     named = set(re.findall(r"`segfast ([a-z][a-z-]*)", README))
-    assert named <= set(COMMANDS) and {"check", "doctor", "demo", "train", "predict", "tune"} <= named
+    assert named <= set(COMMANDS)
+    assert {"check", "doctor", "demo", "train", "predict", "prove", "tune"} <= named
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"^  make ([\w-]+)", listed, re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)", README)) <= targets | {"help"}

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from segfast.nn import Conv2d
 from segfast.nn._chains import run_layers
-from segfast.nn._norm import FoldsNorms
+from segfast.nn._norm import Remembers
 
 
-class ConvNormActivation(FoldsNorms, nn.Sequential):
+class ConvNormActivation(Remembers, nn.Sequential):
     """See `conv_norm_activation`; one operator in eval."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segfast.nn import Conv2d
 from segfast.nn._chains import run_layers
-from segfast.nn._norm import FoldsNorms
+from segfast.nn._norm import Remembers
 
 from ._base import SegmentationModel, tensors, unlike
 from .encoders import ResNetEncoder
@@ -16,7 +16,7 @@ from .encoders import ResNetEncoder
 OUTPUT_STRIDES = (8, 16)
 
 
-class FCNHead(FoldsNorms, nn.Sequential):
+class FCNHead(Remembers, nn.Sequential):
     """3x3 convolution to a quarter of the channels, norm, ReLU, dropout, 1x1 convolution to the scores."""
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float = 0.1) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segfast.nn import ASPP, Conv2d
 from segfast.nn._chains import run_layers
-from segfast.nn._norm import FoldsNorms
+from segfast.nn._norm import Remembers
 
 from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options, refuse_weights
 from .encoders import ResNetEncoder
@@ -20,7 +20,7 @@ from .encoders._base import scaled
 RATES = (6, 12, 18)
 
 
-class DeepLabHead(FoldsNorms, nn.Sequential):
+class DeepLabHead(Remembers, nn.Sequential):
     """`segfast.nn.ASPP`, a 3x3 convolution with norm and ReLU, and a 1x1 convolution to the scores."""
 
     def __init__(

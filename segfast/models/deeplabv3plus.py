@@ -15,7 +15,7 @@ from segfast.nn import SeparableConv2d
 from segfast.nn._chains import Fused, fused_form
 from segfast.nn._dense import Dense
 from segfast.nn._eager import only_forward
-from segfast.nn._norm import FoldsNorms, PooledBatchNorm2d
+from segfast.nn._norm import PooledBatchNorm2d, Remembers
 from segfast.nn._pair import Pair, pays
 from segfast.nn._pyramid import Pyramid
 
@@ -49,7 +49,7 @@ def _conv3x3(in_channels: int, out_channels: int, dilation: int, separable: bool
     )
 
 
-class ASPP(FoldsNorms):
+class ASPP(Remembers):
     """Atrous spatial pyramid pooling with image-level features (Chen et al. 2017, section 3.3).
 
     A 1x1 convolution, a 3x3 one at each of the dilations `rates` and one of the mean over the image, side by

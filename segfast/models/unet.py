@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from segfast.functional import conv_transpose2d, up_concat
 from segfast.nn import Conv2d, ConvTranspose2d
 from segfast.nn._chains import run_layers
-from segfast.nn._norm import FoldsNorms
+from segfast.nn._norm import Remembers
 from segfast.ops.conv_transpose2d.up_concat import geometry, up_convolution
 from segfast.ops.dilated_conv2d import prefers_virtual_concat
 
@@ -28,7 +28,7 @@ def _activation(name: str, negative_slope: float) -> nn.Module:
     return nn.ReLU(inplace=True) if name == "relu" else nn.LeakyReLU(negative_slope, inplace=True)
 
 
-class DoubleConv(FoldsNorms, nn.Sequential):
+class DoubleConv(Remembers, nn.Sequential):
     """3x3 convolution, norm, activation, twice. `padding=0` makes the output 4 smaller than the input.
 
     The input may be a list of images, as `segfast.functional.conv2d` takes it.
@@ -75,7 +75,7 @@ class DecoderBlock(nn.Module):
         """`zero_pad`: fill with zeros what the up-convolution lacks to the skip's size."""
         # The up-convolution's result will be like the skip, with as many channels.
         first: Any = self.conv.conv1
-        apart = prefers_virtual_concat([skip, skip], first.weight)
+        apart = prefers_virtual_concat([skip, skip], first.weight, padding=first.padding)
         short = zero_pad and _may_be_short(input, skip)
         if not (apart or short):
             return self.conv(up_concat(input, skip, self.up.weight, self.up.bias, stride=2))

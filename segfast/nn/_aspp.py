@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops._epilogue import check_activation
 from ._activation import activation_module
-from ._norm import FoldsNorms, PooledBatchNorm2d
+from ._norm import PooledBatchNorm2d, Remembers
 from ._pair import pays
 from ._pyramid import pyramid_in
 from .dilated_conv2d import ConvBNAct
@@ -32,7 +32,7 @@ class _ASPPPooling(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool2d(1), conv, norm, *rest)
 
 
-class ASPP(FoldsNorms):
+class ASPP(Remembers):
     """Atrous spatial pyramid pooling: torchvision's `ASPP`, its structure, parameter names and results.
 
     A 1x1 convolution, 3x3 ones at each of the rates and one of the mean over the image, side by side, then a

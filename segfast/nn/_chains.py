@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._choice import fusion_could_help
+from ..ops._aten_only import fusion_could_help
 from ._activation import activation_name
 from ._dense import Dense
 from ._eager import only_forward

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 from typing import Any
 
 import torch
@@ -21,20 +22,25 @@ class _Whole(FusedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if _is_floating(t)]
-        training = self.training  # type: ignore[attr-defined]
-        if not given or training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not given or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        dtype = vars(self).get(_DTYPE)
+        training = self.training or torch.is_grad_enabled()  # type: ignore[attr-defined]
+        dtype = None if training else vars(self).get(_DTYPE)
         casting: Any = contextlib.nullcontext()
         if dtype is not None:
             casting = torch.autocast(given[0].device.type, dtype=dtype)
-        with casting:
-            outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
         contiguous = vars(self).get(_CONTIGUOUS, False) and given[0].is_contiguous()
+        before, _wanted.contiguous = _wanted.contiguous, contiguous
+        try:
+            with casting:
+                outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _wanted.contiguous = before
 
         def as_given(t: Tensor) -> Tensor:
-            t = t.to(given[0].dtype) if t.dtype == dtype else t
-            return t.contiguous() if contiguous and t.dim() == 4 else t
+            # In this order: laid out in half the bytes.
+            t = t.contiguous() if contiguous and t.dim() == 4 else t
+            return t.to(given[0].dtype) if t.dtype == dtype else t
 
         return _mapped(as_given, outputs)
 
@@ -47,6 +53,26 @@ def _mapped(function: Any, value: Any) -> Any:
     fields = [field.name for field in dataclasses.fields(value) if field.init]
     changed = {name: _mapped(function, getattr(value, name)) for name in fields}
     return dataclasses.replace(value, **changed)  # type: ignore[type-var]
+
+
+class _Wanted(threading.local):
+    """Whether the model that runs in this thread is to return contiguous images."""
+
+    contiguous = False
+
+
+_wanted = _Wanted()
+
+
+class _Last(FusedModule):
+    """Mixed into the class of a model's last convolution.
+
+    Its scores are laid out as the model's output is to be before they are enlarged, when they are few.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return y.contiguous() if _wanted.contiguous and type(y) is Tensor and y.dim() == 4 else y
 
 
 class _OnATen(FusedModule):
@@ -75,10 +101,25 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     _mix(_Whole, model)
 
 
-def keep_contiguous(model: nn.Module) -> None:
-    """Let the images that `model` returns be contiguous where those given are, in eval without gradients."""
+def keep_contiguous(model: nn.Module, last: nn.Module | None = None) -> None:
+    """Let the images that `model` returns be contiguous where those given are.
+
+    `last` is its last convolution, if that is known and not the model itself.
+    """
     vars(model)[_CONTIGUOUS] = True
     _mix(_Whole, model)
+    if last is not None and last is not model:
+        lay_out_scores(last)
+
+
+def lay_out_scores(last: nn.Module) -> None:
+    """Let a model's last convolution return what `keep_contiguous` asks of the model."""
+    _mix(_Last, last)
+
+
+def lays_out_scores(module: nn.Module) -> bool:
+    """Whether `lay_out_scores` was called for it."""
+    return isinstance(module, _Last)
 
 
 def compute_on_aten(model: nn.Module) -> None:
@@ -90,9 +131,10 @@ def compute_as_given(model: nn.Module) -> None:
     """Undo all of these."""
     for key in (_DTYPE, _CONTIGUOUS):
         vars(model).pop(key, None)
-    while isinstance(model, _Whole | _OnATen):
-        fused: Any = model
-        fused.__class__ = fused.unfused_class
+    for module in model.modules():
+        while isinstance(module, _Whole | _OnATen | _Last):
+            fused: Any = module
+            fused.__class__ = fused.unfused_class
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -184,8 +184,8 @@ def forget(*modules: nn.Module | None) -> None:
                 del _known[module]
 
 
-class FoldsNorms(Unscriptable, nn.Module):
-    """Computes what its norms were folded into anew after each change of mode, device or dtype."""
+class Remembers(Unscriptable, nn.Module):
+    """Computes what it remembers of its weights and norms anew after each change of mode, device or dtype."""
 
     def train(self, mode: bool = True):
         forget(*self.modules())

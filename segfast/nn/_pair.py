@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._choice import fusion_could_help
+from ..ops._aten_only import fusion_could_help
 from ._eager import folds_filters, global_hooks, only_forward
 from ._norm import folded, folded_filter, folds
 from ._ready import Ready, Stage, ready

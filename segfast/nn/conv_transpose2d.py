@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import functional as F
 from ..ops._epilogue import check_activation
+from ._norm import Remembers
 from ._rules import Rule
-from ._scripting import Unscriptable
 
 
-class ConvTranspose2d(Unscriptable, torch.nn.ConvTranspose2d):
+class ConvTranspose2d(Remembers, torch.nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with a fused activation: same constructor, same state_dict, same results.
 
     Args:

@@ -6,19 +6,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._backend import certainly_aten
+from ..ops._aten_only import certainly_aten
 from ..ops._choice import could_choose
 from ..ops._epilogue import check_activation
 from ..ops._operands import pair
 from ._activation import activation_module
 from ._chains import run_layers
-from ._norm import FoldsNorms
+from ._norm import Remembers
 from ._pair import padded
 from ._rules import Rule
-from ._scripting import Unscriptable
 
 
-class Conv2d(Unscriptable, nn.Conv2d):
+class Conv2d(Remembers, nn.Conv2d):
     """`torch.nn.Conv2d` with a fused activation: same constructor, same state_dict, same results.
 
     Args:
@@ -81,7 +80,7 @@ class Conv2d(Unscriptable, nn.Conv2d):
         return extra
 
 
-class ConvBNAct(FoldsNorms, nn.Sequential):
+class ConvBNAct(Remembers, nn.Sequential):
     """Convolution, norm, activation, under torchvision's names for them ("0", "1", "2").
 
     In eval, and in train where there is no norm, one operator computes all of it, batch norm as a scale and a

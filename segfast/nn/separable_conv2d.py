@@ -6,19 +6,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._backend import certainly_aten
+from ..ops._aten_only import certainly_aten
 from ..ops._choice import could_choose
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
 from ._eager import only_forward
-from ._norm import FoldsNorms
+from ._norm import Remembers
 from ._pair import Pair, check_channels, padded, pays
 from ._rules import Rule
-from ._scripting import Unscriptable
 
 
-class DepthwiseConv2d(Unscriptable, nn.Conv2d):
+class DepthwiseConv2d(Remembers, nn.Conv2d):
     """`torch.nn.Conv2d` with a filter (or several) for each channel, and a fused activation.
 
     The constructor is `torch.nn.Conv2d`'s, with `groups` the input's channels; same state_dict, same results.
@@ -114,7 +113,7 @@ class DepthwiseConv2d(Unscriptable, nn.Conv2d):
         return extra
 
 
-class SeparableConv2d(FoldsNorms):
+class SeparableConv2d(Remembers):
     """Depthwise, then pointwise convolution, with a norm and an activation after each: Xception's layer.
 
     Its children are `conv_dw`, `bn_dw`, `conv_pw` and `bn_pw`, timm's names. In eval, and in train where
@@ -233,7 +232,7 @@ def _activated(x: Tensor, activation: str | None, negative_slope: float, made_by
     return ACTIVATIONS[activation](x, negative_slope)
 
 
-class InvertedResidual(FoldsNorms):
+class InvertedResidual(Remembers):
     """MobileNetV2's block: expand by a 1x1 convolution, convolve each channel, project; add the input.
 
     The input is added where it has the output's shape. The parameters bear torchvision's names. In eval the

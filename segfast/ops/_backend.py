@@ -4,8 +4,6 @@ Decided in Python, before any operator.
 """
 
 import contextlib
-import functools
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -77,9 +75,9 @@ class backend:
     `torch.nn.DataParallel` starts and autograd's among them; in another thread, for that thread alone.
 
     Args:
-        name: "auto" (a kernel of ours where it is proven on this GPU and measured faster, on a CPU what was
-            measured to be the fastest; else ATen), "triton" (our kernels or an error), or "aten" (cuDNN on a
-            GPU, oneDNN on a CPU).
+        name: "auto" (what was measured to be the fastest on this machine, of our kernels only what is
+            proven; where nothing was measured ATen), "triton" (our kernels or an error), or "aten" (cuDNN on
+            a GPU, oneDNN on a CPU).
 
     Raises:
         ValueError: another name.
@@ -131,18 +129,20 @@ def is_noting() -> bool:
 # A predicate's reason where nothing is to be computed: by whatever name, ATen's is the right empty result.
 EMPTY = "a tensor is empty"
 
+# What was last chosen for an operation, and what each candidate took, while somebody asks for reasons.
+MEASURED: dict[str, str] = {}
+
 # Operations whose kernels could not be compiled or launched in this process, and the kernel's error.
 FAILED: dict[str, str] = {}
 
 
 def use_triton(
-    operation: str, reason_not: Callable[..., str | None], *args: Any, because: str = "proven, faster"
+    operation: str, reason_not: Callable[..., str | None], *args: Any, because: str = "measured faster"
 ) -> bool:
     """Whether `operation` runs our kernels for these arguments.
 
-    `reason_not(*args)` is the family's predicate: None, or why its kernels cannot serve the call. Under
-    "auto" a kernel must moreover be proven on this GPU and measured faster (the predicate's caller passes
-    that in `args`); `because` says in the decision what it was.
+    `reason_not(backend, *args)` is the family's predicate: None, or why its kernels do not serve the call:
+    they cannot, or something else was chosen. `because` says in the decision why they do, if no figures do.
 
     Raises:
         NotImplementedError: "triton" was asked for by name and the kernels cannot serve the call.
@@ -164,22 +164,18 @@ def _decided(operation: str, chosen: str, reason: str, answer: bool) -> bool:
     if noted is not None:
         if operation in FAILED and chosen == "triton" != get_backend():
             chosen, reason = "aten", FAILED[operation]
+        elif chosen == "triton" != get_backend():
+            reason = MEASURED.get(operation, reason)
         noted.append(Decision(operation, chosen, reason))
     return answer
 
 
-def add_reason(reason: str) -> None:
-    """Add to the last decision's reason why ATen is called as it is, unless that was the reason already."""
-    noted = _noted()
-    if noted and reason.partition(" was ")[0] not in noted[-1].reason:
-        noted[-1] = noted[-1]._replace(reason=f"{noted[-1].reason}; {reason}")
-
-
 def change_decision(chosen: str, reason: str) -> None:
-    """Say of the last decision that `chosen` runs instead, and why."""
+    """Say of the last decision that `chosen` runs instead, and why if its reason does not say so."""
     noted = _noted()
     if noted:
-        noted[-1] = noted[-1]._replace(backend=chosen, reason=f"{noted[-1].reason}; {reason}")
+        reasons = [each for each in (noted[-1].reason, reason) if each]
+        noted[-1] = noted[-1]._replace(backend=chosen, reason="; ".join(reasons))
 
 
 def add_decision(operation: str, chosen: str, reason: str) -> None:
@@ -241,37 +237,6 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _gpu_reasons: dict[int | None, str | None] = {}
 
 
-def certainly_aten(input: Tensor) -> bool:
-    """Whether a call on `input` is ATen's whatever its sizes, and nobody asks why: a CPU's usual case."""
-    if get_backend() == "triton" or _noted() is not None:
-        return False
-    return not _INTERPRETING if input.is_cpu else input.is_cuda and not fusion_could_help(input)
-
-
-def fusion_could_help(input: Tensor) -> bool:
-    """Whether one of our kernels, or of cuDNN's fused calls, could run on `input`.
-
-    Elsewhere layers put together are the same passes over the images, and Python's time besides.
-    """
-    if not input.is_cuda:
-        return input.is_cpu and _INTERPRETING
-    choice = get_backend()
-    return choice == "triton" or (choice == "auto" and _is_anything_known(_index(input.device)))
-
-
-def _is_anything_known(index: int) -> bool:
-    """True if anything was proven or measured on this GPU."""
-    return _anything_known(index)
-
-
-@functools.cache
-def _anything_known(index: int) -> bool:
-    from segfast.kernels import _configs
-
-    arch, slug = _here(index)
-    return bool(_configs.proven_entries(arch) or _configs.tables(slug, arch))
-
-
 def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None = None) -> str | None:
     """What every family asks of a tensor for its kernels: device, architecture, dtype (or autocast's)."""
     dtype = autocast or input.dtype
@@ -292,6 +257,11 @@ def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None =
     return None
 
 
+def too_old(device: torch.device) -> bool:
+    """Whether the kernels cannot run on this GPU."""
+    return _gpu_reason_not(device.index) is not None
+
+
 def _gpu_reason_not(index: int | None) -> str | None:
     if index not in _gpu_reasons:
         old = torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
@@ -299,174 +269,6 @@ def _gpu_reason_not(index: int | None) -> str | None:
     return _gpu_reasons[index]
 
 
-# What a measured row may time beside our kernel, and what it is called. The plain convolution and passes over
-# its result, and cuDNN's calls that take the epilogue along.
-_RIVALS = {"aten": "ATen", "cudnn_relu": "cuDNN's fused call", "cudnn_graph": "a cuDNN graph"}
-Geometry = tuple[tuple[int, int], ...]
-
-
-def measured_reason_not(
-    operations: tuple[str, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    channels_in: int,
-    channels_out: int,
-    taps: int,
-    groups: int,
-    pixels: int,
-    geometry: Geometry | None = None,
-    fused: bool = False,
-    rivals: tuple[str, ...] = (),
-) -> str | None:
-    """Why "auto" keeps ATen for these operations: not proven here, not measured, or measured slower.
-
-    `geometry` is (stride, dilation, kernel) for operations whose tables tell those apart, `fused` whether an
-    epilogue follows, for those that tell that. `rivals` are what could serve the call beside ATen's plain
-    convolution: our kernel must have been faster than each that was measured.
-    """
-    if torch.compiler.is_compiling():
-        pixels = -1  # may be symbolic: decide for all image sizes at once
-    sizes = (dtype, _index(device), channels_in, channels_out, taps, groups, geometry, fused)
-    return _measured_reason_not(operations, sizes, pixels, rivals)
-
-
-def measured_rival(
-    operation: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    channels_in: int,
-    channels_out: int,
-    taps: int,
-    groups: int,
-    pixels: int,
-    geometry: Geometry | None,
-    fused: bool,
-    rivals: tuple[str, ...],
-) -> tuple[str, str] | None:
-    """Which of `rivals` was measured faster than plain ATen and each other, and that in words; or None.
-
-    For a shape that was not measured, the one that was faster on nearly all that were.
-    """
-    sizes = (dtype, _index(device), channels_in, channels_out, taps, groups, geometry, fused)
-    return _rival(operation, sizes, pixels.bit_length() - 1, rivals)
-
-
-def _index(device: torch.device) -> int:
-    return -1 if device.index is None else device.index
-
-
-def _here(index: int) -> tuple[str, str]:
-    """Architecture and name of a GPU."""
-    from segfast.kernels import _device
-
-    device = torch.device("cuda", index) if index >= 0 else torch.device("cuda")
-    return _device.architecture(device), _device.gpu_slug(device)
-
-
-def _row(operation: str, sizes: tuple, log2_pixels: int, arch: str, slug: str) -> dict | None:
-    """The measured row of an operation; of the size least favourable to our kernel if `log2_pixels` is -1."""
-    from segfast.kernels import _configs
-
-    dtype, _, channels_in, channels_out, taps, groups, geometry, fused = sizes
-    variant = "" if geometry is None else _configs.geometry_variant(*geometry)
-    variant += "-fused" if fused and operation.endswith("_forward") else ""
-    stem = _configs.stem(channels_in, channels_out, taps, groups, dtype, variant)
-    row = _configs.measured(operation, f"{stem}{log2_pixels if log2_pixels >= 0 else ''}", slug, arch)
-    # A kernel's row that was timed as part of another family's operation has tiles, but no say here.
-    return None if row is None or "timed_as" in row else row
-
-
-def _fastest(row: dict, rivals: tuple[str, ...]) -> tuple[str, float]:
-    """The fastest measured one of ATen and `rivals`, and its microseconds."""
-    times = {name: row[f"{name}_us"] for name in ("aten", *rivals) if f"{name}_us" in row}
-    return min(times.items(), key=lambda item: item[1])
-
-
-@functools.lru_cache(maxsize=4096)
-def _look_up(
-    operations: tuple[str, ...], sizes: tuple, log2_pixels: int, rivals: tuple[str, ...]
-) -> str | None:
-    from segfast.kernels import _configs
-
-    arch, slug = _here(sizes[1])
-    name = str(sizes[0]).removeprefix("torch.")
-    for operation in operations:
-        if f"{operation}.{name}" not in _configs.proven_entries(arch):
-            return f"{operation} in {name} is not proven on this GPU ({arch})"
-    ours = theirs = 0.0
-    fastest = "aten"
-    for operation in operations:
-        row = _row(operation, sizes, log2_pixels, arch, slug)
-        if row is None:
-            return f"{operation} was not measured for this shape on this GPU"
-        ours += row["us"]
-        found, us = _fastest(row, rivals)
-        theirs += us
-        fastest = found if found != "aten" else fastest
-    if ours >= theirs:
-        return f"{_RIVALS[fastest]} was measured faster ({theirs:.0f} against {ours:.0f} us)"
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _rival(operation: str, sizes: tuple, log2_pixels: int, rivals: tuple[str, ...]) -> tuple[str, str] | None:
-    here = _here(sizes[1])
-    row = _row(operation, sizes, log2_pixels, *here)
-    if row is None:
-        return _usual_rival(operation, sizes, rivals, *here)
-    name, us = _fastest(row, rivals)
-    words = f"{_RIVALS[name]} was measured faster than plain ATen ({us:.0f} against {row['aten_us']:.0f} us)"
-    return None if name == "aten" else (name, words)
-
-
-# For a shape that was not measured: of how many others a rival must have been measured, and on what share of
-# them it must have been no slower than ATen, a little noise aside.
-_MANY, _NEARLY_ALL, _NOISE = 20, 0.99, 1.03
-
-
-def _usual_rival(
-    operation: str, sizes: tuple, rivals: tuple[str, ...], arch: str, slug: str
-) -> tuple[str, str] | None:
-    """The rival that was faster than ATen on nearly all shapes measured in this dtype, fused or bare."""
-    from segfast.kernels import _configs
-
-    dtype, _, _, _, _, groups, _, fused = sizes
-    ending = f"{'-fused' if fused else ''}-{str(dtype).removeprefix('torch.')}"
-    alike = []
-    for bucket, row in _configs.rows_of(operation, slug, arch):
-        stem = bucket.rpartition("-p")[0]
-        if f"-g{groups}-" in stem and stem.endswith(ending) and ("-fused" in stem) == fused:
-            alike.append(row)
-    best, gain = None, 0.0
-    for name in rivals:
-        ratios = [row["aten_us"] / row[f"{name}_us"] for row in alike if f"{name}_us" in row]
-        sound = [ratio for ratio in ratios if ratio * _NOISE >= 1]
-        if len(ratios) < _MANY or len(sound) < _NEARLY_ALL * len(ratios):
-            continue
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        if mean > max(gain, _NOISE):
-            words = f"{_RIVALS[name]} was measured faster than plain ATen on {len(ratios)} shapes like it"
-            best, gain = (name, words), mean
-    return best
-
-
-def _measured_reason_not(operations, sizes, pixels, rivals):
-    log2_pixels = pixels.bit_length() - 1 if pixels >= 0 else -1
-    return _look_up(operations, sizes, log2_pixels, rivals)
-
-
-# torch.compile calls these while tracing and keeps the answers (`torch.compiler.assume_constant_result`,
-# without its import). Under a `functools` cache the mark is not seen: Dynamo traces what is behind it.
-_is_anything_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_measured_reason_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# torch.compile calls it while tracing and keeps the answer (`torch.compiler.assume_constant_result`, without
+# its import). Under a `functools` cache the mark is not seen: Dynamo traces what is behind it.
 _gpu_reason_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def forget_decisions() -> None:
-    """Read proofs and tables anew at the next call."""
-    from segfast.kernels import _configs
-
-    _look_up.cache_clear()
-    _anything_known.cache_clear()
-    _rival.cache_clear()
-    _configs.forget_tables()

@@ -1,24 +1,24 @@
 """Which implementation runs a call: the fastest of those verified and timed on this machine for its shape.
 
-A `Call` says all that a choice may depend on, a `Candidate` is one implementation, a `Choice` the one that
-won and what each took. Choices are remembered in the user's cache, one file a machine and set of versions.
+A `Choice` names the one that won and what each took. Choices are remembered in the user's cache, one file a
+machine and set of versions.
 """
 
 import contextlib
 import math
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _backend
 from ._backend import get_backend
-from ._geometry import output_size
-from ._operands import Pair
+from ._call import CANDIDATES, AnyCall, Call
 from ._registry import is_traced
+from ._remembered import forget, forget_all, remembered
 
 ATEN = "aten"
 # Instead of a candidate: a call that is only listed need not be computed.
@@ -27,73 +27,16 @@ ZEROS = "zeros"
 FARTHEST = 4.0
 
 
-class Call(NamedTuple):
-    """What a choice may depend on; `input` and `weight` are shapes, `dtype` what is computed in."""
-
-    operation: str
-    dtype: torch.dtype
-    channels_last: bool
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: Pair
-    padding: Pair
-    output_padding: Pair
-    dilation: Pair
-    groups: int
-    bias: bool
-    residual: bool
-    activation: str | None
-    threads: int
-
-    @property
-    def pixels(self) -> int:
-        """Of all images of the batch."""
-        return self.input[0] * self.input[2] * self.input[3]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it is a transposed convolution."""
-        return self.operation == "conv_transpose2d"
-
-    def output(self) -> tuple[int, ...]:
-        """The shape of the result."""
-        batch, _, height, width = self.input
-        kernel = self.weight[2:]
-        if not self.transposed:
-            size = output_size(height, width, kernel, self.stride, self.padding, self.dilation)
-            return (batch, self.weight[0], *size)
-        sizes = [
-            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
-            for n, s, p, d, k, o in zip(
-                (height, width), self.stride, self.padding, self.dilation, kernel, self.output_padding,
-                strict=True,
-            )
-        ]  # fmt: skip
-        return (batch, self.weight[1] * self.groups, *sizes)
-
-    def multiplications(self) -> int:
-        """How many a direct computation takes."""
-        pixels = self.pixels if self.transposed else math.prod((self.input[0], *self.output()[2:]))
-        return math.prod(self.weight) * pixels
-
-    def __str__(self) -> str:
-        shape = "x".join(map(str, self.weight[2:]))
-        out = self.output()
-        parts = [f"{self.operation} {shape}, {self.input[1]} to {out[1]} channels, {out[2]}x{out[3]} pixels"]
-        parts += [f"{self.input[0]} images"] if self.input[0] > 1 else []
-        for name, value, usual in (("stride", self.stride, 1), ("dilation", self.dilation, 1)):
-            parts += [] if value == (usual, usual) else [f"{name} {value[0]}"]
-        parts += [f"{self.groups} groups"] if self.groups > 1 else []
-        parts += ["residual"] if self.residual else []
-        parts += [self.activation] if self.activation else []
-        return ", ".join([*parts, str(self.dtype).removeprefix("torch.")])
-
-
 class Choice(NamedTuple):
-    """The candidate that runs a call, and the microseconds of each that was right (the lower quartile)."""
+    """The candidate that runs a call, and the microseconds of each that was right (the lower quartile).
+
+    `configs` are the tile sizes that the kernels of ours were fastest with: (operation, bucket, the fields of
+    a `segfast.kernels.Config`).
+    """
 
     name: str
     us: dict[str, float]
+    configs: tuple[tuple[str, str, tuple[Any, ...]], ...] = ()
 
     def __str__(self) -> str:
         if len(self.us) < 2:
@@ -102,40 +45,23 @@ class Choice(NamedTuple):
         return f"{self.name}: {self.us[self.name]:.0f} us ({', '.join(others)})"
 
 
-class Candidate(NamedTuple):
-    """One implementation of an operation.
-
-    `serves(call)` says whether it can run a call; `prepare(weight, call)` returns what it wants instead of
-    the weight, which is kept while the weight stands; `run(call, input, prepared, bias, residual,
-    negative_slope)` computes.
-    """
-
-    serves: Callable[[Call], bool]
-    prepare: Callable[[Tensor, Call], Any]
-    run: Callable[..., Tensor]
-
-
-# By operation and name, in the order of preference while nothing is measured. ATen is always one.
-CANDIDATES: dict[str, dict[str, Candidate]] = {}
-
-
 class Choices:
     """All choices of one machine, and the nearest one of shapes that were not measured."""
 
     def __init__(self) -> None:
-        self.measured: dict[Call, Choice] = {}
-        self._near: dict[Call, Choice | None] = {}
-        self._sizes: dict[Call, list[Call]] = {}
+        self.measured: dict[AnyCall, Choice] = {}
+        self._near: dict[AnyCall, Choice | None] = {}
+        self._sizes: dict[AnyCall, list[AnyCall]] = {}
 
-    def add(self, call: Call, choice: Choice) -> None:
+    def add(self, call: AnyCall, choice: Choice) -> None:
         """Remember `choice` in this process."""
         if call not in self.measured:
-            self._sizes.setdefault(_of_any_size(call), []).append(call)
+            self._sizes.setdefault(call.of_any_size(), []).append(call)
         self.measured[call] = choice
         self._near.clear()
         _renew()
 
-    def find(self, call: Call) -> Choice | None:
+    def find(self, call: AnyCall) -> Choice | None:
         """The choice of a call, or of the measured one with the nearest number of pixels."""
         choice = self.measured.get(call)
         if choice is not None:
@@ -146,22 +72,19 @@ class Choices:
             self._near[call] = self._nearest(call)
         return self._near[call]
 
-    def _nearest(self, call: Call) -> Choice | None:
-        known = self._sizes.get(_of_any_size(call), [])
-        if not known or min(call.input) < 1 or min(call.output()) < 1:
+    def _nearest(self, call: AnyCall) -> Choice | None:
+        known = self._sizes.get(call.of_any_size(), [])
+        if not known or call.pixels < 1:
             return None
 
-        def distance(other: Call) -> float:
-            return abs(math.log(other.pixels / call.pixels))
-
-        nearest = min(known, key=distance)
+        nearest = min(known, key=call.distance)
         choice = self.measured[nearest]
-        near = distance(nearest) <= math.log(FARTHEST)
-        return choice if near and CANDIDATES[call.operation][choice.name].serves(call) else None
+        near = call.distance(nearest) <= math.log(FARTHEST)
+        return choice if near and call.can_run(choice.name) else None
 
-
-def _of_any_size(call: Call) -> Call:
-    return call._replace(input=(0, call.input[1], 0, 0))
+    def of_any_size(self, call: AnyCall) -> list[Choice]:
+        """The choices of every measured size of a call without one."""
+        return [self.measured[each] for each in self._sizes.get(call, [])]
 
 
 class Collected:
@@ -173,17 +96,19 @@ class Collected:
 
     def __init__(self, origins: dict[int, int], zeros: bool = False) -> None:
         self.zeros = zeros
-        self.counts: dict[Call, int] = {}
-        self._weights: list[tuple[Call, int]] = []
+        # Families of kernels, and dtypes, that run once they are proven: nothing is to be timed.
+        self.unproven: set[tuple[str, torch.dtype]] = set()
+        self.counts: dict[AnyCall, int] = {}
+        self._weights: list[tuple[AnyCall, int]] = []
         self._origins = origins
 
-    def add(self, call: Call, weight: Tensor) -> None:
+    def add(self, call: AnyCall, *weights: Tensor) -> None:
         self.counts[call] = self.counts.get(call, 0) + 1
-        self._weights.append((call, id(weight)))
+        self._weights += [(call, id(weight)) for weight in weights]
 
-    def by_weight(self) -> dict[int, list[Call]]:
+    def by_weight(self) -> dict[int, list[AnyCall]]:
         """The calls with each weight."""
-        found: dict[int, list[Call]] = {}
+        found: dict[int, list[AnyCall]] = {}
         for call, weight in self._weights:
             found.setdefault(self._origins.get(weight, weight), []).append(call)
         return found
@@ -195,6 +120,21 @@ _generation = 0
 _collected: Collected | None = None
 _measures_unseen = os.environ.get("SEGFAST_AUTOTUNE", "0") == "1"
 PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def collected() -> "Collected | None":
+    """Where calls are listed, if somebody listens."""
+    return _collected
+
+
+def measures_unseen() -> bool:
+    """Whether `autotune` asks for calls never seen to be measured."""
+    return _measures_unseen
+
+
+def is_listening() -> bool:
+    """Whether a call without a choice is to be collected or measured."""
+    return _collected is not None or _measures_unseen
 
 
 def choices() -> Choices:
@@ -225,12 +165,12 @@ def forget_choices() -> None:
     global _choices
     _choices = None
     _renew()
-    _prepared.clear()
+    forget_all()
 
 
 def are_there_choices() -> bool:
     """Whether a call could run anything but ATen on a CPU."""
-    return _collected is not None or _measures_unseen or bool(choices().measured)
+    return is_listening() or bool(choices().measured)
 
 
 @contextlib.contextmanager
@@ -252,8 +192,9 @@ def collect(zeros: bool = False) -> Iterator[Collected]:
 def autotune() -> Iterator[None]:
     """Measure each call of a shape never seen on the spot, as `torch.backends.cudnn.benchmark` does.
 
-    Without gradients, on a CPU, and nowhere while a graph is captured or compiled. What was measured is
-    remembered in the user's cache. `SEGFAST_AUTOTUNE=1` does the same for a whole program.
+    On a CPU without gradients, on a GPU with them too, and nowhere while a graph is captured or compiled.
+    What was measured is remembered in the user's cache. `SEGFAST_AUTOTUNE=1` does the same for a whole
+    program.
 
     Example:
         >>> import torch, segfast
@@ -267,6 +208,17 @@ def autotune() -> Iterator[None]:
         yield
     finally:
         _measures_unseen = previous
+        if not previous:
+            for finish in _when_tuned:
+                finish()
+
+
+_when_tuned: list[Callable[[], None]] = []
+
+
+def when_tuned(finish: Callable[[], None]) -> None:
+    """Call `finish` at the end of each `autotune`."""
+    _when_tuned.append(finish)
 
 
 def could_choose(input: Tensor) -> bool:
@@ -274,14 +226,6 @@ def could_choose(input: Tensor) -> bool:
     if torch.compiler.is_compiling() or not input.is_cpu or torch.is_grad_enabled():
         return False
     return get_backend() == "auto" and are_there_choices()
-
-
-def fusion_could_help(input: Tensor) -> bool:
-    """Whether something could run on `input` that computes a convolution and what follows it in one pass.
-
-    Elsewhere layers put together are the same passes over the images, and Python's time besides.
-    """
-    return _backend.fusion_could_help(input) or could_choose(input)
 
 
 def can_choose(input: Tensor, *others: Tensor | None) -> bool:
@@ -337,34 +281,8 @@ def _is_valid(call: Call) -> bool:
     )
 
 
-class _Prepared:
-    """What candidates made of a weight, by candidate and geometry, as long as it stands unchanged."""
-
-    __slots__ = ("address", "kept", "ref", "version")
-
-    def __init__(self, weight: Tensor, ref: "weakref.ref[Tensor]"):
-        self.ref, self.kept = ref, dict[Any, Any]()
-        self.version, self.address = _version(weight), weight.data_ptr()
-
-    def describes(self, weight: Tensor) -> bool:
-        return self.ref() is weight and self.version == _version(weight) and self.address == weight.data_ptr()
-
-
-_prepared: dict[int, _Prepared] = {}
-
-
 def prepared(weight: Tensor, call: Call, name: str) -> Any:
-    """What the candidate `name` wants instead of `weight`, remembered until that is written to or goes.
-
-    A write through `.data` leaves no trace in torch: `forget_prepared` is for those.
-    """
-    key = id(weight)
-    entry = _prepared.get(key)
-    if entry is None or not entry.describes(weight):
-        ref = weakref.ref(weight, lambda _: _prepared.pop(key, None))
-        entry = _Prepared(weight, ref)
-        if not weight.is_inference():  # its writes cannot be seen
-            _prepared[key] = entry
+    """What the candidate `name` wants instead of `weight`, remembered until that is written to or goes."""
     kind = (
         name,
         call.operation,
@@ -375,20 +293,18 @@ def prepared(weight: Tensor, call: Call, name: str) -> Any:
         call.output_padding,
         call.groups,
     )
-    found = entry.kept.get(kind)
-    if found is None:
-        with torch.inference_mode(False), torch.no_grad():
-            found = CANDIDATES[call.operation][name].prepare(weight.detach(), call)
-        entry.kept[kind] = found
-    return found
+    return remembered(weight, kind, lambda w: CANDIDATES[call.operation][name].prepare(w, call))
 
 
 def forget_prepared(*weights: Tensor | None) -> None:
     """Prepare each of these anew at its next call."""
-    for weight in weights:
-        _prepared.pop(id(weight), None)
+    forget(*weights)
     _renew()
 
 
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
+def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # A fused optimizer writes without counting the version up.
+    forget_prepared(*[p for group in optimizer.param_groups for p in group["params"]])
+
+
+register_optimizer_step_post_hook(_forget_stepped)

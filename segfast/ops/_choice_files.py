@@ -1,7 +1,8 @@
-"""Choices on disk: a JSON file a machine and set of versions, in the user's cache.
+"""Choices on disk: a JSON file a machine and set of versions, in the user's cache or brought by the package.
 
-A file is {"machine": {...}, "choices": [{"operation": ..., "input": [...], ..., "choice": name, "us":
-{name: microseconds}}]}. It is written whole and renamed; processes that write at once take turns.
+A file is a list of {"machine": {...}, "choices": [{"operation": ..., "choice": name, "us": {name:
+microseconds}}]}; those in the cache have one. It is written whole and renamed; processes that write at once
+take turns.
 """
 
 import contextlib
@@ -12,17 +13,22 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._files import temporary_beside
-from ._choice import CANDIDATES, Call, Choice, choices
+from . import _gpu
+from ._call import CANDIDATES, AnyCall, Call
+from ._choice import Choice, choices
+from ._gpu_call import GPU_OPERATIONS, GpuCall
+from ._operands import load_kernels
 
-Table = Mapping[Call, Choice]
+Table = Mapping[AnyCall, Choice]
 _PAIRS = ("stride", "padding", "output_padding", "dilation")
+_BROUGHT = Path(__file__).parent.parent / "measured"
 
 
 def cache_folder() -> Path:
@@ -30,6 +36,11 @@ def cache_folder() -> Path:
     if "SEGFAST_CACHE" in os.environ:
         return Path(os.environ["SEGFAST_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "segfast"
+
+
+def measured_folders() -> tuple[Path, Path]:
+    """Where choices and proofs are looked up: what the package brings, then the user's, which prevails."""
+    return _BROUGHT, cache_folder() / "choices"
 
 
 @functools.cache
@@ -55,10 +66,8 @@ def _cpu_model() -> str:
 
 
 def _source_digest() -> str:
-    """Of the candidates' own code."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in (
+    """Of the candidates' own code on a CPU."""
+    return _digest(
         "_conv2d_aten.py",
         "_cpu.py",
         "_dilated_taps.py",
@@ -66,25 +75,68 @@ def _source_digest() -> str:
         "_onednn.py",
         "_winograd.py",
         "_winograd_scratch.py",
-    ):
+    )
+
+
+def _digest(*names: str) -> str:
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in names:
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def path() -> Path:
-    """This machine's file."""
-    here = machine()
-    slug = re.sub(r"[^a-z0-9]+", "-", here["cpu"].lower()).strip("-")[:40]
+def gpu_machine(gpu: str) -> dict[str, str]:
+    """The same for a GPU of this name that is at hand."""
+    import triton
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    device = next(device for device in devices if load_kernels().gpu_slug(device) == gpu)
+    return {
+        "gpu": gpu,
+        "architecture": load_kernels().architecture(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "source": f"{load_kernels().whole_digest()}-{_digest('_cudnn.py', '_cudnn_graph.py')}",
+    }
+
+
+def file_name(here: Mapping[str, str]) -> str:
+    """The name of a machine's file."""
+    name = here.get("gpu") or here["cpu"]
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
     digest = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_folder() / "choices" / f"{slug}-{digest}.json"
+    return f"{slug}-{digest}.json"
 
 
-def read(file: Path | None = None) -> dict[Call, Choice]:
-    """The choices in `file`, by default this machine's; none where it is missing; a warning if broken."""
-    file = file or path()
+def path(here: Mapping[str, str] | None = None) -> Path:
+    """A machine's file in the user's cache; this CPU's by default."""
+    return measured_folders()[-1] / file_name(machine() if here is None else here)
+
+
+def read(here: Mapping[str, str] | None = None) -> dict[AnyCall, Choice]:
+    """The choices of a machine, by default of this CPU; a file that is broken is a warning."""
+    here = machine() if here is None else here
+    found: dict[AnyCall, Choice] = {}
+    for folder in measured_folders():
+        found |= _read(folder / file_name(here), here)
+    return found
+
+
+def read_gpu(gpu: str) -> dict[GpuCall, Choice]:
+    """The choices of GPUs of this name."""
+    return {call: choice for call, choice in read(gpu_machine(gpu)).items() if isinstance(call, GpuCall)}
+
+
+def _read(file: Path, here: Mapping[str, str]) -> dict[AnyCall, Choice]:
     try:
-        found = json.loads(file.read_text())
-        return dict(_parsed(row) for row in found["choices"])
+        return {
+            call: choice
+            for part in _parts(file)
+            if part["machine"] == here
+            for call, choice in (parsed(row, here) for row in part["choices"])
+        }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,15 +144,31 @@ def read(file: Path | None = None) -> dict[Call, Choice]:
         return {}
 
 
+def _parts(file: Path) -> list:
+    parts = json.loads(file.read_text())
+    if not isinstance(parts, list):
+        raise ValueError("it is no list")
+    return parts
+
+
 def write(found: Table) -> None:
-    """Add `found` to this machine's file. A cache that cannot be written is a warning, once."""
-    file = path()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(file):
-            replace(file, {**read(file), **found})
-    except OSError as error:
-        _warn_once(f"segfast: {file} cannot be written ({error}); what was measured is forgotten at exit")
+    """Add `found` to its machines' files. A cache that cannot be written is a warning, once."""
+    for here, part in by_machine(found):
+        file = path(here)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with in_turn(file):
+                replace(file, [(here, {**_read(file, here), **part})])
+        except OSError as error:
+            _warn_once(f"segfast: {file} cannot be written ({error}); what was measured is forgotten at exit")
+
+
+def by_machine(found: Table) -> list[tuple[dict[str, str], Table]]:
+    """`found` apart by what it holds for: this CPU, and each GPU."""
+    parts: dict[str, dict[AnyCall, Choice]] = {}
+    for call, choice in found.items():
+        parts.setdefault(call.gpu if isinstance(call, GpuCall) else "", {})[call] = choice
+    return [(gpu_machine(gpu) if gpu else machine(), part) for gpu, part in parts.items()]
 
 
 @functools.cache
@@ -109,7 +177,7 @@ def _warn_once(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _turn(file: Path) -> Iterator[None]:
+def in_turn(file: Path) -> Iterator[None]:
     """While this runs no other process writes `file`."""
     try:
         import fcntl
@@ -121,23 +189,30 @@ def _turn(file: Path) -> Iterator[None]:
         yield
 
 
-def replace(file: Path, found: Table) -> None:
+def replace(file: Path, parts: Sequence[tuple[Mapping[str, str], Table]]) -> None:
     """Write `file` whole to another name and rename it."""
-    rows = [_row(call, choice) for call, choice in found.items()]
-    text = json.dumps({"machine": machine(), "choices": rows}, indent=1)
+    content = [choices_row(here, found) for here, found in parts]
     with temporary_beside(file) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(json.dumps(content, indent=1, default=plain))
+
+
+def choices_row(here: Mapping[str, str], found: Table) -> dict[str, Any]:
+    """A machine's choices as JSON has them."""
+    rows = [{**call_row(call), **choice_row(choice)} for call, choice in found.items()]
+    return {"machine": dict(here), "choices": rows}
 
 
 def save_choices(file: str | os.PathLike) -> int:
-    """Write all choices of this machine to `file`, to be shipped with a model; returns how many.
+    """Write all choices of this machine, its CPU's and its GPUs', to `file`, to be shipped with a model.
+
+    Returns how many.
 
     Raises:
         OSError: `file` cannot be written.
     """
+    _read_gpus()
     found = choices().measured
-    file = Path(file)
-    replace(file.absolute(), found)
+    replace(Path(file).absolute(), by_machine(found))
     return len(found)
 
 
@@ -151,33 +226,99 @@ def load_choices(file: str | os.PathLike) -> int:
         ValueError: it is not one of `save_choices`.
     """
     file = Path(file)
+    here = {name: each for each in _machines() for name in [file_name(each)]}
+    taken: dict[AnyCall, Choice] = {}
     try:
-        content = json.loads(file.read_text())
-        of = content["machine"]
-        rows = dict(_parsed(row) for row in content["choices"])
+        parts = _parts(file)
+        for part in parts:
+            if part["machine"] in here.values():
+                taken |= dict(parsed(row, part["machine"]) for row in part["choices"])
+        machines = [part["machine"] for part in parts]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a file of segfast.save_choices ({error})") from error
-    if of != machine():
-        differing = [key for key, value in machine().items() if of.get(key) != value]
+    if not taken and machines:
+        nearest = next((each for each in here.values() if each.keys() == machines[0].keys()), machine())
+        differing = [key for key, value in nearest.items() if machines[0].get(key) != value]
         warnings.warn(f"segfast: {file} is of another machine ({', '.join(differing)} differ)", stacklevel=2)
         return 0
-    for call, choice in rows.items():
+    for call, choice in taken.items():
+        remember(call, choice)
+    write(taken)
+    return len(taken)
+
+
+def remember(call: AnyCall, choice: Choice) -> None:
+    """Have `call` run what was chosen, in this process."""
+    if isinstance(call, GpuCall):
+        _gpu.keep(call, choice)
+    else:
         choices().add(call, choice)
-    write(rows)
-    return len(rows)
 
 
-def _row(call: Call, choice: Choice) -> dict[str, Any]:
+def _machines() -> list[dict[str, str]]:
+    """This CPU, and each kind of GPU there is."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = dict.fromkeys(_gpu.gpu_name(index) for index in range(count))
+    return [machine(), *map(gpu_machine, gpus)]
+
+
+def _read_gpus() -> None:
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        _gpu.can_choose(index)
+
+
+def call_row(call: Any) -> dict[str, Any]:
+    """A call as JSON has it; a GPU's name is left to the machine."""
     row = {**call._asdict(), "dtype": str(call.dtype).removeprefix("torch.")}
-    return {**row, "choice": choice.name, "us": {name: round(us, 2) for name, us in choice.us.items()}}
+    row.pop("gpu", None)
+    return row
 
 
-def _parsed(row: dict[str, Any]) -> tuple[Call, Choice]:
-    row = dict(row)
-    choice = Choice(str(row.pop("choice")), {str(k): float(v) for k, v in row.pop("us").items()})
-    for name in ("input", "weight", *_PAIRS):
-        row[name] = tuple(map(int, row[name]))
+def choice_row(choice: Choice) -> dict[str, Any]:
+    """A choice as JSON has it."""
+    row = {"choice": choice.name, "us": {name: round(us, 2) for name, us in choice.us.items()}}
+    return {**row, "configs": choice.configs} if choice.configs else row
+
+
+def parsed_call(row: Mapping[str, Any], gpu: str | None) -> AnyCall:
+    """The call of `call_row`, on a GPU of this name or on a CPU. ValueError or the like if it is none."""
     dtype = getattr(torch, row["dtype"])
-    if not isinstance(dtype, torch.dtype) or choice.name not in CANDIDATES[row["operation"]]:
-        raise ValueError(f"unknown dtype or choice: {row['dtype']}, {choice.name}")
-    return Call(**{**row, "dtype": dtype}), choice
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype: {row['dtype']}")
+    if gpu is None:
+        shapes = {name: tuple(map(int, row[name])) for name in ("input", "weight", *_PAIRS)}
+        return Call(**{**row, **shapes, "dtype": dtype})
+    if row["operation"] not in GPU_OPERATIONS:
+        raise ValueError(f"unknown operation: {row['operation']}")
+    return GpuCall(**{**_tuples(row), "dtype": dtype, "gpu": gpu})
+
+
+def parsed_choice(row: Mapping[str, Any]) -> Choice:
+    """The choice of `choice_row`."""
+    us = {str(name): float(us) for name, us in row["us"].items()}
+    configs = _tuples(row.get("configs", ()))
+    for operation, bucket, fields in configs:
+        load_kernels().Config(*fields), int(bucket.rpartition("-p")[2]), str(operation)
+    return Choice(str(row["choice"]), us, configs)
+
+
+def plain(value: Any) -> int:
+    """A number of another package as JSON has it."""
+    return int(value)
+
+
+def parsed(row: Mapping[str, Any], here: Mapping[str, str]) -> tuple[AnyCall, Choice]:
+    """A call and its choice on such a machine. ValueError or the like if `row` is none of `choices_row`."""
+    choice = parsed_choice(row)
+    about = {name: value for name, value in row.items() if name not in ("choice", "us", "configs")}
+    call = parsed_call(about, here.get("gpu"))
+    if isinstance(call, Call) and choice.name not in CANDIDATES[call.operation]:
+        raise ValueError(f"unknown choice: {choice.name}")
+    return call, choice
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    if isinstance(value, dict):
+        return {key: _tuples(each) for key, each in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from . import _dilated_taps, _matmul, _onednn, _winograd
 from ._backend import change_decision, is_noting
-from ._choice import ATEN, CANDIDATES, PLAIN, ZEROS, Call, Candidate, can_choose, choices, choose, prepared
+from ._call import CANDIDATES, Call, Candidate
+from ._choice import ATEN, PLAIN, ZEROS, can_choose, choices, choose, prepared
 from ._conv2d_aten import conv2d_aten
 from ._epilogue import activate_, apply_epilogue
 from ._operands import Pair

@@ -1,4 +1,4 @@
-"""conv2d by one of cuDNN's calls that take the epilogue along, where one was measured fastest.
+"""conv2d by one of cuDNN's calls that take the epilogue along.
 
 Two are known: ATen's `cudnn_convolution_relu` and `cudnn_convolution_add_relu`, and a graph of cuDNN's, where
 PyPI's `nvidia-cudnn-frontend` is installed. Neither has a gradient.
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from . import _cudnn_graph
-from ._backend import Geometry, add_reason, get_backend, measured_rival, note_taken
+from ._backend import change_decision, is_noting, note_taken
 from ._captured import is_captured, renewed
 from ._geometry import output_size
 from ._operands import Pair
 from ._registry import autocast_dtype, needs_autograd
+from ._remembered import cast
 
-RELU, GRAPH = "cudnn_relu", "cudnn_graph"  # as the measured rows name them
+RELU, GRAPH = "cudnn_relu", "cudnn_graph"
 _MOST_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN takes whole; ATen's plain call cuts larger ones up
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
@@ -33,7 +34,7 @@ def rivals(
     residual: Tensor | None,
     activation: str | None,
 ) -> tuple[str, ...]:
-    """Which of cuDNN's fused calls could serve a conv2d, as the measured rows name them.
+    """Which of cuDNN's fused calls could serve a conv2d.
 
     None where somebody has to see a differentiable or plain operator: a gradient, a transform, a compiler, a
     tracer or a tensor mode.
@@ -65,14 +66,8 @@ def _somebody_listens() -> bool:
     return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _tracing() is not None
 
 
-def has_epilogue(
-    scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None
-) -> bool:
-    """Whether more than a bias follows the convolution: the measured tables tell those calls apart."""
-    return activation is not None or any([t is not None for t in (scale, shift, residual)])
-
-
 def conv2d_cudnn(
+    name: str,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -85,49 +80,33 @@ def conv2d_cudnn(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor | None:
-    """act(scale * (conv(input, weight) + bias) + shift + residual), by the fastest of cuDNN's fused calls.
+    """act(scale * (conv(input, weight) + bias) + shift + residual), by that fused call of cuDNN's.
 
-    None where backend "aten" was asked for, where plain ATen was measured faster or nothing was measured, and
-    for what the calls do not take; whatever is wrong with the arguments, ATen says. Scale and shift reach
+    None for what it does not take; whatever is wrong with the arguments, ATen says. Scale and shift reach
     `cudnn_convolution_relu` folded into filter and bias: computed in fp32, rounded once to the input's dtype,
     as `torch.nn.utils.fuse_conv_bn_weights` leaves them, and remembered beside the filter.
     """
-    found = rivals(input, weight, bias, scale, shift, residual, activation) if get_backend() == "auto" else ()
-    if not found or input.dim() != 4 or weight.dim() != 4:
+    if name not in rivals(input, weight, bias, scale, shift, residual, activation):
+        return None
+    if input.dim() != 4 or weight.dim() != 4:
         return None
     dtype, given = autocast_dtype(input), weight
-    batch, channels, height, width = input.shape
+    batch, _, height, width = input.shape
     filters, _, *kernel = weight.shape
-    geometry: Geometry = (stride, dilation, (kernel[0], kernel[1]))
-    fastest = measured_rival(
-        "conv2d_forward",
-        dtype or input.dtype,
-        input.device,
-        channels,
-        filters,
-        kernel[0] * kernel[1],
-        groups,
-        batch * height * width,
-        geometry,
-        has_epilogue(scale, shift, residual, activation),
-        found,
-    )
-    if fastest is None:
-        return None
     if dtype is not None:
-        input, weight = input.to(dtype), weight.to(dtype)
+        input, weight = input.to(dtype), cast(weight, dtype)
         bias, residual = [None if t is None else t.to(dtype) for t in (bias, residual)]
     shape = (batch, filters, *output_size(height, width, kernel, stride, padding, dilation))
     if not _fits(shape, input, weight, bias, stride, padding, dilation, groups, scale, shift, residual):
         return None
-    name, reason = fastest
     try:
-        y = RUN[name](
+        y = CALLS[name](
             input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
         )
     except _cudnn_graph.GraphRefused:
         return None
-    add_reason(reason)
+    if is_noting():
+        change_decision(name, "")
     note_taken("conv2d", (given,))
     return y
 
@@ -238,7 +217,7 @@ def _aligned(vector: Tensor) -> Tensor:
     return vector if vector.is_contiguous() and vector.data_ptr() % 16 == 0 else vector.clone()
 
 
-RUN: dict[str, Callable[..., Tensor]] = {RELU: conv2d_relu, GRAPH: conv2d_graph}
+CALLS: dict[str, Callable[..., Tensor]] = {RELU: conv2d_relu, GRAPH: conv2d_graph}
 
 
 def _added(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._choice import Call, Candidate
+from ._call import Call, Candidate
 from ._epilogue import activate_
 from ._operands import Pair
 

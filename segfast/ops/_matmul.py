@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._choice import Call, Candidate
+from ._call import Call, Candidate
 from ._epilogue import activate_
 
 _DTYPES = (torch.float32, torch.bfloat16)

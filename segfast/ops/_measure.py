@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._choice import ATEN, CANDIDATES, Call, Choice, choices
+from ._call import CANDIDATES, AnyCall, Call
+from ._choice import ATEN, Choice, choices
 from ._choice_files import write
 from ._epilogue import ACTIVATIONS
 
@@ -74,22 +75,22 @@ def clock() -> float:
 
 
 def measure_and_keep(
-    calls: Iterable[Call], *, budget_s: float = math.inf, on_call: Callable[[Call], None] | None = None
-) -> dict[Call, Choice]:
+    calls: Iterable[Call], *, budget_s: float = math.inf, on_call: Callable[[AnyCall], None] | None = None
+) -> dict[AnyCall, Choice]:
     """Choose for each of `calls`, those with most multiplications first, and remember it on disk.
 
     `on_call` is told of each call that is done. Those that do not fit into `budget_s` seconds are left out.
     """
     begin = time.perf_counter()
-    found: dict[Call, Choice] = {}
+    found: dict[AnyCall, Choice] = {}
     for call in sorted(calls, key=Call.multiplications, reverse=True):
         if time.perf_counter() - begin > budget_s:
             break
         found[call] = measure(call)
         if on_call is not None:
             on_call(call)
-    for call, choice in found.items():
-        choices().add(call, choice)
+    for each, choice in found.items():
+        choices().add(each, choice)
     if found:
         write(found)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._choice import Call, Candidate
+from ._call import Call, Candidate
 from ._epilogue import activate_
 
 _CHANNELS_LAST = torch.channels_last

@@ -5,12 +5,9 @@ kernel runs only on an architecture where this has passed. Each family's module 
 dtype)`.
 """
 
-import datetime
 import importlib
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -150,34 +147,3 @@ def _check_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise DeviceLost(str(error)) from error
-
-
-def write_proofs(rows: list[ProofRow], device: torch.device, path: Path) -> dict[str, dict]:
-    """Merge what `rows` prove into the JSON at `path`, and take out what they disprove.
-
-    Returns this architecture's part.
-    """
-    import triton
-
-    from segfast._files import atomic_write
-    from segfast.kernels import _configs, _device
-
-    arch = _device.architecture(device)
-    content = json.loads(path.read_text()) if path.exists() else {}
-    part = content.setdefault(arch, {})
-    for key in {(row.operation, row.dtype) for row in rows}:
-        mine = [row for row in rows if (row.operation, row.dtype) == key]
-        name = ".".join(key)
-        part.pop(name, None)
-        if all(row.passed for row in mine):
-            part[name] = {
-                "source": _configs.source_digest(key[0]),
-                "gpu": _device.gpu_slug(device),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-                "cases": len(mine),
-            }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    return part

@@ -1,20 +1,78 @@
 """The proofs in processes of their own, a family each: a kernel that faults costs its own operation only.
 
 An asynchronous fault leaves the device unusable for the process that made it. The next process goes on behind
-the case that faulted. `python -m segfast.ops._prove_apart DEVICE DTYPES MOST FAMILY` is such a process: it
-reads the cases already judged from its standard input and writes what it does, a line of JSON each.
+the case that faulted. `main` in such a process, given "prove", reads the cases already judged from its
+standard input and writes what it does, a line of JSON each. Given "compile", it compiles its part of what the
+proofs will launch.
 """
 
+import contextlib
+import importlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from ._prove import DTYPES, DeviceLost, ProofRow, prove
 
+
+def process_of(module: str) -> tuple[str, ...]:
+    """The command that runs a module's `main`: this package is found even where it is not installed."""
+    folder = str(Path(__file__).parents[2])
+    code = (
+        f"import sys; sys.path.append({folder!r}); from {module} import main; sys.exit(main(*sys.argv[1:]))"
+    )
+    return (sys.executable, "-c", code)
+
+
+def stop(*processes: subprocess.Popen) -> None:
+    """End them, whatever they do."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        process.wait()
+
+
+COMMAND = process_of(__name__)
+MARK = "segfast: "  # of the lines that are read from such a process, whatever else it prints
+_MOST_SECONDS = 900.0  # of one: a kernel that hangs is wrong
+NOTHING_RUN = "no case"  # in place of a case where a process ended before any
+_MOST_PROCESSES = 16
+_PROCESS_BYTES = 2 << 30  # of the GPU's memory: a context and small tensors
 Key = tuple[str, str, str]  # operation, dtype, case
+
+
+def compile_proofs(device: torch.device, dtypes: Sequence[torch.dtype], families: Sequence[str]) -> list[int]:
+    """Compile what proofs of these families will launch, several at a time; returns how the processes ended.
+
+    Triton's cache on disk hands the kernels on; one that is missing is compiled where it is proven.
+    """
+    free = torch.cuda.mem_get_info(device)[0] // _PROCESS_BYTES
+    count = max(1, min(os.cpu_count() or 1, _MOST_PROCESSES, free))
+    names = ",".join(map(_name, dtypes))
+    commands = [
+        [*COMMAND, "compile", str(device), names, f"{part}/{count}", ",".join(families)]
+        for part in range(count)
+    ]
+    processes: list[subprocess.Popen] = []
+    try:
+        for command in commands:
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_MOST_SECONDS)
+    finally:
+        stop(*processes)
+    return [process.returncode for process in processes]
 
 
 def prove_apart(
@@ -48,47 +106,47 @@ def prove_apart(
 
 
 def _nothing_proven(family: str, dtypes: tuple[torch.dtype, ...], note: str) -> Iterator[ProofRow]:
-    import importlib
-
     for operation in importlib.import_module(f"{__package__}.{family}").OPERATIONS:
         for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
-            yield ProofRow(operation, name, "all", float("nan"), 0.0, False, note)
+            yield ProofRow(operation, _name(dtype), NOTHING_RUN, float("nan"), 0.0, False, note)
 
 
 def _lines(device, dtypes, most, family: str, judged: set[Key]) -> Iterator[list]:
     """What one process writes; last ["end", its exit code]."""
-    names = ",".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    command = [sys.executable, "-m", __name__, str(device), names, str(most or 0), family]
+    command = [*COMMAND, "prove", str(device), ",".join(map(_name, dtypes)), str(most or 0), family]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(sorted(judged)))
-        process.stdin.close()
+        timer = threading.Timer(_MOST_SECONDS, process.kill)
+        timer.start()
         try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(sorted(judged)))
+                process.stdin.close()
             for line in process.stdout:
-                if line.startswith("["):
-                    yield json.loads(line)
+                if line.startswith(MARK):
+                    yield json.loads(line.removeprefix(MARK))
         finally:
+            timer.cancel()
             process.kill()
     yield ["end", process.returncode]
 
 
-def main(device: str, dtypes: str, most: str, family: str) -> int:
+def main(what: str, device: str, dtypes: str, *rest: str) -> int:
     """0, or 1 where the device is lost and another process is to go on."""
+    found = tuple(getattr(torch, name) for name in dtypes.split(","))
+    work = _prove if what == "prove" else _compile
+    return work(torch.device(device), found, *rest)
+
+
+def _prove(device: torch.device, dtypes: tuple[torch.dtype, ...], most: str, family: str) -> int:
     judged = {(key[0], key[1], key[2]) for key in json.load(sys.stdin)}
 
     def tell(*line: object) -> None:
-        print(json.dumps(line), flush=True)
+        print(f"{MARK}{json.dumps(line)}", flush=True)
 
-    found = tuple(getattr(torch, name) for name in dtypes.split(","))
     try:
         for row in prove(
-            torch.device(device),
-            found,
-            int(most) or None,
-            (family,),
-            judged,
-            lambda *key: tell("begin", *key),
+            device, dtypes, int(most) or None, (family,), judged, lambda *key: tell("begin", *key)
         ):
             tell("row", *row)
     except DeviceLost:
@@ -96,5 +154,24 @@ def main(device: str, dtypes: str, most: str, family: str) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+def _compile(device: torch.device, dtypes: tuple[torch.dtype, ...], part: str, families: str) -> int:
+    from segfast.kernels import record_launches
+
+    from ._backend import backend
+
+    torch.set_num_threads(1)  # as many processes as cores do the same
+    index, count = map(int, part.split("/"))
+    for family in families.split(","):
+        module = importlib.import_module(f"{__package__}.{family}")
+        for dtype in dtypes:
+            with backend("triton"), record_launches() as launches, contextlib.suppress(Exception):
+                for item in module.proofs(device, dtype):
+                    item.actual()
+            for plan, pointers in launches[index::count]:
+                with contextlib.suppress(Exception):  # it fails where it is proven, and is told of there
+                    plan.warmup(*pointers)
+    return 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -121,9 +121,11 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _are_plain(tensors: Any) -> bool:
-    """Whether `tensors` is a list of tensors that are no more than that."""
-    return type(tensors) is list and all([type(t) in _PLAIN for t in tensors])
+def _are_plain(values: Any) -> bool:
+    """Whether these are tensors that are no more than that, or the sizes of an image."""
+    return type(values) in (list, tuple) and all(
+        [type(value) in _PLAIN or type(value) is int for value in values]
+    )
 
 
 _functorch_active = torch._C._are_functorch_transforms_active

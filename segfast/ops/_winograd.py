@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._choice import Call, Candidate
+from ._call import Call, Candidate
 from ._epilogue import activate_
 from ._threads import each, on_threads
 from ._winograd_scratch import FEW, INPUT, MANY, WEIGHT64, Sizes, kept

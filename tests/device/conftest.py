@@ -96,15 +96,20 @@ def _answers_of_the_runtime(monkeypatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
+def complete_simulation(monkeypatch) -> None:
+    """Fill in what the simulated device leaves open."""
+    _launches_that_are_remembered(monkeypatch)
+    _device_within_backward(monkeypatch)
+    _answers_of_the_runtime(monkeypatch)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _completed_simulation():
     if not SIMULATED:
         yield
         return
     with pytest.MonkeyPatch.context() as monkeypatch, without_inline_ptx():
-        _launches_that_are_remembered(monkeypatch)
-        _device_within_backward(monkeypatch)
-        _answers_of_the_runtime(monkeypatch)
+        complete_simulation(monkeypatch)
         yield
 
 

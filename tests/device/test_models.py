@@ -5,8 +5,8 @@ import torch
 
 import segfast
 from segfast import models
-from segfast.kernels import _configs
-from segfast.ops import _backend
+from segfast.ops import _backend, _gpu, _proofs
+from segfast.ops._choice import Choice, Choices
 
 pytestmark = pytest.mark.device
 
@@ -42,21 +42,14 @@ NETWORKS = SHALLOW | {"DeepLabV3+": deeplabv3plus}
 
 @pytest.fixture(params=["triton", "auto"], autouse=True)
 def backend(request, monkeypatch):
-    """ "auto" with every kernel proven and measured faster than ATen."""
-    everything = frozenset(
-        f"{operation}.{dtype}"
-        for operation in _configs.operations()
-        for dtype in ("float32", "float16", "bfloat16")
-    )
-    monkeypatch.setattr(_configs, "proven_entries", lambda arch: everything)
-    monkeypatch.setattr(_backend, "_row", lambda *args: {"us": 1.0, "aten_us": 2.0})
-    for cache in (_backend._look_up, _backend._anything_known, _backend._rival):
-        cache.cache_clear()
+    """ "auto" with every kernel proven and chosen for every call."""
+    ours = Choice("triton", {})
+    monkeypatch.setattr(_proofs, "proven", lambda operation, dtype, device: True)
+    monkeypatch.setattr(_gpu, "_known", {_gpu.gpu_name(-1)})
+    monkeypatch.setattr(Choices, "find", lambda choices, call: ours)
     with segfast.backend(request.param):
         yield request.param
     assert not _backend.FAILED  # no kernel has left its work to ATen
-    for cache in (_backend._look_up, _backend._anything_known, _backend._rival):
-        cache.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +72,6 @@ def close(actual, expected, share=1e-2):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.filterwarnings("ignore:segfast. no measured configuration")
 def test_optimized(name, device):
     model, image = made(name)
     model.eval()
@@ -94,7 +86,6 @@ def test_optimized(name, device):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.filterwarnings("ignore:segfast. no measured configuration")
 def test_training_step(name, device):
     model, image = made(name)
     target = torch.randint(4, (image.shape[0], *image.shape[2:]))

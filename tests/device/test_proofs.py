@@ -1,4 +1,4 @@
-"""The cases of `segfast doctor --prove`, on a device: what "auto" asks for before it takes a kernel."""
+"""The cases of `segfast prove`, on a device: what "auto" asks for before it takes a kernel."""
 
 import importlib
 

@@ -1,16 +1,13 @@
-"""Which tiles a kernel runs with, what was measured, what is proven.
+"""Which tiles a kernel runs with: what was measured near the problem, else the heuristic.
 
 All of it pure, none of it with a GPU.
 """
 
-import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from segfast import kernels
 from segfast.kernels import Config, _configs, _device
@@ -27,32 +24,13 @@ def problem(
     return Problem(operation, channels, columns // taps, taps, groups, dtype, pixels, rows, columns, channels)
 
 
-def row(config=CONFIG, us=10.0, aten_us=20.0):
-    return _configs.config_row(config, us, aten_us)
-
-
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """Committed tables and a user's cache in temporary folders, read as on a GPU `nvidia-test` of sm_90."""
-    committed, cache = tmp_path / "configs", tmp_path / "cache"
-    committed.mkdir(), cache.mkdir()
-    monkeypatch.setattr(_configs, "_FOLDER", committed)
-    monkeypatch.setenv("SEGFAST_CACHE", str(cache))
+def gpu(monkeypatch):
+    """`gpu(bucket, config)` keeps what was measured on a GPU `nvidia-test` of sm_90."""
     monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-test", 232448))
-    monkeypatch.setattr(_configs, "_warn_untuned", lambda operation, arch: None)
-    _configs.forget_tables()
-
-    def write(where, name, content):
-        ((committed if where == "committed" else cache) / f"{name}.json").write_text(json.dumps(content))
-        _configs.forget_tables()
-
-    yield write
-    monkeypatch.undo()
-    _configs.forget_tables()
-
-
-def table(rows, architecture="sm_90"):
-    return {"architecture": architecture, "operations": {FORWARD: rows}}
+    kernels.forget_configs()
+    yield lambda bucket, config: kernels.keep_config("nvidia-test", FORWARD, bucket, config)
+    kernels.forget_configs()
 
 
 def test_the_bucket_names_channels_taps_groups_dtype_and_log2_of_the_pixels():
@@ -65,7 +43,8 @@ def test_the_bucket_names_channels_taps_groups_dtype_and_log2_of_the_pixels():
 def test_the_nearest_bucket_within_a_factor_of_four_is_taken(gpu):
     near, far = Config(16, 16, 16, 4, 2), Config(32, 32, 32, 4, 2)
     stem = "ci64-co64-t4-g1-float16-p"
-    gpu("committed", "nvidia-test", table({f"{stem}10": row(near), f"{stem}16": row(far)}))
+    gpu(f"{stem}10", near)
+    gpu(f"{stem}16", far)
     expected = {9: near, 10: near, 12: near, 14: far, 18: far}
     for log2_pixels, config in expected.items():
         assert kernels.choose_config(problem(pixels=2**log2_pixels), DEVICE) == config, log2_pixels
@@ -76,45 +55,50 @@ def test_the_nearest_bucket_within_a_factor_of_four_is_taken(gpu):
 
 
 @pytest.mark.parametrize("other", [{"channels": 32}, {"taps": 16}, {"groups": 2}, {"dtype": torch.float32}])
-def test_another_problem_does_not_take_the_row(gpu, other):
-    gpu("committed", "nvidia-test", table({problem().bucket: row()}))
+def test_another_problem_does_not_take_it(gpu, other):
+    gpu(problem().bucket, CONFIG)
     assert kernels.choose_config(problem(), DEVICE) == CONFIG
     assert kernels.choose_config(problem(**other), DEVICE) != CONFIG
 
 
-def test_open_pixels_return_the_row_least_favourable_to_us(gpu):
-    stem = "ci64-co64-t4-g1-float16-p"
-    rows = {f"{stem}{i}": row(us=us, aten_us=100.0) for i, us in ((8, 50.0), (12, 130.0), (16, 90.0))}
-    gpu("committed", "nvidia-test", table(rows))
-    assert _configs.measured(FORWARD, stem, "nvidia-test", "sm_90")["us"] == 130.0
-    assert _configs.measured(FORWARD, "ci64-co64-t9-g1-float16-p", "nvidia-test", "sm_90") is None
+def test_each_gpu_and_operation_has_its_own(gpu, monkeypatch):
+    gpu(problem().bucket, CONFIG)
+    other = problem("conv_transpose2d_grad_input")
+    assert kernels.choose_config(other, DEVICE) == kernels.candidates(other, "sm_90", 232448)[0]
+    monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-other", 232448))
+    assert kernels.choose_config(problem(), DEVICE) != CONFIG
 
 
-def test_the_users_cache_comes_before_committed_tables_and_those_of_the_same_architecture(gpu):
-    mine, committed, sibling, foreign = (Config(16, 16, 16, 4, n) for n in (2, 3, 4, 5))
-    bucket = problem().bucket
-    gpu("committed", "nvidia-elder", table({bucket: row(foreign)}, "sm_80"))
-    heuristic = kernels.candidates(problem(), "sm_90", 232448)[0]
-    assert kernels.choose_config(problem(), DEVICE) == heuristic
-    gpu("committed", "nvidia-sibling", table({bucket: row(sibling)}))
-    assert kernels.choose_config(problem(), DEVICE) == sibling
-    gpu("committed", "nvidia-test", table({bucket: row(committed)}))
-    assert kernels.choose_config(problem(), DEVICE) == committed
-    gpu("cache", "nvidia-test", table({bucket: row(mine)}))
-    assert kernels.choose_config(problem(), DEVICE) == mine
+def test_the_newest_counts_until_it_is_forgotten(gpu):
+    heuristic = kernels.choose_config(problem(), DEVICE)
+    for config in (Config(16, 16, 16, 4, 2), CONFIG):
+        gpu(problem().bucket, config)
+        assert kernels.choose_config(problem(), DEVICE) == config
+    kernels.forget_configs()
+    assert kernels.choose_config(problem(), DEVICE) == heuristic != CONFIG
 
 
-def test_a_measured_row_that_does_not_fit_the_device_is_passed_over(gpu, monkeypatch):
+def test_without_a_gpu_nothing_that_was_measured_counts(gpu):
+    gpu(problem().bucket, CONFIG)
+    cpu = torch.device("cpu")
+    assert kernels.choose_config(problem(), cpu) != CONFIG
+
+
+def test_what_was_measured_and_does_not_fit_the_device_is_passed_over(gpu):
     huge = Config(128, 256, 128, 8, 4)  # 393216 bytes
-    gpu("committed", "nvidia-test", table({problem().bucket: row(huge)}))
+    gpu(problem().bucket, huge)
     assert kernels.choose_config(problem(), DEVICE).shared_memory(2) <= 232448
 
 
-def test_an_unreadable_table_is_said_and_ignored(gpu, tmp_path):
-    (tmp_path / "cache" / "nvidia-test.json").write_text("{ not json")
-    _configs.forget_tables()
-    with pytest.warns(UserWarning, match=r"nvidia-test\.json"):
-        assert kernels.choose_config(problem(), DEVICE) == kernels.candidates(problem(), "sm_90", 232448)[0]
+def test_problems_are_recorded_as_they_are_asked_for(gpu):
+    gpu(problem().bucket, CONFIG)
+    with kernels.record_problems() as outer:
+        kernels.choose_config(problem(), DEVICE)
+        with kernels.record_problems() as inner, kernels.override_config(FORWARD, CONFIG):
+            kernels.choose_config(problem(taps=9), DEVICE)
+        kernels.choose_config(problem(groups=2), DEVICE)
+    kernels.choose_config(problem(), DEVICE)
+    assert outer == [problem(), problem(groups=2)] and inner == [problem(taps=9)]
 
 
 @pytest.mark.parametrize("operation", _configs.operations())
@@ -158,7 +142,7 @@ def test_pretending_an_architecture_holds_inside_the_block_only():
 
 
 def test_an_override_wins_nests_and_is_undone_even_by_an_error(gpu):
-    gpu("committed", "nvidia-test", table({problem().bucket: row()}))
+    gpu(problem().bucket, CONFIG)
     first, second = Config(16, 16, 16, 4, 2), Config(32, 32, 32, 4, 2)
     with kernels.override_config(FORWARD, first):
         with pytest.raises(KeyError), kernels.override_config(FORWARD, second):
@@ -168,47 +152,6 @@ def test_an_override_wins_nests_and_is_undone_even_by_an_error(gpu):
         other = problem("conv_transpose2d_grad_weight")
         assert kernels.choose_config(other, DEVICE) not in (first, second)
     assert kernels.choose_config(problem(), DEVICE) == CONFIG
-
-
-def proof(operation=FORWARD, digest=None):
-    digest = digest or _configs.source_digest(operation)
-    return {"source": digest, "gpu": "nvidia-test", "triton": triton.__version__, "date": "2026-01-01"}
-
-
-def test_proofs_are_committed_or_the_users_and_hold_for_their_architecture(gpu):
-    gpu(
-        "committed",
-        "proven",
-        {"sm_90": {f"{FORWARD}.float16": proof()}, "sm_80": {f"{FORWARD}.float32": proof()}},
-    )
-    gpu("cache", "proven", {"sm_90": {f"{FORWARD}.bfloat16": proof()}})
-    proven = [
-        d for d in (torch.float16, torch.bfloat16, torch.float32) if _configs.proven(FORWARD, d, DEVICE)
-    ]
-    assert proven == [torch.float16, torch.bfloat16]
-    assert not _configs.proven("conv_transpose2d_grad_input", torch.float16, DEVICE)
-
-
-def test_a_proof_of_other_device_code_does_not_count(gpu):
-    gpu(
-        "committed",
-        "proven",
-        {"sm_90": {f"{FORWARD}.float16": proof(digest="0" * 16), "unknown.float16": proof()}},
-    )
-    assert _configs.proven_entries("sm_90") == frozenset()
-
-
-def test_a_proof_counts_for_the_minor_version_of_triton_that_it_was_made_with(gpu):
-    major, minor, *_ = map(int, triton.__version__.split(".")[:2])
-    versions = {
-        "float16": f"{major}.{minor}.99",
-        "bfloat16": f"{major}.{minor + 1}.0",
-        "float32": f"{major + 1}.{minor}.0",
-    }
-    proofs = {f"{FORWARD}.{dtype}": proof() | {"triton": version} for dtype, version in versions.items()}
-    unnamed = {name: value for name, value in proof().items() if name != "triton"}
-    gpu("committed", "proven", {"sm_90": proofs | {"conv_transpose2d_grad_input.float16": unnamed}})
-    assert _configs.proven_entries("sm_90") == {f"{FORWARD}.float16"}
 
 
 @pytest.mark.parametrize(
@@ -228,14 +171,19 @@ def test_the_digest_follows_the_device_code(operation, path, monkeypatch, tmp_pa
     monkeypatch.setattr(_configs, "__file__", str(copy / "_configs.py"))
     digest = _configs.source_digest.__wrapped__
     assert digest(operation) == _configs.source_digest(operation)
-    (copy / "configs" / "nvidia-test.json").write_text("{}")
+    (copy / "_device.py").write_text("# which asks the device, and is not in it")
     assert digest(operation) == _configs.source_digest(operation)
     (copy / path).write_text((copy / path).read_text() + "\n# changed\n")
     assert digest(operation) != _configs.source_digest(operation)
 
 
-def test_a_row_keeps_the_whole_configuration():
-    given = Config(128, 64, 32, 8, 4, 6)
-    written = json.loads(json.dumps(_configs.config_row(given, 1.23456, 7.0)))
-    assert Config(**written["config"]) == given and asdict(given) == written["config"]
-    assert (written["us"], written["aten_us"]) == (1.235, 7.0)
+def test_the_whole_digest_follows_every_file(monkeypatch, tmp_path):
+    copy = shutil.copytree(Path(_configs.__file__).parent, tmp_path / "kernels")
+    monkeypatch.setattr(_configs, "__file__", str(copy / "_configs.py"))
+    digest = _configs.whole_digest.__wrapped__
+    seen = {digest()}
+    assert seen == {kernels.whole_digest()}
+    for path in ("_device.py", "conv_transpose2d/forward.py", "dense_crf/__init__.py"):
+        (copy / path).write_text((copy / path).read_text() + "\n# changed\n")
+        assert digest() not in seen
+        seen.add(digest())

@@ -138,12 +138,13 @@ def test_without_a_concatenation(options, size, training, monkeypatch):
     monkeypatch.setattr(
         segfast.models.unet,
         "prefers_virtual_concat",
-        lambda images, weight: asked.append(weight.shape) or True,
+        lambda images, weight, padding: asked.append((weight.shape, padding)) or True,
     )
     monkeypatch.setattr(segfast.models.unet, "up_concat", lambda *_, **__: pytest.fail("a concatenation"))
     for found, wanted in zip(results(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-    assert asked == [(8, 16, 3, 3), (4, 8, 3, 3)]
+    pads = (1, 1) if options.get("padded", True) else (0, 0)
+    assert asked == [((8, 16, 3, 3), pads), ((4, 8, 3, 3), pads)]
 
 
 def test_the_papers_sizes_and_crops(monkeypatch):
@@ -285,7 +286,7 @@ def test_milesial_network_at_every_size(size, apart, monkeypatch, tmp_path):
     theirs = milesial().eval()
     model = load_milesial(theirs).eval()
     # As on our kernel, which reads skip and up-convolution where they lie.
-    monkeypatch.setattr(segfast.models.unet, "prefers_virtual_concat", lambda images, weight: apart)
+    monkeypatch.setattr(segfast.models.unet, "prefers_virtual_concat", lambda images, weight, padding: apart)
     image = torch.randn(2, 3, *size)
     expected, output = run_milesial(theirs, image), model(image)
     torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)

@@ -12,9 +12,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import parallel_apply
 
 import segfast
-from segfast.kernels import _configs, _device
 from segfast.ops import _backend
-from segfast.ops.conv_transpose2d import OPERATIONS, can_use_triton
+from segfast.ops._gpu import can_use_triton
 
 X, W = torch.randn(1, 8, 4, 4), torch.randn(8, 4, 2, 2)
 
@@ -153,76 +152,37 @@ class OnGPU:
 
 
 WEIGHT = torch.empty(64, 32, 2, 2)
-BUCKET = "ci64-co32-t4-g1-bfloat16-p10"
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of sm_90 with chosen proofs and measurements."""
-    proofs, rows = set(), {}
-    monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-test", 232448))
-    monkeypatch.setitem(_backend._gpu_reasons, 0, None)
-    monkeypatch.setattr(_configs, "proven_entries", lambda arch: frozenset(proofs) if arch == "sm_90" else ())
-    monkeypatch.setattr(
-        _configs, "measured", lambda operation, bucket, slug, arch: rows.get((operation, bucket))
-    )
-    _backend._look_up.cache_clear()
-    yield proofs, rows
-    _backend._look_up.cache_clear()
+def reason_not(choice, input=None, dtype=None, chosen=None):
+    return can_use_triton(choice, input or OnGPU(), WEIGHT, dtype, "conv_transpose2d", chosen)
 
 
-def auto(input=None, differentiates=False):
-    _backend._look_up.cache_clear()
-    return can_use_triton("auto", input or OnGPU(), WEIGHT, None, 1, differentiates)
-
-
-def test_auto_needs_a_proof_on_this_architecture(gpu):
-    assert "not proven" in auto()
-    assert can_use_triton("triton", OnGPU(), WEIGHT, None, 1, False) is None  # by name it runs all the same
-
-
-def test_auto_needs_a_measurement_and_takes_the_faster(gpu):
-    proofs, rows = gpu
-    proofs.add("conv_transpose2d_forward.bfloat16")
-    assert "not measured" in auto()
-    rows["conv_transpose2d_forward", BUCKET] = {"us": 30.0, "aten_us": 20.0}
-    assert "measured faster (20 against 30 us)" in auto()
-    rows["conv_transpose2d_forward", BUCKET] = {"us": 10.0, "aten_us": 20.0}
-    assert auto() is None
-    assert "float16 is not proven" in auto(OnGPU(torch.float16))
-
-
-def test_auto_judges_forward_and_gradients_together_where_a_gradient_will_follow(gpu):
-    proofs, rows = gpu
-    proofs.update(f"{operation}.bfloat16" for operation in OPERATIONS[:2])
-    for operation in OPERATIONS:
-        rows[operation, BUCKET] = {"us": 10.0, "aten_us": 20.0}
-    assert "grad_weight in bfloat16 is not proven" in auto(differentiates=True)
-    assert auto() is None
-    proofs.add("conv_transpose2d_grad_weight.bfloat16")
-    assert auto(differentiates=True) is None
-    rows["conv_transpose2d_grad_weight", BUCKET] = {"us": 90.0, "aten_us": 20.0}
-    assert "measured faster (60 against 110 us)" in auto(differentiates=True)
+def test_auto_takes_what_was_chosen(pretended_gpu):
+    assert reason_not("auto") == "not measured on this GPU"
+    assert reason_not("auto", chosen="triton") is None
+    assert reason_not("auto", chosen="aten") == "aten"
+    assert reason_not("triton") is None  # by name it runs all the same
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32])
-def test_dtypes_without_kernels_take_aten(gpu, dtype):
-    assert "no kernels for" in can_use_triton("triton", OnGPU(dtype), WEIGHT, None, 1, False)
+def test_dtypes_without_kernels_take_aten(pretended_gpu, dtype):
+    for choice in ("triton", "auto"):
+        assert "no kernels for" in reason_not(choice, OnGPU(dtype), chosen="triton")
 
 
-def test_autocast_decides_the_dtype(gpu):
-    proofs, rows = gpu
-    proofs.add("conv_transpose2d_forward.bfloat16")
-    rows["conv_transpose2d_forward", BUCKET] = {"us": 10.0, "aten_us": 20.0}
-    assert can_use_triton("auto", OnGPU(torch.float32), WEIGHT, torch.bfloat16, 1, False) is None
+def test_autocast_decides_the_dtype(pretended_gpu):
+    double = OnGPU(torch.float64)
+    assert reason_not("triton", double, torch.bfloat16) is None
+    assert "no kernels for float64" in reason_not("triton", OnGPU(), torch.float64)
 
 
-def test_old_gpus_and_empty_tensors_take_aten(gpu, monkeypatch):
+def test_old_gpus_and_empty_tensors_take_aten(pretended_gpu, monkeypatch):
     empty = OnGPU()
     empty.shape = torch.Size((0, 64, 32, 32))
-    assert "empty" in can_use_triton("triton", empty, WEIGHT, None, 1, False)
+    assert "empty" in reason_not("triton", empty) and "empty" in reason_not("auto", empty, chosen="triton")
     monkeypatch.setitem(_backend._gpu_reasons, 0, "the GPU's compute capability is below 8.0")
-    assert "below 8.0" in can_use_triton("triton", OnGPU(), WEIGHT, None, 1, False)
+    assert "below 8.0" in reason_not("triton") and "below 8.0" in reason_not("auto", chosen="triton")
 
 
 @pytest.mark.interpreter

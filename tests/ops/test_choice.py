@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as TF
 
 import segfast
-from segfast.ops import _choice, _cpu, _measure
-from segfast.ops._choice import ATEN, CANDIDATES, Call, Choice, choices
+from segfast.ops import _choice, _cpu, _measure, _remembered
+from segfast.ops._call import CANDIDATES, Call
+from segfast.ops._choice import ATEN, Choice, choices
 from tests.ops.test_choice_candidates import CALLS, CONV2D
 
 
@@ -289,11 +290,11 @@ class TestDispatch:
     def test_what_was_prepared_goes_with_its_weight(self):
         x, w, b = self._args()
         self._remember(CONV2D, "onednn")
-        before = len(_choice._prepared)
+        before = len(_remembered._kept)
         self._conv2d(x, w, b)
-        assert len(_choice._prepared) == before + 1
+        assert len(_remembered._kept) == before + 1
         del w
-        assert len(_choice._prepared) == before
+        assert len(_remembered._kept) == before
 
     def test_in_inference_mode_and_on_threads(self):
         args = self._args()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as TF
 
-from segfast.ops._choice import CANDIDATES, Call, Candidate
+from segfast.ops._call import CANDIDATES, Call, Candidate
 from segfast.ops._epilogue import ACTIVATIONS
 
 CONV2D = Call(

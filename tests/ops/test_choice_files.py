@@ -2,13 +2,16 @@
 
 import json
 import multiprocessing
+import shutil
 
 import pytest
 
 import segfast
-from segfast.ops import _choice, _choice_files
+from segfast.ops import _choice, _choice_files, _gpu
 from segfast.ops._choice import ATEN, Choice, choices
+from tests.conftest import forget, is_taken
 from tests.ops.test_choice_candidates import CONV2D, TRANSPOSED
+from tests.ops.test_gpu import CALL
 
 FOUND = {CONV2D: Choice("onednn", {"onednn": 1.25, ATEN: 2.5}), TRANSPOSED: Choice(ATEN, {})}
 
@@ -25,12 +28,23 @@ class TestFiles:
         assert _choice_files.read() == FOUND
 
     @pytest.mark.parametrize(
-        "text", ["", "{", "[]", '{"choices": 1}', '{"choices": [{"choice": "onednn", "us": {}}]}', "\0"]
+        "text",
+        [
+            "",
+            "{",
+            "{}",
+            '{"choices": 1}',
+            "[1]",
+            '[{"choices": []}]',
+            '[{"machine": HERE, "choices": 1}]',
+            '[{"machine": HERE, "choices": [{"choice": "onednn", "us": {}}]}]',
+            "\0",
+        ],
     )
     def test_a_broken_file_is_a_warning_and_a_fresh_start(self, cache, text):
         path = _choice_files.path()
         path.parent.mkdir(parents=True)
-        path.write_text(text)
+        path.write_text(text.replace("HERE", json.dumps(_choice_files.machine())))
         with pytest.warns(UserWarning, match="ignored"):
             assert not choices().measured
         with pytest.warns(UserWarning, match="ignored"):
@@ -56,6 +70,22 @@ class TestFiles:
             20 + start + i for start in (0, 10) for i in range(10)
         ]
 
+    def test_they_take_turns(self, cache, monkeypatch):
+        turns = []
+
+        def watched(function):
+            def call(file, *args):
+                turns.append((function.__name__, is_taken(file)))
+                return function(file, *args)
+
+            return call
+
+        for name in ("_read", "replace"):
+            monkeypatch.setattr(_choice_files, name, watched(getattr(_choice_files, name)))
+        _choice_files.write(FOUND)
+        assert turns == [("_read", True), ("replace", True)]
+        assert not is_taken(_choice_files.path())
+
     def test_other_versions_have_another_file(self, monkeypatch):
         path = _choice_files.path()
         here = _choice_files.machine()
@@ -80,7 +110,7 @@ class TestFiles:
         choices().add(CONV2D, Choice(ATEN, {}))
         segfast.save_choices(shipped)
         content = json.loads(shipped.read_text())
-        content["machine"]["cpu"] = "another"
+        content[0]["machine"]["cpu"] = "another"
         shipped.write_text(json.dumps(content))
         _choice.forget_choices()
         with pytest.warns(UserWarning, match="another machine .cpu differ"):
@@ -88,11 +118,107 @@ class TestFiles:
         assert not choices().measured
 
     def test_what_is_no_such_file_is_an_error(self, tmp_path):
-        (tmp_path / "other.json").write_text("{}")
-        with pytest.raises(ValueError, match="save_choices"):
-            segfast.load_choices(tmp_path / "other.json")
+        for text in ("{}", '{"a": 1}', "[1]", "x"):
+            (tmp_path / "other.json").write_text(text)
+            with pytest.raises(ValueError, match="save_choices"):
+                segfast.load_choices(tmp_path / "other.json")
         with pytest.raises(FileNotFoundError):
             segfast.load_choices(tmp_path / "missing.json")
+
+
+# Options of several depths, and tiles of two kernels.
+UP = CALL._replace(operation="up_concat", options=((2, 2), (0, 1), True, None), gradients=True)
+CONFIGS = (
+    ("conv2d_forward", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (64, 32, 16, 4, 3, 1, "")),
+    ("conv2d_grad_weight", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (16, 16, 32, 8, 2, 5, "fused")),
+)
+ON_GPU = {CALL: Choice("triton", {"triton": 10.25, ATEN: 20.5}, CONFIGS), UP: Choice("parts", {})}
+
+
+class TestGPUs:
+    @pytest.fixture(autouse=True)
+    def gpu(self, pretended_gpu):
+        return pretended_gpu
+
+    def test_what_is_written_is_read(self, gpu, cache):
+        _choice_files.write(ON_GPU | FOUND)
+        assert _choice_files.read_gpu(gpu) == ON_GPU
+        assert _choice_files.read() == FOUND
+        assert len(list((cache / "choices").glob("*.json"))) == 2
+        assert [type(part) for part in next(iter(_choice_files.read_gpu(gpu))).options[:2]] == [tuple, tuple]
+
+    def test_writing_adds(self, gpu):
+        for call, choice in ON_GPU.items():
+            _choice_files.write({call: choice})
+        assert _choice_files.read_gpu(gpu) == ON_GPU
+
+    @pytest.mark.parametrize("key", ["gpu", "architecture", "torch", "triton", "cudnn", "source"])
+    def test_those_of_another_machine_are_not_read(self, gpu, key, monkeypatch):
+        _choice_files.write(ON_GPU)
+        other = {**_choice_files.gpu_machine(gpu), key: "another"}
+        assert _choice_files.path(other) != _choice_files.path(_choice_files.gpu_machine(gpu))
+        shutil.copy(
+            _choice_files.path(_choice_files.gpu_machine(gpu)), _choice_files.path(other)
+        )  # under its name
+        assert _choice_files.read(other) == {}
+
+    def test_the_users_own_prevail_over_those_the_package_brings(self, gpu):
+        brought, own = _choice_files.measured_folders()
+        _choice_files.write(ON_GPU)
+        brought.mkdir()
+        for file in own.glob("*.json"):
+            file.rename(brought / file.name)
+        assert _choice_files.read_gpu(gpu) == ON_GPU
+        mine = {CALL: Choice(ATEN, {})}
+        _choice_files.write(mine)
+        assert _choice_files.read_gpu(gpu) == ON_GPU | mine
+        shutil.rmtree(brought)
+        assert _choice_files.read_gpu(gpu) == mine  # what the package brought was not copied
+
+    def test_saved_choices_are_loaded_with_their_tiles(self, gpu, tmp_path):
+        for call, choice in (FOUND | ON_GPU).items():
+            _choice_files.remember(call, choice)
+        shipped = tmp_path / "model.json"
+        assert segfast.save_choices(shipped) == 4
+        forget()
+        shutil.rmtree(_choice_files.cache_folder(), ignore_errors=True)
+        assert segfast.load_choices(shipped) == 4
+        assert choices().measured == FOUND | ON_GPU
+        assert _gpu.can_choose(0)
+        forget()
+        assert _choice_files.read_gpu(gpu) == ON_GPU  # in the cache too
+
+    def test_those_of_the_cache_are_saved_though_nothing_has_run(self, gpu, tmp_path):
+        _choice_files.write(ON_GPU | FOUND)
+        forget()
+        assert segfast.save_choices(tmp_path / "model.json") == 4
+
+    def test_of_a_file_this_machine_takes_its_own_part(self, gpu, tmp_path):
+        for call, choice in (FOUND | ON_GPU).items():
+            _choice_files.remember(call, choice)
+        shipped = tmp_path / "model.json"
+        segfast.save_choices(shipped)
+        content = json.loads(shipped.read_text())
+        content[0]["machine"]["cpu"] = "another"
+        shipped.write_text(json.dumps(content))
+        forget()
+        assert segfast.load_choices(shipped) == 2
+        assert choices().measured == ON_GPU
+        content[1]["machine"] |= {"triton": "2.0.0", "source": "of other kernels"}
+        shipped.write_text(json.dumps(content[1:]))
+        forget()
+        with pytest.warns(UserWarning, match="another machine .triton, source differ"):
+            assert segfast.load_choices(shipped) == 0
+
+    @pytest.mark.parametrize("row", [{"operation": "conv5d"}, {"dtype": "strided"}, {"surplus": 1}])
+    def test_a_row_that_is_no_call_makes_its_file_broken(self, gpu, row):
+        _choice_files.write(ON_GPU)
+        file = _choice_files.path(_choice_files.gpu_machine(gpu))
+        content = json.loads(file.read_text())
+        content[0]["choices"][0] |= row
+        file.write_text(json.dumps(content))
+        with pytest.warns(UserWarning, match="ignored"):
+            assert _choice_files.read_gpu(gpu) == {}
 
 
 def _write_sizes(start: int) -> None:

@@ -6,14 +6,17 @@ proofs breaks the graph if Dynamo comes into it.
 
 import pytest
 import torch
+import triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import segfast
 from segfast import functional as sf
-from segfast.kernels import _configs, _device
-from segfast.ops import _backend
+from segfast.kernels import _device, operations, source_digest
+from segfast.ops import _backend, _choice_files, _proofs
+from segfast.ops._choice import Choice, Choices
 from tests.operators import over_samples
+from tests.ops.test_gpu import CALL
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -119,9 +122,9 @@ def modules():
     yield lambda: unet(photo)
 
 
-@pytest.fixture(params=["nothing known", "all proven", "triton"])
-def gpu(request, monkeypatch):
-    """An sm_90 of which nothing is proven, or all proven and measured, or whose kernels are asked for."""
+@pytest.fixture(params=["nothing known", "all chosen", "triton"])
+def gpu(request, monkeypatch, pretended_gpu):
+    """An sm_90 of which nothing is known, or all proven and chosen, or whose kernels are asked for."""
 
     def runtime(answer):
         def ask(*args):
@@ -130,25 +133,25 @@ def gpu(request, monkeypatch):
 
         return ask
 
-    known = request.param == "all proven"
-    row = {"us": 1.0, "aten_us": 2.0}
+    known = request.param == "all chosen"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or Dynamo looks for devices
     monkeypatch.setattr(FakeTensor, "__getitem__", part_of)
-    monkeypatch.setattr(_device, "_query", runtime(("sm_90", "nvidia-test", 232448)))
+    monkeypatch.setattr(_device, "_query", runtime(("sm_90", pretended_gpu, 232448)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", runtime((9, 0)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", runtime(False))
-    proofs = {f"{o}.{d}" for o in _configs.operations() for d in ("bfloat16", "float32")} if known else set()
-    monkeypatch.setattr(_configs, "proven_entries", runtime(frozenset(proofs)))
-    monkeypatch.setattr(_configs, "tables", runtime([]))
-    monkeypatch.setattr(_configs, "measured", runtime(row if known else None))
+    about = {"passed": known, "triton": triton.__version__}
+    proofs = {
+        f"{operation}.{dtype}": about | {"source": source_digest(operation)}
+        for operation in operations()
+        for dtype in ("bfloat16", "float32")
+    }
+    monkeypatch.setattr(_proofs, "_content", runtime({pretended_gpu: proofs}))
+    monkeypatch.setattr(_choice_files, "read_gpu", runtime({CALL: Choice("triton", {})} if known else {}))
+    monkeypatch.setattr(Choices, "of_any_size", runtime([Choice("triton", {})] if known else []))
     monkeypatch.setattr(_backend, "_gpu_reasons", {})
     torch._dynamo.reset()
-    clear = (_backend._look_up, _backend._rival, _backend._anything_known)
-    for cached in clear:
-        cached.cache_clear()
     with segfast.backend("triton" if request.param == "triton" else "auto"):
-        yield known
-    for cached in clear:
-        cached.cache_clear()
+        yield request.param
     torch._dynamo.reset()
 
 
@@ -165,3 +168,6 @@ def test_compiles_whole_on_cuda_tensors(gpu, family):
 
         torch.compile(call, backend=keep, fullgraph=True)()
         assert len(graphs) == 1
+        if family not in (modules, dense_crf):  # whose own operators are there on ATen too
+            ours = [node for node in graphs[0].graph.nodes if "segfast" in str(node.target)]
+            assert bool(ours) == (gpu != "nothing known")

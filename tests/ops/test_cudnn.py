@@ -1,6 +1,6 @@
-"""cuDNN's fused calls as candidates of conv2d: when they are chosen, what they are called with.
+"""cuDNN's fused calls as candidates of conv2d: what they serve, and what they are called with.
 
-No GPU: ATen's fused calls and the `cudnn` package are stood in for, the measured tables are made up.
+No GPU: ATen's fused calls and the `cudnn` package are stood in for.
 """
 
 import weakref
@@ -10,25 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import segfast
-from segfast.ops import _cudnn, _cudnn_graph
-from segfast.ops._backend import Decision, measured_reason_not, taken_by_kernels, use_triton
+from segfast.ops import _cudnn, _cudnn_graph, _gpu
+from segfast.ops._backend import taken_by_kernels
 from segfast.ops._conv2d_aten import conv2d_aten
-from segfast.ops._cudnn import GRAPH, RELU, conv2d_cudnn, has_epilogue, rivals
-from tests.cudnn import (
-    BUCKET,
-    FUSED,
-    GEOMETRY,
-    GRAPH_FASTEST,
-    PLAIN,
-    RELU_FASTEST,
-    close,
-    drawn,
-    expected,
-    forget,
-    rows,
-)
+from segfast.ops._cudnn import GRAPH, RELU, conv2d_cudnn, rivals
+from tests.cudnn import GEOMETRY, close, drawn, expected, has_cudnn
 
-__all__ = ["rows"]
+__all__ = ["has_cudnn"]
 
 
 @pytest.fixture
@@ -50,37 +38,15 @@ def fused_calls(monkeypatch):
     return calls
 
 
-def test_our_kernel_must_beat_the_fastest_that_could_serve_the_call(rows):
-    rows[FUSED] = RELU_FASTEST | {"config": {}}
-
-    def ask(*found, fused=True):
-        forget()
-        return measured_reason_not(("conv2d_forward",), *BUCKET, fused, found)
-
-    assert ask() is None
-    assert ask(RELU) == "cuDNN's fused call was measured faster (20 against 30 us)"
-    assert ask(GRAPH) == "a cuDNN graph was measured faster (25 against 30 us)"
-    assert "fused call" in ask(RELU, GRAPH)
-    assert "not measured" in ask(RELU, fused=False)
-    rows[FUSED] |= {"us": 19.0}
-    assert ask(RELU, GRAPH) is None
-    rows[FUSED] |= {"us": 50.0}
-    assert ask() == "ATen was measured faster (40 against 50 us)"
-    # A row from a machine without the package, or before there were such rows.
-    rows[FUSED] = {"us": 30.0, "aten_us": 40.0}
-    assert ask(RELU, GRAPH) is None
-
-
 @pytest.mark.parametrize("operands", ["shift", "scale shift", "bias", "bias scale shift", "bias scale", ""])
 @pytest.mark.parametrize("residual", [False, True])
-def test_the_fused_call_is_the_layer(rows, fused_calls, operands, residual):
-    rows[FUSED] = RELU_FASTEST
+def test_the_fused_call_is_the_layer(has_cudnn, fused_calls, operands, residual):
     x, weight, bias, scale, shift, added = drawn()
     bias, scale, shift = (
         t if name in operands else None for name, t in (("bias", bias), ("scale", scale), ("shift", shift))
     )
     args = (x, weight, bias, scale, shift, added if residual else None, "relu")
-    y = conv2d_cudnn(x, weight, bias, *GEOMETRY, *args[3:])
+    y = conv2d_cudnn(RELU, x, weight, bias, *GEOMETRY, *args[3:])
     close(y, expected(*args))
     (given,) = fused_calls
     assert given[1].dtype == torch.bfloat16 and given[1].is_contiguous(memory_format=torch.channels_last)
@@ -89,102 +55,16 @@ def test_the_fused_call_is_the_layer(rows, fused_calls, operands, residual):
         assert given[1] is weight  # nothing folded, nothing copied
 
 
-def test_the_faster_of_the_calls_is_taken_and_explained(rows, fused_calls, monkeypatch):
-    x, weight, bias, scale, shift, _ = drawn()
-    graphs = []
-    graph = lambda *args: graphs.append(args) or _cudnn.conv2d_relu(*args)  # noqa: E731
-    monkeypatch.setitem(_cudnn.RUN, GRAPH, graph)
-
-    def call():
-        args = (x, weight, bias, *GEOMETRY, scale, shift, None, "relu")
-        use_triton("conv2d", lambda choice: reason)
-        y = conv2d_cudnn(*args)
-        return conv2d_aten(*args, 0.01) if y is None else y
-
-    def decided():
-        forget()
-        (decision,) = segfast.explain(call)
-        assert isinstance(decision, Decision) and (decision.operation, decision.backend) == ("conv2d", "aten")
-        return decision.reason
-
-    rows[FUSED] = RELU_FASTEST
-    reason = "cuDNN's fused call was measured faster (20 against 30 us)"
-    assert decided() == reason and len(fused_calls) == 1
-    reason = "conv2d_forward in bfloat16 is not proven on this GPU (sm_90)"
-    faster = "was measured faster than plain ATen"
-    assert decided() == f"{reason}; cuDNN's fused call {faster} (20 against 40 us)"
-    assert len(fused_calls) == 2 and graphs == []
-    rows[FUSED] = GRAPH_FASTEST
-    assert decided() == f"{reason}; a cuDNN graph {faster} (25 against 40 us)"
-    assert len(graphs) == 1
-    monkeypatch.setattr(_cudnn_graph, "installed", lambda: False)
-    assert decided() == f"{reason}; cuDNN's fused call {faster} (28 against 40 us)"
-    rows[FUSED] = GRAPH_FASTEST | {"aten_us": 20.0}
-    assert decided() == reason
-    rows.clear()
-    assert decided() == reason
-    rows[FUSED] = RELU_FASTEST
-    with segfast.backend("aten"):
-        (decision,) = segfast.explain(call)
-        assert decision.reason == "asked for by name"
-    assert len(graphs) == 1 and len(fused_calls) == 4  # the graph stands on the fused call here
-
-
-def test_a_shape_that_was_not_measured_takes_what_was_faster_on_nearly_all_others(rows, fused_calls):
-    x, weight, bias, scale, shift, _ = drawn()
-
-    def measured(count, ending="s1d1-fused-bfloat16", **times):
-        buckets = [f"ci{8 * i}-co16-t9-g1-{ending}-p{i % 7}" for i in range(2, count + 2)]
-        rows.update({bucket: {"us": 30.0, "aten_us": 40.0} | times for bucket in buckets})
-
-    def taken(activation="relu"):
-        forget()
-        before = len(fused_calls)
-        args = (x, weight, bias, *GEOMETRY, scale, shift, None, activation)
-
-        def call():
-            use_triton("conv2d", lambda choice: "not measured")
-            return conv2d_cudnn(*args)
-
-        (decision,) = segfast.explain(call)
-        assert (len(fused_calls) > before) == ("cuDNN" in decision.reason)
-        return decision.reason
-
-    measured(19, cudnn_relu_us=20.0)
-    assert taken() == "not measured"
-    measured(20, cudnn_relu_us=20.0)
-    words = "cuDNN's fused call was measured faster than plain ATen on 20 shapes like it"
-    assert taken() == f"not measured; {words}"
-    assert taken("silu") == "not measured"
-    measured(20, cudnn_relu_us=40.0)  # no gain
-    assert taken() == "not measured"
-    measured(20, cudnn_relu_us=20.0)
-    measured(1, cudnn_relu_us=42.0)  # one in twenty is slower
-    assert taken() == "not measured"
-    # Other kinds of calls say nothing: bare, of another dtype, in groups.
-    for ending in ("s1d1-bfloat16", "s1d1-fused-float16"):
-        rows.clear()
-        measured(20, ending, cudnn_relu_us=20.0)
-        assert taken() == "not measured"
-    rows.clear()
-    measured(20, cudnn_relu_us=20.0)
-    for bucket in list(rows):
-        rows[bucket.replace("-g1-", "-g2-")] = rows.pop(bucket)
-    assert taken() == "not measured"
-
-
-def test_what_cannot_be_served_is_left_to_aten(rows, fused_calls):
-    rows[FUSED] = rows[PLAIN] = RELU_FASTEST
+def test_what_cannot_be_served_is_left_to_aten(has_cudnn, fused_calls):
     x, weight, bias, scale, shift, residual = drawn()
 
     def call(x=x, weight=weight, bias=bias, geometry=GEOMETRY, scale=scale, residual=residual, act="relu"):
-        forget()
-        return conv2d_cudnn(x, weight, bias, *geometry, scale, shift, residual, act)
+        return conv2d_cudnn(RELU, x, weight, bias, *geometry, scale, shift, residual, act)
 
     assert call() is not None
     for wrong in (
         {"x": x.contiguous()},
-        {"x": x[:1]},
+        {"act": "silu"},
         {"x": x.float()},
         {"x": x[:, :, :1, :1].expand(2, 8, 7, 7)},
         {"weight": weight[:, :4]},
@@ -206,12 +86,11 @@ def test_what_cannot_be_served_is_left_to_aten(rows, fused_calls):
     assert len(fused_calls) == 1
 
 
-def test_who_has_to_see_the_operator_sees_it(rows, fused_calls):
-    rows[FUSED] = RELU_FASTEST
+def test_who_has_to_see_the_operator_sees_it(has_cudnn, fused_calls):
     x, weight, *_ = drawn()
 
     def call(x, weight):
-        y = conv2d_cudnn(x, weight, None, *GEOMETRY, None, None, None, "relu")
+        y = conv2d_cudnn(RELU, x, weight, None, *GEOMETRY, None, None, None, "relu")
         return F.relu(F.conv2d(x, weight, None, *GEOMETRY)) if y is None else y
 
     reference = F.relu(F.conv2d(x, weight, None, *GEOMETRY))
@@ -239,18 +118,17 @@ class _Layer(torch.nn.Module):
         return self.function(*args)
 
 
-def test_autocast_decides_the_dtype(rows, fused_calls):
-    rows[FUSED] = RELU_FASTEST
+def test_autocast_decides_the_dtype(has_cudnn, fused_calls):
     x, weight, bias, scale, shift, residual = drawn(torch.float32)
     args = (x, weight, bias, *GEOMETRY, scale, shift, residual, "relu")
-    assert conv2d_cudnn(*args) is None  # no row for float32
+    assert conv2d_cudnn(RELU, *args).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        y = conv2d_cudnn(*args)
+        y = conv2d_cudnn(RELU, *args)
     assert y.dtype == torch.bfloat16
     close(y, expected(x, weight, bias, scale, shift, residual, "relu"))
 
 
-def test_rivals_by_activation_dtype_and_switches(rows, monkeypatch):
+def test_rivals_by_activation_dtype_and_switches(has_cudnn, monkeypatch):
     x, weight, *_ = drawn()
 
     def of(activation, x=x, **changes):
@@ -266,59 +144,93 @@ def test_rivals_by_activation_dtype_and_switches(rows, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     assert of("relu") == (RELU,)
     assert of(None) == ()
-    assert not has_epilogue(None, None, None, None)
-    assert has_epilogue(None, None, None, "relu") and has_epilogue(x, None, None, None)
 
 
 def test_on_a_cpu_there_is_no_rival():
     x, weight, *_ = drawn()
     assert rivals(x, weight, None, None, None, None, "relu") == ()
-    assert conv2d_cudnn(x, weight, None, *GEOMETRY, None, None, None, "relu") is None
+    assert conv2d_cudnn(RELU, x, weight, None, *GEOMETRY, None, None, None, "relu") is None
+
+
+@pytest.fixture
+def chosen(has_cudnn, monkeypatch):
+    """`chosen(name)`: what `choose` says of a convolution from now on."""
+    from segfast.ops.dilated_conv2d import functional, parallel
+
+    def choose(name):
+        def answer(operation, *args, **options):
+            return name if operation == "conv2d" and segfast.get_backend() == "auto" else None
+
+        for module in (functional, parallel):
+            monkeypatch.setattr(module, "choose", answer)
+
+    monkeypatch.setattr(_gpu, "kernel_reason_not", lambda *args: None)
+    monkeypatch.setattr(functional, "certainly_aten", lambda input: False)
+    return choose
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_conv2d_takes_the_fused_call_where_it_is_fastest(rows, fused_calls, monkeypatch, residual):
-    from segfast.ops.dilated_conv2d import functional
-
-    monkeypatch.setattr(functional, "kernel_reason_not", lambda *args: None)
-    rows[FUSED] = RELU_FASTEST
+def test_conv2d_takes_the_fused_call_where_it_was_chosen(chosen, fused_calls, residual):
     x, weight, bias, scale, shift, added = drawn()
     options = {"scale": scale, "shift": shift, "residual": added if residual else None, "activation": "relu"}
 
     def call():
         return segfast.functional.conv2d(x, weight, bias, 1, 2, 2, **options)
 
-    (decision,) = segfast.explain(call)
-    assert str(decision) == "conv2d: aten (cuDNN's fused call was measured faster (20 against 30 us))"
+    chosen(RELU)
+    assert list(map(str, segfast.explain(call))) == ["conv2d: cudnn_relu (cudnn_relu)"]
     assert len(fused_calls) == 1
     assert [id(t) for t in taken_by_kernels(call, [weight, x[:1]])] == [id(weight)]
     assert len(fused_calls) == 2
+    close(call(), expected(x, weight, bias, scale, shift, options["residual"], "relu"))
+    assert len(fused_calls) == 3
     with segfast.backend("aten"):
         segfast.explain(call)
-    assert len(fused_calls) == 2
-    rows[FUSED] = RELU_FASTEST | {"aten_us": 10.0}
-    forget()
-    assert "ATen was measured faster (10 against 30 us)" in segfast.explain(call)[0].reason
-    assert len(fused_calls) == 2
-    assert taken_by_kernels(call, [weight]) == []
+    for name in ("aten", None):
+        chosen(name)
+        assert segfast.explain(call)[0].backend == "aten"
+        assert taken_by_kernels(call, [weight]) == []
+    assert len(fused_calls) == 3
 
 
-def test_the_branches_of_a_pyramid_take_it_too(rows, fused_calls, monkeypatch):
-    from segfast.ops.dilated_conv2d import functional
+def test_atens_call_serves_what_the_chosen_one_does_not_take(chosen, fused_calls):
+    """As an image that is not aligned, or one in another layout: a choice holds for shapes."""
+    chosen(RELU)
+    x, weight, bias, scale, shift, _ = drawn()
+    options = {"scale": scale, "shift": shift, "activation": "relu"}
+    for image in (x.contiguous(), x[:, :, ::2]):
+        y = segfast.functional.conv2d(image, weight, bias, 1, 2, 2, **options)
+        close(y, expected(image, weight, bias, scale, shift, None, "relu"))
+        (decision,) = segfast.explain(segfast.functional.conv2d, image, weight, bias, 1, 2, 2, **options)
+        assert decision.backend == "aten"
+    assert fused_calls == []
 
-    monkeypatch.setattr(functional, "kernel_reason_not", lambda *args: None)
-    rows[FUSED] = rows["ci8-co16-t1-g1-s1d1-fused-bfloat16-p6"] = RELU_FASTEST
+
+def test_a_graph_runs_where_it_was_chosen(chosen, fused_calls, monkeypatch):
+    graphs = []
+    monkeypatch.setitem(_cudnn.CALLS, GRAPH, lambda *args: graphs.append(args) or _cudnn.conv2d_relu(*args))
+    x, weight, bias, scale, shift, _ = drawn()
+    chosen(GRAPH)
+    options = {"scale": scale, "shift": shift, "activation": "relu"}
+    (decision,) = segfast.explain(segfast.functional.conv2d, x, weight, bias, 1, 2, 2, **options)
+    assert decision.backend == GRAPH and len(graphs) == 1
+
+    def refused(*args):
+        raise _cudnn_graph.GraphRefused
+
+    monkeypatch.setitem(_cudnn.CALLS, GRAPH, refused)
+    (decision,) = segfast.explain(segfast.functional.conv2d, x, weight, bias, 1, 2, 2, **options)
+    assert decision.backend == "aten"
+
+
+def test_the_branches_of_a_pyramid_take_it_too(chosen, fused_calls, monkeypatch):
     x, weight, _, scale, shift, _ = drawn()
     weights = [weight[:, :, :1, :1].contiguous(memory_format=torch.channels_last), weight]
     vectors = {"scale": scale.repeat(2), "shift": shift.repeat(2)}
-    found = []
-
-    def call():
-        y = segfast.functional.parallel_conv2d(x, weights, [1, 2], **vectors, activation="relu")
-        found.append(y)
-
-    (decision,) = segfast.explain(call)
-    assert "was measured faster than plain ATen" in decision.reason
+    chosen(RELU)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    y = segfast.functional.parallel_conv2d(x, weights, [1, 2], **vectors, activation="relu")
     assert len(fused_calls) == 2
     pads = ((0, 0), (2, 2))
     parts = [
@@ -328,7 +240,7 @@ def test_the_branches_of_a_pyramid_take_it_too(rows, fused_calls, monkeypatch):
         )
         for i, w in enumerate(weights)
     ]  # fmt: skip
-    close(found[0], torch.cat(parts, 1))
+    close(y, torch.cat(parts, 1))
 
 
 def test_the_folded_filter_is_remembered_until_something_is_written(monkeypatch):

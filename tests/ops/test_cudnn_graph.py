@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from segfast.ops import _cudnn, _cudnn_graph
-from tests.cudnn import FUSED, GEOMETRY, GRAPH_FASTEST, close, drawn, expected, rows
+from tests.cudnn import GEOMETRY, close, drawn, expected, has_cudnn
 
-__all__ = ["rows"]
+__all__ = ["has_cudnn"]
 
 
 class _Node:
@@ -151,13 +151,12 @@ def test_strides_that_torch_leaves_open_are_those_of_channels_last():
     assert _cudnn_graph._channels_last(torch.empty(1, 6, 1, 1)[:, :3]).stride() == (3, 1, 3, 3)
 
 
-def test_a_graph_without_an_engine_is_left_to_aten_and_not_tried_again(package, rows):
+def test_a_graph_without_an_engine_is_left_to_aten_and_not_tried_again(package, has_cudnn):
     package.refuses = True
-    rows[FUSED] = GRAPH_FASTEST
     x, weight, *_ = drawn()
     args = (x, weight, None, *GEOMETRY, None, None, None, "relu")
     for _ in range(2):
-        assert _cudnn.conv2d_cudnn(*args) is None
+        assert _cudnn.conv2d_cudnn(_cudnn.GRAPH, *args) is None
     assert len(package.graphs) == 1
     with pytest.raises(_cudnn_graph.GraphRefused, match=r"^ValueError: no engine$"):
         _cudnn.conv2d_graph(*args)

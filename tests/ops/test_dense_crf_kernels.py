@@ -298,15 +298,19 @@ def test_backend_says_why_not():
 
 
 def test_auto_asks_for_proofs_alone(monkeypatch):
-    from segfast.kernels import _configs
+    from segfast.ops import _proofs
+    from segfast.ops._choice import collect
 
-    everything = {f"{name}.float32" for name in backend.OPERATIONS}
-    monkeypatch.setattr(_configs, "proven_entries", lambda arch: everything)
+    proven = {(name, torch.float32) for name in backend.OPERATIONS}
+    monkeypatch.setattr(_proofs, "proven", lambda operation, dtype, device: (operation, dtype) in proven)
     tensor = torch.empty(1, 2, 3, 4)
-    assert backend._unproven(tensor.dtype, tensor.device) is None
-    assert "bfloat16 is not proven" in backend._unproven(torch.bfloat16, tensor.device)
-    everything.remove("permutohedral_filter.float32")
-    assert backend._unproven(tensor.dtype, tensor.device).startswith("permutohedral_filter in float32")
+    with collect() as collected:
+        assert backend._unproven(tensor.dtype, tensor.device) is None
+        assert "bfloat16 is not proven" in backend._unproven(torch.bfloat16, tensor.device)
+        proven.remove(("permutohedral_filter", torch.float32))
+        assert backend._unproven(tensor.dtype, tensor.device).startswith("permutohedral_filter in float32")
+    # What `optimize` then proves.
+    assert collected.unproven == {("dense_crf", torch.float32), ("dense_crf", torch.bfloat16)}
 
 
 def test_the_modelled_pairs():

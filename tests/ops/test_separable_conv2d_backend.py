@@ -1,5 +1,6 @@
 """Which backend depthwise and separable convolution take, and what they do on ATen."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import segfast
 from segfast.functional import depthwise_conv2d, separable_conv2d
-from segfast.ops import separable_conv2d as family
+from segfast.ops import _gpu
 from tests.fused_conv import ACTIVATIONS, BACKENDS, draw, fused
 from tests.separable import (
     VECTORS,
@@ -165,83 +166,51 @@ class OnGPU:
     is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)
 
-    def __init__(self, dtype=torch.bfloat16, shape=(1, 64, 32, 32), channels_last=True):
+    def __init__(self, dtype=torch.bfloat16, shape=(1, 64, 32, 32)):
         self.dtype, self.shape = dtype, torch.Size(shape)
-        self._channel_stride = 1 if channels_last else shape[2] * shape[3]
 
     def numel(self):
         return self.shape.numel()
 
-    def stride(self, axis):
-        assert axis == 1
-        return self._channel_stride
 
+def test_auto_takes_what_was_chosen(pretended_gpu):
+    weight = torch.empty(64, 1, 3, 3)
 
-DEPTHWISE, POINTWISE = torch.empty(64, 1, 3, 3), torch.empty(96, 64, 1, 1)
+    def ask(input=None, choice="auto", chosen=None):
+        return _gpu.can_use_triton(choice, input or OnGPU(), weight, None, "depthwise_conv2d", chosen)
 
-
-BUCKET = "ci64-co64-t9-g64-s2d1-bfloat16-p10"
-
-
-SEPARABLE_BUCKET = "ci64-co96-t9-g1-s2d1-bfloat16-p10"
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of sm_90 with chosen proofs and measurements."""
-    from segfast.kernels import _configs, _device
-    from segfast.ops import _backend
-
-    proofs, rows = set(), {}
-    monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-test", 232448))
-    monkeypatch.setitem(_backend._gpu_reasons, 0, None)
-    monkeypatch.setattr(_configs, "proven_entries", lambda arch: frozenset(proofs) if arch == "sm_90" else ())
-    monkeypatch.setattr(
-        _configs, "measured", lambda operation, bucket, slug, arch: rows.get((operation, bucket))
-    )
-
-    def ask(input=None, pointwise=None, differentiates=False, choice="auto", geometry=((2, 2), (1, 1))):
-        _backend._look_up.cache_clear()
-        return family.can_use_triton(
-            choice, input or OnGPU(), DEPTHWISE, pointwise, None, geometry, differentiates
-        )
-
-    yield proofs, rows, ask
-    _backend._look_up.cache_clear()
-
-
-def test_auto_needs_a_proof_and_a_faster_measurement_of_this_geometry(gpu):
-    proofs, rows, ask = gpu
-    assert "depthwise_conv2d_forward in bfloat16 is not proven" in ask()
+    assert ask() == "not measured on this GPU"
     assert ask(choice="triton") is None  # by name it runs all the same
-    proofs.add("depthwise_conv2d_forward.bfloat16")
-    assert "not measured" in ask()
-    rows["depthwise_conv2d_forward", BUCKET] = {"us": 10.0, "aten_us": 20.0}
-    assert ask() is None
-    assert "not measured" in ask(geometry=((1, 1), (1, 1)))
-    assert "not channels_last" in ask(OnGPU(channels_last=False))
-    assert "empty" in ask(OnGPU(shape=(0, 64, 32, 32)))
-    assert "no kernels for float64" in ask(OnGPU(torch.float64))
-    rows["depthwise_conv2d_forward", BUCKET] = {"us": 30.0, "aten_us": 20.0}
-    assert "measured faster (20 against 30 us)" in ask()
+    assert ask(chosen="triton") is None
+    assert ask(chosen="aten") == "aten"
+    assert "empty" in ask(OnGPU(shape=(0, 64, 32, 32)), chosen="triton")
+    assert "no kernels for float64" in ask(OnGPU(torch.float64), chosen="triton")
 
 
-def test_auto_judges_the_gradients_too_where_they_will_follow(gpu):
-    proofs, rows, ask = gpu
-    names = ("depthwise_conv2d_forward", "depthwise_conv2d_grad_input", "depthwise_conv2d_grad_weight")
-    proofs.update(f"{name}.bfloat16" for name in names[:2])
-    rows.update({(name, BUCKET): {"us": 10.0, "aten_us": 20.0} for name in names})
-    assert ask() is None
-    assert "grad_weight in bfloat16 is not proven" in ask(differentiates=True)
-    proofs.add("depthwise_conv2d_grad_weight.bfloat16")
-    assert ask(differentiates=True) is None
+@pytest.mark.interpreter
+@pytest.mark.parametrize("chosen", ["triton", "aten", "parts", None])
+def test_a_separable_call_that_is_not_our_one_kernel_asks_for_each_of_its_parts(chosen, monkeypatch):
+    from segfast.ops.dilated_conv2d import functional as dense
+    from segfast.ops.separable_conv2d import functional
 
+    asked = []
 
-def test_auto_asks_of_a_separable_call_what_it_will_run(gpu):
-    proofs, rows, ask = gpu
-    assert "separable_conv2d_forward in bfloat16 is not proven" in ask(pointwise=POINTWISE)
-    proofs.add("separable_conv2d_forward.bfloat16")
-    rows["separable_conv2d_forward", SEPARABLE_BUCKET] = {"us": 10.0, "aten_us": 20.0}
-    assert ask(pointwise=POINTWISE) is None
-    # Its backward is the depthwise operators'.
-    assert "depthwise_conv2d_forward" in ask(pointwise=POINTWISE, differentiates=True)
+    def choose(operation, images, weights, options, differentiates, dtype):
+        asked.append((operation, [tuple(w.shape) for w in weights]))
+        return chosen if operation == "separable_conv2d" else "aten"
+
+    for module in (functional, dense):
+        monkeypatch.setattr(module, "choose", choose)
+        monkeypatch.setattr(module, "certainly_aten", lambda input: False)
+    monkeypatch.setattr(_gpu, "kernel_reason_not", lambda *args: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    tensors = separable_operands((1, 4, 5, 6), 3, kernel=3)
+    expected = define_separable(**tensors, padding=1, activation="relu")
+    with segfast.kernels.record_launches() if chosen == "triton" else contextlib.nullcontext([]) as launches:
+        actual = separable_conv2d(**tensors, padding=1, activation="relu")
+    whole = ("separable_conv2d", [(4, 1, 3, 3), (3, 4, 1, 1)])
+    parts = [("depthwise_conv2d", [(4, 1, 3, 3)]), ("conv2d", [(3, 4, 1, 1)])]
+    assert asked == [whole] + (parts if chosen != "triton" else [])
+    assert bool(launches) == (chosen == "triton")
+    if chosen != "triton":
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

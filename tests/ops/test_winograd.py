@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from segfast.ops import _winograd as winograd
 from segfast.ops import _winograd_scratch as scratch
-from segfast.ops._choice import Call
+from segfast.ops._call import Call
 from segfast.ops._epilogue import ACTIVATIONS
 from tests.tolerances import assert_close_to_reference
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from segfast.nn import Conv2d
 from segfast.nn._dense import Dense
 from segfast.nn._eager import only_forward
-from segfast.nn._norm import FoldsNorms
+from segfast.nn._norm import Remembers
 from segfast.nn._pair import pays
 
 from ._base import Encoder, scaled, strides_and_dilations
@@ -25,7 +25,7 @@ EXPANSION = 4
 _GROWTH = 1 / 8
 
 
-class Bottleneck(FoldsNorms):
+class Bottleneck(Remembers):
     """1x1, 3x3 and 1x1 convolution, each with its norm, and the input added before the last ReLU.
 
     In eval each convolution, its norm and what follows it are one operator.
@@ -74,7 +74,7 @@ class Bottleneck(FoldsNorms):
         return (*forms, shortcut)  # type: ignore[return-value]
 
 
-class ResNetEncoder(FoldsNorms, Encoder):
+class ResNetEncoder(Remembers, Encoder):
     """ResNet-50 (23.5 million parameters) or -101 (42.5 million) without its classifier.
 
     `state_dict` keys are torchvision's, as are the dilations in place of strides

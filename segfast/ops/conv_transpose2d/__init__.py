@@ -1,8 +1,9 @@
 """Transposed convolution: operators, autograd, the functional, and the U-Net step that concatenates."""
 
+from . import measured
 from .autograd import forward, grad_of_input, grad_of_weight
 from .evidence import proofs
-from .functional import OPERATIONS, can_use_triton, conv_transpose2d
+from .functional import OPERATIONS, conv_transpose2d
 from .operators import FORWARD, GRAD_INPUT, GRAD_WEIGHT
 from .specimens import specimens
 from .up_concat import UP_CONCAT, up_concat
@@ -13,11 +14,11 @@ __all__ = [
     "GRAD_WEIGHT",
     "OPERATIONS",
     "UP_CONCAT",
-    "can_use_triton",
     "conv_transpose2d",
     "forward",
     "grad_of_input",
     "grad_of_weight",
+    "measured",
     "proofs",
     "specimens",
     "up_concat",

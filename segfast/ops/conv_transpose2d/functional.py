@@ -4,40 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import EMPTY, kernel_reason_not, measured_reason_not, use_triton
+from .._backend import use_triton
 from .._bilinear import channelwise_factors, upsample_separable
 from .._cpu import conv_transpose2d_chosen
 from .._epilogue import apply_epilogue, check_activation, check_epilogue
+from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
 from .._registry import autocast_dtype
+from .._remembered import cast
 from .autograd import forward
 from .operators import check_conv_transpose2d
 
 OPERATIONS = ("conv_transpose2d_forward", "conv_transpose2d_grad_input", "conv_transpose2d_grad_weight")
-
-
-def can_use_triton(
-    choice: str, input: Tensor, weight: Tensor, dtype: torch.dtype | None, groups: int, differentiates: bool
-):
-    """None if our kernels serve the call, else why not. `dtype` is autocast's, or None."""
-    reason = kernel_reason_not(choice, input, dtype)
-    if reason is None and (input.numel() == 0 or weight.numel() == 0):
-        reason = EMPTY
-    if reason is not None or choice == "triton":
-        return reason
-    needed = OPERATIONS if differentiates else OPERATIONS[:1]
-    batch, channels_in, height, width = input.shape
-    kernel_h, kernel_w = weight.shape[2:]
-    return measured_reason_not(
-        needed,
-        dtype or input.dtype,
-        input.device,
-        channels_in,
-        weight.shape[1] * groups,
-        kernel_h * kernel_w,
-        groups,
-        batch * height * width,
-    )
 
 
 def conv_transpose2d(
@@ -109,7 +87,20 @@ def conv_transpose2d(
     check_activation(activation)
     dtype = autocast_dtype(input)
     differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    if not use_triton("conv_transpose2d", can_use_triton, input, weight, dtype, groups, differentiates):
+    name = "conv_transpose2d"
+    chosen = None
+    if input.is_cuda:
+        options = (
+            pair(stride, "stride"),
+            pair(padding, "padding"),
+            pair(output_padding, "output_padding"),
+            groups,
+            pair(dilation, "dilation"),
+            *[t is not None for t in (bias, scale, shift, residual)],
+            activation,
+        )
+        chosen = choose(name, (input,), (weight,), options, differentiates, dtype)
+    if not use_triton(name, can_use_triton, input, weight, dtype, name, chosen):
         factors = channelwise_factors(input, weight, stride, groups, dilation)
         if factors is None and input.is_cpu and scale is None and shift is None:
             y = conv_transpose2d_chosen(
@@ -139,7 +130,7 @@ def conv_transpose2d(
             y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)
         return y
     if dtype is not None:
-        input, weight = input.to(dtype), weight.to(dtype)
+        input, weight = input.to(dtype), cast(weight, dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     stride, padding, dilation = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from .._backend import use_triton
 from .._epilogue import check_activation, epilogue_backward, keeps_output
+from .._gpu import can_use_triton, choose
 from .._layout import channels_innermost, fit_layout, in_format, output_format
 from .._operands import Pair, empty, kernel_output, load_kernels, pair
 from .._registry import Differentiable, Operator, autocast_dtype, needs_autograd
+from .._remembered import cast
 from .autograd import forward, grad_of_input, grad_of_weight
-from .functional import can_use_triton, conv_transpose2d
+from .functional import conv_transpose2d
 from .operators import check_conv_transpose2d, multiply_add_flops, output_size
 
 
@@ -252,10 +254,12 @@ def up_concat(
     dtype = autocast_dtype(x)
     stride, padding = pair(stride, "stride"), pair(padding, "padding")
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not use_triton("up_concat", can_use_triton, x, weight, dtype, 1, differentiates):
+    options = (stride, padding, bias is not None, activation)
+    chosen = choose("up_concat", (x, skip), (weight,), options, differentiates, dtype)
+    if not use_triton("up_concat", can_use_triton, x, weight, dtype, "up_concat", chosen):
         return _up_concat_aten(x, skip, weight, bias, stride, padding, activation, negative_slope)
     if dtype is not None:
-        x, skip, weight = x.to(dtype), skip.to(dtype), weight.to(dtype)
+        x, skip, weight = x.to(dtype), skip.to(dtype), cast(weight, dtype)
         bias = None if bias is None else bias.to(dtype)
     if needs_autograd(x, skip, weight, bias):
         return _UpConcat.call(x, skip, weight, bias, stride, padding, activation, negative_slope)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _choice
 from .._backend import EMPTY, FAILED, kernel_reason_not, use_triton
 from .filters import METHODS
 
@@ -61,12 +62,15 @@ def reason_not(choice: str, tensor: Tensor, labels: int, dim: int) -> str | None
 
 
 def _unproven(dtype: torch.dtype, device: torch.device) -> str | None:
-    from segfast.kernels import _configs, _device
+    from .._proofs import proven  # which needs triton
 
+    collected = _choice.collected()
+    if collected is not None:
+        collected.unproven.add((FAMILY, dtype))
     for operation in OPERATIONS:
-        if not _configs.proven(operation, dtype, device):
-            name, arch = str(dtype).removeprefix("torch."), _device.architecture(device)
-            return f"{operation} in {name} is not proven on this GPU ({arch})"
+        if not proven(operation, dtype, device):
+            name = str(dtype).removeprefix("torch.")
+            return f"{operation} in {name} is not proven on this GPU"
     return None
 
 

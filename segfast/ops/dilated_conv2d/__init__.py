@@ -1,9 +1,10 @@
 """conv2d, dilated or dense, of one image or of several, and several side by side."""
 
+from . import measured
 from .autograd import forward, grad_of_input, grad_of_weight
 from .concat import CONCAT
 from .evidence import proofs
-from .functional import OPERATIONS, can_use_triton, conv2d, prefers_virtual_concat
+from .functional import OPERATIONS, conv2d, prefers_virtual_concat
 from .operators import FORWARD, GRAD_INPUT, GRAD_WEIGHT
 from .parallel import PARALLEL, parallel_conv2d
 from .specimens import specimens
@@ -15,11 +16,11 @@ __all__ = [
     "GRAD_WEIGHT",
     "OPERATIONS",
     "PARALLEL",
-    "can_use_triton",
     "conv2d",
     "forward",
     "grad_of_input",
     "grad_of_weight",
+    "measured",
     "parallel_conv2d",
     "prefers_virtual_concat",
     "proofs",

@@ -6,21 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
-from .._backend import (
-    EMPTY,
-    add_decision,
-    certainly_aten,
-    get_backend,
-    kernel_reason_not,
-    measured_reason_not,
-    note_taken,
-    use_triton,
-)
-from .._cudnn import conv2d_cudnn, has_epilogue, rivals
+from .._aten_only import certainly_aten
+from .._backend import add_decision, get_backend, note_taken, use_triton
+from .._cudnn import CALLS, conv2d_cudnn
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import output_size, resolve_padding
+from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
 from .._registry import _functorch_active, autocast_dtype
+from .._remembered import cast
 from ..separable_conv2d.functional import depthwise_conv2d
 from . import concat
 from .autograd import forward
@@ -32,49 +26,6 @@ OPERATIONS = (
     "conv2d_grad_weight",
     "parallel_conv2d_forward",
 )
-
-
-def can_use_triton(
-    choice: str,
-    input: Tensor,
-    weight: Tensor,
-    dtype: torch.dtype | None,
-    geometry: tuple[Pair, Pair],
-    groups: int,
-    fused: bool,
-    differentiates: bool,
-    branches: int = 0,
-    others: tuple[str, ...] = (),
-) -> str | None:
-    """None if our kernels serve the call, else why not.
-
-    `dtype` is autocast's or None, `geometry` stride and dilation, `fused` whether there is an epilogue beyond
-    the bias, `branches` how many convolutions `parallel_conv2d` runs, `others` the fused calls of cuDNN that
-    could serve it as well.
-    """
-    reason = kernel_reason_not(choice, input, dtype)
-    if reason is None and (input.numel() == 0 or weight.numel() == 0):
-        reason = EMPTY
-    if reason is not None or choice == "triton":
-        return reason
-    batch, channels, height, width = input.shape
-    if input.stride(1) != 1 and channels > 1:
-        return "the input is not channels_last"
-    needed = OPERATIONS[:3] if differentiates else OPERATIONS[3:] if branches else OPERATIONS[:1]
-    kernel = (weight.shape[2], weight.shape[3])
-    return measured_reason_not(
-        needed,
-        dtype or input.dtype,
-        input.device,
-        weight.shape[1] * groups,
-        weight.shape[0] * (1 if differentiates else max(branches, 1)),
-        kernel[0] * kernel[1],
-        groups,
-        batch * height * width,
-        (*geometry, kernel),
-        fused,
-        others,
-    )
 
 
 def conv2d(
@@ -159,18 +110,21 @@ def _of_one(
         )
     dtype = autocast_dtype(input)
     differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    fused = has_epilogue(scale, shift, residual, activation)
-    others = rivals(input, weight, bias, scale, shift, residual, activation)
-    reasons = (input, weight, dtype, (stride, dilation), groups, fused, differentiates, 0, others)
-    if use_triton("conv2d", can_use_triton, *reasons):
+    given = [t is not None for t in (bias, scale, shift, residual)]
+    options = (stride, padding, dilation, groups, *given, activation)
+    chosen = choose("conv2d", (input,), (weight,), options, differentiates, dtype)
+    if use_triton("conv2d", can_use_triton, input, weight, dtype, "conv2d", chosen):
         if dtype is not None:
-            input, weight, bias, residual = _cast(dtype, input, weight, bias, residual)
+            weight = cast(weight, dtype)
+            input, bias, residual = _cast(dtype, input, bias, residual)
         operands = (input, weight, bias, scale, shift, residual)
         return forward(*operands, stride, padding, dilation, groups, activation, slope)
-    if others:
-        y = conv2d_cudnn(*args, scale, shift, residual, activation)
+    if chosen in CALLS:
+        y = conv2d_cudnn(chosen, *args, scale, shift, residual, activation)
         if y is not None:
             return y
+    if dtype is not None and input.is_cuda:
+        args = (input, cast(weight, dtype), *args[2:])  # once, where autocast would at every call
     return _aten(*args, *epilogue)
 
 
@@ -204,7 +158,8 @@ def _of_images(
     if dtype is not None:
         images = [t.to(dtype) for t in images]
         if not certainly_aten(images[0]):  # else a cast weight would be another at every call
-            weight, bias, residual = _cast(dtype, weight, bias, residual)
+            weight = cast(weight, dtype)
+            bias, residual = _cast(dtype, bias, residual)
     check_images(images)
     images = [t for t in images if t.shape[1] > 0] or images[:1]
     steps, rates = pair(stride, "stride"), pair(dilation, "dilation")
@@ -212,9 +167,7 @@ def _of_images(
     # As torch does it, "same" may pad one more at the end: then the images are brought together first.
     resolved, pads = resolve_padding("conv2d", images[0], weight, steps, padding, rates)
     stays = stays and resolved is images[0] and len(images) <= concat.MOST_IMAGES
-    others = rivals(images[0], weight, bias, scale, shift, residual, activation)
-    fused = has_epilogue(scale, shift, residual, activation)
-    if stays and prefers_virtual_concat(images, weight, steps, rates, fused, others):
+    if stays and prefers_virtual_concat(images, weight, steps, pads, rates):
         add_decision("conv2d", "triton", "reads the images where they lie")
         note_taken("conv2d", (weight,))
         return concat.forward(
@@ -229,16 +182,13 @@ def prefers_virtual_concat(
     images: Sequence[Tensor],
     weight: Tensor,
     stride: Pair = (1, 1),
+    padding: Pair = (1, 1),
     dilation: Pair = (1, 1),
-    fused: bool = True,
-    others: tuple[str, ...] | None = None,
 ) -> bool:
     """Whether conv2d of a list of images reads them where they lie.
 
-    It does where our kernel would compute the convolution: then the concatenation is traffic saved. Where
-    cuDNN or ATen compute it, there must be a concatenation, and `up_concat` writes it in one launch.
-    `fused` says whether an epilogue follows, `others` which of cuDNN's fused calls could serve; those for a
-    relu if None.
+    It does where that was chosen. Where cuDNN or ATen compute it, there must be a concatenation, and
+    `up_concat` writes it in one launch.
     """
     first = images[0]
     channels = sum([t.shape[1] for t in images])
@@ -246,8 +196,7 @@ def prefers_virtual_concat(
     if backend == "aten" or certainly_aten(first) or weight.dim() != 4 or weight.shape[1] != channels:
         return False
     differentiates = torch.is_grad_enabled() and any([t.requires_grad for t in (*images, weight)])
-    if others is None:
-        others = rivals(first, weight, None, None, None, None, "relu")
     dtype = autocast_dtype(first)
-    reasons = (first, weight, dtype, (stride, dilation), 1, fused, differentiates, 0, others)
-    return can_use_triton(backend, *reasons) is None
+    options = (stride, padding, dilation)  # an epilogue hardly matters
+    chosen = choose("conv2d_of_images", images, (weight,), options, differentiates, dtype)
+    return can_use_triton(backend, first, weight, dtype, "conv2d_of_images", chosen) is None

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backend import certainly_aten, note_taken, use_triton
+from .._aten_only import certainly_aten
+from .._backend import note_taken, use_triton
 from .._cpu import conv2d
-from .._cudnn import conv2d_cudnn, rivals
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import check_alike
+from .._gpu import can_use_triton, choose
 from .._layout import channels_innermost, in_format, output_format, packed_weight
 from .._operands import Pair, empty, kernel_output, load_kernels, pair
 from .._registry import Operator, _functorch_active, autocast_dtype, needs_autograd
+from .._remembered import cast
 from .autograd import forward as convolve
 from .operators import FORWARD, multiply_add_flops
 
@@ -111,12 +113,12 @@ def _aten_branch(input, weight, padding, dilation, scale, shift, activation, neg
     )
 
 
-def _fastest_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
-    """By cuDNN's fused call, where that was measured faster, else by ATen."""
-    y = conv2d_cudnn(input, weight, None, (1, 1), padding, dilation, 1, scale, shift, None, activation)
-    if y is not None:
-        return y
-    return _aten_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope)
+def _chosen_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
+    """By what was chosen for it as a convolution of its own."""
+    from .functional import conv2d as any_conv2d
+
+    options = {"scale": scale, "shift": shift, "activation": activation, "negative_slope": negative_slope}
+    return any_conv2d(input, weight, None, 1, padding, dilation, **options)
 
 
 def _kernel_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
@@ -188,15 +190,13 @@ def parallel_conv2d(
         >>> segfast.functional.parallel_conv2d(x, [w, w], [6, 12], activation="relu").shape
         torch.Size([1, 8, 9, 9])
     """
-    from .functional import can_use_triton
-
     check_activation(activation)
     pairs = [pair(d, "dilations") for d in dilations]
     dtype = autocast_dtype(input)
     # Choosing on a CPU, cast weights would be others at every call.
     casts = dtype is not None and not certainly_aten(input)
-    if casts:
-        input, weights = input.to(dtype), [w.to(dtype) for w in weights]
+    if dtype is not None and casts:
+        input, weights = input.to(dtype), [cast(w, dtype) for w in weights]
     if not (input.dim() == 4 and 0 < len(weights) == len(pairs) and all([w.dim() == 4 for w in weights])):
         _check(input, weights, pairs)  # raises
     ending = (scale, shift, activation, negative_slope)
@@ -204,9 +204,11 @@ def parallel_conv2d(
     # Not by a `key`, which torch.compile does not follow.
     sizes = [(weight.shape[2:].numel(), pairs[i], i) for i, weight in enumerate(weights)]
     *_, largest = max(sizes)
-    reasons = (input, weights[largest], dtype, ((1, 1), pairs[largest]), 1, True, differentiates)
-    others = () if differentiates else rivals(input, weights[0], None, scale, shift, None, activation)
-    kernels = use_triton("parallel_conv2d", can_use_triton, *reasons, len(weights), others)
+    options = (tuple(pairs), scale is not None, shift is not None, activation)
+    name = "parallel_conv2d"
+    chosen = None if differentiates else choose(name, (input,), weights, options, False, dtype)
+    reasons = (input, weights[largest], dtype, name, chosen)
+    kernels = use_triton(name, can_use_triton, *reasons)
     if kernels:
         note_taken("parallel_conv2d", weights)
     if kernels and not differentiates and not _functorch_active():
@@ -215,5 +217,5 @@ def parallel_conv2d(
     # On ATen, with gradients, or where an operator on a list would not be seen, one after the other.
     checked = input if dtype is None or casts else input.to(weights[0].dtype)
     check_epilogue(_check(checked, weights, pairs), input.device, scale, shift, None)
-    branch = _kernel_branch if kernels else _fastest_branch if others else _aten_branch
+    branch = _kernel_branch if kernels else _chosen_branch if input.is_cuda else _aten_branch
     return _branches(branch, input, weights, pairs, *ending)

@@ -1,9 +1,9 @@
 """The segmentation head: cross-entropy, dice loss and labels of logits that are upsampled on the way."""
 
+from . import measured
 from .evidence import proofs
 from .functional import (
     OPERATIONS,
-    can_use_triton,
     upsample_argmax,
     upsample_cross_entropy,
     upsample_dice,
@@ -18,7 +18,7 @@ __all__ = [
     "DICE_SUMS",
     "DICE_SUMS_BACKWARD",
     "OPERATIONS",
-    "can_use_triton",
+    "measured",
     "proofs",
     "specimens",
     "upsample_argmax",

@@ -1,13 +1,15 @@
 """What users call: a loss or labels of logits at a lower resolution than the target's."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import _INTERPRETING, EMPTY, kernel_reason_not, measured_reason_not, use_triton
-from .._operands import Pair
+from .._backend import _INTERPRETING, EMPTY, kernel_reason_not, use_triton
+from .._gpu import choose, reason_not
 from . import autograd, chunked, formulas
-from .geometry import check_labels, resolve, upsample
+from .geometry import Resampling, check_labels, resolve, upsample
 from .operators import ARGMAX
 
 OPERATIONS = (
@@ -20,27 +22,34 @@ OPERATIONS = (
 MOST_CLASSES = 1024
 
 
-def can_use_triton(choice: str, logits: Tensor, size: Pair, operations: tuple[str, ...]) -> str | None:
-    """None if our kernels serve the call, else why not."""
+def can_use_triton(choice: str, logits: Tensor, name: str, chosen: str | None) -> str | None:
+    """None if our kernels serve the call, else why not; `chosen` is what `_gpu.choose` said of `name`."""
     reason = kernel_reason_not(choice, logits)
-    batch, classes = logits.shape[:2]
+    classes = logits.shape[1]
     if reason is None and classes > MOST_CLASSES:
         reason = f"there are {classes} classes, more than {MOST_CLASSES}"
     if reason is None and logits.numel() == 0:
         reason = EMPTY
     if reason is not None or choice == "triton":
         return reason
-    pixels = batch * size[0] * size[1]
-    return measured_reason_not(operations, logits.dtype, logits.device, classes, classes, 1, 1, pixels)
+    return reason_not(name, chosen)
 
 
-def _uses_operator(operation: str, logits: Tensor, size: Pair, operations: tuple[str, ...]) -> bool:
-    """Whether our operators run: kernels, or "aten"'s tiles. Else PyTorch's functions run one by one."""
+def _uses_operator(
+    name: str, logits: Tensor, resampling: Resampling, differentiates: bool, *options: Any
+) -> bool:
+    """Whether our operators run: kernels, or "aten"'s tiles. Else PyTorch's functions run one by one.
+
+    `options` are what a choice may depend on beside sizes and resampling.
+    """
     if torch.autograd.forward_ad._current_level >= 0:
         return False  # PyTorch's own differentiate forwards
-    if use_triton(operation, can_use_triton, logits, size, operations):
+    known = (resampling.mode, resampling.align_corners, *options)
+    sizes = ((logits.shape[0], 1, *resampling.size),)
+    chosen = choose(name, (logits,), (), known, differentiates, sizes=sizes)
+    if use_triton(name, can_use_triton, logits, name, chosen):
         return True
-    return logits.is_cpu and not _INTERPRETING and chunked.pays(operation, logits, size)
+    return logits.is_cpu and not _INTERPRETING and chunked.pays(name, logits, resampling.size)
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:
@@ -105,7 +114,9 @@ def upsample_cross_entropy(
     check_labels(name, logits, target, resampling.size, weight)
     weight = None if weight is None else weight.detach()
     differentiates = torch.is_grad_enabled() and logits.requires_grad
-    if not _uses_operator(name, logits, resampling.size, OPERATIONS[: 2 if differentiates else 1]):
+    smoothing = float(label_smoothing)
+    options = (weight is not None, smoothing > 0, reduction)
+    if not _uses_operator(name, logits, resampling, differentiates, *options):
         return F.cross_entropy(
             upsample(logits, *resampling),
             target.long(),  # with bytes torch has no backward
@@ -115,7 +126,6 @@ def upsample_cross_entropy(
             label_smoothing=label_smoothing,
         )
     per_pixel = reduction == "none"
-    smoothing = float(label_smoothing)
     result = autograd.cross_entropy(logits, target, weight, *resampling, ignore_index, smoothing, per_pixel)
     if reduction == "mean":
         result = result[0] / result[1]
@@ -159,7 +169,7 @@ def upsample_argmax(
     """
     resampling = resolve("upsample_argmax", logits, size, scale_factor, mode, align_corners)
     logits = logits.detach()
-    if _uses_operator("upsample_argmax", logits, resampling.size, OPERATIONS[2:3]):
+    if _uses_operator("upsample_argmax", logits, resampling, False, return_confidence):
         labels, confidence = ARGMAX(logits, *resampling, return_confidence)
     else:
         z = upsample(logits, *resampling)
@@ -216,8 +226,7 @@ def upsample_dice(
     resampling = resolve("upsample_dice", logits, size, scale_factor, mode, align_corners, target)
     check_labels("upsample_dice", logits, target, resampling.size)
     differentiates = torch.is_grad_enabled() and logits.requires_grad
-    needed = (OPERATIONS[0], OPERATIONS[3], *((OPERATIONS[4], OPERATIONS[1]) if differentiates else ()))
-    if _uses_operator("upsample_dice", logits, resampling.size, needed):
+    if _uses_operator("upsample_dice", logits, resampling, differentiates):
         sums = autograd.dice_sums(logits, target, *resampling, ignore_index)
     else:
         sums = formulas.dice_sums_of(upsample(formulas.wide(logits), *resampling), target, ignore_index)

@@ -1,8 +1,9 @@
 """Depthwise and separable convolution: operators, autograd, and the functionals."""
 
+from . import measured
 from .autograd import forward, forward_with_statistics, grad_of_input, grad_of_weight
 from .evidence import proofs
-from .functional import OPERATIONS, can_use_triton, depthwise_conv2d, separable_conv2d
+from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
 from .fused import SEPARABLE, separable
 from .operators import FORWARD, GRAD_INPUT, GRAD_WEIGHT, STATISTICS
 from .specimens import specimens
@@ -14,12 +15,12 @@ __all__ = [
     "OPERATIONS",
     "SEPARABLE",
     "STATISTICS",
-    "can_use_triton",
     "depthwise_conv2d",
     "forward",
     "forward_with_statistics",
     "grad_of_input",
     "grad_of_weight",
+    "measured",
     "proofs",
     "separable",
     "separable_conv2d",

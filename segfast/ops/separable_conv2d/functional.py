@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from .._backend import EMPTY, kernel_reason_not, measured_reason_not, use_triton
+from .._aten_only import certainly_aten
+from .._backend import get_backend, use_triton
 from .._cpu import conv2d
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import resolve_padding
+from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
 from .._registry import autocast_dtype
+from .._remembered import cast
 from .autograd import forward, forward_with_statistics
 from .fused import separable
 from .geometry import check_depthwise, check_pointwise
@@ -20,41 +23,6 @@ OPERATIONS = (
     "depthwise_conv2d_grad_weight",
     "separable_conv2d_forward",
 )
-
-
-def can_use_triton(
-    choice: str,
-    input: Tensor,
-    weight: Tensor,
-    pointwise_weight: Tensor | None,
-    dtype: torch.dtype | None,
-    geometry: tuple[Pair, Pair],
-    differentiates: bool,
-) -> str | None:
-    """None if our kernels serve the call, else why not.
-
-    `pointwise_weight` is None for a depthwise convolution alone, `dtype` autocast's or None, `geometry`
-    stride and dilation.
-    """
-    reason = kernel_reason_not(choice, input, dtype)
-    if reason is None and (input.numel() == 0 or weight.numel() == 0):
-        reason = EMPTY
-    if reason is not None or choice == "triton":
-        return reason
-    if input.stride(1) != 1 and input.shape[1] > 1:
-        return "the input is not channels_last"
-    batch, channels, height, width = input.shape
-    dtype, pixels = dtype or input.dtype, batch * height * width
-    kernel = (weight.shape[2], weight.shape[3])
-    taps = kernel[0] * kernel[1]
-    if pointwise_weight is None or differentiates:
-        needed = OPERATIONS[:3] if differentiates else OPERATIONS[:1]
-        sizes = (channels, weight.shape[0], taps, channels)
-        reason = measured_reason_not(needed, dtype, input.device, *sizes, pixels, (*geometry, kernel))
-    if reason is None and pointwise_weight is not None:
-        sizes = (channels, pointwise_weight.shape[0], taps, 1)
-        reason = measured_reason_not(OPERATIONS[3:], dtype, input.device, *sizes, pixels, (*geometry, kernel))
-    return reason
 
 
 def depthwise_conv2d(
@@ -127,11 +95,16 @@ def depthwise_conv2d(
     dtype = autocast_dtype(input)
     input, padding = resolve_padding("depthwise_conv2d", input, weight, stride, padding, dilation)
     differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    geometry = (stride, dilation)
-    reasons = (input, weight, None, dtype, geometry, differentiates)
-    if _well_formed(input, weight) and use_triton("depthwise_conv2d", can_use_triton, *reasons):
+    name = "depthwise_conv2d"
+    chosen = None
+    if input.is_cuda and _well_formed(input, weight):
+        given = [t is not None for t in (bias, scale, shift)]
+        options = (stride, padding, dilation, *given, activation, return_statistics)
+        chosen = choose(name, (input,), (weight,), options, differentiates, dtype)
+    reasons = (input, weight, dtype, name, chosen)
+    if _well_formed(input, weight) and use_triton(name, can_use_triton, *reasons):
         if dtype is not None:
-            input, weight = input.to(dtype), weight.to(dtype)
+            input, weight = input.to(dtype), cast(weight, dtype)
             bias = None if bias is None else bias.to(dtype)
         args = (input, weight, bias, scale, shift, stride, padding, dilation, activation, negative_slope)
         if not return_statistics:
@@ -235,10 +208,18 @@ def separable_conv2d(
     input, padding = resolve_padding("separable_conv2d", input, depthwise_weight, stride, padding, dilation)
     weights = (input, depthwise_weight, pointwise_weight)
     differentiates = torch.is_grad_enabled() and any([t.requires_grad for t in weights])
-    reasons = (*weights, dtype, (stride, dilation), differentiates)
-    if _well_formed(input, depthwise_weight) and use_triton("separable_conv2d", can_use_triton, *reasons):
+    name = "separable_conv2d"
+    chosen = None
+    if input.is_cuda and _well_formed(input, depthwise_weight):
+        first = [t is not None for t in (depthwise_bias, depthwise_scale, depthwise_shift)]
+        second = [t is not None for t in (bias, scale, shift, residual)]
+        options = (stride, padding, dilation, *first, depthwise_activation, *second, activation)
+        chosen = choose(name, (input,), weights[1:], options, differentiates, dtype)
+    reasons = (input, depthwise_weight, dtype, name, chosen)
+    if _well_formed(input, depthwise_weight) and use_triton(name, can_use_triton, *reasons):
         if dtype is not None:
-            input, depthwise_weight, pointwise_weight = [t.to(dtype) for t in weights]
+            input = input.to(dtype)
+            depthwise_weight, pointwise_weight = [cast(t, dtype) for t in weights[1:]]
             depthwise_bias, bias, residual = [
                 None if t is None else t.to(dtype) for t in (depthwise_bias, bias, residual)
             ]
@@ -260,6 +241,12 @@ def separable_conv2d(
             activation,
             negative_slope,
         )
+    if input.is_cuda and get_backend() == "auto" and not certainly_aten(input):
+        return _by_parts(
+            input, depthwise_weight, pointwise_weight, depthwise_bias, bias, stride, padding, dilation,
+            depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, residual, activation,
+            negative_slope,
+        )  # fmt: skip
     between = _depthwise_aten(
         "separable_conv2d",
         input,
@@ -280,6 +267,38 @@ def separable_conv2d(
     geometry = ((1, 1), (0, 0), (1, 1), 1)
     return conv2d(
         between, pointwise_weight, bias, *geometry, scale, shift, residual, activation, negative_slope
+    )
+
+
+def _by_parts(
+    input, depthwise_weight, pointwise_weight, depthwise_bias, bias, stride, padding, dilation,
+    depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, residual, activation,
+    negative_slope,
+) -> Tensor:  # fmt: skip
+    """Each convolution by what was chosen for it."""
+    from ..dilated_conv2d.functional import conv2d as any_conv2d  # which imports this module
+
+    between = depthwise_conv2d(
+        input,
+        depthwise_weight,
+        depthwise_bias,
+        stride,
+        padding,
+        dilation,
+        scale=depthwise_scale,
+        shift=depthwise_shift,
+        activation=depthwise_activation,
+        negative_slope=negative_slope,
+    )
+    return any_conv2d(
+        between,
+        pointwise_weight,
+        bias,
+        scale=scale,
+        shift=shift,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
     )
 
 

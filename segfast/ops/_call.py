@@ -1,0 +1,128 @@
+"""A call that something can be chosen for, and an implementation of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ._geometry import output_size
+from ._operands import Pair
+
+
+class AnyCall(Protocol):
+    """What a choice is looked up by: hashable, and equal where the same choice holds."""
+
+    @property
+    def operation(self) -> str:
+        """The function that was called."""
+
+    @property
+    def pixels(self) -> int:
+        """Of all images of the batch."""
+
+    def of_any_size(self) -> Any:
+        """The same call, whatever the images' size."""
+
+    def distance(self, other: Any) -> float:
+        """The logarithm of how many times more pixels one of the two has."""
+
+    def can_run(self, name: str) -> bool:
+        """Whether the candidate `name` serves it."""
+
+    def multiplications(self) -> int:
+        """How many a direct computation takes."""
+
+
+class Call(NamedTuple):
+    """What a choice may depend on; `input` and `weight` are shapes, `dtype` what is computed in."""
+
+    operation: str
+    dtype: torch.dtype
+    channels_last: bool
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: Pair
+    padding: Pair
+    output_padding: Pair
+    dilation: Pair
+    groups: int
+    bias: bool
+    residual: bool
+    activation: str | None
+    threads: int
+
+    @property
+    def pixels(self) -> int:
+        """Of all images of the batch."""
+        return self.input[0] * self.input[2] * self.input[3]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.operation == "conv_transpose2d"
+
+    def of_any_size(self) -> "Call":
+        """The same call, whatever the images' size."""
+        return self._replace(input=(0, self.input[1], 0, 0))
+
+    def distance(self, other: "Call") -> float:
+        """The logarithm of how many times more pixels one of the two has."""
+        return abs(math.log(other.pixels / self.pixels))
+
+    def can_run(self, name: str) -> bool:
+        """Whether the candidate `name` serves it."""
+        return (
+            min(self.input) > 0 and min(self.output()) > 0 and CANDIDATES[self.operation][name].serves(self)
+        )
+
+    def output(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        batch, _, height, width = self.input
+        kernel = self.weight[2:]
+        if not self.transposed:
+            size = output_size(height, width, kernel, self.stride, self.padding, self.dilation)
+            return (batch, self.weight[0], *size)
+        sizes = [
+            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+            for n, s, p, d, k, o in zip(
+                (height, width), self.stride, self.padding, self.dilation, kernel, self.output_padding,
+                strict=True,
+            )
+        ]  # fmt: skip
+        return (batch, self.weight[1] * self.groups, *sizes)
+
+    def multiplications(self) -> int:
+        """How many a direct computation takes."""
+        pixels = self.pixels if self.transposed else math.prod((self.input[0], *self.output()[2:]))
+        return math.prod(self.weight) * pixels
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.weight[2:]))
+        out = self.output()
+        parts = [f"{self.operation} {shape}, {self.input[1]} to {out[1]} channels, {out[2]}x{out[3]} pixels"]
+        parts += [f"{self.input[0]} images"] if self.input[0] > 1 else []
+        for name, value, usual in (("stride", self.stride, 1), ("dilation", self.dilation, 1)):
+            parts += [] if value == (usual, usual) else [f"{name} {value[0]}"]
+        parts += [f"{self.groups} groups"] if self.groups > 1 else []
+        parts += ["residual"] if self.residual else []
+        parts += [self.activation] if self.activation else []
+        return ", ".join([*parts, str(self.dtype).removeprefix("torch.")])
+
+
+class Candidate(NamedTuple):
+    """One implementation of an operation.
+
+    `serves(call)` says whether it can run a call; `prepare(weight, call)` returns what it wants instead of
+    the weight, which is kept while the weight stands; `run(call, input, prepared, bias, residual,
+    negative_slope)` computes.
+    """
+
+    serves: Callable[[Call], bool]
+    prepare: Callable[[Tensor, Call], Any]
+    run: Callable[..., Tensor]
+
+
+# By operation and name, in the order of preference while nothing is measured. ATen is always one.
+CANDIDATES: dict[str, dict[str, Candidate]] = {}

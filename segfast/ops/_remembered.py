@@ -1,0 +1,74 @@
+"""What was made of a weight, packed, transformed or cast, remembered while the weight stands unchanged."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._captured import is_captured
+from ._registry import is_traced
+
+
+class _Kept:
+    """What was made of one weight, by what it is."""
+
+    __slots__ = ("address", "made", "ref", "version")
+
+    def __init__(self, weight: Tensor, ref: "weakref.ref[Tensor]"):
+        self.ref, self.made = ref, dict[Any, Any]()
+        self.version, self.address = _version(weight), weight.data_ptr()
+
+    def describes(self, weight: Tensor) -> bool:
+        return self.ref() is weight and self.version == _version(weight) and self.address == weight.data_ptr()
+
+
+_kept: dict[int, _Kept] = {}
+
+
+def remembered(weight: Tensor, kind: Any, make: Callable[[Tensor], Any]) -> Any:
+    """`make(weight)`, made once for each `kind`, until the weight is written to or goes.
+
+    A write through `.data` leaves no trace in torch: `forget` is for those.
+    """
+    key = id(weight)
+    entry = _kept.get(key)
+    if entry is None or not entry.describes(weight):
+        ref = weakref.ref(weight, lambda _: _kept.pop(key, None))
+        entry = _Kept(weight, ref)
+        # An inference tensor's writes cannot be seen; what is computed in a capture is the graph's.
+        if not weight.is_inference() and not is_captured([weight]):
+            _kept[key] = entry
+    found = entry.made.get(kind)
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():
+            found = make(weight.detach())
+        entry.made[kind] = found
+    return found
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`: a parameter that needs no gradient is cast once."""
+    if weight.dtype == dtype:
+        return weight
+    if type(weight) is not torch.nn.Parameter or torch.is_grad_enabled() or is_traced():
+        return weight.to(dtype)
+    if is_captured([weight]):
+        return weight.to(dtype)  # the graph's own: what is remembered may go before it
+    return remembered(weight, ("cast", dtype), lambda w: w.to(dtype))
+
+
+def forget(*weights: Tensor | None) -> None:
+    """Make anew what is made of these."""
+    for weight in weights:
+        _kept.pop(id(weight), None)
+
+
+def forget_all() -> None:
+    """Drop everything that was made."""
+    _kept.clear()
+
+
+def _version(weight: Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version

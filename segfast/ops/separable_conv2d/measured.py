@@ -1,0 +1,78 @@
+"""How calls of depthwise and separable convolutions are run to be measured on a GPU."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .._geometry import output_size
+from .._gpu_call import GPU_OPERATIONS, Bound, Draw, GpuCall, GpuOperation, with_operands
+from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
+from .operators import taps_major
+
+
+def _laid_out(input: Tensor, weight: Tensor, *others: Tensor) -> Sequence[Tensor]:
+    """The filters as `segfast.optimize` lays them out on a GPU."""
+    return (input, taps_major(weight), *others)
+
+
+def _depth(call: GpuCall, pixels: int) -> int:
+    taps = math.prod(call.weights[0][2:]) * math.prod(call.weights[-1][1:2])
+    return max(taps, pixels if call.gradients else 0)
+
+
+def _depthwise_conv2d(call: GpuCall, draw: Draw) -> Bound:
+    stride, padding, dilation, *given, activation, statistics = call.options
+    (image,), (filters,) = call.images, call.weights
+    function = with_operands(
+        depthwise_conv2d,
+        ("bias", "scale", "shift"),
+        given,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        return_statistics=statistics,
+    )
+    size = output_size(image[2], image[3], filters[2:], stride, padding, dilation)
+    pixels = image[0] * size[0] * size[1]
+    operands = draw.given(given, 3 * ((filters[0],),))
+    depth = pixels if statistics else _depth(call, pixels)
+    return Bound((draw(*image), draw.filters(filters), *operands), function, depth, laid_out=_laid_out)
+
+
+def _separable_conv2d(call: GpuCall, draw: Draw) -> Bound:
+    stride, padding, dilation, *first, between, b, k, t, residual, activation = call.options
+    (image,), (depthwise, pointwise) = call.images, call.weights
+    size = output_size(image[2], image[3], depthwise[2:], stride, padding, dilation)
+    given = [*first, b, k, t, residual]
+    inner, outer = (depthwise[0],), (pointwise[0],)
+    shapes = (inner, inner, inner, outer, outer, outer, (image[0], pointwise[0], *size))
+    function = with_operands(
+        separable_conv2d,
+        ("depthwise_bias", "depthwise_scale", "depthwise_shift", "bias", "scale", "shift", "residual"),
+        given,
+        3,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        depthwise_activation=between,
+        activation=activation,
+    )
+    tensors = (draw(*image), draw.filters(depthwise), draw.filters(pointwise), *draw.given(given, shapes))
+    depth = _depth(call, image[0] * size[0] * size[1])
+    return Bound(tensors, function, depth, laid_out=_laid_out)
+
+
+def _depthwise_proofs(gradients: bool) -> tuple[str, ...]:
+    return OPERATIONS[:3] if gradients else OPERATIONS[:1]
+
+
+def _separable_proofs(gradients: bool) -> tuple[str, ...]:
+    return OPERATIONS if gradients else OPERATIONS[3:]
+
+
+GPU_OPERATIONS["depthwise_conv2d"] = GpuOperation("separable_conv2d", _depthwise_proofs, _depthwise_conv2d)
+GPU_OPERATIONS["separable_conv2d"] = GpuOperation(
+    "separable_conv2d", _separable_proofs, _separable_conv2d, composite=True
+)

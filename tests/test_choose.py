@@ -1,0 +1,123 @@
+"""What `optimize` asks of a GPU or a CPU, and how it says what it gained; without a GPU."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from segfast import _choose
+from segfast._choose import Gain
+from segfast.ops import _gpu_tune
+from segfast.ops._choice import Choice
+from segfast.ops._gpu_call import ALL, FEW
+from tests.ops.test_choice import CONV2D
+from tests.ops.test_gpu import CALL
+
+GPU = torch.device("cuda", 0)
+
+
+class TestGain:
+    def test_on_a_gpu(self):
+        gain = Gain(3, 2, "as given", 4, True, gpu="NVIDIA H200")
+        assert str(gain) == "1.50 times as fast on NVIDIA H200: 3.0 ms before, as given, 2.0 ms now."
+
+    def test_of_a_training_step(self):
+        gain = Gain(3, 2, "channels_last", 4, True, gpu="NVIDIA H200", train=True, unmeasured=5)
+        assert str(gain) == (
+            "1.50 times as fast on NVIDIA H200: a training step 3.0 ms before, channels_last, 2.0 ms now; "
+            "5 calls did not fit into the budget."
+        )
+
+    def test_not_faster(self):
+        gain = Gain(2, 3, "as given", 1, False, gpu="NVIDIA H200", train=True)
+        assert str(gain) == (
+            "Not faster on NVIDIA H200: a training step 2.0 ms before, as given, 3.0 ms optimized; "
+            "left as it was."
+        )
+
+    def test_outputs_that_changed(self):
+        gain = Gain(3, 2, "as given", 1, False, gpu="NVIDIA H200", error=0.5, allowed=0.1)
+        assert str(gain) == "Outputs changed by 0.5 of the largest value on NVIDIA H200; left as it was."
+
+
+class TestMeasuring:
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """What was asked to be proven and measured, and on what."""
+        asked = []
+
+        def prove_missing(calls, device, on_row, others):
+            asked.append(("prove", list(calls), device, list(others)))
+
+        def on_gpu(calls, device, *, budget_s, most, on_call):
+            asked.append(("measure", list(calls), device, budget_s, most))
+            return {call: Choice("aten", {}) for call in calls}
+
+        def on_cpu(calls, *, budget_s, on_call):
+            asked.append(("measure", list(calls), None, budget_s))
+            return {call: Choice("aten", {}) for call in calls}
+
+        monkeypatch.setattr(_gpu_tune, "prove_missing", prove_missing)
+        monkeypatch.setattr(_gpu_tune, "measure_and_keep", on_gpu)
+        monkeypatch.setattr(_choose, "measure_and_keep", on_cpu)
+        return asked
+
+    def test_calls_on_a_gpu_are_proven_then_measured(self, asked):
+        unproven = {("dense_crf", torch.float32)}
+        _choose._prove([CALL], unproven, GPU, _choose._Bar())
+        assert _choose.measure([CALL], GPU, 7.0) == 1
+        assert asked == [("prove", [CALL], GPU, list(unproven)), ("measure", [CALL], GPU, 7.0, FEW)]
+
+    def test_thoroughly_all_tiles_are_tried(self, asked):
+        with _choose.thoroughly():
+            _choose.measure([CALL], GPU, 7.0)
+        _choose.measure([CALL], GPU, 7.0)
+        assert [most for kind, *_, most in asked if kind == "measure"] == [ALL, FEW]
+
+    def test_what_needs_proof_alone_is_proven(self, asked):
+        _choose._prove([], [("dense_crf", torch.float16)], GPU, _choose._Bar())
+        (first,) = asked
+        assert first == ("prove", [], GPU, [("dense_crf", torch.float16)])
+
+    def test_on_a_cpu_nothing_is_proven(self, asked):
+        assert _choose._prove([CONV2D], (), torch.device("cpu"), _choose._Bar()) == 0.0
+        assert _choose.measure([CONV2D], torch.device("cpu"), 7.0) == 1
+        assert asked == [("measure", [CONV2D], None, 7.0)]
+
+
+class TestRuns:
+    def net(self):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.0))
+        net[0].bias.requires_grad_(False)
+        return net
+
+    def test_a_step_is_a_forward_and_a_backward_pass(self):
+        net, x = self.net(), torch.randn(2, 2, 5, 5)
+        gradients = _choose._run(net, (x,), True, True)()
+        trained = [p for p in net.parameters() if p.requires_grad]
+        expected = torch.autograd.grad(net(x).mean(), trained)
+        torch.testing.assert_close(list(gradients), list(expected))
+        assert all(p.grad is None for p in net.parameters())
+
+    def test_a_call_is_a_forward_pass_without_gradients(self):
+        net, x = self.net(), torch.randn(2, 2, 5, 5)
+        assert not _choose._run(net, (x,), True, False)().requires_grad
+
+    @pytest.mark.parametrize(
+        ("dtype", "precision", "device", "allowed"),
+        [
+            (None, "ieee", "cuda", math.sqrt(torch.finfo(torch.float32).eps)),
+            (None, "tf32", "cuda", math.sqrt(2.0**-11)),
+            (None, "tf32", "cpu", math.sqrt(torch.finfo(torch.float32).eps)),
+            (torch.bfloat16, "ieee", "cuda", 0.25),
+        ],
+    )
+    def test_outputs_may_change_by_rounding(self, dtype, precision, device, allowed):
+        conv = torch.backends.cudnn.conv
+        before, conv.fp32_precision = conv.fp32_precision, precision
+        try:
+            assert _choose._most_changed(self.net(), dtype, torch.device(device)) == allowed
+        finally:
+            conv.fp32_precision = before
