@@ -55,7 +55,7 @@ def proven(monkeypatch):
             for question in ("kernel_reason_not", "_unproven"):
                 if hasattr(module, question):
                     monkeypatch.setattr(module, question, lambda *args, **kwargs: None)
-            if name.endswith(".functional") and hasattr(module, "reason_not"):
+            if name.endswith((".functional", "._gpu")) and hasattr(module, "reason_not"):
                 monkeypatch.setattr(module, "reason_not", lambda name, chosen: None)
     monkeypatch.setattr(segfast.kernels.dense_crf.lists, "processors", lambda device: 1)
     kernels = {name: operator._kernels for name, operator in OPERATORS.items()}
