@@ -3,6 +3,8 @@
 The tensors are fake: they have a device and no numbers.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +32,8 @@ def gpu(pretended_gpu):
 
 
 def fake(*shape, dtype=torch.bfloat16, layout=torch.channels_last):
-    with FAKE:
+    # Even of a fake tensor a torch built for CUDA looks for a driver, where there seems to be a GPU.
+    with FAKE, mock.patch.object(torch.cuda, "is_available", lambda: False):
         return torch.empty(shape, dtype=dtype, device=DEVICE, memory_format=layout)
 
 
@@ -287,8 +290,7 @@ class TestMoreImages:
     @pytest.mark.parametrize("shape", [(), (4,), (4, 8, 3), (4, 8, 3, 3, 3)])
     def test_a_weight_that_torch_refuses_is_not_looked_up(self, shape):
         _gpu.keep(CALL, OURS)
-        with FAKE:
-            weight = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
+        weight = fake(*shape, layout=torch.contiguous_format)
         with collect() as found:
             assert choose("conv2d", (fake(1, 8, 16, 16),), (weight,), OPTIONS, False) is None
         assert not found.counts
