@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops._backend import note_origin
 from ..ops._captured import is_captured, renewed
 from ..ops._choice import forget_prepared
+from ..ops._remembered import watch
 from ._activation import activation_name
 from ._rules import own_class
 from ._scripting import Unscriptable
@@ -168,6 +169,7 @@ def remembered(
         if entry is not None and captured:
             result = renewed(entry.result, result)
         _known[module] = _Entry(tensors, _versions(tensors), key, result, captured)
+        watch(*tensors)
     return result
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _backend
 from ._backend import get_backend
@@ -300,11 +299,3 @@ def forget_prepared(*weights: Tensor | None) -> None:
     """Prepare each of these anew at its next call."""
     forget(*weights)
     _renew()
-
-
-def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # A fused optimizer writes without counting the version up.
-    forget_prepared(*[p for group in optimizer.param_groups for p in group["params"]])
-
-
-register_optimizer_step_post_hook(_forget_stepped)

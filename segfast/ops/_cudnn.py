@@ -17,7 +17,7 @@ from ._captured import is_captured, renewed
 from ._geometry import output_size
 from ._operands import Pair
 from ._registry import autocast_dtype, needs_autograd
-from ._remembered import cast
+from ._remembered import cast, watch
 
 RELU, GRAPH = "cudnn_relu", "cudnn_graph"
 _MOST_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN takes whole; ATen's plain call cuts larger ones up
@@ -174,6 +174,7 @@ def _folded(
         # Those that graphs read stay as long as what they were computed from.
         others = [fold for fold in folds if fold is not known and fold.captured and fold.stands()]
         _folds[weight] = [*others, _Fold(parts, versions, result, captured)]
+        watch(weight, *parts)
     filters, term = result
     return (weight if filters is None else filters), term
 

@@ -1,11 +1,13 @@
 """What was made of a weight, packed, transformed or cast, remembered while the weight stands unchanged."""
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._captured import is_captured
 from ._registry import is_traced
@@ -25,6 +27,30 @@ class _Kept:
 
 
 _kept: dict[int, _Kept] = {}
+# Tensors from which something was computed that is kept, here or elsewhere, by id.
+_watched: dict[int, "weakref.ref[Tensor]"] = {}
+
+
+def watch(*tensors: Tensor | None) -> None:
+    """Have writes to these counted (`_version`) where torch does not: by an optimizer with `fused=True`."""
+    for tensor in tensors:
+        if tensor is not None and id(tensor) not in _watched:
+            _watched[id(tensor)] = weakref.ref(tensor, functools.partial(_gone, id(tensor)))
+
+
+def _gone(key: int, _: "weakref.ref[Tensor]") -> None:
+    _watched.pop(key, None)
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups if _watched else ():
+        if group.get("fused"):
+            for parameter in group["params"]:
+                if id(parameter) in _watched and not parameter.is_inference():
+                    torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_writes)
 
 
 def remembered(weight: Tensor, kind: Any, make: Callable[[Tensor], Any]) -> Any:
@@ -40,6 +66,7 @@ def remembered(weight: Tensor, kind: Any, make: Callable[[Tensor], Any]) -> Any:
         # An inference tensor's writes cannot be seen; what is computed in a capture is the graph's.
         if not weight.is_inference() and not is_captured([weight]):
             _kept[key] = entry
+            watch(weight)
     found = entry.made.get(kind)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():

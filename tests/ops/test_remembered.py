@@ -38,6 +38,21 @@ class TestWritesThatLeaveNoTrace:
         steps.step()
         self._agrees(net, x)
 
+    def test_a_fused_optimizer_in_eval_with_a_norm_behind(self, net):
+        """Whose folded filter is another tensor than the weight."""
+        net, x = net
+        layers = segfast.nn.ConvBNAct(8, 8, 3).eval()
+        steps = torch.optim.SGD(layers.parameters(), lr=0.1, fused=True)
+        x = torch.randn(1, 8, 40, 40)
+        self._agrees(layers, x)
+        layers(x).square().sum().backward()
+        with torch.no_grad():
+            before = layers(x)
+        steps.step()
+        with torch.no_grad():
+            assert not torch.allclose(layers(x), before)
+        torch.testing.assert_close(layers(x), layers[2](layers[1](layers[0](x))), rtol=1e-4, atol=1e-4)
+
     def test_data_written_before_a_change_of_mode(self, net):
         net, x = net
         self._agrees(net, x)
