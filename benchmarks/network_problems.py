@@ -12,9 +12,9 @@ import segfast
 from benchmarks.baselines import Peer
 from benchmarks.case import Case
 from benchmarks.networks import SIDES, build_network, draw_images
-from benchmarks.problems import no_search
 from benchmarks.timing import Candidate, Skipped
 from segfast.models._base import main_scores
+from segfast.ops._gpu_measure import without_search
 
 # Of the largest error over the largest score. A GPU's convolutions may round fp32 to tf32.
 TOLERANCES = {"cpu": 1e-4, "cuda": 2e-2}
@@ -34,7 +34,7 @@ class NetworkProblem:
         self.case, self.device = case, device
         self.network = build_network(case["model"], seed).to(device)
         self.images = draw_images(case["n"], case["h"], seed + 1).to(device)
-        with no_search(), torch.no_grad():
+        with without_search(), torch.no_grad():
             self.expected = main_scores(self.network(self.images))
         largest = float(self.expected.abs().max())
         if not 1e-3 < largest < 1e6:

@@ -1,8 +1,7 @@
 """The inputs of a case, its formula in plain torch, and what a right answer is."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from benchmarks import crf_problems
 from benchmarks.case import PYRAMIDS
 from benchmarks.cases import Case, is_crf, is_head, output_size
+from segfast.ops._gpu_measure import without_search
 
 MOST_IN_FP64 = 2e11  # exponentials of a reference CRF
 
@@ -224,7 +224,7 @@ class Problem:
         }
         if self.case.op == "upsample_argmax":
             return self._probabilities().amax(1)
-        with no_search():
+        with without_search():
             if self.case.direction != "forward" or self.case.op in _WHOLE:
                 return self.bind(self.formula, tensors)()
             images = self._images()
@@ -239,16 +239,6 @@ class Problem:
 
     def _images(self) -> Sequence[int]:
         return sorted({0, self.case["n"] - 1})
-
-
-@contextlib.contextmanager
-def no_search() -> Iterator[None]:
-    """No search for cuDNN's fastest algorithm: a reference runs once."""
-    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = searching
 
 
 def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Tensors:

@@ -18,7 +18,7 @@ _LAYOUT_DEVICES = ("cuda",)
 
 def all_channels_last(model: nn.Module) -> bool:
     """Lay every filter out so, and note it; not what is wrapped, whose buckets are laid out already."""
-    if is_wrapped(model):
+    if _is_wrapped(model):
         return False
     for module in model.modules():
         for name, tensor in module._parameters.items():
@@ -31,16 +31,20 @@ def all_channels_last(model: nn.Module) -> bool:
     return True
 
 
-def is_wrapped(model: nn.Module) -> bool:
+def _is_wrapped(model: nn.Module) -> bool:
     return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
 
 
 def lay_out(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
     """Give what kernels take on these inputs their layout, and note in each record what had another.
 
+    Not in a model that is wrapped, whose buckets are laid out already.
+
     A weight that ATen takes stays as it is: in another layout ATen may copy it at every call. But where the
     kernels behind it take only the channels_last images that such a weight makes, it is channels_last too.
     """
+    if _is_wrapped(model):
+        return
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     owned = [
         (module, name, tensor)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._choose import Gain, Inputs, choose, device_of, gain
+from ._choose import Gain, Inputs, choose, device_of, gain, is_measured_on_gpu
 from ._compare import arguments, first_line
 from ._fuse import find_fusions, fuse, undo
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
-from ._layouts import all_channels_last, is_wrapped, lay_out, set_layout
+from ._layouts import all_channels_last, lay_out, set_layout
 from ._report import Report, Row, report
 from .nn._chains import is_convolution, is_depthwise
 from .nn._fused_chain import chain_of
@@ -147,9 +147,9 @@ def optimize(
         record_of(modules[name])["not_fused"] = reason
     ours = {rule.target for rule in all_rules()}
     served = any(own_class(m) in ours or type(m) is not own_class(m) for m in modules.values())
-    if served and not is_wrapped(model) and example_inputs is not None:
-        lay_out(model, arguments(example_inputs))
     if example_inputs is not None:
+        if served and not is_measured_on_gpu(model, arguments(example_inputs)):  # else once it is chosen
+            lay_out(model, arguments(example_inputs))
         wholes = tuple(f"{name}." for name in (*plan.known, *plan.unknown))
         left = [n for n in heads if n not in chosen and not n.startswith(wholes)]
         dense = [modules[n] for n in left]
@@ -186,8 +186,9 @@ def _choose(
     chosen for them.
     """
     device = device_of(model, inputs)
-    train = train and device is not None and device.type == "cuda"
-    if device is None:
+    on_gpu = is_measured_on_gpu(model, inputs)
+    train = train and on_gpu
+    if device is None or (device.type == "cuda" and not on_gpu):
         if dtype is not None:
             compute_in(model, dtype)
         return
@@ -202,7 +203,7 @@ def _choose(
     if dtype is not None:
         compute_in(model, dtype)
     try:
-        if device.type == "cuda":
+        if on_gpu:
             all_channels_last(model)
         found = _measured(model, plain, inputs, dtype, time.perf_counter() + budget, progress, train)
     except BaseException as error:
@@ -253,8 +254,7 @@ def _measured(
     laid_out = any(p.is_cuda and p.dim() == 4 for p in model.parameters())
     if left is None and dtype is None and not laid_out:
         return None
-    if not is_wrapped(model):
-        lay_out(model, inputs)
+    lay_out(model, inputs)
     found = dataclasses.replace(gain(model, plain, inputs, dtype, train), unmeasured=left or 0)
     if found.kept or dtype is None:
         return found

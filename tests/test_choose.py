@@ -1,5 +1,6 @@
 """What `optimize` asks of a GPU or a CPU, and how it says what it gained; without a GPU."""
 
+import copy
 import math
 
 import pytest
@@ -121,3 +122,13 @@ class TestRuns:
             assert _choose._most_changed(self.net(), dtype, torch.device(device)) == allowed
         finally:
             conv.fp32_precision = before
+
+
+@pytest.mark.measures
+@pytest.mark.parametrize(("after", "kept"), [(0.97, True), (0.985, False), (1.0, False)])
+def test_a_model_is_kept_where_it_is_faster_by_more_than_noise(after, kept, monkeypatch):
+    ms = {"as given": 1.0, "channels_last": 1.5, "after": after}
+    monkeypatch.setattr(_choose, "_milliseconds", lambda *args: dict(ms))
+    net, x = nn.Sequential(nn.Conv2d(2, 3, 3)).eval(), torch.randn(1, 2, 5, 5)
+    gain = _choose.gain(copy.deepcopy(net), net, (x,), None)
+    assert gain.kept == kept and gain.layout == "as given"

@@ -36,7 +36,7 @@ def rivals(
 ) -> tuple[str, ...]:
     """Which of cuDNN's fused calls could serve a conv2d.
 
-    None where somebody has to see a differentiable or plain operator: a gradient, a transform, a compiler, a
+    Empty where somebody has to see a differentiable or plain operator: a gradient, a transform, a compiler, a
     tracer or a tensor mode.
     """
     if _somebody_listens() or not isinstance(input, Tensor) or not _has_cudnn(input):

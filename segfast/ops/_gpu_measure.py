@@ -206,7 +206,7 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 @contextlib.contextmanager
-def _without_search() -> Iterator[None]:
+def without_search() -> Iterator[None]:
     """Within it cuDNN takes the algorithm it thinks fastest: of what runs once it need not be."""
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
@@ -224,7 +224,7 @@ def _verifier(call: GpuCall, device: torch.device) -> Callable[..., bool]:
     given = GPU_OPERATIONS[call.operation].bind(small, Draw(small, device))
     ours = given.as_kernels_read()
     wide = [t.double() if t.is_floating_point() else t for t in given.tensors]
-    with _without_search():
+    with without_search():
         exact = _runner(small, given._replace(tensors=tuple(wide)), ATEN)()
         del wide
         aten = _runner(small, given, ATEN)()

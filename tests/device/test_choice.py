@@ -342,3 +342,13 @@ def test_parts_run_what_was_chosen_for_them(device, monkeypatch):
     assert found["separable_conv2d"] == "parts"
     decisions = segfast.explain(CALLS["separable_conv2d"], Draw(device, False))
     assert [d.operation for d in decisions] == ["separable_conv2d", "depthwise_conv2d", "conv2d"]
+
+
+def test_a_backend_asked_for_by_name_is_not_measured_against(network, monkeypatch):
+    net, x = network
+    monkeypatch.setattr(_gpu_measure, "interleave", None)
+    monkeypatch.setattr(_choose, "interleave", None)
+    with segfast.backend("triton"):
+        fast = segfast.optimize(net, x)
+        assert segfast.report(fast).gain is None
+        assert {d.backend for d in segfast.explain(fast, x)} == {"triton"}
