@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -132,3 +133,30 @@ def test_a_model_is_kept_where_it_is_faster_by_more_than_noise(after, kept, monk
     net, x = nn.Sequential(nn.Conv2d(2, 3, 3)).eval(), torch.randn(1, 2, 5, 5)
     gain = _choose.gain(copy.deepcopy(net), net, (x,), None)
     assert gain.kept == kept and gain.layout == "as given"
+
+
+def test_what_proving_takes_is_not_measurings(monkeypatch):
+    """A proof is made once on a GPU, and may take longer than the budget."""
+    seconds = []
+
+    class Made:
+        counts, unproven = {CALL: 1}, frozenset()
+
+        def by_weight(self):
+            return {}
+
+    now = [0.0]
+    monkeypatch.setattr(_choose, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(_choose, "_calls", lambda *args, **kwargs: Made())
+
+    def prove(*args):
+        now[0] += 100.0
+        return 100.0
+
+    monkeypatch.setattr(_choose, "_prove", prove)
+    monkeypatch.setattr(
+        _choose, "measure", lambda calls, device, budget_s, on_call: seconds.append(budget_s) or 1
+    )
+    net = nn.Conv2d(2, 3, 3)
+    assert _choose.choose(net, (torch.randn(1, 2, 5, 5),), 7.0, False) == 0
+    assert seconds == [7.0]

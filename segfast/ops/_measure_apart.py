@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -12,16 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ._apart import MARK, how_many, process_of, run_side_by_side, stop
 from ._choice import ATEN, Choice
 from ._choice_files import call_row, choice_row, parsed_call, parsed_choice, plain
 from ._gpu import gpu_name, keep
 from ._gpu_call import GpuCall
 from ._gpu_measure import launches, measure
-from ._prove_apart import MARK, process_of, stop
 
 COMMAND = process_of(__name__)
-_MOST_PROCESSES = 16
-_PROCESS_BYTES = 3 << 30  # of the GPU's memory: a context and a layer's tensors
 
 
 def compile_apart(calls: Sequence[GpuCall], device: torch.device, most: int, end: float) -> None:
@@ -29,26 +26,10 @@ def compile_apart(calls: Sequence[GpuCall], device: torch.device, most: int, end
 
     Triton's cache on disk hands the kernels on; one that is missing is compiled where it is measured.
     """
-    free = torch.cuda.mem_get_info(device)[0] // _PROCESS_BYTES
-    count = min(len(calls), max(1, min(os.cpu_count() or 1, _MOST_PROCESSES, free)))
-    processes: list[subprocess.Popen] = []
-    try:
-        for i in range(count):
-            command = [*COMMAND, "compile", str(device), str(most)]
-            nowhere = subprocess.DEVNULL
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, text=True
-            )
-            processes.append(process)
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin as given:
-                given.writelines([_settings(), *map(_line, calls[i::count])])
-        for process in processes:
-            left = max(0.0, end - time.perf_counter())
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(left, threading.TIMEOUT_MAX))
-    finally:
-        stop(*processes)
+    count = min(len(calls), how_many(device))
+    commands = [[*COMMAND, "compile", str(device), str(most)]] * count
+    inputs = ["".join([_settings(), *map(_line, calls[i::count])]) for i in range(count)]
+    run_side_by_side(commands, inputs, end)
 
 
 class Worker:

@@ -9,70 +9,34 @@ proofs will launch.
 import contextlib
 import importlib
 import json
-import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
+from ._apart import MARK, how_many, process_of, run_side_by_side
 from ._prove import DTYPES, DeviceLost, ProofRow, prove
 
-
-def process_of(module: str) -> tuple[str, ...]:
-    """The command that runs a module's `main`: this package is found even where it is not installed."""
-    folder = str(Path(__file__).parents[2])
-    code = (
-        f"import sys; sys.path.append({folder!r}); from {module} import main; sys.exit(main(*sys.argv[1:]))"
-    )
-    return (sys.executable, "-c", code)
-
-
-def stop(*processes: subprocess.Popen) -> None:
-    """End them, whatever they do."""
-    for process in processes:
-        process.kill()
-    for process in processes:
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        process.wait()
-
-
 COMMAND = process_of(__name__)
-MARK = "segfast: "  # of the lines that are read from such a process, whatever else it prints
 _MOST_SECONDS = 900.0  # of one: a kernel that hangs is wrong
 NOTHING_RUN = "no case"  # in place of a case where a process ended before any
-_MOST_PROCESSES = 16
-_PROCESS_BYTES = 2 << 30  # of the GPU's memory: a context and small tensors
 Key = tuple[str, str, str]  # operation, dtype, case
 
 
-def compile_proofs(device: torch.device, dtypes: Sequence[torch.dtype], families: Sequence[str]) -> list[int]:
-    """Compile what proofs of these families will launch, several at a time; returns how the processes ended.
+def compile_proofs(device: torch.device, dtypes: Sequence[torch.dtype], families: Sequence[str]) -> None:
+    """Compile what proofs of these families will launch, several at a time.
 
     Triton's cache on disk hands the kernels on; one that is missing is compiled where it is proven.
     """
-    free = torch.cuda.mem_get_info(device)[0] // _PROCESS_BYTES
-    count = max(1, min(os.cpu_count() or 1, _MOST_PROCESSES, free))
-    names = ",".join(map(_name, dtypes))
+    count, names = how_many(device), ",".join(map(_name, dtypes))
     commands = [
         [*COMMAND, "compile", str(device), names, f"{part}/{count}", ",".join(families)]
         for part in range(count)
     ]
-    processes: list[subprocess.Popen] = []
-    try:
-        for command in commands:
-            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_MOST_SECONDS)
-    finally:
-        stop(*processes)
-    return [process.returncode for process in processes]
+    run_side_by_side(commands, [""] * count, time.perf_counter() + _MOST_SECONDS)
 
 
 def prove_apart(

@@ -186,6 +186,12 @@ class TestCompiling:
         torch._dynamo.reset()
 
 
+def test_while_a_trace_is_taken_sizes_are_no_numbers(monkeypatch):
+    _gpu.keep(CALL, OURS)
+    monkeypatch.setattr(_gpu, "_tracing", lambda: object())
+    assert asked() is None
+
+
 class TestListening:
     def test_calls_are_collected_with_their_weights(self):
         weight = fake(4, 8, 3, 3)
