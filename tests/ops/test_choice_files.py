@@ -152,6 +152,23 @@ class TestGPUs:
             _choice_files.write({call: choice})
         assert _choice_files.read_gpu(gpu) == ON_GPU
 
+    @pytest.mark.parametrize(
+        "tiles",
+        [
+            ["conv2d_forward", "no pixels", [16, 16, 16, 4, 3, 1, ""]],
+            ["conv2d_forward", "ci8-co4-p8", [16, 16]],
+            ["conv2d_forward", "ci8-co4-p8"],
+        ],
+    )
+    def test_tiles_that_are_none_make_the_file_a_warning(self, gpu, tiles):
+        _choice_files.write(ON_GPU)
+        file = _choice_files.path(_choice_files.gpu_machine(gpu))
+        content = json.loads(file.read_text())
+        content[0]["choices"][0]["configs"] = [tiles]
+        file.write_text(json.dumps(content))
+        with pytest.warns(UserWarning, match="cannot be read"):
+            assert _choice_files.read_gpu(gpu) == {}
+
     @pytest.mark.parametrize("key", ["gpu", "architecture", "torch", "triton", "cudnn", "source"])
     def test_those_of_another_machine_are_not_read(self, gpu, key, monkeypatch):
         _choice_files.write(ON_GPU)

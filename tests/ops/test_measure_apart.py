@@ -217,6 +217,16 @@ class TestKeeping:
         assert not choices().measured
 
 
+def test_what_came_of_an_accident_is_not_written(monkeypatch):
+    monkeypatch.setattr(_gpu_tune, "APART", True)
+    monkeypatch.setattr(_gpu_tune, "prove_missing", lambda calls, device: None)
+    found = _gpu_tune.measure_and_keep([of(16), of(3)], DEVICE)
+    assert found[of(3)] == Choice(ATEN, {}) == choices().measured[of(3)]
+    with segfast.autotune():
+        assert _gpu_tune.measure_now(of(3), DEVICE) == Choice(ATEN, {})
+    assert set(_choice_files.read_gpu("nvidia-h200")) == {of(16)}
+
+
 def test_a_process_knows_what_it_has_chosen(log):
     """For operations that consist of others."""
     measured(16, 17)

@@ -179,6 +179,13 @@ def test_a_family_is_proven_and_remembered(monkeypatch):
     assert is_proven()
 
 
+def test_a_process_that_does_not_begin_has_disproven_nothing(monkeypatch):
+    rows = [row()._replace(case=_prove_apart.NOTHING_RUN, passed=False)]
+    monkeypatch.setattr(_proofs, "prove_apart", lambda *args, **kwargs: rows)
+    assert _proofs.prove_family("dilated_conv2d", DEVICE, [torch.bfloat16]) == rows
+    assert _proofs.unjudged(["conv2d_forward"], torch.bfloat16, DEVICE) == ["conv2d_forward"]
+
+
 def test_only_what_nothing_is_known_of_is_proven(monkeypatch):
     asked = []
 
