@@ -51,7 +51,7 @@ def forget() -> None:
     """Read choices and proofs anew at their next use."""
     from segfast.ops import _backend, _choice, _gpu, _proofs
 
-    _backend.MEASURED.clear()
+    _backend.CHOSEN.clear()
     _choice.forget_choices()
     _gpu.forget()
     _proofs.forget()

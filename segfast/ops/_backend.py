@@ -130,7 +130,7 @@ def is_noting() -> bool:
 EMPTY = "a tensor is empty"
 
 # What was last chosen for an operation, and what each candidate took, while somebody asks for reasons.
-MEASURED: dict[str, str] = {}
+CHOSEN: dict[str, str] = {}
 
 # Operations whose kernels could not be compiled or launched in this process, and the kernel's error.
 FAILED: dict[str, str] = {}
@@ -165,7 +165,7 @@ def _decided(operation: str, chosen: str, reason: str, answer: bool) -> bool:
         if operation in FAILED and chosen == "triton" != get_backend():
             chosen, reason = "aten", FAILED[operation]
         elif chosen == "triton" != get_backend():
-            reason = MEASURED.get(operation, reason)
+            reason = CHOSEN.get(operation, reason)
         noted.append(Decision(operation, chosen, reason))
     return answer
 

@@ -31,7 +31,7 @@ def conv2d_aten(
     nothing by it: rounding a filter to 16 bits again would. What needs no gradient is activated in place,
     except under a transform: `vmap` may map the residual alone.
     """
-    # Only for what is folded or added: asking for autocast takes a microsecond.
+    # Only for what is folded or added: asking for autocast costs.
     ends = scale is not None or shift is not None or residual is not None
     lossless = ends and input.dtype in (torch.float32, torch.float64) and not _autocasts(input)
     if lossless and (scale is not None or shift is not None) and _pays_to_fold(weight, input):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _choice
-from ._backend import EMPTY, MEASURED, get_backend, is_noting, kernel_reason_not
+from ._backend import CHOSEN, EMPTY, get_backend, is_noting, kernel_reason_not
 from ._choice import ATEN, Choice, choices
 from ._gpu_call import GPU_OPERATIONS, GpuCall, Shape
 from ._operands import load_kernels
@@ -78,7 +78,7 @@ def choose(
     if found is None:
         return None
     if is_noting():
-        MEASURED[operation] = str(found)
+        CHOSEN[operation] = str(found)
     return found.name
 
 
@@ -88,7 +88,7 @@ def reason_not(operation: str, chosen: str | None) -> str | None:
         return None
     if chosen is None:
         return "not measured on this GPU"
-    return MEASURED.get(operation, chosen) if is_noting() else chosen
+    return CHOSEN.get(operation, chosen) if is_noting() else chosen
 
 
 def can_use_triton(

@@ -1,6 +1,6 @@
 """Transposed convolution: operators, autograd, the functional, and the U-Net step that concatenates."""
 
-from . import measured
+from . import calls
 from .autograd import forward, grad_of_input, grad_of_weight
 from .evidence import proofs
 from .functional import OPERATIONS, conv_transpose2d
@@ -14,11 +14,11 @@ __all__ = [
     "GRAD_WEIGHT",
     "OPERATIONS",
     "UP_CONCAT",
+    "calls",
     "conv_transpose2d",
     "forward",
     "grad_of_input",
     "grad_of_weight",
-    "measured",
     "proofs",
     "specimens",
     "up_concat",

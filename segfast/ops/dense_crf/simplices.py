@@ -30,7 +30,7 @@ def _farthest(dim: int, dtype: torch.dtype) -> float:
     a quarter of one is told apart. Each rounds by 3 M eps / 2 at most, and their sum, which should be zero,
     is off by (3 D + D (D - 1) / 2) / 4 at most. Rounded to multiples of D + 1, each by less than D / 2 + 1,
     they sum to less than D + 2 of these, which one step of `_simplices` undoes: ranks are a permutation. That
-    holds up to 2 M. At 4 M weights are wrong by a third, from 16 M on some ranks are no permutation.
+    holds up to 2 M. Beyond, weights are wrong first, and farther out ranks are no permutation.
     """
     reach = sum([1 / math.sqrt((i + 1) * (i + 2)) for i in range(dim)])
     return 1 / (2 * torch.finfo(dtype).eps) / (_spread(dim) * reach)

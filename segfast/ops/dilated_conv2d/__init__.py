@@ -1,6 +1,6 @@
 """conv2d, dilated or dense, of one image or of several, and several side by side."""
 
-from . import measured
+from . import calls
 from .autograd import forward, grad_of_input, grad_of_weight
 from .concat import CONCAT
 from .evidence import proofs
@@ -16,11 +16,11 @@ __all__ = [
     "GRAD_WEIGHT",
     "OPERATIONS",
     "PARALLEL",
+    "calls",
     "conv2d",
     "forward",
     "grad_of_input",
     "grad_of_weight",
-    "measured",
     "parallel_conv2d",
     "prefers_virtual_concat",
     "proofs",

@@ -1,6 +1,6 @@
 """The segmentation head: cross-entropy, dice loss and labels of logits that are upsampled on the way."""
 
-from . import measured
+from . import calls
 from .evidence import proofs
 from .functional import (
     OPERATIONS,
@@ -18,7 +18,7 @@ __all__ = [
     "DICE_SUMS",
     "DICE_SUMS_BACKWARD",
     "OPERATIONS",
-    "measured",
+    "calls",
     "proofs",
     "specimens",
     "upsample_argmax",

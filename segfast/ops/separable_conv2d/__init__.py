@@ -1,6 +1,6 @@
 """Depthwise and separable convolution: operators, autograd, and the functionals."""
 
-from . import measured
+from . import calls
 from .autograd import forward, forward_with_statistics, grad_of_input, grad_of_weight
 from .evidence import proofs
 from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
@@ -15,12 +15,12 @@ __all__ = [
     "OPERATIONS",
     "SEPARABLE",
     "STATISTICS",
+    "calls",
     "depthwise_conv2d",
     "forward",
     "forward_with_statistics",
     "grad_of_input",
     "grad_of_weight",
-    "measured",
     "proofs",
     "separable",
     "separable_conv2d",
