@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import _cpu
 from ..ops._choice import can_choose, settled
-from ..ops._registry import autocast_dtype
+from ..ops._operator import autocast_dtype
 from ._eager import folds_filters, global_hooks, only_forward
 from ._norm import folded_filter, folds
 

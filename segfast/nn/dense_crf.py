@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..ops._registry import is_traced
+from ..ops._operator import is_traced
 from ..ops.dense_crf import chosen_methods
 from ..ops.dense_crf.arguments import (
     check_count,

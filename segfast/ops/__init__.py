@@ -4,7 +4,7 @@ from . import conv_transpose2d, dense_crf, dilated_conv2d, segmentation_head, se
 from ._backend import backend, explain, get_backend
 from ._choice import autotune
 from ._choice_files import load_choices, save_choices
-from ._registry import OPERATORS, decompositions
+from ._operator import OPERATORS, decompositions
 
 # Operator families bear the same file name in kernels/, segfast/ops/, segfast/nn/, tests/ and benchmarks/.
 FAMILIES = ("conv_transpose2d", "separable_conv2d", "dilated_conv2d", "segmentation_head", "dense_crf")

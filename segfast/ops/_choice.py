@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _backend
 from ._backend import get_backend
 from ._call import CANDIDATES, AnyCall, Call
-from ._registry import is_traced
+from ._operator import is_traced
 from ._remembered import forget, forget_all, remembered
 
 ATEN = "aten"

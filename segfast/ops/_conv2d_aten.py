@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._epilogue import activate_, apply_epilogue
-from ._registry import needs_autograd
+from ._operator import needs_autograd
 
 # To the left and right, up to which oneDNN computes a depthwise filter fast: with AVX-512; with AVX2 it is 4.
 _FAST_PADDING = 6

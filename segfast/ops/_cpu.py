@@ -11,7 +11,7 @@ from ._choice import ATEN, PLAIN, ZEROS, can_choose, choices, choose, prepared
 from ._conv2d_aten import conv2d_aten
 from ._epilogue import activate_, apply_epilogue
 from ._operands import Pair
-from ._registry import autocast_dtype
+from ._operator import autocast_dtype
 
 _NO_PADDING = (0, 0)
 _DTYPES = (torch.float32, torch.bfloat16)

@@ -16,7 +16,7 @@ from ._backend import change_decision, is_noting, note_taken
 from ._captured import is_captured, renewed
 from ._geometry import output_size
 from ._operands import Pair
-from ._registry import autocast_dtype, needs_autograd
+from ._operator import autocast_dtype, needs_autograd
 from ._remembered import cast, watch
 
 RELU, GRAPH = "cudnn_relu", "cudnn_graph"

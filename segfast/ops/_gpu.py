@@ -12,7 +12,7 @@ from ._backend import CHOSEN, EMPTY, get_backend, is_noting, kernel_reason_not
 from ._choice import ATEN, Choice, choices
 from ._gpu_call import GPU_OPERATIONS, GpuCall, Shape
 from ._operands import load_kernels
-from ._registry import is_traced
+from ._operator import is_traced
 
 TRITON = "triton"
 _tracing = torch._C._get_tracing_state

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._captured import is_captured
-from ._registry import is_traced
+from ._operator import is_traced
 
 
 class _Kept:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._registry import is_traced
+from ._operator import is_traced
 
 Result = TypeVar("Result")
 Task = Callable[[], object]

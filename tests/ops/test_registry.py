@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import segfast
 from segfast.functional import conv_transpose2d, up_concat
-from segfast.ops import OPERATORS, _registry
+from segfast.ops import OPERATORS, _operator
 from segfast.ops.conv_transpose2d import FORWARD
 from segfast.ops.conv_transpose2d.autograd import _Forward
 from tests.fused_conv import BACKENDS, draw
@@ -253,7 +253,7 @@ def test_the_dispatcher_is_passed_by_unless_somebody_listens(monkeypatch):
         return len(through)
 
     assert count() == 0
-    assert _registry._nobody_listens()
+    assert _operator._nobody_listens()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         assert count() == 1
     assert any(event.key == "segfast::conv_transpose2d" for event in profile.key_averages())

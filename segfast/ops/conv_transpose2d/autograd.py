@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._epilogue import epilogue_backward, keeps_output
-from .._registry import Differentiable, needs_autograd
+from .._operator import Differentiable, needs_autograd
 from .operators import FORWARD, GRAD_INPUT, GRAD_WEIGHT, missing_output_padding
 
 

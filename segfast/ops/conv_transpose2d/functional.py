@@ -10,7 +10,7 @@ from .._cpu import conv_transpose2d_chosen
 from .._epilogue import apply_epilogue, check_activation, check_epilogue
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
-from .._registry import autocast_dtype
+from .._operator import autocast_dtype
 from .._remembered import cast
 from .autograd import forward
 from .operators import check_conv_transpose2d

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from .._epilogue import apply_epilogue, check_epilogue
 from .._layout import channels_innermost, fit_layout, in_format, output_format, packed_weight
 from .._operands import Pair, empty, kernel_output, load_kernels
-from .._registry import Operator
+from .._operator import Operator
 
 
 def output_size(input, weight, stride: Pair, padding: Pair, output_padding: Pair, dilation: Pair) -> Pair:

@@ -13,7 +13,7 @@ from .._epilogue import check_activation, epilogue_backward, keeps_output
 from .._gpu import can_use_triton, choose
 from .._layout import channels_innermost, fit_layout, in_format, output_format
 from .._operands import Pair, empty, kernel_output, load_kernels, pair
-from .._registry import Differentiable, Operator, autocast_dtype, needs_autograd
+from .._operator import Differentiable, Operator, autocast_dtype, needs_autograd
 from .._remembered import cast
 from .autograd import forward, grad_of_input, grad_of_weight
 from .functional import conv_transpose2d

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from .._registry import is_traced
+from .._operator import is_traced
 from .exact import Theta
 from .filters import METHODS, NORMALIZATIONS
 from .inference import Compatibility

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._backend import get_backend
 from .._fallback import falls_back
 from .._layout import output_format
-from .._registry import is_traced
+from .._operator import is_traced
 from .._threads import each_image, on_threads
 from . import device
 from .arguments import check_energies, check_finite, compute_dtype

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .._registry import is_traced
+from .._operator import is_traced
 from .._threads import Task, each, on_threads
 from .chunks import Passes, pieces_of
 

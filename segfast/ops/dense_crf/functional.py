@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from .._registry import is_traced
+from .._operator import is_traced
 from . import compute, operators
 from .arguments import (
     check_compatibility,

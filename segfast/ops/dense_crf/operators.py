@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._backend import backend_of_this_thread, get_backend
 from .._layout import in_format
-from .._registry import Differentiable, Operator, needs_autograd
+from .._operator import Differentiable, Operator, needs_autograd
 from . import compute
 from .arguments import check_theta
 from .filters import choose_grid_method, choose_method

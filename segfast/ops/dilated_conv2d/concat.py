@@ -10,7 +10,7 @@ from .._epilogue import check_epilogue, epilogue_backward, keeps_output
 from .._geometry import output_size
 from .._layout import channels_innermost, in_format, output_format, packed_weight
 from .._operands import empty, kernel_output, load_kernels
-from .._registry import Differentiable, Operator, needs_autograd
+from .._operator import Differentiable, Operator, needs_autograd
 from .autograd import grad_of_input, grad_of_weight
 from .geometry import check_conv2d, check_images, cropped
 from .operators import FORWARD, multiply_add_flops

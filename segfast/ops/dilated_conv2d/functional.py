@@ -13,7 +13,7 @@ from .._epilogue import check_activation, check_epilogue
 from .._geometry import output_size, resolve_padding
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
-from .._registry import _functorch_active, autocast_dtype
+from .._operator import _functorch_active, autocast_dtype
 from .._remembered import cast
 from ..separable_conv2d.functional import depthwise_conv2d
 from . import concat

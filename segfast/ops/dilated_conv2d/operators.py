@@ -7,7 +7,7 @@ from .._epilogue import apply_epilogue, check_epilogue
 from .._geometry import output_size
 from .._layout import channels_innermost, in_format, output_format, packed_weight, row_weight
 from .._operands import empty, kernel_output, load_kernels
-from .._registry import Operator
+from .._operator import Operator
 from .geometry import check_conv2d
 
 

@@ -13,7 +13,7 @@ from .._geometry import check_alike
 from .._gpu import can_use_triton, choose
 from .._layout import channels_innermost, in_format, output_format, packed_weight
 from .._operands import Pair, empty, kernel_output, load_kernels, pair
-from .._registry import Operator, _functorch_active, autocast_dtype, needs_autograd
+from .._operator import Operator, _functorch_active, autocast_dtype, needs_autograd
 from .._remembered import cast
 from .autograd import forward as convolve
 from .operators import FORWARD, multiply_add_flops

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._registry import Differentiable, needs_autograd
+from .._operator import Differentiable, needs_autograd
 from . import formulas
 from .operators import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, DICE_SUMS, DICE_SUMS_BACKWARD
 

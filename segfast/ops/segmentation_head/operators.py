@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._layout import in_format, output_format
 from .._operands import load_kernels
-from .._registry import Operator
+from .._operator import Operator
 from . import chunked, formulas
 from .geometry import check_labels, planar
 

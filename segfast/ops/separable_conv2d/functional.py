@@ -10,7 +10,7 @@ from .._epilogue import check_activation, check_epilogue
 from .._geometry import resolve_padding
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
-from .._registry import autocast_dtype
+from .._operator import autocast_dtype
 from .._remembered import cast
 from .autograd import forward, forward_with_statistics
 from .fused import separable

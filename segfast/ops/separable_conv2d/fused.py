@@ -11,7 +11,7 @@ from .._epilogue import apply_epilogue, check_epilogue, epilogue_backward, keeps
 from .._geometry import output_size
 from .._layout import channels_innermost, in_format, output_format
 from .._operands import empty, kernel_output, load_kernels
-from .._registry import Differentiable, Operator, needs_autograd
+from .._operator import Differentiable, Operator, needs_autograd
 from .autograd import depthwise_backward
 from .autograd import forward as depthwise
 from .geometry import check_depthwise, check_pointwise
