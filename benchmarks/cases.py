@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from benchmarks.case import DIRECTIONS, Case, is_crf, is_depthwise, is_head, output_size
 from benchmarks.crf_cases import crf, further
+from segfast.ops._case import cases
 
 __all__ = [
     "ALONE", "BLOCKS", "CASES", "CONVOLUTIONS", "CRFS", "DIRECTIONS", "HEADS", "LAYERS", "MODELS",
@@ -19,34 +20,13 @@ def _small(ci: int, co: int, side: int | None = None, **more: int) -> dict[str, 
     return {"n": 1, "ci": ci, "co": co, **({} if side is None else {"h": side, "w": side}), **more}
 
 
-def _up(name, layer, n, ci, co, size, k, s, p=0, *, small, epilogue=("bias",)) -> Case:
-    params = {"n": n, "ci": ci, "co": co, "h": size, "w": size, "k": k, "s": s, "p": p}
-    family = op = "conv_transpose2d"
-    return Case(name, family, op, layer, params, small, epilogue=epilogue, headline=True)
-
-
-def _bilinear(case: Case, side: int) -> Case:
-    """The layer with FCN's fixed weights: bilinear on the channels' diagonal, zero off it."""
-    small = _small(case["ci"], case["co"], side)
-    params = {**case.params, "weight": "bilinear"}
-    return case.replace(name=f"{case.name}_bilinear", params=params, small=small, headline=False)
-
-
-def _up_concat(name, layer, ci, co, size, skip, *, small, headline=False) -> Case:
-    params = {
-        "n": 16,
-        "ci": ci,
-        "co": co,
-        "h": size,
-        "w": size,
-        "hs": skip,
-        "ws": skip,
-        "k": 2,
-        "s": 2,
-        "p": 0,
-    }
-    fields = {"epilogue": ("bias",), "headline": headline}
-    return Case(name, "conv_transpose2d", "up_concat", layer, params, small, **fields)
+def _of(*cases) -> list[Case]:
+    """Cases of a family as the benchmarks have them."""
+    return [
+        Case(c.name, c.family, c.op, c.layer, c.params, c.small, epilogue=c.epilogue,
+             headline="headline" in c.uses)
+        for c in cases
+    ]  # fmt: skip
 
 
 def _conv(family, name, layer, n, channels, size, k, *, small, s=1, d=1, p=None, g=1, co=0, **fields) -> Case:
@@ -138,17 +118,11 @@ _BIAS_RELU = ("bias", "relu")
 _BN_ADD_RELU = ("bn", "add", "relu")
 _DW, _DILATED = "separable_conv2d", "dilated_conv2d"
 
+_UPS = _of(*cases("conv_transpose2d", "benchmark"))
+
 # kernels.md section 6, in its order. `_small(ci, co, side)` is the CPU's size.
 OPERATORS = [
-    _up("unet_up1", "U-Net up 1", 16, 1024, 512, 28, 2, 2, small=_small(512, 256)),
-    _up("unet_up2", "U-Net up 2", 16, 512, 256, 52, 2, 2, small=_small(256, 128)),
-    _up("unet_up3", "U-Net up 3", 16, 256, 128, 100, 2, 2, small=_small(128, 64)),
-    _up("unet_up4", "U-Net up 4", 16, 128, 64, 196, 2, 2, small=_small(64, 32)),
-    _up("decoder_up4x4", "4x4 stride 2 decoder", 16, 256, 128, 64, 4, 2, 1, small=_small(128, 64, 32)),
-    _up("fcn8s_up8", "FCN-8s, last upsampling", 16, 21, 21, 70, 16, 8, 4,
-        small=_small(21, 21, 32), epilogue=()),
-    _up("fcn32s_up32", "FCN-32s, upsampling", 16, 21, 21, 16, 64, 32, 16,
-        small=_small(21, 21, 8), epilogue=()),
+    *_UPS[:7],
     _aspp("aspp_n1_33", "DeepLabV3 ASPP, 513 pixels, OS16", 1, 33, (6, 12, 18), small=_small(256, 64)),
     _aspp("aspp_n8_33", "DeepLabV3 ASPP, 513 pixels, OS16", 8, 33, (6, 12, 18), small=_small(128, 32)),
     _aspp("aspp_n8_65", "DeepLabV3 ASPP, 513 pixels, OS8", 8, 65, (12, 24, 36), small=_small(64, 32)),
@@ -178,13 +152,7 @@ OPERATORS = [
 
 # What the tables name in their notes: fixed bilinear weights, the concatenation, a 150-class head's loss.
 BLOCKS = [
-    _bilinear(OPERATORS[5], 16),
-    _bilinear(OPERATORS[6], 16),
-    _up_concat("unet_up1_concat", "U-Net up 1 and skip", 1024, 512, 28, 64, small=_small(512, 256)),
-    _up_concat("unet_up2_concat", "U-Net up 2 and skip", 512, 256, 52, 136, small=_small(256, 128)),
-    _up_concat("unet_up3_concat", "U-Net up 3 and skip", 256, 128, 100, 280, small=_small(128, 64)),
-    _up_concat("unet_up4_concat", "U-Net up 4 and skip", 128, 64, 196, 568,
-               small=_small(64, 32), headline=True),
+    *_UPS[7:],
     next(_head("ade20k_upsample", "ADE20K head, 512 pixels", 16, 150, 128, 128, 4, small=(32, 32))),
 ]  # fmt: skip
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.environment import ROOT
 from benchmarks.large import FORMS, Outcome, drawn, in_form, large
@@ -26,7 +25,10 @@ from segfast.functional import (
     separable_conv2d,
     upsample_cross_entropy,
 )
-from segfast.ops._prove import Evidence, error_and_allowance, judge
+from segfast.ops._case import Proof
+from segfast.ops._convolution_case import ConvolutionCase
+from segfast.ops._prove import judge
+from segfast.ops.conv_transpose2d.cases import ConvTranspose2d
 from segfast.ops.dilated_conv2d.evidence import convolution_evidence
 from segfast.ops.segmentation_head.evidence import head_evidence
 from segfast.ops.segmentation_head.geometry import Resampling
@@ -46,42 +48,31 @@ class Subject(NamedTuple):
     most: int = 19
 
 
-class Geometry(NamedTuple):
-    """What a kernel is compiled for. Image sizes vary within it: 2,000 cases need few compilations."""
-
-    ci: int
-    co: int
-    k: int
-    s: int
-    p: int
-    extra: int
-    d: int
-    groups: int
-    dtype: torch.dtype
+def _up(draw: random.Random, dtype: torch.dtype, k: int, s: int) -> Subject:
+    """Random and valid. Image sizes vary within it: many cases need few compilations."""
+    groups, d = draw.choice([1, 1, 1, 2]), draw.choice([1, 1, 2])
+    sizes = {"k": k, "s": s, "p": draw.randrange(min(k, 3)), "extra": draw.randrange(max(s, d)), "d": d}
+    sizes |= {name: groups * draw.choice([1, 3, 8, 16, 21, 40]) for name in ("ci", "co")} | {"g": groups}
+    return _subject(ConvTranspose2d("", "transposed", sizes, epilogue=("bias",)), dtype)
 
 
-def geometries(count: int, dtypes: tuple[torch.dtype, ...], seed: int = 0) -> list[Geometry]:
-    """Random valid ones, each kernel size and stride class among them."""
-    draw = random.Random(seed)
-    classes = itertools.cycle([(2, 2), (4, 4), (4, 2), (3, 2), (1, 2), (5, 3), (8, 4), (3, 1), (2, 3)])
-    found = []
-    for k, s in itertools.islice(classes, count):
-        groups = draw.choice([1, 1, 1, 2])
-        d = draw.choice([1, 1, 2])
-        extra = draw.randrange(max(s, d))
-        p = draw.randrange(min(k, 3))
-        ci, co = (groups * draw.choice([1, 3, 8, 16, 21, 40]) for _ in range(2))
-        found.append(Geometry(ci, co, k, s, p, extra, d, groups, draw.choice(dtypes)))
-    return found
+def _subject(case: ConvolutionCase, dtype: torch.dtype, most: int = 19) -> Subject:
+    """The proofs of a case at any image size."""
+
+    def compare(device: torch.device, size: Size) -> Comparison:
+        sized = case.replace(params={**case.params, **dict(zip(("n", "h", "w"), size, strict=True))})
+        if min(sized.output_size) > 0:
+            yield from _held(sized.proofs(device, dtype))
+
+    sizes = " ".join(f"{name}={value}" for name, value in case.params.items())
+    return Subject(f"{case.layer} {sizes} {dtype}", compare, most)
 
 
 def subjects(dtypes: Sequence[torch.dtype], few: bool = False) -> list[Subject]:
     """What is fuzzed, of every family; `few`: one or two of each."""
     draw = random.Random(0)
-    up = [
-        Subject(" ".join(f"{field}={value}" for field, value in g._asdict().items()), partial(_compare, g))
-        for g in geometries(2 if few else 25, tuple(dtypes))
-    ]
+    classes = itertools.cycle([(2, 2), (4, 4), (4, 2), (3, 2), (1, 2), (5, 3), (8, 4), (3, 1), (2, 3)])
+    up = [_up(draw, draw.choice(dtypes), *k_s) for k_s in itertools.islice(classes, 2 if few else 25)]
     found = [_depthwise(draw, draw.choice(dtypes), k) for k in ((3,) if few else (1, 2, 3, 3, 4, 5, 5, 7, 9))]
     found += [_conv(draw, draw.choice(dtypes), k) for k in ((3,) if few else (1, 1, 2, 3, 3, 3, 3, 5, 7))]
     for form in FORMS:
@@ -166,7 +157,7 @@ def _head(draw: random.Random, dtype: torch.dtype, mode: str, corners: bool, sca
     return Subject(f"{label} {dtype}", compare, 9)
 
 
-def _held(found: Iterator[Evidence]) -> Comparison:
+def _held(found: Iterator[Proof]) -> Comparison:
     for item in found:
         yield item.operation, *judge(item)
 
@@ -188,38 +179,6 @@ def fuzz(device: torch.device, found: Sequence[Subject], each: int) -> Iterator[
             not failed,
             "; ".join(failed[:3]) or f"at most {worst:.2f} of the allowance",
         )
-
-
-def _compare(g: Geometry, device: torch.device, size: Size) -> Comparison:
-    batch, height, width = size
-    if min((n - 1) * g.s - 2 * g.p + g.d * (g.k - 1) + g.extra for n in size[1:]) < 0:
-        return  # no output
-    x = torch.randn(batch, g.ci, height, width)
-    weight = torch.randn(g.ci, g.co // g.groups, g.k, g.k)
-    inputs = [t.to(g.dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight)]
-    inputs.append(torch.randn(g.co).to(g.dtype))
-    geometry = (g.s, g.p, g.extra, g.groups, g.d)
-    grad = None
-
-    def run(function, tensors):
-        leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
-        output = function(*leaves, *geometry)
-        nonlocal grad
-        if grad is None:
-            grad = torch.randn(output.shape).to(g.dtype)
-        return [output, *torch.autograd.grad(output, leaves[:2], grad.to(output))]
-
-    exact = run(F.conv_transpose2d, [t.double() for t in inputs])
-    on_device = [t.to(device) for t in inputs]
-    theirs, mine = run(F.conv_transpose2d, on_device), run(conv_transpose2d, on_device)
-    rounded = grad
-    grad = rounded.double().abs()  # type: ignore[union-attr]
-    magnitudes = run(F.conv_transpose2d, [t.double().abs() for t in inputs])
-    depths = (g.ci * g.k * g.k, g.co * g.k * g.k, batch * height * width)
-    names = ("forward", "grad_input", "grad_weight")
-    for name, *values in zip(names, mine, exact, theirs, magnitudes, depths, strict=True):
-        actual, reference, aten, magnitude, depth = values
-        yield name, *error_and_allowance(actual, reference.detach(), aten, magnitude.detach(), depth)
 
 
 Step = Callable[[], list[torch.Tensor]]

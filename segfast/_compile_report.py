@@ -2,15 +2,14 @@
 
 A row is one kernel with one tile configuration, element type and architecture. It fails where the kernel does
 not compile, registers spill, shared memory does not fit, the matrix instruction expected is missing, a store
-is narrower than the channels allow, or a loop over pairs of points has too many instructions. Each family's
-module in `segfast.ops` offers `specimens(dtype)`: (name, launcher call on meta tensors, store width).
+is narrower than the channels allow, or a loop over pairs of points has too many instructions. What is
+compiled are the launches of the families' cases (`segfast/ops/_case.py`), by the names of specimens.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import importlib
 import math
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ from ._files import atomic_write
 from ._load_model import dtype_name
 from ._output import claim
 from ._table import format_table
+from .ops import _case
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # Element types as rows name them; tf32 is float32 where cuDNN's flag allows it.
@@ -106,8 +106,8 @@ def tasks(families: Sequence[str], archs: Sequence[str], dtypes: Sequence[str],
     return found
 
 
-def _specimens(family: str, dtype: str) -> Iterator[tuple]:
-    return importlib.import_module(f".ops.{family}", __package__).specimens(DTYPES[dtype])
+def _specimens(family: str, dtype: str) -> Iterator[_case.Launch]:
+    return _case.launches(family, DTYPES[dtype])
 
 
 def compile_task(task: Task) -> list[Row]:

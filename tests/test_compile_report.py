@@ -24,6 +24,7 @@ from segfast._compile_report import (
 from segfast._machine_code import from_sass
 from segfast.kernels import Config, _launch, override_config, pretend_architecture, record_launches
 from segfast.kernels._reduce import reduce_partials
+from segfast.ops._case import launches
 
 FAMILY = "conv_transpose2d"
 EVERY = os.environ.get("SEGFAST_ALL_ARCHITECTURES") == "1"
@@ -246,12 +247,10 @@ def test_bad_arguments(arguments, message, capsys):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_specimens_launch_every_kernel(dtype):
-    from segfast.ops.conv_transpose2d import specimens
-
     # The two forwards, the convolution that is the input's gradient, its parts', the weight's, and theirs.
-    with pretend_architecture("sm_90"), record_launches() as launches:
-        for _, call, store_bytes in specimens(dtype):
+    with pretend_architecture("sm_90"), record_launches() as recorded:
+        for _, call, store_bytes in launches(FAMILY, dtype):
             call()
             assert store_bytes in (2, 4, 8, 16)
-    names = {plan.kernel.__name__ for plan, _ in launches}
+    names = {plan.kernel.__name__ for plan, _ in recorded}
     assert len(names) == 6

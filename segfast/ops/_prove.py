@@ -1,8 +1,7 @@
 """Proof that the kernels are right on the GPU at hand: every operation and dtype on odd shapes against fp64.
 
 The interpreter and the offline compiler see no race, no misalignment and no bf16 fault; so under "auto" a
-kernel runs only on an architecture where this has passed. Each family's module offers `proofs(device,
-dtype)`.
+kernel runs only on an architecture where this has passed. What is run are the families' cases (`_case.py`).
 """
 
 import importlib
@@ -13,25 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._case import Proof, proofs
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Evidence(NamedTuple):
-    """One result of a kernel beside what it should be.
-
-    `actual` is a call of the kernels. `reference` and `magnitude` are fp64; `magnitude` is the operation on
-    absolute values, `depth` the terms in a sum, `tf32` says that they are products of operands rounded to
-    TF32.
-    """
-
-    operation: str
-    case: str
-    actual: Callable[[], Tensor]
-    reference: Tensor
-    aten: Tensor
-    magnitude: Tensor
-    depth: int
-    tf32: bool = False
 
 
 class ProofRow(NamedTuple):
@@ -75,7 +58,7 @@ def error_and_allowance(
     return error, allowed
 
 
-def judge(item: Evidence) -> tuple[float, float]:
+def judge(item: Proof) -> tuple[float, float]:
     """`error_and_allowance` of a case, whose kernels run now."""
     return error_and_allowance(item.actual(), *item[3:])
 
@@ -107,10 +90,10 @@ def prove(
         for dtype in dtypes:
             name = str(dtype).removeprefix("torch.")
             with backend("triton"):
-                evidence = itertools.islice(module.proofs(device, dtype), most)
+                found = itertools.islice(proofs(family, device, dtype), most)
                 while True:
                     try:
-                        item = next(evidence, None)
+                        item = next(found, None)
                     except Exception as raised:
                         # A generator that raised is finished: the cases it still had are not proven.
                         for operation in module.OPERATIONS:

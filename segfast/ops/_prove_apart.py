@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ._apart import MARK, how_many, process_of, run_side_by_side
+from ._case import proofs
 from ._prove import DTYPES, DeviceLost, ProofRow, prove
 
 COMMAND = process_of(__name__)
@@ -126,10 +127,9 @@ def _compile(device: torch.device, dtypes: tuple[torch.dtype, ...], part: str, f
     torch.set_num_threads(1)  # as many processes as cores do the same
     index, count = map(int, part.split("/"))
     for family in families.split(","):
-        module = importlib.import_module(f"{__package__}.{family}")
         for dtype in dtypes:
             with backend("triton"), record_launches() as launches, contextlib.suppress(Exception):
-                for item in module.proofs(device, dtype):
+                for item in proofs(family, device, dtype):
                     item.actual()
             for plan, pointers in launches[index::count]:
                 with contextlib.suppress(Exception):  # it fails where it is proven, and is told of there

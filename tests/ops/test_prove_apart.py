@@ -44,7 +44,7 @@ def proofs(device, dtype):
     }
     for operation, call in calls.items():
         for case in ("a", "b"):
-            yield _prove.Evidence(operation, case, call, one.double(), one, one.double(), 1)
+            yield _prove.Proof(operation, case, call, one.double(), one, one.double(), 1)
 
 module = types.ModuleType("segfast.ops.stand_in")
 module.proofs = proofs

@@ -2,10 +2,8 @@
 
 from . import calls
 from .autograd import forward, grad_of_input, grad_of_weight
-from .evidence import proofs
 from .functional import OPERATIONS, conv_transpose2d
 from .operators import FORWARD, GRAD_INPUT, GRAD_WEIGHT
-from .specimens import specimens
 from .up_concat import UP_CONCAT, up_concat
 
 __all__ = [
@@ -19,7 +17,5 @@ __all__ = [
     "forward",
     "grad_of_input",
     "grad_of_weight",
-    "proofs",
-    "specimens",
     "up_concat",
 ]

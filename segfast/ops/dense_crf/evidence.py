@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._case import Proof as Evidence
 from .._operands import load_kernels
-from .._prove import Evidence
 from .device_filters import feature_filters, grid_factors
 from .exact import SeparableFilter
 from .filters import normalizers

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._case import Proof as Evidence
 from .._epilogue import apply_epilogue
 from .._operands import load_kernels, pair
-from .._prove import Evidence
 from .autograd import forward, grad_of_input, grad_of_weight
 from .concat import CONCAT
 from .functional import OPERATIONS

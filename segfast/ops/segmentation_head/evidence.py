@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._prove import Evidence
+from .._case import Proof as Evidence
 from . import formulas
 from .geometry import Resampling, upsample, upsample_adjoint
 from .operators import ARGMAX, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, DICE_SUMS, DICE_SUMS_BACKWARD

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._case import Proof as Evidence
 from .._epilogue import apply_epilogue
 from .._operands import load_kernels, pair
-from .._prove import Evidence
 from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
 from .operators import GRAD_INPUT, GRAD_WEIGHT
 
