@@ -2,24 +2,25 @@
 
 The choices and proofs in its choices/ go into segfast/measured/, where the product finds them, the rows into
 benchmarks/results/<gpu or cpu>/<family>.csv, each merged with what is there. Nothing is written before all
-is checked.
+is checked. Choices and proofs of kernels in another source than this checkout's, which nothing here would
+ever read, are left out, and deleted where they were filed before; those of other GPUs and versions stay.
 """
 
 import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
 from benchmarks.rows import FIELDS, KEY, MEASURED, read_rows
 from segfast._files import atomic_write
-from segfast.kernels import operations
+from segfast.kernels import operations, source_digest
 from segfast.ops._call import AnyCall
 from segfast.ops._choice import ATEN, Choice
-from segfast.ops._choice_files import choices_row, file_name, parsed
+from segfast.ops._choice_files import choices_row, file_name, gpu_source, parsed
 
 PROVEN = "proven.json"
 SIMULATED = "fake-"  # what the simulated device's name begins with
@@ -29,8 +30,11 @@ class Refused(Exception):
     """The folder holds nothing that may be filed, or something that may not."""
 
 
-def record(source: Path, root: Path = ROOT) -> list[Path]:
-    """Check and file the contents of `source`; returns what was written. Raises Refused."""
+def record(source: Path, root: Path = ROOT, say: Callable[[str], object] = print) -> list[Path]:
+    """Check and file the contents of `source`; returns what was written. Raises Refused.
+
+    `say` is told of everything that is left out or deleted.
+    """
     if not source.is_dir():
         raise Refused(f"{source} is not a folder")
     written: dict[Path, str] = {}
@@ -43,15 +47,37 @@ def record(source: Path, root: Path = ROOT) -> list[Path]:
             raise Refused("ceilings.json comes from a dry run")
         path = root / "benchmarks" / "results" / _gpu(content.get("gpu"), "ceilings.json") / "ceilings.json"
         written[path] = _dump(content)
+    measured, left_out = root / "segfast" / "measured", list[str]()
     for path in sorted((source / "choices").glob("[!.]*.json")):
-        file_one = _proven if path.name == PROVEN else _choices
-        written |= file_one(path, root / "segfast" / "measured")
+        if path.name == PROVEN:
+            written |= _proven(path, measured, left_out)
+        elif _is_of_today(path):
+            written |= _choices(path, measured)
+        else:
+            left_out.append(f"{path}: the choices are of kernels in another source than this checkout's")
     if not written:
-        raise Refused(f"{source} holds none of rows.csv, measured.csv, ceilings.json, choices/*.json")
+        why = "; ".join(left_out) or "it holds none of rows.csv, measured.csv, ceilings.json, choices/*.json"
+        raise Refused(f"{source} has nothing to file: {why}")
+    outdated = [path for path in sorted(measured.glob("*.json")) if path.name != PROVEN]
+    outdated = [path for path in outdated if not _is_of_today(path)]
+    if measured / PROVEN not in written and (measured / PROVEN).exists():
+        written |= _proven(None, measured, left_out)
+    for line in left_out:
+        say(f"left out: {line}")
     for path, text in written.items():
         with atomic_write(path) as temporary:
             temporary.write_text(text)
+    for path in outdated:
+        say(f"deleted: {path}: its choices are of kernels in another source than this checkout's")
+        path.unlink()
     return list(written)
+
+
+def _is_of_today(path: Path) -> bool:
+    """Whether this checkout would read any choice of a file, on some GPU and versions."""
+    machines = [part.get("machine") for part in _json(path, list) if isinstance(part, dict)]
+    sources = [here.get("source") for here in machines if isinstance(here, dict) and "gpu" in here]
+    return not sources or gpu_source() in sources
 
 
 def _rows(paths: Sequence[Path], results: Path) -> dict[Path, str]:
@@ -140,10 +166,12 @@ def _checked(path: Path) -> list[tuple[dict[str, str], dict[AnyCall, Choice]]]:
     return parts
 
 
-def _proven(path: Path, folder: Path) -> dict[Path, str]:
+def _proven(path: Path | None, folder: Path, left_out: list[str]) -> dict[Path, str]:
+    """Those that are filed and those of `path`, but for proofs of kernels in another source."""
     target = folder / PROVEN
-    new = _json(path)
+    new = {} if path is None else _json(path)
     merged = _json(target) if target.exists() else {}
+    before = json.dumps(merged)
     for gpu, proofs in new.items():
         _gpu(gpu, str(path))
         for name, proof in proofs.items():
@@ -154,7 +182,20 @@ def _proven(path: Path, folder: Path) -> dict[Path, str]:
             if name.rpartition(".")[0] not in operations():
                 raise Refused(f"{path}: {name} is no kernel's")
         merged.setdefault(gpu, {}).update(proofs)
-    return {target: _dump(merged)}
+    for gpu, proofs in merged.items():
+        others = [name for name, proof in proofs.items() if not _counts(name, proof)]
+        for name in others:
+            del proofs[name]
+        if others:
+            left_out.append(f"{gpu}: proofs of kernels in another source: {', '.join(sorted(others))}")
+    merged = {gpu: proofs for gpu, proofs in merged.items() if proofs}
+    return {} if path is None and json.dumps(merged) == before else {target: _dump(merged)}
+
+
+def _counts(name: str, proof: dict[str, Any]) -> bool:
+    """Whether this checkout would take a proof, on its GPU and with some Triton."""
+    operation = name.rpartition(".")[0]
+    return operation in operations() and proof.get("source") == source_digest(operation)
 
 
 def _gpu(name: Any, path: str) -> str:

@@ -13,9 +13,9 @@ from benchmarks import record, rows, timing
 from benchmarks.cases import find
 from benchmarks.environment import ROOT
 from benchmarks.report import html_page, markdown, ratio, summary, write_report
-from segfast.kernels import Config
+from segfast.kernels import Config, source_digest
 from segfast.ops._choice import Choice
-from segfast.ops._choice_files import file_name, replace
+from segfast.ops._choice_files import file_name, gpu_source, replace
 from segfast.ops._gpu_call import GpuCall
 
 H200 = {"copy_gbs": 4300.0, "bf16_tflops": 790.0, "l2_gbs": 6600.0, "exp2_gops": 3700.0}
@@ -149,7 +149,7 @@ MACHINE = {
     "torch": "2.11.0",
     "triton": "3.6.0",
     "cudnn": "91900",
-    "source": "0123-4567",
+    "source": gpu_source(),
 }
 CALL = GpuCall(
     "conv_transpose2d", "nvidia-h200", torch.bfloat16, "", True, ((8, 64, 28, 28),), ((64, 32, 2, 2),),
@@ -167,8 +167,9 @@ def _choices(folder, found=None, machine=MACHINE):
     return path
 
 
-def _proof(**changes):
-    return {"passed": True, "source": "0123", "triton": "3.6.0", "torch": "2.11.0", "cases": 12} | changes
+def _proof(operation="conv_transpose2d_forward", **changes):
+    source = source_digest(operation)
+    return {"passed": True, "source": source, "triton": "3.6.0", "torch": "2.11.0", "cases": 12} | changes
 
 
 def _proven(folder, proofs):
@@ -195,7 +196,7 @@ def test_record_files_what_a_run_brought_back(tmp_path):
     measured = root / "segfast" / "measured"
     measured.mkdir(parents=True)
     proven = measured / "proven.json"
-    proven.write_text(json.dumps({"nvidia-a100": {"conv2d_forward.float16": _proof()}}))
+    proven.write_text(json.dumps({"nvidia-a100": {"conv2d_forward.float16": _proof("conv2d_forward")}}))
     for _ in range(2):  # a second time changes nothing
         written = record.record(source, root)
         names = sorted(str(path.relative_to(root)) for path in written)
@@ -248,7 +249,6 @@ def on_an_h200(monkeypatch):
 
 
 def test_what_was_filed_is_used_without_measuring(tmp_path, monkeypatch, on_an_h200):
-    from segfast.kernels import source_digest
     from segfast.ops import _choice_files, _gpu, _proofs
     from segfast.ops._choice import choices
 
@@ -257,7 +257,7 @@ def test_what_was_filed_is_used_without_measuring(tmp_path, monkeypatch, on_an_h
     _choices(run)
     import triton
 
-    proof = _proof(source=source_digest("conv_transpose2d_forward"), triton=triton.__version__)
+    proof = _proof(triton=triton.__version__)
     _proven(run, {MACHINE["gpu"]: {"conv_transpose2d_forward.bfloat16": proof}})
     assert not _gpu.can_choose(0)
     assert not _proofs.proven("conv_transpose2d_forward", torch.bfloat16, on_an_h200)
@@ -275,6 +275,38 @@ def test_what_was_filed_is_used_without_measuring(tmp_path, monkeypatch, on_an_h
     assert not _proofs.proven("conv_transpose2d_forward", torch.float16, on_an_h200)
 
 
+def test_record_keeps_what_somebody_may_read_and_nothing_else(tmp_path, capsys):
+    """Other kernels' choices and proofs go; those of other GPUs, and of other versions, stay."""
+    source, root = tmp_path / "run", tmp_path / "tree"
+    measured = root / "segfast" / "measured"
+    kept = [MACHINE | other for other in ({"gpu": "nvidia-a100"}, {"triton": "3.9.0"}, {"torch": "3.0.0"})]
+    old = [MACHINE | {"source": "of other kernels"}, kept[0] | {"source": "of other kernels"}]
+    for here in (*kept, *old):
+        _choices(tmp_path / "before", machine=here)
+    (tmp_path / "before" / "choices").rename(tmp_path / "measured")
+    root.joinpath("segfast").mkdir(parents=True)
+    (tmp_path / "measured").rename(measured)
+    proofs = {
+        "conv_transpose2d_forward.bfloat16": _proof(triton="2.0.0"),
+        "conv_transpose2d_forward.float16": _proof(source="of other kernels"),
+        "conv9d_forward.float16": _proof(),
+    }
+    gone = {"conv_transpose2d_forward.float16": proofs["conv_transpose2d_forward.float16"]}
+    (measured / "proven.json").write_text(json.dumps({"nvidia-h200": proofs, "nvidia-a100": gone}))
+    here = _choices(source)
+    _choices(source, machine=MACHINE | {"source": "of a branch"})
+    written = record.record(source, root)
+    assert {path.name for path in written} == {here.name, "proven.json"}
+    names = {file_name(each) for each in (*kept, MACHINE)}
+    assert {path.name for path in measured.iterdir()} == {*names, "proven.json"}
+    left = {"nvidia-h200": {"conv_transpose2d_forward.bfloat16": _proof(triton="2.0.0")}}
+    assert json.loads((measured / "proven.json").read_text()) == left
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == [*["left out"] * 3, *["deleted"] * 2]
+    assert "conv9d_forward.float16, conv_transpose2d_forward.float16" in "".join(said)
+    assert {path.name for path in record.record(source, root)} == {here.name}
+
+
 def _edited(path, edit):
     content = json.loads(path.read_text())
     edit(content[0])
@@ -285,6 +317,7 @@ def _edited(path, edit):
     ("prepare", "message"),
     [
         (lambda folder: None, "holds none of"),
+        (lambda folder: _choices(folder, machine=MACHINE | {"source": "0"}), "kernels in another source"),
         (lambda folder: _rows_file(folder, _row(dry_run=True)), "dry run"),
         (lambda folder: _rows_file(folder, _row(gpu="cpu")), "not on a GPU"),
         (lambda folder: (folder / "rows.csv").write_text("a,b\n"), "expected the columns"),
@@ -326,7 +359,8 @@ def test_record_refuses(tmp_path, prepare, message, capsys):
     source.mkdir()
     prepare(source)
     # Nothing of the folder is filed if one file is refused.
-    if any(source.iterdir()) and not (source / "rows.csv").exists():
+    alone = message == "kernels in another source"  # else the rows would be filed
+    if any(source.iterdir()) and not (source / "rows.csv").exists() and not alone:
         _rows_file(source, _row())
     with pytest.raises(record.Refused, match=message):
         record.record(source, root)
