@@ -5,7 +5,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ._timing import interleave
 from .nn._fused_dtype import keep_contiguous
 from .ops._backend import backend, get_backend
 from .ops._call import AnyCall, Call
-from .ops._choice import Collected, choices, collect
+from .ops._choice import Choice, Collected, choices, collect
 from .ops._gpu_call import ALL, FEW, GpuCall
 from .ops._measure import clock, measure_and_keep
 
@@ -129,7 +129,7 @@ def choose(
     end = time.perf_counter() + budget_s
     modes = (True, False) if train else (False,)
     device = device_of(model, inputs)
-    known: Container[AnyCall] = {} if _most == ALL else choices().measured
+    known: Mapping[AnyCall, Choice] = {} if _most == ALL else choices().measured
     tried: set[AnyCall] = set()
     proven: set[tuple[str, torch.dtype]] = set()
     try:
@@ -138,7 +138,7 @@ def choose(
         made = [_calls(model, inputs, training) for training in modes]
     for _ in range(_PASSES):
         calls = dict.fromkeys(call for each in made for call in each.counts)
-        unseen = [call for call in calls if call not in known and call not in tried]
+        unseen = [call for call in calls if call not in tried and not _is_settled(call, known, device)]
         unproven = {each for collected in made for each in collected.unproven}
         left = len(unseen)
         rest = end - time.perf_counter()
@@ -154,6 +154,16 @@ def choose(
             break
     _note(model, made)
     return left if any(each.counts for each in made) else None
+
+
+def _is_settled(call: AnyCall, known: Mapping[AnyCall, Choice], device: torch.device | None) -> bool:
+    """Whether something was chosen, and nothing that nobody had proven then may be proven now."""
+    choice = known.get(call)
+    if choice is None or not choice.unproven or device is None or not isinstance(call, GpuCall):
+        return choice is not None
+    from .ops import _gpu_tune  # which needs triton
+
+    return not _gpu_tune.may_join(call, choice, device)
 
 
 def _prove(

@@ -11,7 +11,7 @@ from torch import nn
 from segfast import _choose
 from segfast._choose import Gain
 from segfast.ops import _gpu_tune
-from segfast.ops._choice import Choice
+from segfast.ops._choice import Choice, choices
 from segfast.ops._gpu_call import ALL, FEW
 from tests.ops.test_choice import CONV2D
 from tests.ops.test_gpu import CALL
@@ -88,6 +88,33 @@ class TestMeasuring:
         assert asked == [("measure", [CONV2D], None, 7.0)]
 
 
+class Made:
+    """Calls that were collected: one on a GPU."""
+
+    counts, unproven = {CALL: 1}, frozenset()
+
+    def by_weight(self):
+        return {}
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_choice_made_without_our_kernels_is_made_anew(joins, monkeypatch):
+    """Once, where those may be proven now."""
+    done = []
+    monkeypatch.setattr(_choose, "_calls", lambda *args, **kwargs: Made())
+    monkeypatch.setattr(_choose, "device_of", lambda *args: GPU)
+    monkeypatch.setattr(_choose, "_prove", lambda calls, *args: done.append("prove") or 0.0)
+    monkeypatch.setattr(_choose, "measure", lambda calls, *args: done.append("measure") or len(calls))
+    monkeypatch.setattr(_gpu_tune, "may_join", lambda call, choice, device: bool(choice.unproven) and joins)
+    net, inputs = nn.Conv2d(2, 3, 3), (torch.randn(1, 2, 5, 5),)
+    choices().add(CALL, Choice("aten", {}, unproven=("triton",)))
+    assert _choose.choose(net, inputs, 7.0, False) == 0
+    assert done == ["prove", "measure"] * joins
+    choices().add(CALL, Choice("aten", {}))
+    assert _choose.choose(net, inputs, 7.0, False) == 0
+    assert done == ["prove", "measure"] * joins
+
+
 class TestRuns:
     def net(self):
         torch.manual_seed(0)
@@ -138,13 +165,6 @@ def test_a_model_is_kept_where_it_is_faster_by_more_than_noise(after, kept, monk
 def test_what_proving_takes_is_not_measurings(monkeypatch):
     """A proof is made once on a GPU, and may take longer than the budget."""
     seconds = []
-
-    class Made:
-        counts, unproven = {CALL: 1}, frozenset()
-
-        def by_weight(self):
-            return {}
-
     now = [0.0]
     monkeypatch.setattr(_choose, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(_choose, "_calls", lambda *args, **kwargs: Made())

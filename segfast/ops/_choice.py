@@ -6,6 +6,7 @@ machine and set of versions.
 
 import contextlib
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,18 +31,19 @@ class Choice(NamedTuple):
     """The candidate that runs a call, and the microseconds of each that was right (the lower quartile).
 
     `configs` are the tile sizes that the kernels of ours were fastest with: (operation, bucket, the fields of
-    a `segfast.kernels.Config`).
+    a `segfast.kernels.Config`). `unproven` are candidates that were left out, as nothing proved them right.
     """
 
     name: str
     us: dict[str, float]
     configs: tuple[tuple[str, str, tuple[Any, ...]], ...] = ()
+    unproven: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if len(self.us) < 2:
-            return self.name
         others = [f"{name} {us:.0f}" for name, us in self.us.items() if name != self.name]
-        return f"{self.name}: {self.us[self.name]:.0f} us ({', '.join(others)})"
+        text = f"{self.name}: {self.us[self.name]:.0f} us" if others else self.name
+        others += [f"{name} not proven" for name in self.unproven]
+        return f"{text} ({', '.join(others)})" if others else text
 
 
 class Choices:
@@ -238,16 +240,18 @@ def can_choose(input: Tensor, *others: Tensor | None) -> bool:
     return all([t is None or type(t) in PLAIN for t in (input, *others)])
 
 
-def choose(call: Call, weight: Tensor) -> str | None:
+def choose(
+    call: Call, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> str | None:
     """The name of the candidate that runs `call`, or `ZEROS`; None where none is known."""
     found = choices().find(call)
     if _collected is not None:
-        if not _is_valid(call):
+        if not _is_valid(call, weight, bias, residual):
             return None
         _collected.add(call, weight)
         if found is None:
             return ZEROS if _collected.zeros else _preferred(call, weight)
-    elif found is None and _measures_unseen and _is_valid(call):
+    elif found is None and _measures_unseen and _is_valid(call, weight, bias, residual):
         from ._measure import measure_and_keep
 
         found = measure_and_keep([call])[call]
@@ -265,7 +269,13 @@ def _preferred(call: Call, weight: Tensor) -> str | None:
     return None
 
 
-def _is_valid(call: Call) -> bool:
+def fits(call: Call, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether bias and residual have their shapes; else torch says what is wrong, or broadcasts."""
+    shape = call.output()
+    return (bias is None or bias.shape == shape[1:2]) and (residual is None or residual.shape == shape)
+
+
+def _is_valid(call: Call, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether torch would take it; what is wrong with another, torch says."""
     filters = call.weight[0] if call.transposed else call.weight[1] * call.groups
     return (
@@ -275,8 +285,11 @@ def _is_valid(call: Call) -> bool:
         and call.weight[0] % call.groups == 0
         and min(call.stride) > 0
         and min(call.dilation) > 0
-        and min(call.padding) >= 0
+        and min(*call.padding, *call.output_padding) >= 0
+        and all(map(operator.lt, call.output_padding, map(max, call.stride, call.dilation)))
         and min(call.output()) > 0
+        and fits(call, bias, residual)
+        and all(t is None or t.is_cpu for t in (weight, bias, residual))
     )
 
 

@@ -29,6 +29,7 @@ from ._operands import load_kernels
 Table = Mapping[AnyCall, Choice]
 _PAIRS = ("stride", "padding", "output_padding", "dilation")
 _BROUGHT = Path(__file__).parent.parent / "measured"
+_OF_CHOICE = ("choice", "us", "configs", "unproven")  # in a row; the rest is the call's
 
 
 def cache_folder() -> Path:
@@ -98,8 +99,13 @@ def gpu_machine(gpu: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": str(torch.backends.cudnn.version()),
-        "source": f"{load_kernels().whole_digest()}-{_digest('_cudnn.py', '_cudnn_graph.py')}",
+        "source": gpu_source(),
     }
+
+
+def gpu_source() -> str:
+    """A digest of the candidates' own code on a GPU."""
+    return f"{load_kernels().whole_digest()}-{_digest('_cudnn.py', '_cudnn_graph.py')}"
 
 
 def file_name(here: Mapping[str, str]) -> str:
@@ -226,25 +232,39 @@ def load_choices(file: str | os.PathLike) -> int:
         ValueError: it is not one of `save_choices`.
     """
     file = Path(file)
-    here = {name: each for each in _machines() for name in [file_name(each)]}
+    here = _machines()
     taken: dict[AnyCall, Choice] = {}
     try:
-        parts = _parts(file)
-        for part in parts:
-            if part["machine"] in here.values():
-                taken |= dict(parsed(row, part["machine"]) for row in part["choices"])
-        machines = [part["machine"] for part in parts]
+        parts = [(dict(part["machine"]), part["choices"]) for part in _parts(file)]
+        for of, rows in parts:
+            if of in here:
+                taken |= dict(parsed(row, of) for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a file of segfast.save_choices ({error})") from error
-    if not taken and machines:
-        nearest = next((each for each in here.values() if each.keys() == machines[0].keys()), machine())
-        differing = [key for key, value in nearest.items() if machines[0].get(key) != value]
-        warnings.warn(f"segfast: {file} is of another machine ({', '.join(differing)} differ)", stacklevel=2)
-        return 0
+    machines = [of for of, _ in parts]
+    if machines and not any(of in here for of in machines):
+        warnings.warn(f"segfast: nothing of {file} is taken: {_why_none(machines, here)}", stacklevel=2)
     for call, choice in taken.items():
         remember(call, choice)
     write(taken)
     return len(taken)
+
+
+def _why_none(machines: Sequence[dict[str, str]], here: Sequence[dict[str, str]]) -> str:
+    """What differs between the machines that choices are of and this one's: of the two most alike."""
+    differing = [
+        [f"{key} is {ours[key]} here, {theirs[key]} there" for key in ours if ours[key] != theirs[key]]
+        for theirs in machines
+        for ours in here
+        if ours.keys() == theirs.keys()
+    ]
+    if differing:
+        return "; ".join(min(differing, key=len))
+    theirs, ours = (
+        " and ".join(sorted({each.get("gpu") or each.get("cpu", "another machine") for each in several}))
+        for several in (machines, here)
+    )
+    return f"it is of {theirs}, here is {ours}"
 
 
 def remember(call: AnyCall, choice: Choice) -> None:
@@ -277,7 +297,8 @@ def call_row(call: Any) -> dict[str, Any]:
 def choice_row(choice: Choice) -> dict[str, Any]:
     """A choice as JSON has it."""
     row = {"choice": choice.name, "us": {name: round(us, 2) for name, us in choice.us.items()}}
-    return {**row, "configs": choice.configs} if choice.configs else row
+    more = {"configs": choice.configs, "unproven": choice.unproven}
+    return row | {name: value for name, value in more.items() if value}
 
 
 def parsed_call(row: Mapping[str, Any], gpu: str | None) -> AnyCall:
@@ -299,7 +320,7 @@ def parsed_choice(row: Mapping[str, Any]) -> Choice:
     configs = _tuples(row.get("configs", ()))
     for operation, bucket, fields in configs:
         load_kernels().Config(*fields), int(bucket.rpartition("-p")[2]), str(operation)
-    return Choice(str(row["choice"]), us, configs)
+    return Choice(str(row["choice"]), us, configs, _tuples(row.get("unproven", ())))
 
 
 def plain(value: Any) -> int:
@@ -310,7 +331,7 @@ def plain(value: Any) -> int:
 def parsed(row: Mapping[str, Any], here: Mapping[str, str]) -> tuple[AnyCall, Choice]:
     """A call and its choice on such a machine. ValueError or the like if `row` is none of `choices_row`."""
     choice = parsed_choice(row)
-    about = {name: value for name, value in row.items() if name not in ("choice", "us", "configs")}
+    about = {name: value for name, value in row.items() if name not in _OF_CHOICE}
     call = parsed_call(about, here.get("gpu"))
     if isinstance(call, Call) and choice.name not in CANDIDATES[call.operation]:
         raise ValueError(f"unknown choice: {choice.name}")

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import _dilated_taps, _matmul, _onednn, _winograd
 from ._backend import change_decision, is_noting
 from ._call import CANDIDATES, Call, Candidate
-from ._choice import ATEN, PLAIN, ZEROS, can_choose, choices, choose, prepared
+from ._choice import ATEN, PLAIN, ZEROS, can_choose, choices, choose, fits, prepared
 from ._conv2d_aten import conv2d_aten
 from ._epilogue import activate_, apply_epilogue
 from ._operands import Pair
@@ -77,8 +77,8 @@ def bound_conv2d(
         torch.get_num_threads(),
     )
     plain = all([t is None or (type(t) in PLAIN and t.dtype in allowed) for t in (weight, bias)])
-    name = choose(call, weight) if dtype in _DTYPES and plain else None
-    if name is None or (bias is not None and bias.shape != call.output()[1:2]):
+    name = choose(call, weight, bias) if dtype in _DTYPES and plain else None
+    if name is None or not fits(call, bias, None):
         return None
     bias = None if bias is None else bias.detach().to(dtype)
     return call, CANDIDATES["conv2d"][name], prepared(weight, call, name), bias
@@ -138,9 +138,9 @@ def _chosen(
         activation,
         torch.get_num_threads(),
     )
-    name = choose(call, weight)
+    name = choose(call, weight, bias, residual)
     plain = name == ATEN and autocast is None and call.channels_last
-    if name is None or plain or not _fits(call, bias, residual):
+    if name is None or plain or not fits(call, bias, residual):
         return None
     if name == ZEROS:
         y = torch.empty(call.output(), dtype=dtype, device="cpu", memory_format=torch.channels_last)
@@ -165,12 +165,6 @@ def _in_dtype(
     """Whether the operands are of the dtype, or ones that autocast casts to it."""
     allowed = (dtype,) if autocast is None else (dtype, torch.float32)
     return all([t is None or t.dtype in allowed for t in (weight, bias, residual)])
-
-
-def _fits(call: Call, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether bias and residual have their shapes; else torch says what is wrong, or broadcasts."""
-    shape = call.output()
-    return (bias is None or bias.shape == shape[1:2]) and (residual is None or residual.shape == shape)
 
 
 def _because(call: Call) -> str:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import _choice
-from ._backend import CHOSEN, EMPTY, get_backend, is_noting, kernel_reason_not
+from ._backend import CHOSEN, EMPTY, backend, get_backend, is_noting, kernel_reason_not, noting
 from ._choice import ATEN, Choice, choices
-from ._gpu_call import GPU_OPERATIONS, GpuCall, Shape
+from ._gpu_call import GPU_OPERATIONS, Draw, GpuCall, Shape
 from ._operands import load_kernels
 from ._operator import is_traced
 
@@ -33,17 +33,19 @@ def choose(
     differentiates: bool,
     dtype: torch.dtype | None = None,
     sizes: Sequence[Shape] = (),
+    operands: Sequence[Tensor | None] = (),
 ) -> str | None:
     """The name of what runs a call under "auto": ATEN, TRITON or another; None where nothing was measured.
 
     `options` are hashable and of numbers, strings, None and tuples of them; `dtype` is autocast's; `sizes`
-    are shapes that count as further images'.
+    are shapes that count as further images'; `operands` are further ones, of which `options` says whether
+    they are given.
     """
     first = images[0]
     if not first.is_cuda or get_backend() != "auto":
         return None
     index = -1 if first.device.index is None else first.device.index
-    dtype = dtype or first.dtype
+    casts, dtype = dtype is not None, dtype or first.dtype
     if dtype not in _DTYPES or not can_choose(index) or _tracing() is not None:
         return None
     if any([t.dim() != 4 for t in (*images, *weights)]):
@@ -69,9 +71,14 @@ def choose(
     found = choices().find(call)
     collected = _choice.collected()
     if collected is not None:
-        if _can_measure(call):
+        if call in collected.counts or _can_measure(call, (*images, *weights, *operands), casts):
             collected.add(call, *weights)
-    elif found is None and _choice.measures_unseen() and _may_measure_now(call):
+    elif (
+        _choice.measures_unseen()
+        and not _is_settled(call, found, first.device)
+        and _is_unwatched()
+        and _can_measure(call, (*images, *weights, *operands), casts)
+    ):
         from ._gpu_tune import measure_now
 
         found = measure_now(call, first.device)
@@ -191,12 +198,41 @@ def _channels_innermost(t: Tensor) -> bool:
     return t.stride(1) == 1 or t.shape[1] == 1
 
 
-def _can_measure(call: GpuCall) -> bool:
-    """Whether torch would take it at all; what is wrong with another, torch says."""
+def _can_measure(call: GpuCall, given: Sequence[Tensor | None], casts: bool) -> bool:
+    """Whether torch would take it at all; what is wrong with another, torch says.
+
+    `given` are the tensors that it was asked with, images first; `casts`, that autocast makes one dtype of
+    theirs.
+    """
     shapes = (*call.images, *call.weights)
-    return call.operation in GPU_OPERATIONS and all([min(shape) > 0 for shape in shapes])
+    if call.operation not in GPU_OPERATIONS or not all([min(shape) > 0 for shape in shapes]):
+        return False
+    tensors = [t for t in given if t is not None]
+    first, *others = tensors
+    main = tensors[: len(call.images) + len(call.weights)]
+    same = casts or all([t.dtype == first.dtype for t in main])
+    if not same or any([t.device != first.device for t in others]):
+        return False
+    try:
+        # Meta tensors have sizes and no numbers: torch checks the call, and computes nothing.
+        bound = GPU_OPERATIONS[call.operation].bind(call, Draw(call, torch.device("meta")))
+        with noting(), backend("aten"), torch.no_grad():
+            bound.function(*bound.tensors)
+    except Exception:
+        return False
+    rest = [t.shape for t in tensors[len(main) :]]
+    return not rest or rest == [t.shape for t in bound.tensors[len(main) :]]
 
 
-def _may_measure_now(call: GpuCall) -> bool:
+def _is_settled(call: GpuCall, choice: Choice | None, device: torch.device) -> bool:
+    """Whether something was chosen, and nothing that was left out then is proven right now."""
+    if choice is None or not choice.unproven:
+        return choice is not None
+    from ._gpu_measure import unproven
+
+    return bool(unproven(call, device))
+
+
+def _is_unwatched() -> bool:
     """Whether nobody would see, or record, what is done to measure."""
-    return _can_measure(call) and not is_traced() and not torch.cuda.is_current_stream_capturing()
+    return not is_traced() and not torch.cuda.is_current_stream_capturing()

@@ -99,6 +99,8 @@ class Draw:
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal, of this standard deviation."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.call.dtype, device="meta")
         count = math.prod(shape)
         drawn = torch.randn(min(count, _DRAWN), generator=self._generator, dtype=torch.float32, device="cpu")
         t = (drawn * scale).to(self.device, self.call.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._timing import interleave
 from . import _proofs
-from ._backend import backend
+from ._backend import backend, too_old
 from ._choice import ATEN, Choice
 from ._gpu import PARTS, TRITON, left_to_parts
 from ._gpu_call import FEW, GPU_OPERATIONS, Bound, Draw, GpuCall
@@ -39,11 +39,15 @@ class Variant(NamedTuple):
             yield
 
 
-def measure(call: GpuCall, device: torch.device, most: int = FEW) -> Choice:
+def measure(
+    call: GpuCall, device: torch.device, most: int = FEW, without: tuple[str, ...] | None = None
+) -> Choice:
     """The fastest that computes `call` right, with what each took; of each kernel `most` tiles are tried.
 
-    The caller's random state stays as it was.
+    `without` are candidates to leave out, by default those that are `unproven`. The caller's random state
+    stays as it was.
     """
+    without = unproven(call, device) if without is None else without
     operation = GPU_OPERATIONS[call.operation]
     with _as_called(call, device):
         given = operation.bind(call, Draw(call, device))
@@ -53,7 +57,7 @@ def measure(call: GpuCall, device: torch.device, most: int = FEW) -> Choice:
         runs |= {name: _runner(call, given, name) for name in given.rivals if right(name)}
         if operation.composite:
             runs[PARTS] = _runner(call, given, PARTS)
-        problems = problems_of(call, ours) if is_proven(call, device) else None
+        problems = None if TRITON in without else problems_of(call, ours)
         found = {
             f"{TRITON} {i}": variant
             for i, variant in enumerate(variants(problems, device, most))
@@ -61,14 +65,14 @@ def measure(call: GpuCall, device: torch.device, most: int = FEW) -> Choice:
         }
         runs |= {name: _runner(call, ours, TRITON, variant) for name, variant in found.items()}
         if len(runs) == 1:
-            return Choice(ATEN, {})
+            return Choice(ATEN, {}, unproven=without)
         us = _times(runs, device)
         best = _best_of_each(problems or {}, found, us)
         if best is not None and right(TRITON, best):
             together = f"{TRITON} together"
             both = {ATEN: runs[ATEN], together: _runner(call, ours, TRITON, best)}
             us[together], found[together] = _times(both, device)[together], best
-    return _choice(us, found, problems or {})
+    return _choice(us, found, problems or {})._replace(unproven=without)
 
 
 @contextlib.contextmanager
@@ -85,10 +89,13 @@ def _as_called(call: GpuCall, device: torch.device) -> Iterator[None]:
             conv.fp32_precision = before
 
 
-def is_proven(call: GpuCall, device: torch.device) -> bool:
-    """Whether our kernels for `call` are proven right on this GPU."""
+def unproven(call: GpuCall, device: torch.device) -> tuple[str, ...]:
+    """The candidates of `call` that nothing proves right on this GPU: our kernels, or none."""
+    if too_old(device):
+        return ()  # they do not run there, proven or not
     operations = GPU_OPERATIONS[call.operation].proofs(call.gradients)
-    return all(_proofs.proven(operation, call.dtype, device) for operation in operations)
+    proven = all(_proofs.proven(operation, call.dtype, device) for operation in operations)
+    return () if proven else (TRITON,)
 
 
 def problems_of(call: GpuCall, bound: Bound) -> dict[Any, Any] | None:
@@ -108,8 +115,6 @@ def problems_of(call: GpuCall, bound: Bound) -> dict[Any, Any] | None:
 
 def launches(call: GpuCall, device: torch.device, most: int) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Each kernel, ready to be called, that `measure` launches, and its pointers; nothing is launched."""
-    if not is_proven(call, device):
-        return
     with _as_called(call, device):
         bound = GPU_OPERATIONS[call.operation].bind(call, Draw(call, device)).as_kernels_read()
         for variant in variants(problems_of(call, bound), device, most):

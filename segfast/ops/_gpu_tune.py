@@ -17,7 +17,7 @@ from ._choice_files import write
 from ._gpu import keep, left_to_parts
 from ._gpu_call import FEW, GPU_OPERATIONS, GpuCall, GpuOperation
 from ._gpu_measure import measure
-from ._proofs import prove_family, unjudged
+from ._proofs import disproven, prove_family, unjudged
 from ._prove import ProofRow
 
 # In processes of their own kernels are proven, compiled and measured: a fault in one is not the caller's.
@@ -44,11 +44,8 @@ def measure_and_keep(
     end = time.perf_counter() + budget_s
     found: dict[GpuCall, Choice] = {}
 
-    def take(call: GpuCall, choice: Choice, lasting: bool = True) -> None:
-        found[call] = choice
-        keep(call, choice)
-        if lasting:
-            write({call: choice})
+    def take(call: GpuCall, answer: Choice | str) -> None:
+        found[call] = _kept(call, answer)
         on_call(call)
 
     if APART and calls:
@@ -58,7 +55,7 @@ def measure_and_keep(
             _measure_apart.compile_apart(calls, device, most, half)
             _measure_apart.measure_apart(calls, device, most, end, take)
         except OSError as error:
-            warnings.warn(f"segfast: no process can be started to measure in ({error})", stacklevel=2)
+            _warn(f"no process can be started to measure in ({error})")
         return found
     for call in calls:
         if time.perf_counter() > end:
@@ -67,30 +64,41 @@ def measure_and_keep(
     return found
 
 
+def _kept(call: GpuCall, answer: Choice | str) -> Choice:
+    """Remember a choice, on disk too. Where there is none but a reason, it is ATen's in this process."""
+    if isinstance(answer, str):
+        _warn(f"{call} was not measured and stays ATen's for now: {answer}")
+        choice = Choice(ATEN, {})
+        keep(call, choice)
+        return choice
+    keep(call, answer)
+    write({call: answer})
+    return answer
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"segfast: {message}", stacklevel=3)
+
+
 # Those that `autotune` gives calls to, by device.
 _workers: dict[torch.device, _measure_apart.Worker] = {}
 
 
-def measure_now(call: GpuCall, device: torch.device) -> Choice | None:
-    """Choose for one call, once what it needs is proven; None where it cannot be measured."""
+def measure_now(call: GpuCall, device: torch.device) -> Choice:
+    """Choose for one call, once what it needs is proven."""
     with left_to_parts(call.operation):  # measuring calls it
         prove_missing([call], device)
-        answer = _ask_worker(call, device) if APART else (measure(call, device), True)
-    choice, lasting = answer or (Choice(ATEN, {}), False)
-    keep(call, choice)
-    if lasting:
-        write({call: choice})
-    return choice
+        return _kept(call, _ask_worker(call, device) if APART else measure(call, device))
 
 
-def _ask_worker(call: GpuCall, device: torch.device) -> tuple[Choice, bool] | None:
+def _ask_worker(call: GpuCall, device: torch.device) -> Choice | str:
     with _lock:
         worker = _workers.get(device)
         if worker is None:
             worker = _workers[device] = _measure_apart.Worker(device, FEW)
         answer = worker.measure(call, _MOST_SECONDS)
         if answer is None:
-            _workers.pop(device).close()
+            return _workers.pop(device).why()
         return answer
 
 
@@ -113,6 +121,18 @@ def prove_missing(
     """Prove the families of `calls`, in their dtypes, and `others`, where nothing is known of them here."""
     if too_old(device):
         return  # the kernels do not run there
+    try:
+        _prove_each(calls, device, on_row, others)
+    except OSError as error:
+        _warn(f"no process can be started to prove kernels in ({error})")
+
+
+def _prove_each(
+    calls: Iterable[GpuCall],
+    device: torch.device,
+    on_row: Callable[[ProofRow], None],
+    others: Iterable[tuple[str, torch.dtype]],
+) -> None:
     needed: dict[str, dict[torch.dtype, None]] = {}
     for family, dtype in dict.fromkeys([(_operation(c).family, c.dtype) for c in calls] + list(others)):
         operations = importlib.import_module(f"{__package__}.{family}").OPERATIONS
@@ -122,7 +142,33 @@ def prove_missing(
         every = {dtype: None for dtypes in needed.values() for dtype in dtypes}
         _prove_apart.compile_proofs(device, list(every), list(needed))
     for family, dtypes in needed.items():
-        prove_family(family, device, tuple(dtypes), on_row, apart=APART)
+        _prove(family, tuple(dtypes), device, on_row)
+
+
+def _prove(
+    family: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    on_row: Callable[[ProofRow], None],
+) -> None:
+    """`prove_family`; what it does not prove is a warning."""
+    wrong = []
+
+    def tell(row: ProofRow) -> None:
+        on_row(row)
+        if not row.passed:
+            wrong.append(row)
+
+    prove_family(family, device, dtypes, tell, apart=APART)
+    if wrong:
+        operations = ", ".join(dict.fromkeys(row.operation for row in wrong))
+        _warn(f"not proven right on this GPU, and not used: {operations}; the first case: {wrong[0]}")
+
+
+def may_join(call: GpuCall, choice: Choice, device: torch.device) -> bool:
+    """Whether what was left out of a choice for want of a proof is proven now, or may be."""
+    operations = _operation(call).proofs(call.gradients)
+    return bool(choice.unproven) and not any(disproven(name, call.dtype, device) for name in operations)
 
 
 def _operation(call: GpuCall) -> GpuOperation:

@@ -30,6 +30,11 @@ def proven(operation: str, dtype: torch.dtype, device: torch.device) -> bool:
     return _judged(_gpu(device)).get(_key(operation, dtype), False)
 
 
+def disproven(operation: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `operation` in `dtype` was seen to be wrong on a GPU like `device`."""
+    return _judged(_gpu(device)).get(_key(operation, dtype)) is False
+
+
 def unjudged(operations: Iterable[str], dtype: torch.dtype, device: torch.device) -> list[str]:
     """Which of `operations` nothing is known of on a GPU like `device`."""
     known = _judged(_gpu(device))

@@ -9,7 +9,6 @@ proofs will launch.
 import contextlib
 import importlib
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ._apart import MARK, how_many, process_of, run_side_by_side
+from ._apart import MARK, Child, compile_side_by_side, how_many, process_of
 from ._case import proofs
 from ._prove import DTYPES, DeviceLost, ProofRow, prove
 
@@ -37,7 +36,7 @@ def compile_proofs(device: torch.device, dtypes: Sequence[torch.dtype], families
         [*COMMAND, "compile", str(device), names, f"{part}/{count}", ",".join(families)]
         for part in range(count)
     ]
-    run_side_by_side(commands, [""] * count, time.perf_counter() + _MOST_SECONDS)
+    compile_side_by_side(commands, [""] * count, time.perf_counter() + _MOST_SECONDS)
 
 
 def prove_apart(
@@ -50,7 +49,7 @@ def prove_apart(
     for family in FAMILIES if families is None else families:
         judged: set[Key] = set()
         while True:
-            begun, code, rows = None, 0, 0
+            begun, code, why, rows = None, 0, "", 0
             for kind, *values in _lines(device, dtypes, most, family, judged):
                 if kind == "begin":
                     begun = (values[0], values[1], values[2])
@@ -59,12 +58,12 @@ def prove_apart(
                     judged.add((row.operation, row.dtype, row.case))
                     yield row
                 else:
-                    code = values[0]
+                    code, why = values
             if begun is not None:  # the process ended within this case
                 judged.add(begun)
-                yield ProofRow(*begun, float("nan"), 0.0, False, f"the process ended with code {code}")
+                yield ProofRow(*begun, float("nan"), 0.0, False, why)
             elif code and not rows:  # or before any
-                yield from _nothing_proven(family, dtypes, f"the process ended with code {code}")
+                yield from _nothing_proven(family, dtypes, why)
                 break
             if code == 0:
                 break
@@ -77,9 +76,9 @@ def _nothing_proven(family: str, dtypes: tuple[torch.dtype, ...], note: str) -> 
 
 
 def _lines(device, dtypes, most, family: str, judged: set[Key]) -> Iterator[list]:
-    """What one process writes; last ["end", its exit code]."""
+    """What one process writes; last ["end", its exit code, how it ended in words]."""
     command = [*COMMAND, "prove", str(device), ",".join(map(_name, dtypes)), str(most or 0), family]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Child(command) as process:
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(_MOST_SECONDS, process.kill)
         timer.start()
@@ -93,7 +92,7 @@ def _lines(device, dtypes, most, family: str, judged: set[Key]) -> Iterator[list
         finally:
             timer.cancel()
             process.kill()
-    yield ["end", process.returncode]
+    yield ["end", process.returncode, process.why()]
 
 
 def main(what: str, device: str, dtypes: str, *rest: str) -> int:

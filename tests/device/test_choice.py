@@ -165,7 +165,19 @@ def test_what_is_not_proven_is_no_candidate(known, device):
     if known == "disproven":
         prove(device, passed=False)
     (choice,) = measured(device, "conv_transpose2d").values()
-    assert choice == ("aten", {}, ())
+    assert choice == ("aten", {}, (), ("triton",))
+
+
+def test_what_is_proven_later_is_measured_then(network, monkeypatch):
+    monkeypatch.setattr(_choose, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    net, x = network
+    prove(x.device, passed=False)
+    ran = []
+    for passed in (False, True):
+        prove(x.device, passed)
+        begin_anew()
+        ran.append({d.backend for d in segfast.explain(segfast.optimize(net, x), x)})
+    assert ran == [{"aten"}, {"triton"}]
 
 
 def test_a_wrong_kernel_is_refused(device, monkeypatch):
@@ -179,7 +191,7 @@ def test_a_wrong_kernel_is_refused(device, monkeypatch):
     monkeypatch.setattr(FORWARD, "_kernels", wrong)
     prove(device)
     (choice,) = measured(device, "conv_transpose2d").values()
-    assert choice == ("aten", {}, ())
+    assert choice == ("aten", {}, (), ())
 
 
 def test_a_kernel_that_fails_is_no_candidate_and_falls_back_later(device, monkeypatch):
@@ -190,7 +202,7 @@ def test_a_kernel_that_fails_is_no_candidate_and_falls_back_later(device, monkey
     kernels = FORWARD._kernels
     monkeypatch.setattr(FORWARD, "_kernels", fails)
     (choice,) = measured(device, "conv_transpose2d").values()
-    assert choice == ("aten", {}, ())
+    assert choice == ("aten", {}, (), ())
     monkeypatch.setattr(FORWARD, "_kernels", kernels)
     _choice.forget_choices()
     path(gpu_machine(_gpu.gpu_name(-1))).unlink()

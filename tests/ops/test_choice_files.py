@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import shutil
+import warnings
 
 import pytest
+import torch
 
 import segfast
 from segfast.ops import _choice, _choice_files, _gpu
@@ -110,15 +112,18 @@ class TestFiles:
         choices().add(CONV2D, Choice(ATEN, {}))
         segfast.save_choices(shipped)
         content = json.loads(shipped.read_text())
+        here = content[0]["machine"]["cpu"]
         content[0]["machine"]["cpu"] = "another"
         shipped.write_text(json.dumps(content))
         _choice.forget_choices()
-        with pytest.warns(UserWarning, match="another machine .cpu differ"):
+        with pytest.warns(UserWarning) as warned:
             assert segfast.load_choices(shipped) == 0
+        (said,) = [str(each.message) for each in warned]
+        assert said == f"segfast: nothing of {shipped} is taken: cpu is {here} here, another there"
         assert not choices().measured
 
     def test_what_is_no_such_file_is_an_error(self, tmp_path):
-        for text in ("{}", '{"a": 1}', "[1]", "x"):
+        for text in ("{}", '{"a": 1}', "[1]", "x", '[{"machine": 1, "choices": []}]'):
             (tmp_path / "other.json").write_text(text)
             with pytest.raises(ValueError, match="save_choices"):
                 segfast.load_choices(tmp_path / "other.json")
@@ -132,7 +137,10 @@ CONFIGS = (
     ("conv2d_forward", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (64, 32, 16, 4, 3, 1, "")),
     ("conv2d_grad_weight", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (16, 16, 32, 8, 2, 5, "fused")),
 )
-ON_GPU = {CALL: Choice("triton", {"triton": 10.25, ATEN: 20.5}, CONFIGS), UP: Choice("parts", {})}
+ON_GPU = {
+    CALL: Choice("triton", {"triton": 10.25, ATEN: 20.5}, CONFIGS),
+    UP: Choice("parts", {}, (), ("triton",)),
+}
 
 
 class TestGPUs:
@@ -221,11 +229,34 @@ class TestGPUs:
         forget()
         assert segfast.load_choices(shipped) == 2
         assert choices().measured == ON_GPU
-        content[1]["machine"] |= {"triton": "2.0.0", "source": "of other kernels"}
-        shipped.write_text(json.dumps(content[1:]))
-        forget()
-        with pytest.warns(UserWarning, match="another machine .triton, source differ"):
-            assert segfast.load_choices(shipped) == 0
+
+    def test_what_differs_is_said_of_the_part_that_fits_best(self, gpu, tmp_path):
+        cpu, here = _choice_files.machine(), _choice_files.gpu_machine(gpu)
+
+        def said(*machines):
+            shipped = tmp_path / "model.json"
+            shipped.write_text(json.dumps([{"machine": each, "choices": []} for each in machines]))
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                assert segfast.load_choices(shipped) == 0
+            head = f"segfast: nothing of {shipped} is taken: "
+            return [str(each.message).removeprefix(head) for each in warned]
+
+        other_cpu = cpu | {"cpu": "another", "torch": "1.0"}
+        older = here | {"triton": "2.0.0"}
+        expected = [f"triton is {here['triton']} here, 2.0.0 there"]
+        assert said(other_cpu, older | {"torch": "1.0"}, older) == expected
+        torch_differs = [f"torch is {cpu['torch']} here, 1.0 there"]
+        assert said(other_cpu | {"cpu": cpu["cpu"]}, older | {"torch": "1.0"}) == torch_differs
+        assert said(other_cpu, here) == []  # though it holds nothing
+        assert said({"npu": "of tomorrow"}) == [f"it is of another machine, here is {cpu['cpu']} and {gpu}"]
+
+    def test_a_machine_without_a_gpu_says_whose_choices_they_are(self, gpu, tmp_path, monkeypatch):
+        _choice_files.remember(CALL, ON_GPU[CALL])
+        segfast.save_choices(tmp_path / "model.json")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.warns(UserWarning, match="taken: it is of nvidia-h200, here is "):
+            assert segfast.load_choices(tmp_path / "model.json") == 0
 
     @pytest.mark.parametrize("row", [{"operation": "conv5d"}, {"dtype": "strided"}, {"surplus": 1}])
     def test_a_row_that_is_no_call_makes_its_file_broken(self, gpu, row):

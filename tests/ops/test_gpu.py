@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import segfast
 from segfast.kernels import Config, choose_config
 from segfast.kernels._configs import Problem
-from segfast.ops import _choice, _choice_files, _gpu, _gpu_tune
+from segfast.ops import _choice, _choice_files, _gpu, _gpu_tune, _proofs
 from segfast.ops._choice import Choice, collect
 from segfast.ops._gpu import TRITON, choose, left_to_parts
 from segfast.ops._gpu_call import GpuCall
+from segfast.ops._prove import ProofRow
 
 FAKE = FakeTensorMode()
 OPTIONS = ((1, 1), (1, 1), (1, 1), 1, False, False, False, False, None)
@@ -234,6 +235,56 @@ class TestListening:
         with segfast.autotune():
             assert asked(differentiates=True) is None
         assert len(measured) == 1
+
+
+class TestLeftOut:
+    """Our kernels are no candidate where nothing proves them right."""
+
+    @pytest.fixture
+    def proven(self, monkeypatch):
+        """What is proven now; by it our kernels are chosen."""
+        proven = set()
+        monkeypatch.setattr(_proofs, "proven", lambda operation, dtype, device: operation in proven)
+        monkeypatch.setattr(_gpu, "is_traced", lambda: False)
+
+        def measure_now(call, device):
+            assert proven
+            _gpu.keep(call, OURS)
+            return OURS
+
+        monkeypatch.setattr(_gpu_tune, "measure_now", measure_now)
+        return proven
+
+    def test_autotune_measures_anew_once_they_are_proven(self, proven):
+        _gpu.keep(CALL, Choice("aten", {}, unproven=(TRITON,)))
+        with segfast.autotune():
+            assert asked() == asked(20, 20) == "aten"
+            proven.add("conv2d_forward")
+            assert asked() == TRITON
+            proven.clear()
+            assert asked() == asked(20, 20) == TRITON
+
+    def test_until_then_the_choice_holds(self, proven):
+        proven.add("conv2d_forward")
+        _gpu.keep(CALL, Choice("cudnn_relu", {}, unproven=(TRITON,)))
+        assert asked() == asked(20, 20) == "cudnn_relu"
+
+    @pytest.mark.parametrize(
+        ("verdict", "joins"), [(None, True), (True, True), (False, False)], ids=["unknown", "right", "wrong"]
+    )
+    def test_optimize_measures_anew_what_may_be_proven(self, verdict, joins):
+        if verdict is not None:
+            _proofs.write([ProofRow("conv2d_forward", "bfloat16", "3x3", 0.0, 1.0, verdict)], DEVICE)
+        left_out = Choice("aten", {}, unproven=(TRITON,))
+        assert _gpu_tune.may_join(CALL, left_out, DEVICE) is joins
+        assert not _gpu_tune.may_join(CALL, OURS, DEVICE)
+
+    def test_a_choice_says_so(self):
+        assert str(Choice("aten", {}, unproven=(TRITON,))) == "aten (triton not proven)"
+        us = {"aten": 3.0, "cudnn_relu": 2.0}
+        assert str(Choice("cudnn_relu", us, unproven=(TRITON,))) == (
+            "cudnn_relu: 2 us (aten 3, triton not proven)"
+        )
 
 
 class TestRemembered:

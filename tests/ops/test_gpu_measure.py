@@ -13,7 +13,7 @@ from segfast.ops import _gpu_measure, _proofs
 from segfast.ops._choice import ATEN, Choice
 from segfast.ops._gpu import PARTS, TRITON
 from segfast.ops._gpu_call import FEW, Bound, Draw
-from segfast.ops._gpu_measure import Variant, variants
+from segfast.ops._gpu_measure import Variant, unproven, variants
 from tests.ops.test_gpu import CALL
 
 DEVICE = torch.device("cuda", 0)
@@ -190,14 +190,15 @@ class TestProofs:
     def test_our_kernels_are_tried_where_all_that_the_call_runs_is_proven(self, monkeypatch):
         proven = {("conv2d_forward", torch.bfloat16)}
         monkeypatch.setattr(_proofs, "proven", lambda operation, dtype, device: (operation, dtype) in proven)
-        assert _gpu_measure.is_proven(CALL, DEVICE)
-        assert not _gpu_measure.is_proven(CALL._replace(gradients=True), DEVICE)
-        assert not _gpu_measure.is_proven(CALL._replace(dtype=torch.float16), DEVICE)
+        assert unproven(CALL, DEVICE) == ()
+        assert unproven(CALL._replace(gradients=True), DEVICE) == (TRITON,)
+        assert unproven(CALL._replace(dtype=torch.float16), DEVICE) == (TRITON,)
         proven |= {(f"conv2d_grad_{of}", torch.bfloat16) for of in ("input", "weight")}
-        assert _gpu_measure.is_proven(CALL._replace(gradients=True), DEVICE)
+        assert unproven(CALL._replace(gradients=True), DEVICE) == ()
 
-    def test_nothing_is_compiled_of_what_is_not(self):
-        assert list(_gpu_measure.launches(CALL, DEVICE, FEW)) == []
+    def test_what_does_not_run_on_an_old_gpu_lacks_no_proof(self, monkeypatch):
+        monkeypatch.setattr(_gpu_measure, "too_old", lambda device: True)
+        assert unproven(CALL, DEVICE) == ()
 
 
 class TestRunning:

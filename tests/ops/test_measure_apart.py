@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import os
 import types
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import segfast
-from segfast.ops import _choice_files, _gpu, _gpu_tune, _measure_apart
+from segfast.ops import _apart, _choice_files, _gpu, _gpu_tune, _measure_apart
 from segfast.ops._choice import ATEN, Choice, choices
 from segfast.ops._measure_apart import compile_apart, measure_apart
 from tests.conftest import forget
@@ -33,8 +34,9 @@ if "segfast.ops._measure_apart" in " ".join(sys.orig_argv):
         with open(os.environ["STAND_IN_LOG"], "a") as log:
             log.write(f"{what} {call.images[0][2]} {call.gpu}\\n")
 
-    def measure(call, device, most):
+    def measure(call, device, most, without):
         note("measure", call)
+        print(f"without {without}", file=sys.stderr)
         print("a line of somebody else's")
         print("[INFO] one that looks like JSON")
         from segfast.ops._choice import choices
@@ -46,10 +48,12 @@ if "segfast.ops._measure_apart" in " ".join(sys.orig_argv):
             os._exit(7)
         if height == 4:
             raise ValueError("no such tile")
+        if height == 6:
+            raise RuntimeError("out of memory\\nof which there is little")
         if height == 5:
             time.sleep(1000)
         tiles = ("conv2d_forward", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (16, 16, 16, 4, most, 1, ""))
-        return Choice("triton", {"aten": 2.0, "triton": 1.0}, (tiles,))
+        return Choice("triton", {"aten": 2.0, "triton": 1.0}, (tiles,), tuple(without))
 
     class Plan:
         def __init__(self, call):
@@ -61,9 +65,14 @@ if "segfast.ops._measure_apart" in " ".join(sys.orig_argv):
             note("compile", self.call)
 
     def launches(call, device, most):
+        if call.images[0][2] == 7:
+            raise ValueError("no such file")
         for pointers in range(2):
             yield Plan(call), (pointers,)
 
+    import torch
+
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *device: None
     _gpu.gpu_name = lambda index: "nvidia-h200"
     _gpu_measure.measure, _gpu_measure.launches = measure, launches
 """
@@ -83,6 +92,7 @@ def log(tmp_path, monkeypatch, pretended_gpu):
     monkeypatch.setenv("STAND_IN_LOG", str(file))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(_measure_apart, "unproven", lambda call, device: ())
 
     def lines(what):
         return [int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(what)]
@@ -93,9 +103,8 @@ def log(tmp_path, monkeypatch, pretended_gpu):
 def measured(*heights, end=math.inf, on_choice=lambda call, choice: None):
     found = {}
 
-    def take(call, choice, lasting):
+    def take(call, choice):
         found[call.images[0][2]] = choice
-        assert lasting == bool(choice.us)  # what came of an accident is not written
         on_choice(call, choice)
 
     measure_apart([of(height) for height in heights], DEVICE, 4, end, take)
@@ -109,16 +118,22 @@ def test_choices_come_back_with_their_times_and_tiles(log):
     assert log("measure") == [16, 17]
 
 
-def test_a_call_in_which_the_process_ends_is_atens_and_the_others_go_on(log):
-    found = measured(16, 3, 17, 4, 18)
-    assert [choice.name for choice in found.values()] == ["triton", ATEN, "triton", ATEN, "triton"]
-    assert found[3] == found[4] == Choice(ATEN, {})
-    assert log("measure") == [16, 3, 17, 4, 18]  # none of them twice
+def test_a_call_in_which_the_process_ends_has_a_reason_and_the_others_go_on(log, capfd, caplog):
+    caplog.set_level(logging.INFO, "segfast")
+    found = measured(16, 3, 17, 4, 18, 6, 19)
+    assert [height for height, choice in found.items() if isinstance(choice, Choice)] == [16, 17, 18, 19]
+    assert found[3] == "the process ended with code 7: without ()"
+    assert found[4] == "the process ended with code 1: ValueError: no such tile"
+    assert found[6] == "RuntimeError: out of memory"
+    assert log("measure") == [16, 3, 17, 4, 18, 6, 19]  # none of them twice
+    assert capfd.readouterr() == ("", "")  # tracebacks are kept
+    assert caplog.text.count("Traceback") == 2 and "of which there is little" in caplog.text
 
 
 def test_one_that_ends_before_its_first_call_is_not_tried_again(log, monkeypatch):
     monkeypatch.setenv("STAND_IN_DIES", "1")
-    assert measured(16, 17) == {}
+    with pytest.warns(UserWarning, match="nothing is measured: the process ended with code 3"):
+        assert measured(16, 17) == {}
     assert log("measure") == []
 
 
@@ -161,6 +176,24 @@ def test_what_will_be_tried_is_compiled_by_several(log, monkeypatch):
     assert log("measure") == []
 
 
+def test_nothing_is_compiled_of_what_is_not_proven(log, monkeypatch):
+    monkeypatch.setattr(_measure_apart, "unproven", lambda call, device: ("triton",) * (call == of(17)))
+    compile_apart([of(16), of(17)], DEVICE, 4, math.inf)
+    compile_apart([of(17)], DEVICE, 4, math.inf)
+    assert log("compile") == [16, 16]
+
+
+def test_a_process_that_compiles_and_fails_is_a_line(log, monkeypatch, capfd, caplog):
+    caplog.set_level(logging.INFO, "segfast")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    said = r"of 2 processes that compile kernels 1 failed \(.*code 1: ValueError: no such file\)"
+    with pytest.warns(UserWarning, match=said) as warned:
+        compile_apart([of(16), of(7), of(17)], DEVICE, 4, math.inf)
+    assert len(warned) == 1
+    assert log("compile") == [16, 16, 17, 17]
+    assert capfd.readouterr() == ("", "") and "Traceback" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("cores", "free", "processes"), [(64, 1 << 40, 5), (64, 7 << 30, 2), (64, 0, 1), (3, 1 << 40, 3)]
 )
@@ -180,16 +213,16 @@ def test_as_many_compile_as_cores_and_memory_allow(cores, free, processes, monke
         def wait(self, seconds=None):
             return 0
 
-        kill = wait
+        kill = poll = wait
 
-    monkeypatch.setattr(_measure_apart.subprocess, "Popen", Process)
+    monkeypatch.setattr(_apart, "Child", Process)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
     calls = [of(height) for height in range(16, 21)]
     compile_apart(calls, DEVICE, 4, math.inf)
     assert len(started) == processes
     lines = [json.loads(line) for each in started for line in each.stdin.getvalue().splitlines()[1:]]
-    assert sorted(line["images"][0][2] for line in lines) == [16, 17, 18, 19, 20]
+    assert sorted(line["call"]["images"][0][2] for line in lines) == [16, 17, 18, 19, 20]
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -220,9 +253,11 @@ class TestKeeping:
 def test_what_came_of_an_accident_is_not_written(monkeypatch):
     monkeypatch.setattr(_gpu_tune, "APART", True)
     monkeypatch.setattr(_gpu_tune, "prove_missing", lambda calls, device: None)
-    found = _gpu_tune.measure_and_keep([of(16), of(3)], DEVICE)
+    said = "conv2d of 1x8x3x16 by 4x8x3x3, bfloat16 was not measured and stays ATen's for now: the process "
+    with pytest.warns(UserWarning, match=said):
+        found = _gpu_tune.measure_and_keep([of(16), of(3)], DEVICE)
     assert found[of(3)] == Choice(ATEN, {}) == choices().measured[of(3)]
-    with segfast.autotune():
+    with segfast.autotune(), pytest.warns(UserWarning, match=said):
         assert _gpu_tune.measure_now(of(3), DEVICE) == Choice(ATEN, {})
     assert set(_choice_files.read_gpu("nvidia-h200")) == {of(16)}
 
@@ -231,6 +266,13 @@ def test_a_process_knows_what_it_has_chosen(log):
     """For operations that consist of others."""
     measured(16, 17)
     assert log("known") == [0, 1]
+
+
+def test_a_process_is_told_what_is_not_proven(monkeypatch):
+    """What is proven while it runs it has not read, nor what could not be written."""
+    proven = {16: (), 17: ("triton",), 18: ()}
+    monkeypatch.setattr(_measure_apart, "unproven", lambda call, device: proven[call.images[0][2]])
+    assert {height: choice.unproven for height, choice in measured(16, 17, 18).items()} == proven
 
 
 def test_where_no_process_can_be_started_nothing_is_measured(monkeypatch):
@@ -248,7 +290,8 @@ def test_autotune_asks_one_process_again_and_again_and_ends_it(log, monkeypatch)
         (worker,) = _gpu_tune._workers.values()
         assert _gpu_tune.measure_now(of(17), DEVICE).name == "triton"
         assert list(_gpu_tune._workers.values()) == [worker]
-        assert _gpu_tune.measure_now(of(3), DEVICE) == Choice(ATEN, {})  # where it ends
+        with pytest.warns(UserWarning, match="not measured"):
+            assert _gpu_tune.measure_now(of(3), DEVICE) == Choice(ATEN, {})  # where it ends
         assert not _gpu_tune._workers
         assert _gpu_tune.measure_now(of(18), DEVICE).name == "triton"
     assert not _gpu_tune._workers

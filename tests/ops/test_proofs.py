@@ -1,6 +1,7 @@
 """What is remembered of the proofs: found again, merged, and no longer counted where something else runs."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -184,6 +185,27 @@ def test_a_process_that_does_not_begin_has_disproven_nothing(monkeypatch):
     monkeypatch.setattr(_proofs, "prove_apart", lambda *args, **kwargs: rows)
     assert _proofs.prove_family("dilated_conv2d", DEVICE, [torch.bfloat16]) == rows
     assert _proofs.unjudged(["conv2d_forward"], torch.bfloat16, DEVICE) == ["conv2d_forward"]
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_what_optimize_cannot_prove_is_a_line(passed, monkeypatch):
+    rows = [row(), row(GRADIENT)._replace(passed=passed, note="the process ended with code 7")]
+    monkeypatch.setattr(_proofs, "prove_apart", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(_prove_apart, "compile_proofs", lambda *args: None)
+    told = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        _gpu_tune.prove_missing([], DEVICE, told.append, [("dilated_conv2d", torch.bfloat16)])
+    assert told == rows
+    said = [str(each.message) for each in warned]
+    assert len(said) == (not passed) and all(GRADIENT in each and "code 7" in each for each in said)
+
+
+def test_where_no_process_can_be_started_nothing_is_proven(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    monkeypatch.setattr(_prove_apart, "COMMAND", ("/nowhere/python",))
+    with pytest.warns(UserWarning, match="no process can be started to prove"):
+        _gpu_tune.prove_missing([], DEVICE, others=[("dilated_conv2d", torch.bfloat16)])
 
 
 def test_only_what_nothing_is_known_of_is_proven(monkeypatch):

@@ -1,6 +1,7 @@
 """The proofs in processes of their own: what becomes of a kernel that faults, and of the others."""
 
 import importlib
+import logging
 import math
 import os
 import sys
@@ -53,6 +54,9 @@ sys.modules["segfast.ops.stand_in"] = module
 """
 
 
+ENDED = "the process ended with code 1: ModuleNotFoundError: No module named 'segfast.ops.stand_in'"
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(STAND_IN)
@@ -62,11 +66,12 @@ def stand_in(tmp_path, monkeypatch):
     return "stand_in"
 
 
-def test_a_fault_costs_its_own_case(stand_in):
+def test_a_fault_costs_its_own_case(stand_in, capfd):
     rows = list(prove_apart(torch.device("cpu"), (torch.float32, torch.float16), None, (stand_in,)))
     verdicts = {(row.operation, row.dtype, row.case): row.passed for row in rows}
     assert len(verdicts) == len(rows) == 24  # each once
     assert {operation for (operation, _, _), passed in verdicts.items() if passed} == {"right", "after"}
+    assert capfd.readouterr() == ("", "")
     notes = {row.operation: row.note for row in rows if not row.passed}
     assert "no such tile" in notes["raises"] and "illegal memory" in notes["faults"]
     assert notes["dies"] == "the process ended with code 7" and notes["wrong"] == ""
@@ -87,11 +92,13 @@ def test_rows_come_while_the_process_runs(stand_in, monkeypatch):
     rows.close()
 
 
-def test_a_process_that_does_not_even_begin_proves_nothing(stand_in, monkeypatch, tmp_path):
+def test_a_process_that_does_not_even_begin_proves_nothing(stand_in, tmp_path, capfd, caplog):
+    caplog.set_level(logging.INFO, "segfast")
     (tmp_path / "sitecustomize.py").write_text("")
     rows = list(prove_apart(torch.device("cpu"), (torch.float32,), None, (stand_in,)))
     assert len(rows) == 6 and not any(row.passed for row in rows)
-    assert all(math.isnan(row.error) and "ended with code" in row.note for row in rows)
+    assert all(math.isnan(row.error) and row.note.startswith(ENDED) for row in rows)
+    assert capfd.readouterr() == ("", "") and "Traceback" in caplog.text
 
 
 @pytest.mark.interpreter

@@ -2,7 +2,7 @@
 
 from .._gpu_call import GPU_OPERATIONS, Bound, Draw, GpuCall, GpuOperation, with_operands
 from .functional import OPERATIONS, conv_transpose2d
-from .operators import output_size
+from .operators import check_conv_transpose2d, output_size
 from .up_concat import up_concat
 
 
@@ -14,6 +14,7 @@ def _conv_transpose2d(call: GpuCall, draw: Draw) -> Bound:
     stride, padding, extra, groups, dilation, *given, activation = call.options
     (image,), (filters,) = call.images, call.weights
     x, weight = draw(*image), draw.filters(filters)
+    check_conv_transpose2d(x, weight, None, stride, padding, extra, groups, dilation)
     channels = filters[1] * groups
     size = output_size(x, weight, stride, padding, extra, dilation)
     shapes = ((channels,), (channels,), (channels,), (image[0], channels, *size))

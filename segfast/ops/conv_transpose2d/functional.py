@@ -90,16 +90,17 @@ def conv_transpose2d(
     name = "conv_transpose2d"
     chosen = None
     if input.is_cuda:
+        operands = (bias, scale, shift, residual)
         options = (
             pair(stride, "stride"),
             pair(padding, "padding"),
             pair(output_padding, "output_padding"),
             groups,
             pair(dilation, "dilation"),
-            *[t is not None for t in (bias, scale, shift, residual)],
+            *[t is not None for t in operands],
             activation,
         )
-        chosen = choose(name, (input,), (weight,), options, differentiates, dtype)
+        chosen = choose(name, (input,), (weight,), options, differentiates, dtype, operands=operands)
     if not use_triton(name, can_use_triton, input, weight, dtype, name, chosen):
         factors = channelwise_factors(input, weight, stride, groups, dilation)
         if factors is None and input.is_cpu and scale is None and shift is None:

@@ -255,7 +255,7 @@ def up_concat(
     stride, padding = pair(stride, "stride"), pair(padding, "padding")
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     options = (stride, padding, bias is not None, activation)
-    chosen = choose("up_concat", (x, skip), (weight,), options, differentiates, dtype)
+    chosen = choose("up_concat", (x, skip), (weight,), options, differentiates, dtype, operands=(bias,))
     if not use_triton("up_concat", can_use_triton, x, weight, dtype, "up_concat", chosen):
         return _up_concat_aten(x, skip, weight, bias, stride, padding, activation, negative_slope)
     if dtype is not None:

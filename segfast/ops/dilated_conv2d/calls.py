@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .._cudnn import CALLS, conv2d_cudnn
-from .._geometry import output_size
 from .._gpu_call import GPU_OPERATIONS, Bound, Draw, GpuCall, GpuOperation, with_operands
 from .functional import OPERATIONS, conv2d
-from .geometry import cropped
+from .geometry import check_conv2d, check_images, cropped
 from .parallel import parallel_conv2d
 
 _NAMES = ("bias", "scale", "shift", "residual")
@@ -29,9 +28,10 @@ def _depth(call: GpuCall, pixels: int) -> int:
 def _conv2d(call: GpuCall, draw: Draw) -> Bound:
     stride, padding, dilation, groups, *given, activation = call.options
     (image,), (filters,) = call.images, call.weights
-    size = output_size(image[2], image[3], filters[2:], stride, padding, dilation)
+    x, weight = draw(*image), draw.filters(filters)
+    shape = check_conv2d(x, weight, None, stride, padding, dilation, groups)
     vector = (filters[0],)
-    operands = draw.given(given, (vector, vector, vector, (image[0], filters[0], *size)))
+    operands = draw.given(given, (vector, vector, vector, shape))
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     function = with_operands(conv2d, _NAMES, given, **geometry, activation=activation)
 
@@ -45,23 +45,25 @@ def _conv2d(call: GpuCall, draw: Draw) -> Bound:
         return y
 
     rivals = {} if call.gradients else {name: partial(fused, name) for name in CALLS}
-    tensors = (draw(*image), draw.filters(filters), *operands)
-    return Bound(tensors, function, _depth(call, image[0] * size[0] * size[1]), rivals)
+    pixels = shape[0] * shape[2] * shape[3]
+    return Bound((x, weight, *operands), function, _depth(call, pixels), rivals)
 
 
 def _of_images(call: GpuCall, draw: Draw) -> Bound:
     stride, padding, dilation = call.options
     (filters,) = call.weights
-    images = [draw(*shape) for shape in call.images]
+    images, weight = [draw(*shape) for shape in call.images], draw.filters(filters)
+    check_images(images)
+    channels = sum(shape[1] for shape in call.images)
+    shape = check_conv2d(cropped(images)[0], weight, None, stride, padding, dilation, 1, channels)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "activation": "relu"}
 
     def function(*tensors: Tensor) -> Tensor:
         *inputs, weight, bias = tensors
         return conv2d(inputs, weight, bias, **options)
 
-    smallest = cropped(images)[0]
-    pixels = smallest.shape[0] * smallest.shape[2] * smallest.shape[3]
-    return Bound((*images, draw.filters(filters), draw(filters[0])), function, _depth(call, pixels))
+    pixels = shape[0] * shape[2] * shape[3]
+    return Bound((*images, weight, draw(filters[0])), function, _depth(call, pixels))
 
 
 def _parallel_conv2d(call: GpuCall, draw: Draw) -> Bound:

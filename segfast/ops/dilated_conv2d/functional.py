@@ -110,9 +110,9 @@ def _of_one(
         )
     dtype = autocast_dtype(input)
     differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    given = [t is not None for t in (bias, scale, shift, residual)]
-    options = (stride, padding, dilation, groups, *given, activation)
-    chosen = choose("conv2d", (input,), (weight,), options, differentiates, dtype)
+    rest = (bias, scale, shift, residual)
+    options = (stride, padding, dilation, groups, *[t is not None for t in rest], activation)
+    chosen = choose("conv2d", (input,), (weight,), options, differentiates, dtype, operands=rest)
     if use_triton("conv2d", can_use_triton, input, weight, dtype, "conv2d", chosen):
         if dtype is not None:
             weight = cast(weight, dtype)

@@ -206,7 +206,9 @@ def parallel_conv2d(
     *_, largest = max(sizes)
     options = (tuple(pairs), scale is not None, shift is not None, activation)
     name = "parallel_conv2d"
-    chosen = None if differentiates else choose(name, (input,), weights, options, False, dtype)
+    chosen = None
+    if not differentiates:
+        chosen = choose(name, (input,), weights, options, False, dtype, operands=(scale, shift))
     reasons = (input, weights[largest], dtype, name, chosen)
     kernels = use_triton(name, can_use_triton, *reasons)
     if kernels:

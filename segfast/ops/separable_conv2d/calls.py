@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._geometry import output_size
 from .._gpu_call import GPU_OPERATIONS, Bound, Draw, GpuCall, GpuOperation, with_operands
 from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
+from .geometry import check_depthwise, check_pointwise
 from .operators import taps_major
 
 
@@ -34,20 +34,23 @@ def _depthwise_conv2d(call: GpuCall, draw: Draw) -> Bound:
         activation=activation,
         return_statistics=statistics,
     )
-    size = output_size(image[2], image[3], filters[2:], stride, padding, dilation)
-    pixels = image[0] * size[0] * size[1]
+    x, weight = draw(*image), draw.filters(filters)
+    shape = check_depthwise("depthwise_conv2d", x, weight, None, stride, padding, dilation)
+    pixels = shape[0] * shape[2] * shape[3]
     operands = draw.given(given, 3 * ((filters[0],),))
     depth = pixels if statistics else _depth(call, pixels)
-    return Bound((draw(*image), draw.filters(filters), *operands), function, depth, laid_out=_laid_out)
+    return Bound((x, weight, *operands), function, depth, laid_out=_laid_out)
 
 
 def _separable_conv2d(call: GpuCall, draw: Draw) -> Bound:
     stride, padding, dilation, *first, between, b, k, t, residual, activation = call.options
     (image,), (depthwise, pointwise) = call.images, call.weights
-    size = output_size(image[2], image[3], depthwise[2:], stride, padding, dilation)
+    tensors = x, *weights = draw(*image), draw.filters(depthwise), draw.filters(pointwise)
+    shape = check_depthwise("separable_conv2d", x, weights[0], None, stride, padding, dilation)
+    check_pointwise("separable_conv2d", shape[1], x, weights[1], None)
     given = [*first, b, k, t, residual]
     inner, outer = (depthwise[0],), (pointwise[0],)
-    shapes = (inner, inner, inner, outer, outer, outer, (image[0], pointwise[0], *size))
+    shapes = (inner, inner, inner, outer, outer, outer, (image[0], pointwise[0], *shape[2:]))
     function = with_operands(
         separable_conv2d,
         ("depthwise_bias", "depthwise_scale", "depthwise_shift", "bias", "scale", "shift", "residual"),
@@ -59,9 +62,8 @@ def _separable_conv2d(call: GpuCall, draw: Draw) -> Bound:
         depthwise_activation=between,
         activation=activation,
     )
-    tensors = (draw(*image), draw.filters(depthwise), draw.filters(pointwise), *draw.given(given, shapes))
-    depth = _depth(call, image[0] * size[0] * size[1])
-    return Bound(tensors, function, depth, laid_out=_laid_out)
+    depth = _depth(call, image[0] * shape[2] * shape[3])
+    return Bound((*tensors, *draw.given(given, shapes)), function, depth, laid_out=_laid_out)
 
 
 def _depthwise_proofs(gradients: bool) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._aten_only import certainly_aten
 from .._backend import get_backend, use_triton
+from .._choice import is_listening
 from .._cpu import conv2d
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import resolve_padding
@@ -13,7 +14,7 @@ from .._operands import Pair, pair
 from .._operator import autocast_dtype
 from .._remembered import cast
 from .autograd import forward, forward_with_statistics
-from .fused import separable
+from .fused import result_shape, separable
 from .geometry import check_depthwise, check_pointwise
 from .operators import statistics_of
 
@@ -98,9 +99,10 @@ def depthwise_conv2d(
     name = "depthwise_conv2d"
     chosen = None
     if input.is_cuda and _well_formed(input, weight):
-        given = [t is not None for t in (bias, scale, shift)]
+        operands = (bias, scale, shift)
+        given = [t is not None for t in operands]
         options = (stride, padding, dilation, *given, activation, return_statistics)
-        chosen = choose(name, (input,), (weight,), options, differentiates, dtype)
+        chosen = choose(name, (input,), (weight,), options, differentiates, dtype, operands=operands)
     reasons = (input, weight, dtype, name, chosen)
     if _well_formed(input, weight) and use_triton(name, can_use_triton, *reasons):
         if dtype is not None:
@@ -211,10 +213,12 @@ def separable_conv2d(
     name = "separable_conv2d"
     chosen = None
     if input.is_cuda and _well_formed(input, depthwise_weight):
-        first = [t is not None for t in (depthwise_bias, depthwise_scale, depthwise_shift)]
-        second = [t is not None for t in (bias, scale, shift, residual)]
-        options = (stride, padding, dilation, *first, depthwise_activation, *second, activation)
-        chosen = choose(name, (input,), weights[1:], options, differentiates, dtype)
+        first = (depthwise_bias, depthwise_scale, depthwise_shift)
+        second = (bias, scale, shift, residual)
+        given = [[t is not None for t in each] for each in (first, second)]
+        options = (stride, padding, dilation, *given[0], depthwise_activation, *given[1], activation)
+        operands = (*first, *second)
+        chosen = choose(name, (input,), weights[1:], options, differentiates, dtype, operands=operands)
     reasons = (input, depthwise_weight, dtype, name, chosen)
     if _well_formed(input, depthwise_weight) and use_triton(name, can_use_triton, *reasons):
         if dtype is not None:
@@ -241,7 +245,14 @@ def separable_conv2d(
             activation,
             negative_slope,
         )
-    if input.is_cuda and get_backend() == "auto" and not certainly_aten(input):
+    by_parts = input.is_cuda and get_backend() == "auto" and not certainly_aten(input)
+    if dtype is None and not torch.compiler.is_compiling() and (by_parts or is_listening()):
+        # What is wrong is told before the first of both convolutions is measured, or runs.
+        result_shape(
+            input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, pointwise_weight,
+            bias, scale, shift, residual, stride, padding, dilation,
+        )  # fmt: skip
+    if by_parts:
         return _by_parts(
             input, depthwise_weight, pointwise_weight, depthwise_bias, bias, stride, padding, dilation,
             depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, residual, activation,

@@ -20,10 +20,11 @@ from .operators import taps_major
 NAME = "separable_conv2d"
 
 
-def _result_shape(
+def result_shape(
     input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, weight, bias, scale, shift,
     residual, stride, padding, dilation,
 ):  # fmt: skip
+    """The result's shape. Raises torch's kind of error, naming the argument, where there is none."""
     between = check_depthwise(NAME, input, depthwise_weight, depthwise_bias, stride, padding, dilation)
     check_epilogue(between, input.device, depthwise_scale, depthwise_shift, None)
     check_pointwise(NAME, between[1], input, weight, bias)
@@ -40,7 +41,7 @@ def _format(input: Tensor, depthwise_weight: Tensor, weight: Tensor) -> torch.me
 
 
 def _fake(*args):
-    return empty(_result_shape(*args[:-3]), args[0], _format(args[0], args[1], args[5]))
+    return empty(result_shape(*args[:-3]), args[0], _format(args[0], args[1], args[5]))
 
 
 def _kernels(*args):
@@ -63,7 +64,7 @@ def _kernels(*args):
         out = empty(shape, input, memory_format)
         launch(*tensors, out)
         return out
-    shape = _result_shape(*tensors, stride, padding, dilation)
+    shape = result_shape(*tensors, stride, padding, dilation)
     memory_format = _format(input, tensors[1], weight)
     if input.numel() == 0 or weight.numel() == 0:
         return empty(shape, input, memory_format)
@@ -87,7 +88,7 @@ def _reference(
     input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, weight, bias, scale, shift,
     residual, stride, padding, dilation, depthwise_activation, activation, negative_slope,
 ):  # fmt: skip
-    _result_shape(
+    result_shape(
         input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, weight, bias, scale, shift,
         residual, stride, padding, dilation,
     )  # fmt: skip
