@@ -252,7 +252,7 @@ def load_choices(file: str | os.PathLike) -> int:
 
 def _why_none(machines: Sequence[dict[str, str]], here: Sequence[dict[str, str]]) -> str:
     """What differs between the machines that choices are of and this one's: of the two most alike."""
-    differing = [
+    differing: list[list[str]] = [
         [f"{key} is {ours[key]} here, {theirs[key]} there" for key in ours if ours[key] != theirs[key]]
         for theirs in machines
         for ours in here
