@@ -259,7 +259,8 @@ def _why_none(machines: Sequence[dict[str, str]], here: Sequence[dict[str, str]]
         if ours.keys() == theirs.keys()
     ]
     if differing:
-        return "; ".join(min(differing, key=len))
+        fewest = min(differing, key=len)
+        return "; ".join(fewest)
     theirs, ours = (
         " and ".join(sorted({each.get("gpu") or each.get("cpu", "another machine") for each in several}))
         for several in (machines, here)
