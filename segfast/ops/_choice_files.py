@@ -74,6 +74,7 @@ def _source_digest() -> str:
         "_dilated_taps.py",
         "_matmul.py",
         "_onednn.py",
+        "_team.py",
         "_winograd.py",
         "_winograd_scratch.py",
     )

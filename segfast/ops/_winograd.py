@@ -8,7 +8,8 @@ Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018.
 
 Of a dilated convolution every d-th row and column is an image of its own, and not dilated.
 
-Few rows of tiles are computed at a time, so that all between input and output stays in a core's own cache:
+Few rows of tiles are computed at a time, by one thread, so that all between input and output stays in a core's
+own cache; but of few tiles in all torch divides every step between its threads, or each would read all weights:
 
     rows of the image --B'--> [row, 6, column, C] --gather--> [tile, 6, 6, C] --B'--> [tile, 36, C]
     --products over C--> [tile, 36, K] --A'--> [tile, 4, 6, K] --A'--> [tile, 4, 4, K] --> output
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from ._call import Call, Candidate
 from ._epilogue import activate_
-from ._threads import each, on_threads
-from ._winograd_scratch import FEW, INPUT, MANY, WEIGHT64, Sizes, kept
+from ._team import each_on_team, team_size
+from ._winograd_scratch import FEW, INPUT, MANY, WEIGHT64, Sizes, scratches
 
 _CHANNELS_LAST = torch.channels_last
 _onednn = torch.ops.mkldnn
@@ -39,6 +40,8 @@ _LEAST_CHANNELS = 32
 _LEAST_PRODUCTS = 32 * 64
 _LEAST_TILES = 9
 _LEAST_FILLED = 0.6  # of the tiles, by the output
+# With fewer tiles a thread, reading the weights is what takes the time, and threads do it together.
+_LEAST_STRIP = 32
 _TRANSFORMED_AT_ONCE = 4096  # filters
 # Of the point 1 all four rows of A' are one: what is added there is added to each output.
 _ONE = 7
@@ -152,8 +155,11 @@ def convolution(
             at_one[_ONE] = bias.detach()
             at_one = at_one.flatten()
 
-    def compute(begin: int, end: int) -> None:
-        plan = kept.plan(sizes, end - begin)
+    threads = team_size()
+    kept = scratches(threads)
+
+    def compute(begin: int, end: int, thread: int) -> None:
+        plan = kept[thread].plan(sizes, end - begin)
         for border in plan.borders:
             border.zero_()
         for i, evaluated in zip(range(begin, end), plan.evaluated, strict=True):
@@ -200,14 +206,18 @@ def convolution(
             strip.copy_(activated)
 
     total = images * rows
+    divided = total * columns < _LEAST_STRIP * threads
     many = MANY if min(in_channels, out_channels) >= 128 and not packed else 2 * MANY
     strips = max(1, total // -(-many // columns))
-    if transformed.few or not packed:
-        strips = max(strips, min(torch.get_num_threads(), total))
+    if not divided and (transformed.few or not packed):
+        strips = max(strips, min(threads, total))
     ends = [total * i // strips for i in range(strips + 1)]
-    tasks = [functools.partial(compute, begin, end) for begin, end in itertools.pairwise(ends)]
-    with torch.no_grad():
-        on_threads(input, lambda: each(tasks))
+    if divided:
+        with torch.no_grad():
+            for begin, end in itertools.pairwise(ends):
+                compute(begin, end, 0)
+    else:
+        each_on_team([functools.partial(compute, *some) for some in itertools.pairwise(ends)])
     return output
 
 

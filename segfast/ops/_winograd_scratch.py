@@ -117,11 +117,11 @@ class Plan:
         self.from_half = OUTPUT.expand(shapes[1][0], 4, 6)
 
 
-class Kept(threading.local):
+class Scratch:
     """Of a thread: memory that its strips share, and the plans made in it."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = torch.empty(0, dtype=torch.float32, device="cpu")
         self.plans: dict[tuple[Sizes, int], Plan] = {}
 
     def plan(self, sizes: Sizes, rows: int) -> Plan:
@@ -129,14 +129,14 @@ class Kept(threading.local):
         found = self.plans.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                found = Plan(self._scratch, sizes, rows)
+                found = Plan(self._take, sizes, rows)
             if len(self.plans) >= KEPT_PLANS:
                 self.plans.clear()
             if found.overlapping.untyped_storage().nbytes() <= KEPT_BYTES:
                 self.plans[key] = found
         return found
 
-    def _scratch(self, numel: int) -> Tensor:
+    def _take(self, numel: int) -> Tensor:
         if numel > self.memory.numel():
             grown = torch.empty(numel, dtype=torch.float32, device="cpu")
             if grown.nbytes > KEPT_BYTES:
@@ -146,4 +146,19 @@ class Kept(threading.local):
         return self.memory[:numel]
 
 
-kept = Kept()
+class _Kept(threading.local):
+    """Of a caller: scratch for each thread of its team."""
+
+    def __init__(self) -> None:
+        self.scratches: list[Scratch] = []
+
+
+_kept = _Kept()
+
+
+def scratches(threads: int) -> list[Scratch]:
+    """Scratch for so many threads of the caller's team, kept for its next call."""
+    kept = _kept.scratches
+    while len(kept) < threads:
+        kept.append(Scratch())
+    return kept

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segfast.ops import _team
 from segfast.ops import _winograd as winograd
 from segfast.ops import _winograd_scratch as scratch
 from segfast.ops._call import Call
@@ -39,6 +40,20 @@ DENSE = Call(
     activation=None,
     threads=1,
 )
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_scratch():
+    """As in a thread that has computed nothing yet."""
+    scratch.scratches(0).clear()
 
 
 def numbers(*shape):
@@ -147,26 +162,28 @@ def test_results_do_not_depend_on_what_the_scratch_holds(tiles):
     cases = [(numbers(1, 32, 30, 31), layer(32, 64)), (numbers(2, 64, 9, 50), layer(64, 32))]
     clean = [ours(x, *parameters, tiles=tiles) for x, parameters in cases]
     for (x, parameters), expected in zip(cases, clean, strict=True):
-        assert winograd.kept.memory.numel()
-        winograd.kept.memory.fill_(torch.nan)
+        kept = [each for each in scratch.scratches(1) if each.memory.numel()]
+        assert kept
+        for each in kept:
+            each.memory.fill_(torch.nan)
         assert torch.equal(ours(x, *parameters, tiles=tiles), expected)
 
 
-def test_scratch_that_is_too_large_is_not_kept(monkeypatch):
-    monkeypatch.setattr(winograd, "kept", scratch.Kept())
+def test_scratch_that_is_too_large_is_not_kept(monkeypatch, one_thread, no_scratch):
     monkeypatch.setattr(scratch, "KEPT_BYTES", 1000)
     x, (weight, bias) = numbers(1, 32, 20, 20), layer(32, 32)
     hold(ours(x, weight, bias), x, weight, bias)
-    assert not winograd.kept.memory.numel() and not winograd.kept.plans
+    (kept,) = scratch.scratches(1)
+    assert not kept.memory.numel() and not kept.plans
 
 
-def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(winograd, "kept", scratch.Kept())
+def test_plans_are_bounded(one_thread, no_scratch):
     weight, bias = layer(32, 32)
     for width in range(8, 8 + 2 * scratch.KEPT_PLANS):
         x = numbers(1, 32, 8, width)
         ours(x, weight, bias)
-    assert 0 < len(winograd.kept.plans) <= scratch.KEPT_PLANS
+    (kept,) = scratch.scratches(1)
+    assert 0 < len(kept.plans) <= scratch.KEPT_PLANS
     hold(ours(x, weight, bias), x, weight, bias)
 
 
@@ -190,9 +207,12 @@ def test_two_threads_at_once():
     assert wrong == []
 
 
+@pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.parametrize("size", [12, 20, 36, 70])
 @pytest.mark.parametrize("channels", [(32, 64), (192, 192)])
-def test_on_several_threads_the_number_stays(channels, size):
+def test_on_several_threads_the_number_stays(channels, size, openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(_team, "_openmp", lambda: None)
     x, (weight, bias) = numbers(1, channels[0], size, size), layer(*channels)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -227,7 +247,7 @@ def test_modes_and_state_of_the_caller():
         [torch.no_grad, torch.inference_mode],
         [torch.enable_grad],
     ):
-        winograd.kept.__init__()
+        scratch.scratches(0).clear()
         for mode in modes:
             with mode():
                 y = ours(x, weight, bias)
@@ -235,7 +255,7 @@ def test_modes_and_state_of_the_caller():
             hold(y, x, weight.detach(), bias.detach())
     torch.set_default_dtype(torch.float64)
     try:
-        winograd.kept.__init__()
+        scratch.scratches(0).clear()
         y = ours(x, weight, bias)
     finally:
         torch.set_default_dtype(torch.float32)
