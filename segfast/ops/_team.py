@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._registry import is_traced
+from ._operator import is_traced
 
 Task = Callable[[int], object]
 
