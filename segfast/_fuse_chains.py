@@ -1,7 +1,7 @@
 """Which layers follow a convolution in a model's forward, to be computed by one operator.
 
-Two kinds of evidence: an `nn.Sequential`, whose forward is known; and a graph of the model's own forward, by
-a non-strict `torch.export` on example inputs.
+Two kinds of evidence: an `nn.Sequential`, whose forward is known; and a graph of the model's own forward, run
+on example inputs.
 """
 
 import functools
@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ._compare import arguments, call, cloned, first_line, running_mode, undisturbed
+from ._compare import arguments, call, first_line, running_mode, undisturbed
+from ._fuse_graph import Graph
 from .nn._chains import options
 from .nn._eager import only_forward
 from .nn._fused_chain import Chain, fuse
 from .nn._rules import own_class
-from .ops import backend
 
 
 class Found(NamedTuple):
@@ -61,7 +61,7 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
     if example_inputs is not None:
         inputs = arguments(example_inputs)
         try:
-            graph = _Graph(model, inputs, training=False)
+            graph = Graph(model, inputs, training=False)
         except Exception as error:
             with undisturbed(model), running_mode(model, False), torch.no_grad():
                 call(model, inputs)
@@ -80,7 +80,7 @@ def _in_model(
     modules: dict[str, nn.Module],
     sequential: dict[str, Found | None],
     shared: set[str],
-    graph: "_Graph",
+    graph: Graph,
 ) -> tuple[dict[str, Found | None], dict[str, str]]:
     """The chains of the graph where they are longer than those in a Sequential that is called."""
     in_train = functools.cache(lambda: _graph_or_none(model, inputs))
@@ -156,38 +156,8 @@ def _flat(modules: dict[str, nn.Module], name: str, shared: set[str]) -> Iterato
             yield path
 
 
-class _Graph:
-    """Who computes what from what in the model's forward."""
-
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], training: bool):
-        with undisturbed(model), running_mode(model, training), backend("aten"), torch.no_grad():
-            args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-            program = torch.export.export(model, cloned(args), cloned(named), strict=False)
-        signature = program.graph_signature
-        self.weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-        self.nodes: dict[str, list[fx.Node]] = {}
-        self.calls: dict[str, set[str]] = {}
-        for node in program.graph.nodes:
-            # The modules that were being called, the innermost last; a second call has a key of its own.
-            for key, (path, *_) in node.meta.get("nn_module_stack", {}).items():
-                self.nodes.setdefault(path, []).append(node)
-                self.calls.setdefault(path, set()).add(key)
-
-    def output(self, name: str) -> fx.Node | None:
-        """The one result that leaves the one call of a module."""
-        inside = set(self.nodes.get(name, ()))
-        leaving = [node for node in inside if not node.users.keys() <= inside]
-        return leaving[0] if len(leaving) == 1 and len(self.calls[name]) == 1 else None
-
-    def inputs(self, name: str) -> set[fx.Node]:
-        """What a module reads that it did not compute, but for weights."""
-        inside = set(self.nodes.get(name, ()))
-        read = {node for n in inside for node in n.all_input_nodes} - inside
-        return {node for node in read if node.name not in self.weights}
-
-
 def _in_graph(
-    modules: dict[str, nn.Module], head: str, shared: set[str], graph: _Graph
+    modules: dict[str, nn.Module], head: str, shared: set[str], graph: Graph
 ) -> tuple[tuple[str, ...] | None, str]:
     """The chain from `head` on in the graph, or None; and why it ends where it does."""
     names = [head]
@@ -199,7 +169,7 @@ def _in_graph(
         elif not only_forward(modules[names[-1]]):
             why = "there are hooks on it"
         else:
-            following, why = _reader(graph, output)
+            following, why = graph.reader(output)
             if not why and following not in modules:
                 why = "it is followed by a module that is not in the model"
             if not why and not _follows(modules, names, following):
@@ -213,40 +183,24 @@ def _in_graph(
     return _longest(modules, names), why
 
 
-def _reader(graph: _Graph, output: fx.Node) -> tuple[str, str]:
-    """The one module that reads `output`, and nothing else; or why there is none."""
-    users = list(output.users)
-    stacks = [user.meta.get("nn_module_stack") for user in users]
-    if not users or stacks[0] is None:
-        return "", "it is a result of the model"
-    name = list(stacks[0].values())[-1][0]
-    if any(user not in graph.nodes[name] for user in users):
-        return "", "its result is used more than once"
-    if len(graph.calls[name]) > 1:
-        return "", f"{name} is not called exactly once"
-    if graph.inputs(name) != {output}:
-        return "", f"{users[0].target} follows"
-    return name, ""
-
-
 def _follows(modules: dict[str, nn.Module], names: list[str], following: str) -> bool:
     possible = options([modules[name] for name in (*names, following)])
     return bool(possible) and possible[0][0] == len(names) + 1
 
 
-def _graph_or_none(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> _Graph | None:
+def _graph_or_none(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Graph | None:
     try:
-        return _Graph(model, inputs, training=True)
+        return Graph(model, inputs, training=True)
     except Exception:
         return None
 
 
-def _follow(graph: _Graph | None, names: tuple[str, ...]) -> bool:
+def _follow(graph: Graph | None, names: tuple[str, ...]) -> bool:
     """Whether each of `names` reads the one before and nothing else, in the graph of a training step."""
     if graph is None:
         return False
     outputs = [graph.output(name) for name in names]
     return all(
-        output is not None and _reader(graph, output) == (following, "")
+        output is not None and graph.reader(output) == (following, "")
         for output, following in zip(outputs, names[1:], strict=False)
     )

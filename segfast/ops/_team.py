@@ -1,9 +1,9 @@
 """Work on a CPU on the threads that torch computes with: the team of OpenMP behind its operators.
 
-After each of torch's operators its threads wait for the next one on their cores, for milliseconds, before they
-sleep. Threads of anyone else share the cores with them until then. So work that is cut into pieces, each to
-stay in one core's own cache, is done by these threads too: inside of a loop of OpenMP's torch does not divide
-an operator again, so that each thread computes whole operators.
+After each of torch's operators its threads wait for the next one on their cores, for milliseconds, before
+they sleep. Threads of anyone else share the cores with them until then. So work that is cut into pieces, each
+to stay in one core's own cache, is done by these threads too: inside of a loop of OpenMP's torch does not
+divide an operator again, so that each thread computes whole operators.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ _Loop = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class _OpenMP(NamedTuple):
-    """GOMP_parallel(loop, data, threads, flags), which the compilers' code calls, and omp_get_thread_num()."""
+    """GOMP_parallel(loop, data, threads, flags), which compiled code calls, and omp_get_thread_num()."""
 
     parallel: Any
     number: Any
 
 
 def team_size() -> int:
-    """How many threads `each_on_team` may use; one where a tracer looks on, which sees only its own thread."""
+    """How many threads `each_on_team` may use; one where a tracer looks on, which sees its own alone."""
     return 1 if is_traced() or _openmp() is None else torch.get_num_threads()
 
 

@@ -8,8 +8,9 @@ Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018.
 
 Of a dilated convolution every d-th row and column is an image of its own, and not dilated.
 
-Few rows of tiles are computed at a time, by one thread, so that all between input and output stays in a core's
-own cache; but of few tiles in all torch divides every step between its threads, or each would read all weights:
+Few rows of tiles are computed at a time, by one thread, so that all between input and output stays in a
+core's own cache; but of few tiles in all torch divides every step between its threads, or each of them would
+read all weights:
 
     rows of the image --B'--> [row, 6, column, C] --gather--> [tile, 6, 6, C] --B'--> [tile, 36, C]
     --products over C--> [tile, 36, K] --A'--> [tile, 4, 6, K] --A'--> [tile, 4, 4, K] --> output
