@@ -11,6 +11,7 @@ from ..ops._choice import could_choose
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
+from ._chains import run_layers
 from ._eager import only_forward
 from ._norm import Remembers
 from ._pair import Pair, check_channels, padded, pays
@@ -237,7 +238,7 @@ class InvertedResidual(Remembers):
 
     The input is added where it has the output's shape. The parameters bear torchvision's names. In eval the
     depthwise convolution, the projection, their batch norms and the addition are one operator, under the
-    conditions of `SeparableConv2d`.
+    conditions of `SeparableConv2d`, and the expansion, its norm and activation are one before it.
 
     Args:
         stride: 1 or 2, the depthwise convolution's.
@@ -303,10 +304,15 @@ class InvertedResidual(Remembers):
             name, slope = known
             pair = Pair(conv, between, name, projection, norm, negative_slope=slope)
             if pair.fits():
-                x = expansion[0](input) if expansion else input
+                x = _expanded(expansion[0], input) if expansion else input
                 return pair.run(x, input if self.adds_input else None)
         x = self.conv(input)
         return input + x if self.adds_input else x
+
+
+def _expanded(layers: nn.Sequential, input: Tensor) -> Tensor:
+    """What the layers compute: as one operator, but under hooks on them."""
+    return run_layers(list(layers), input) if only_forward(layers) else layers(input)
 
 
 def _is_depthwise(module: nn.Module) -> bool:
