@@ -235,7 +235,10 @@ def check_model(
             what = f"an input of shape {shapes}, {_name(lead.dtype)}"
             raise UserError(f"the model does not accept {what}: {describe(error)}") from error
         options: dict[str, Any] = {"dtype": compute, "train": train and lead.device.type == "cuda"}
-        after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True, **options)
+        try:
+            after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True, **options)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         ours = seeded(Step(after, inputs, train))
         result = ours()
         output = _worst(floating(reference), floating(result))

@@ -26,6 +26,12 @@ def call(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
+def run_once(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
+    """Raise what the model raises on these inputs, if it does, in eval and without gradients."""
+    with undisturbed(model), running_mode(model, False), torch.no_grad():
+        call(model, inputs)
+
+
 def difference(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> str | None:
     """What is wrong with the fused model's outputs, or None. The model and the inputs stay as they are."""
     with running_mode(model, False), torch.no_grad(), exact_fp32():

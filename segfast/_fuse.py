@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ._compare import arguments, difference
+from ._compare import arguments, difference, run_once
 from ._fuse_chains import Found, find_chains, fuse_chains
 from .nn._fused_block import can_fuse, fuse_block, is_block, is_fused_block, unfuse_blocks
 from .nn._fused_chain import unfuse
@@ -110,6 +110,7 @@ def fuse(model: nn.Module, plan: Fusions, example_inputs: Any) -> dict[str, str]
         found = difference(model, arguments(example_inputs))
     if found is not None:
         undo(model)
+        run_once(model, arguments(example_inputs))
         reasons = reasons | dict.fromkeys((*heads, *plan.known), f"undone: {found}")
     return reasons
 

@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ._compare import arguments, call, first_line, running_mode, undisturbed
+from ._compare import arguments, first_line, run_once
 from ._fuse_graph import Graph
 from .nn._chains import options
 from .nn._eager import only_forward
@@ -63,8 +62,7 @@ def find_chains(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> 
         try:
             graph = Graph(model, inputs, training=False)
         except Exception as error:
-            with undisturbed(model), running_mode(model, False), torch.no_grad():
-                call(model, inputs)
+            run_once(model, inputs)
             reasons = dict.fromkeys(heads, f"the model cannot be exported ({first_line(error)})")
         else:
             found, reasons = _in_model(model, inputs, modules, found, shared, graph)

@@ -25,7 +25,8 @@ def load_model(spec: str) -> nn.Module:
     """Build the model `spec` names, with weights as its factory leaves them; nothing is downloaded.
 
     Raises:
-        UserError: no such form, package, file or factory; the factory failed or returned no module.
+        UserError: no such form, package, file or factory; the factory failed, or returned no module or one
+            without values.
     """
     source, _, name = spec.rpartition(":")
     if not source or not name:
@@ -47,6 +48,8 @@ def load_model(spec: str) -> nn.Module:
         raise UserError(f"{spec} raised {describe(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise UserError(f"{spec} has parameters or buffers on the meta device, which have no values")
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ._choose import Gain, Inputs, choose, device_of, gain, is_measured_on_gpu
-from ._compare import arguments, first_line
+from ._compare import arguments, first_line, run_once
 from ._fuse import find_fusions, fuse, undo
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
 from ._layouts import all_channels_last, lay_out, set_layout
@@ -131,29 +131,33 @@ def optimize(
     plan = find_fusions(model, example_inputs, heads, filter_fn)
     if not inplace:
         model = _copied(model)
-    modules = dict(model.named_modules())
-    for name in left_out:
-        record_of(modules[name])["left_out"] = True
-    for name, rule in chosen.items():
-        module = modules[name]
-        record = record_of(module)
-        record.pop("left_out", None)
-        record["rule"] = (rule.source, rule.target)
-        vars(module).update(rule.attributes)
-        module.__class__ = rule.target
-    if example_inputs is not None:
-        undo(model)
-    for name, reason in fuse(model, plan, example_inputs).items():
-        record_of(modules[name])["not_fused"] = reason
-    ours = {rule.target for rule in all_rules()}
-    served = any(own_class(m) in ours or type(m) is not own_class(m) for m in modules.values())
-    if example_inputs is not None:
-        if served and not is_measured_on_gpu(model, arguments(example_inputs)):  # else once it is chosen
-            lay_out(model, arguments(example_inputs))
-        wholes = tuple(f"{name}." for name in (*plan.known, *plan.unknown))
-        left = [n for n in heads if n not in chosen and not n.startswith(wholes)]
-        dense = [modules[n] for n in left]
-        _choose(model, arguments(example_inputs), dense, dtype, budget, progress, train)
+    try:
+        modules = dict(model.named_modules())
+        for name in left_out:
+            record_of(modules[name])["left_out"] = True
+        for name, rule in chosen.items():
+            module = modules[name]
+            record = record_of(module)
+            record.pop("left_out", None)
+            record["rule"] = (rule.source, rule.target)
+            vars(module).update(rule.attributes)
+            module.__class__ = rule.target
+        if example_inputs is not None:
+            undo(model)
+        for name, reason in fuse(model, plan, example_inputs).items():
+            record_of(modules[name])["not_fused"] = reason
+        ours = {rule.target for rule in all_rules()}
+        served = any(own_class(m) in ours or type(m) is not own_class(m) for m in modules.values())
+        if example_inputs is not None:
+            if served and not is_measured_on_gpu(model, arguments(example_inputs)):  # else once it is chosen
+                lay_out(model, arguments(example_inputs))
+            wholes = tuple(f"{name}." for name in (*plan.known, *plan.unknown))
+            left = [n for n in heads if n not in chosen and not n.startswith(wholes)]
+            dense = [modules[n] for n in left]
+            _choose(model, arguments(example_inputs), dense, dtype, budget, progress, train)
+    except BaseException:
+        restore(model)
+        raise
     return model
 
 
@@ -210,6 +214,7 @@ def _choose(
         _leave(model, "as given")
         if not isinstance(error, RuntimeError):
             raise
+        run_once(plain, inputs)
         record_of(model)["not_fused"] = f"undone: {first_line(error)}"
         return
     for module in dense:

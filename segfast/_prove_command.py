@@ -36,5 +36,6 @@ def run(args: argparse.Namespace) -> int:
         rows += _proofs.prove_family(family, device, dtypes, lambda row: print(row, flush=True))
     passed = sum(row.passed for row in rows)
     seconds = time.perf_counter() - start
-    print(f"{passed} of {len(rows)} right, in {seconds:.0f} s; remembered in {_proofs.file()}")
+    kept = "remembered in" if _proofs.is_remembered(rows, device) else "forgotten, as this cannot be written:"
+    print(f"{passed} of {len(rows)} right, in {seconds:.0f} s; {kept} {_proofs.file()}")
     return 0 if passed == len(rows) else 1

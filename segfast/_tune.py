@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with thoroughly():
             model = optimize(model, images, inplace=True, budget=args.budget, train=args.train)
-    except RuntimeError as error:
+    except Exception as error:  # the model's own
         raise UserError(
             f"{args.model} does not run on images {list(images.shape)}: {describe(error)}"
         ) from error

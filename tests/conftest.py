@@ -48,9 +48,10 @@ def no_choices(request, monkeypatch):
 
 
 def forget() -> None:
-    """Read choices and proofs anew at their next use."""
-    from segfast.ops import _backend, _choice, _gpu, _proofs
+    """Read choices and proofs anew at their next use, and warn anew."""
+    from segfast.ops import _backend, _choice, _choice_files, _gpu, _proofs
 
+    _choice_files._warn_once.cache_clear()
     _backend.CHOSEN.clear()
     _choice.forget_choices()
     _gpu.forget()

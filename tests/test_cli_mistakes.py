@@ -175,6 +175,29 @@ MISTAKES = [
     ("tune models.py:net", ["--device", "nothing"], "--device must be cpu, cuda or auto, got 'nothing'"),
     ("tune models.py:net", ["--channels", "7"], "models.py:net does not run on images [1, 7, 512, 512]: "),
     ("tune absent.py:net", [], "no file absent.py"),
+    (
+        "tune models.py:two_inputs",
+        [],
+        "models.py:two_inputs does not run on images [1, 3, 512, 512]: TypeError",
+    ),
+    (
+        "check models.py:two_inputs",
+        ["--size", "8x8"],
+        "the model does not accept an input of shape [1, 3, 8, 8]",
+    ),
+    (
+        "check models.py:net",
+        ["--size", "8x8", "--channels", "4"],
+        "the model does not accept an input of shape",
+    ),
+    *[
+        (
+            f"{command} models.py:half_on_meta",
+            ["--size", "8x8"],
+            "half_on_meta has parameters or buffers on the",
+        )
+        for command in ("check", "tune")
+    ],
     ("demo", ["--steps", "0"], "--steps must be at least 1, got 0"),
     ("demo", ["--seed", "-1"], "--seed must be from 0"),
     ("demo", ["--out", "photo.png"], "photo.png is not a folder"),
@@ -224,6 +247,15 @@ def files(tmp_path_factory) -> Path:
         "from torch import nn\n"
         "def net():\n"
         "    return nn.Conv2d(3, 2, 1)\n"
+        "def two_inputs():\n"
+        "    class Two(nn.Module):\n"
+        "        def forward(self, first, second):\n"
+        "            return first + second\n"
+        "    net = Two()\n"
+        "    net.conv = nn.Conv2d(3, 2, 1)\n"
+        "    return net\n"
+        "def half_on_meta():\n"
+        "    return nn.Sequential(net(), nn.Conv2d(2, 2, 1, device='meta'))\n"
         "def scripted():\n"
         "    return torch.jit.script(net())\n"
         "def traced():\n"

@@ -144,7 +144,7 @@ def _read(file: Path, here: Mapping[str, str]) -> dict[AnyCall, Choice]:
             if part["machine"] == here
             for call, choice in (parsed(row, here) for row in part["choices"])
         }
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"segfast: {file} cannot be read ({error}); it is ignored", stacklevel=2)
@@ -167,7 +167,7 @@ def write(found: Table) -> None:
             with in_turn(file):
                 replace(file, [(here, {**_read(file, here), **part})])
         except OSError as error:
-            _warn_once(f"segfast: {file} cannot be written ({error}); what was measured is forgotten at exit")
+            warn_unwritable(error)
 
 
 def by_machine(found: Table) -> list[tuple[dict[str, str], Table]]:
@@ -176,6 +176,14 @@ def by_machine(found: Table) -> list[tuple[dict[str, str], Table]]:
     for call, choice in found.items():
         parts.setdefault(call.gpu if isinstance(call, GpuCall) else "", {})[call] = choice
     return [(gpu_machine(gpu) if gpu else machine(), part) for gpu, part in parts.items()]
+
+
+def warn_unwritable(error: OSError) -> None:
+    """Say that nothing will be remembered, once."""
+    folder, why = measured_folders()[-1], error.strerror or error
+    _warn_once(
+        f"segfast: {folder} cannot be written ({why}); what is measured and proven is forgotten at exit"
+    )
 
 
 @functools.cache

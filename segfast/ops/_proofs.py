@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .._files import temporary_beside
-from ._choice_files import in_turn, measured_folders
+from ._choice_files import in_turn, measured_folders, warn_unwritable
 from ._gpu import gpu_name
 from ._operands import load_kernels
 from ._prove import DTYPES, ProofRow, prove
@@ -90,10 +90,15 @@ def write(rows: Sequence[ProofRow], device: torch.device) -> None:
             with temporary_beside(path) as temporary:
                 temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     except OSError as error:
-        warnings.warn(
-            f"segfast: {path} cannot be written ({error}); what was proven is forgotten at exit", stacklevel=2
-        )
+        warn_unwritable(error)
     _judged(gpu).update({name: entry["passed"] for name, entry in found.items()})
+
+
+def is_remembered(rows: Sequence[ProofRow], device: torch.device) -> bool:
+    """Whether the next process will know what `rows` prove or disprove."""
+    forget()
+    known = _judged(_gpu(device))
+    return all(f"{row.operation}.{row.dtype}" in known for row in rows if row.case != NOTHING_RUN)
 
 
 def file() -> Path:
@@ -136,7 +141,7 @@ def _content(path: Path) -> dict[str, Any]:
             if not isinstance(part, dict) or not all(isinstance(each, dict) for each in part.values()):
                 raise ValueError("it holds no proofs")
         return content
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, AttributeError) as error:
         warnings.warn(f"segfast: {path} cannot be read ({error}); it is ignored", stacklevel=2)

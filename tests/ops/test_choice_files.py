@@ -56,7 +56,6 @@ class TestFiles:
     def test_a_cache_that_cannot_be_written_is_a_warning(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "file"))
-        _choice_files._warn_once.cache_clear()
         with pytest.warns(UserWarning, match="cannot be written"):
             _choice_files.write(FOUND)
 
