@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack  # type: ignore[attr-defined]
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ..ops._backend import backend_of_this_thread, get_backend
+from ..ops._enlarge import interpolate
 from ._fused_class import FusedModule, fused_class
 
 # In the __dict__ of a model: the dtype it computes in, or None; and whether its outputs are made contiguous.
@@ -30,12 +34,8 @@ class _Whole(FusedModule):
         if dtype is not None:
             casting = torch.autocast(given[0].device.type, dtype=dtype)
         contiguous = vars(self).get(_CONTIGUOUS, False) and given[0].is_contiguous()
-        before, _wanted.contiguous = _wanted.contiguous, contiguous
-        try:
-            with casting:
-                outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            _wanted.contiguous = before
+        with casting, _wanted.layout(contiguous):
+            outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
 
         def as_given(t: Tensor) -> Tensor:
             # In this order: laid out in half the bytes.
@@ -55,10 +55,39 @@ def _mapped(function: Any, value: Any) -> Any:
     return dataclasses.replace(value, **changed)  # type: ignore[type-var]
 
 
+class _Enlarging(TorchFunctionMode):
+    """Computes what is called to enlarge images; active after a model's last convolution."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        function = interpolate if func is nn.functional.interpolate else func
+        return function(*args, **(kwargs or {}))
+
+
 class _Wanted(threading.local):
-    """Whether the model that runs in this thread is to return contiguous images."""
+    """Whether the model that runs in this thread is to return contiguous images, and how it comes to them."""
 
     contiguous = False
+    # How many modes there were when the model was called, and ours if there is one now.
+    depth = 0
+    mode: _Enlarging | None = None
+
+    @contextlib.contextmanager
+    def layout(self, contiguous: bool) -> Iterator[None]:
+        """Within it the model runs."""
+        before = (self.contiguous, self.depth, self.mode)
+        self.contiguous, self.depth, self.mode = contiguous, _len_torch_function_stack(), None
+        try:
+            yield
+        finally:
+            if self.mode is not None:
+                self.mode.__exit__(None, None, None)
+            self.contiguous, self.depth, self.mode = before
+
+    def enlarge(self) -> None:
+        """Enlarge images by `interpolate` from here to the end of the model, if no other mode began since."""
+        if self.mode is None and _len_torch_function_stack() == self.depth and not torch.is_grad_enabled():
+            self.mode = _Enlarging()
+            self.mode.__enter__()
 
 
 _wanted = _Wanted()
@@ -67,12 +96,16 @@ _wanted = _Wanted()
 class _Last(FusedModule):
     """Mixed into the class of a model's last convolution.
 
-    Its scores are laid out as the model's output is to be before they are enlarged, when they are few.
+    Its scores are laid out as the model's output is to be before they are enlarged, when they are few; and
+    what enlarges them is called by `ops._enlarge.interpolate`.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         y = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        return y.contiguous() if _wanted.contiguous and type(y) is Tensor and y.dim() == 4 else y
+        if not (_wanted.contiguous and type(y) is Tensor and y.dim() == 4):
+            return y
+        _wanted.enlarge()
+        return y.contiguous()
 
 
 class _OnATen(FusedModule):
