@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ._compare import call, leaves, running_mode, undisturbed
+from ._compare import Inputs, call, leaves, running_mode, undisturbed
 from ._judge import record_of
 from ._timing import interleave
+from .nn._fused_chain import fusing
 from .nn._fused_dtype import keep_contiguous
 from .ops._backend import backend, get_backend
 from .ops._call import AnyCall, Call
@@ -33,8 +34,6 @@ _MODEL_BUDGET_S, _SLOW_S = 1.0, 1.0
 _CLEARLY = 1.1
 # What a model must take of its time before to count as faster: less is noise.
 _WORTH_IT = 0.98
-
-Inputs = tuple[Any, ...] | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,12 @@ def choose(
     known: Mapping[AnyCall, Choice] = {} if _most == ALL else choices().measured
     tried: set[AnyCall] = set()
     proven: set[tuple[str, torch.dtype]] = set()
+    zeros = True
     try:
-        made = [_calls(model, inputs, training, zeros=True) for training in modes]
+        made = [_calls(model, inputs, training, zeros) for training in modes]
     except Exception:  # a forward that does not take any values
-        made = [_calls(model, inputs, training) for training in modes]
+        zeros = False
+        made = [_calls(model, inputs, training, zeros) for training in modes]
     for _ in range(_PASSES):
         calls = dict.fromkeys(call for each in made for call in each.counts)
         unseen = [call for call in calls if call not in tried and not _is_settled(call, known, device)]
@@ -149,7 +150,7 @@ def choose(
             end += _prove(unseen, unproven, device, bar)
             left -= measure(unseen, device, end - time.perf_counter(), bar.call)
         proven |= unproven
-        made = [_calls(model, inputs, training) for training in modes]
+        made = [_calls(model, inputs, training, zeros) for training in modes]
         if left:
             break
     _note(model, made)
@@ -207,10 +208,12 @@ def gain(
     inputs: Inputs,
     dtype: torch.dtype | None,
     train: bool = False,
+    fused: bool = False,
 ) -> Gain:
     """Time `model` on `inputs` beside what it was before, in two layouts; in eval or, with `train`, a step.
 
-    Where the outputs were contiguous before and are no more, they are made so from now on.
+    With `fused` outputs are compared also with everything fused that is where images are large. Where they
+    were contiguous before and are no more, they are made so from now on.
     """
     device = device_of(model, inputs) or torch.device("cpu")
     models = {"as given": plain, "channels_last": _in_channels_last(plain), "after": model}
@@ -231,8 +234,12 @@ def gain(
                 evaluating.enter_context(running_mode(each, False))
             with _convolutions_called(plain) as last:
                 expected = run_first("as given")
+            error = 0.0
+            if fused:
+                with fusing(True):
+                    error = _change(expected, runs["after"]())
             actual = run_first("after")
-            error = _change(expected, actual)
+            error = max(error, _change(expected, actual))
             if _lost_layout(expected, actual):
                 record_of(model)["last"] = last[-1:]
                 for each in (model, models["channels_last"]):
@@ -347,7 +354,7 @@ def _run(model: nn.Module, inputs: Inputs, on_aten: bool, train: bool) -> Callab
     return run
 
 
-def _calls(model: nn.Module, inputs: Inputs, train: bool, zeros: bool = False) -> Collected:
+def _calls(model: nn.Module, inputs: Inputs, train: bool, zeros: bool) -> Collected:
     with contextlib.ExitStack() as stack:
         stack.enter_context(running_mode(model, train))
         stack.enter_context(undisturbed(model))
@@ -377,13 +384,18 @@ def _chosen(made: AnyCall) -> str:
 
 def _change(expected: Any, actual: Any) -> float:
     """The largest difference of outputs as a part of the largest value; infinite where one is not finite."""
+    before, after = ([leaf for _, leaf in leaves(outputs)] for outputs in (expected, actual))
+    if len(before) != len(after):
+        return math.inf
     worst = 0.0
-    for (_, a), (_, b) in zip(leaves(expected), leaves(actual), strict=True):
+    for a, b in zip(before, after, strict=True):
         if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            if a.shape != b.shape:
+                return math.inf
             difference = (a.double() - b.double()).abs().max().item()
             scale = a.abs().max().item()
-            if difference != difference or difference == float("inf"):
-                return float("inf")
+            if difference != difference or difference == math.inf:
+                return math.inf
             worst = max(worst, difference / scale if scale else difference)
     return worst
 

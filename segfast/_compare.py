@@ -12,27 +12,29 @@ from torch.utils import _pytree
 
 from .nn._fused_chain import fusing
 
+Inputs = tuple[Any, ...] | dict[str, Any]
 
-def arguments(example_inputs: Any) -> tuple[Any, ...] | dict[str, Any]:
+
+def arguments(example_inputs: Any) -> Inputs:
     """A model's arguments: of a mapping the keyword ones, of a tuple the positional; else the first."""
     if isinstance(example_inputs, Mapping):
         return dict(example_inputs)
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
-def call(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Any:
+def call(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output for `arguments`, of which it gets copies."""
     inputs = cloned(inputs)
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def run_once(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
+def run_once(model: nn.Module, inputs: Inputs) -> None:
     """Raise what the model raises on these inputs, if it does, in eval and without gradients."""
     with undisturbed(model), running_mode(model, False), torch.no_grad():
         call(model, inputs)
 
 
-def difference(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> str | None:
+def difference(model: nn.Module, inputs: Inputs) -> str | None:
     """What is wrong with the fused model's outputs, or None. The model and the inputs stay as they are."""
     with running_mode(model, False), torch.no_grad(), exact_fp32():
         results = []
@@ -43,13 +45,15 @@ def difference(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> st
                     results.append([leaf for _, leaf in leaves(call(model, inputs))])
             except RuntimeError as error:
                 return first_line(error)
+    if len(results[0]) != len(results[1]):
+        return f"an output of {len(results[0])} parts became one of {len(results[1])}"
     for expected, actual in zip(*results, strict=True):
         if isinstance(expected, Tensor) and expected.is_floating_point() and expected.numel():
             if expected.shape != actual.shape:
                 return f"an output of {list(expected.shape)} became {list(actual.shape)}"
             scale = expected.abs().nan_to_num(0, 0, 0).max().item()
-            worst = (actual - expected).abs().nan_to_num(0).max().item()
-            if worst > scale * math.sqrt(torch.finfo(expected.dtype).eps):
+            worst = torch.where(expected.isfinite(), (actual - expected).abs(), 0).max().item()
+            if not worst <= scale * math.sqrt(torch.finfo(expected.dtype).eps):
                 return f"an output changed by {worst:.3g}, its largest value is {scale:.3g}"
     return None
 

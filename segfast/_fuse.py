@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ._compare import arguments, difference, run_once
+from ._compare import Inputs, difference, run_once
 from ._fuse_chains import Found, find_chains, fuse_chains
 from .nn._fused_block import can_fuse, fuse_block, is_block, is_fused_block, unfuse_blocks
 from .nn._fused_chain import unfuse
@@ -29,6 +29,10 @@ class Fusions(NamedTuple):
     known: tuple[str, ...]
     unknown: tuple[str, ...]
     reasons: dict[str, str]
+
+    def fuses(self) -> bool:
+        """Whether anything is to be fused."""
+        return bool(self.chains or self.known or self.unknown)
 
 
 def find_fusions(
@@ -84,12 +88,8 @@ def has_its_layers(module: nn.Module) -> bool:
     return can_fuse(module) if is_block(module) else pyramid_of(module) is not None
 
 
-def fuse(model: nn.Module, plan: Fusions, example_inputs: Any) -> dict[str, str]:
-    """Fuse what was planned; the reasons for what was not, or had to be undone.
-
-    On example inputs the model is run with and without fusion, and what changes its outputs is undone: the
-    ASPPs of unknown classes, and if that is not all, everything.
-    """
+def fuse(model: nn.Module, plan: Fusions) -> None:
+    """Fuse what was planned."""
     fuse_chains(model, plan.chains)
     for name in (*plan.known, *plan.unknown):
         module = model.get_submodule(name)
@@ -98,19 +98,25 @@ def fuse(model: nn.Module, plan: Fusions, example_inputs: Any) -> dict[str, str]
             fuse_block(module)
         elif not is_fused_pyramid(module):
             fuse_pyramid(module)
+
+
+def undo_what_changes_outputs(model: nn.Module, plan: Fusions, inputs: Inputs) -> dict[str, str]:
+    """Why what was planned was not fused, or had to be undone.
+
+    The model is run with and without fusion, and what changes its outputs is undone: the ASPPs of unknown
+    classes, and if that is not all, everything.
+    """
     heads = [chain.names[0] for chain in plan.chains]
-    if example_inputs is None or not (heads or plan.known or plan.unknown):
-        return plan.reasons
-    found = difference(model, arguments(example_inputs))
+    found = difference(model, inputs) if plan.fuses() else None
     reasons = plan.reasons
     if found is not None and plan.unknown:
         for name in plan.unknown:
             unfuse_pyramids(model.get_submodule(name))
         reasons = reasons | dict.fromkeys(plan.unknown, f"undone: {found}")
-        found = difference(model, arguments(example_inputs))
+        found = difference(model, inputs)
     if found is not None:
         undo(model)
-        run_once(model, arguments(example_inputs))
+        run_once(model, inputs)
         reasons = reasons | dict.fromkeys((*heads, *plan.known), f"undone: {found}")
     return reasons
 

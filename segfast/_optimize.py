@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._choose import Gain, Inputs, choose, device_of, gain, is_measured_on_gpu
-from ._compare import arguments, first_line, run_once
-from ._fuse import find_fusions, fuse, undo
+from ._choose import Gain, choose, device_of, gain, is_measured_on_gpu
+from ._compare import Inputs, arguments, first_line, run_once
+from ._fuse import Fusions, find_fusions, fuse, undo, undo_what_changes_outputs
 from ._judge import RECORD, check_model, common_reason_not, judge, record_of, rule_of
 from ._layouts import all_channels_last, lay_out, set_layout
 from ._report import Report, Row, report
@@ -77,7 +77,7 @@ def optimize(
     Args:
         model: any module; one layer will do.
         example_inputs: a tensor, a tuple of the model's positional arguments (a dict in it is one), or a dict
-            of its keyword arguments. The model is exported and run on them, in eval and without
+            of its keyword arguments. The model is traced and run on them, in eval and without
             gradients, and nothing stays fused that changes its outputs.
         inplace: change `model` itself; otherwise a deep copy.
         filter_fn: called with the name of each layer that may be replaced or begin something fused, and the
@@ -131,34 +131,60 @@ def optimize(
     plan = find_fusions(model, example_inputs, heads, filter_fn)
     if not inplace:
         model = _copied(model)
+    wholes = tuple(f"{name}." for name in (*plan.known, *plan.unknown))
+    dense = [n for n in heads if n not in chosen and not n.startswith(wholes)]
     try:
-        modules = dict(model.named_modules())
-        for name in left_out:
-            record_of(modules[name])["left_out"] = True
-        for name, rule in chosen.items():
-            module = modules[name]
-            record = record_of(module)
-            record.pop("left_out", None)
-            record["rule"] = (rule.source, rule.target)
-            vars(module).update(rule.attributes)
-            module.__class__ = rule.target
-        if example_inputs is not None:
+        if example_inputs is None:
+            _replace(model, chosen, left_out, plan)
+            return model
+        inputs = arguments(example_inputs)
+        # Outputs are compared once it is chosen what runs; before that where then there is none, or a fault.
+        device = device_of(model, inputs)
+        later = plan.fuses() and device is not None and device.type == "cpu" and dtype is None
+        for compared in (False, True) if later else (True,):
             undo(model)
-        for name, reason in fuse(model, plan, example_inputs).items():
-            record_of(modules[name])["not_fused"] = reason
-        ours = {rule.target for rule in all_rules()}
-        served = any(own_class(m) in ours or type(m) is not own_class(m) for m in modules.values())
-        if example_inputs is not None:
-            if served and not is_measured_on_gpu(model, arguments(example_inputs)):  # else once it is chosen
-                lay_out(model, arguments(example_inputs))
-            wholes = tuple(f"{name}." for name in (*plan.known, *plan.unknown))
-            left = [n for n in heads if n not in chosen and not n.startswith(wholes)]
-            dense = [modules[n] for n in left]
-            _choose(model, arguments(example_inputs), dense, dtype, budget, progress, train)
+            _replace(model, chosen, left_out, plan, inputs if compared else None)
+            if _is_served(model) and not is_measured_on_gpu(model, inputs):  # else once it is chosen
+                lay_out(model, inputs)
+            found = _choose(model, inputs, dense, dtype, budget, progress, train, not compared)
+            if found is not None and found.error <= found.allowed:
+                break
     except BaseException:
         restore(model)
         raise
     return model
+
+
+def _replace(
+    model: nn.Module,
+    chosen: dict[str, Rule],
+    left_out: Sequence[str],
+    plan: Fusions,
+    inputs: Inputs | None = None,
+) -> None:
+    """Replace what was chosen and fuse what was planned, of that with `inputs` what changes no output."""
+    modules = dict(model.named_modules())
+    for name in left_out:
+        record_of(modules[name])["left_out"] = True
+    for name, rule in chosen.items():
+        module = modules[name]
+        record = record_of(module)
+        record.pop("left_out", None)
+        record["rule"] = (rule.source, rule.target)
+        module.__dict__.update(rule.attributes)
+        module.__class__ = rule.target
+    fuse(model, plan)
+    reasons = plan.reasons
+    if inputs is not None:
+        vars(model).get(RECORD, {}).pop("not_fused", None)
+        reasons = undo_what_changes_outputs(model, plan, inputs)
+    for name, reason in reasons.items():
+        record_of(modules[name])["not_fused"] = reason
+
+
+def _is_served(model: nn.Module) -> bool:
+    ours = {rule.target for rule in all_rules()}
+    return any(own_class(m) in ours or type(m) is not own_class(m) for m in model.modules())
 
 
 def _check_options(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None, budget: float) -> None:
@@ -178,16 +204,17 @@ def _check_options(model: nn.Module, example_inputs: Any, dtype: torch.dtype | N
 def _choose(
     model: nn.Module,
     inputs: Inputs,
-    dense: Sequence[nn.Module],
+    names: Sequence[str],
     dtype: torch.dtype | None,
     budget: float,
     progress: bool,
     train: bool,
-) -> None:
+    fused: bool,
+) -> Gain | None:
     """Choose what runs the calls of `model`; undo what was done to it where it is not faster for it.
 
-    `dense` are convolutions that no rule is about. They become ours too where something else than ATen is
-    chosen for them.
+    `names` are of convolutions that no rule is about. They become ours too where something else than ATen is
+    chosen for them. With `fused` outputs are yet to be compared. None where nothing was timed.
     """
     device = device_of(model, inputs)
     on_gpu = is_measured_on_gpu(model, inputs)
@@ -195,11 +222,12 @@ def _choose(
     if device is None or (device.type == "cuda" and not on_gpu):
         if dtype is not None:
             compute_in(model, dtype)
-        return
+        return None
     try:
-        plain = restore(_copied(model))
+        plain = restore(_copied(model, device.type == "cpu"))
     except RuntimeError:
-        return  # inplace: without a copy nothing can be compared
+        return None  # inplace: without a copy nothing can be compared
+    dense = [model.get_submodule(name) for name in names]
     for module in dense:
         if type(module) is nn.Conv2d:
             record_of(module)["rule"] = (nn.Conv2d, Conv2d)
@@ -209,14 +237,14 @@ def _choose(
     try:
         if on_gpu:
             all_channels_last(model)
-        found = _measured(model, plain, inputs, dtype, time.perf_counter() + budget, progress, train)
+        found = _measured(model, plain, inputs, dtype, time.perf_counter() + budget, progress, train, fused)
     except BaseException as error:
         _leave(model, "as given")
         if not isinstance(error, RuntimeError):
             raise
         run_once(plain, inputs)
         record_of(model)["not_fused"] = f"undone: {first_line(error)}"
-        return
+        return None
     for module in dense:
         chosen = vars(module).get(RECORD, {}).get("choices", ())
         if own_class(module) is Conv2d and all(name.startswith("aten") for name in chosen):
@@ -225,13 +253,14 @@ def _choose(
             if last:
                 lay_out_scores(module)
     if found is None:
-        return
+        return None
     if not found.kept:
         slower = vars(model).get(RECORD, {}).get("slower")
         _leave(model, found.layout)
         if slower is not None:
             record_of(model)["slower"] = slower
     record_of(model)["gain"] = found
+    return found
 
 
 def _leave(model: nn.Module, layout: str) -> None:
@@ -252,6 +281,7 @@ def _measured(
     end: float,
     progress: bool,
     train: bool,
+    fused: bool = False,
 ) -> Gain | None:
     """Choose until `end`, and what it gained; None where there is nothing to choose."""
     left = choose(model, inputs, end - time.perf_counter(), progress, train)
@@ -260,7 +290,7 @@ def _measured(
     if left is None and dtype is None and not laid_out:
         return None
     lay_out(model, inputs)
-    found = dataclasses.replace(gain(model, plain, inputs, dtype, train), unmeasured=left or 0)
+    found = dataclasses.replace(gain(model, plain, inputs, dtype, train, fused), unmeasured=left or 0)
     if found.kept or dtype is None:
         return found
     compute_as_given(model)
@@ -307,9 +337,12 @@ def _can_begin_chain(module: nn.Module) -> bool:
     return is_convolution(module) and (ours or not (is_depthwise(module) or common_reason_not(module)))
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copied(model: nn.Module, sharing: bool = False) -> nn.Module:
+    """A deep copy; `sharing` the weights, but for those whose layout is to be another one."""
+    again = {m for m in model.modules() if vars(m).get(RECORD, {}).get("contiguous")} if sharing else set()
+    weights = [p for m in model.modules() if m not in again for p in m._parameters.values() if sharing]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(p): p for p in weights})
     except Exception as error:
         raise RuntimeError(f"the model cannot be deep-copied ({error}); use inplace=True") from error
 

@@ -1,6 +1,7 @@
 """`optimize` chooses by measuring on the machine, keeps what is faster and leaves alone what is not."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ import segfast
 from segfast import _choose
 from segfast._choose import Gain
 from segfast._timing import Timing
+from segfast.nn import _fused_chain
 from segfast.nn._rules import own_class
 from segfast.ops import _choice, _measure
 from segfast.ops._call import CANDIDATES
@@ -250,3 +252,32 @@ def test_slow_models_are_timed_once_where_the_one_after_is_clearly_faster(monkey
     assert _choose._milliseconds(runs, {**slow, "after": 3.0}, CPU)["after"] == 1
     assert _choose._milliseconds(runs, {name: s / 10 for name, s in slow.items()}, CPU)["after"] == 1
     assert timed[0] == timed[1] > timed[2] > 0
+
+
+class _Misled(nn.Module):
+    """Other outputs where anything is fused."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = _net(), change
+
+    def forward(self, x):
+        return self.change(self.net(x)) if _fused_chain._threads.forced else self.net(x)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda y: y + 1, lambda y: y[:, :1], lambda y: (y, y), lambda y: y * math.nan]
+)
+def test_fusions_that_change_outputs_are_undone_and_the_rest_is_chosen(change, wins, model_takes):
+    wins("onednn")
+    model_takes(3, 2, 1)
+    net, x = _Misled(lambda y: y).eval(), _image()
+    fast = segfast.optimize(net, x)
+    assert _fused_chain.chain_of(fast.net.stem[0]) is not None
+    net.change = change
+    fast = segfast.optimize(net, x)
+    assert _fused_chain.chain_of(fast.net.stem[0]) is None
+    assert any("an output" in remark for remark in segfast.report(fast).remarks)
+    assert _ran(fast, x) == ["onednn"] * 4
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)

@@ -91,8 +91,8 @@ class Choices:
 class Collected:
     """The calls made while somebody listens, each with the id of its weight, and how often each was made.
 
-    A weight with a norm folded into it goes by the id of the layer's own. With `zeros` those that have no
-    choice are not computed, and give zeros.
+    A weight with a norm folded into it goes by the id of the layer's own. With `zeros` those on a CPU are not
+    computed, and give zeros; what they were chosen to run is prepared.
     """
 
     def __init__(self, origins: dict[int, int], zeros: bool = False) -> None:
@@ -178,7 +178,7 @@ def are_there_choices() -> bool:
 def collect(zeros: bool = False) -> Iterator[Collected]:
     """List the calls made meanwhile.
 
-    One that has no choice runs the candidate that is preferred; with `zeros` it gives zeros at once.
+    One that has no choice runs the candidate that is preferred; with `zeros` all on a CPU give zeros.
     """
     global _collected
     with _backend.noting() as notes:
@@ -249,8 +249,12 @@ def choose(
         if not _is_valid(call, weight, bias, residual):
             return None
         _collected.add(call, weight)
+        if _collected.zeros:
+            if found is not None:
+                _prepare(weight, call, found.name)
+            return ZEROS
         if found is None:
-            return ZEROS if _collected.zeros else _preferred(call, weight)
+            return _preferred(call, weight)
     elif found is None and _measures_unseen and _is_valid(call, weight, bias, residual):
         from ._measure import measure_and_keep
 
@@ -260,13 +264,18 @@ def choose(
 
 def _preferred(call: Call, weight: Tensor) -> str | None:
     for name, candidate in CANDIDATES[call.operation].items():
-        if candidate.serves(call):
-            try:
-                prepared(weight, call, name)
-            except RuntimeError:
-                continue  # as oneDNN refuses some geometries
+        if candidate.serves(call) and _prepare(weight, call, name):
             return name
     return None
+
+
+def _prepare(weight: Tensor, call: Call, name: str) -> bool:
+    """Whether the candidate could make what it wants of `weight`, which is kept for its next call."""
+    try:
+        prepared(weight, call, name)
+    except RuntimeError:
+        return False  # as oneDNN refuses some geometries
+    return True
 
 
 def fits(call: Call, bias: Tensor | None, residual: Tensor | None) -> bool:
