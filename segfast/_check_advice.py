@@ -13,7 +13,7 @@ def advice(found: "CheckResult") -> str:
     on_gpu = found.device.type == "cuda"
     if found.train and not on_gpu:
         why = "On a CPU it is measured for inference alone what runs a layer: try it without --train."
-        return "" if found.worth_it else why
+        return "" if found.worth_it or found.left_as_it_was else why
     sentences = []
     gain = found.report.gain
     if gain is not None and gain.unmeasured:

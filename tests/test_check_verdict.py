@@ -164,6 +164,9 @@ class TestAdvice:
         agreed = Difference(0.0, 0.0, "weight")
         assert "try it without --train" in advice(result(timing(1), timing(1), gradient=agreed))
         assert advice(result(timing(2), timing(1), gradient=agreed)) == ""
+        # Without it `optimize` has found nothing faster either.
+        left = Report((), gain=Gain(2, 3, "as given", 1, kept=False))
+        assert advice(result(timing(1), timing(1), gradient=agreed, report=left)) == ""
 
     @pytest.mark.parametrize("train", [False, True])
     def test_on_a_gpu(self, monkeypatch, train):

@@ -1,5 +1,7 @@
 """The README's example runs, and its commands exist; docs/optimize.md's run, and it says what is so."""
 
+import argparse
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -8,9 +10,9 @@ import pytest
 import torch
 
 import segfast
-from segfast import _choose
+from segfast import _choose, _tune
 from segfast.cli import COMMANDS
-from segfast.ops import _choice
+from segfast.ops import _apart, _choice
 from segfast.ops._call import CANDIDATES
 from segfast.ops._choice import ATEN
 from segfast.ops._choice_files import path
@@ -69,6 +71,18 @@ def test_the_page_on_optimize_lists_the_candidates():
     assert sorted(named["On a CPU"]) == sorted({name for some in CANDIDATES.values() for name in some})
     assert sorted(named["On a GPU"]) == sorted({ATEN, TRITON, PARTS, *CALLS})
     assert "four of each kernel" in OPTIMIZE and FEW == 4
+
+
+def test_the_page_on_optimize_gives_the_numbers_that_are_so():
+    page = " ".join(OPTIMIZE.split())
+    assert "at least 2 % faster" in page and _choose._WORTH_IT == 0.98
+    assert "at most 4 times smaller or larger" in page and _choice.FARTHEST == 4
+    budget = inspect.signature(segfast.optimize).parameters["budget"].default
+    assert "`budget=` (60 seconds)" in page and budget == 60
+    parser = argparse.ArgumentParser()
+    _tune.add_arguments(parser)
+    assert "with ten minutes and all tiles" in page and parser.get_default("budget") == 600
+    assert "level INFO" in page and _apart.log.name == "segfast"
 
 
 @pytest.mark.measures

@@ -1,5 +1,8 @@
 """Candidates are verified and timed; the fastest right one is remembered and runs where its call returns."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -344,6 +347,43 @@ class TestAutotune:
         assert [choice.name for choice in choices().measured.values()] == ["onednn"]
         segfast.functional.conv2d(x, torch.randn(6, 8, 5, 5))
         assert len(measured) == 1
+
+    @pytest.mark.parametrize("looks_on", ["compile", "export", "trace", "vmap", "gradients"])
+    def test_nothing_is_measured_where_somebody_looks_on(self, looks_on, cache, monkeypatch):
+        monkeypatch.setattr(_measure, "measure", None)
+        x, w = torch.randn(1, 8, 9, 9), torch.randn(6, 8, 3, 3)
+        plain = torch.nn.Module()
+        plain.forward = lambda t: segfast.functional.conv2d(t, w)
+        with segfast.autotune(), torch.set_grad_enabled(looks_on == "gradients"):
+            if looks_on == "compile":
+                torch.compile(plain.forward, backend="eager", fullgraph=True)(x)
+            elif looks_on == "export":
+                torch.export.export(plain, (x,))
+            elif looks_on == "trace":
+                torch.jit.trace(plain.forward, x, check_trace=False)
+            elif looks_on == "vmap":
+                torch.func.vmap(plain.forward)(x[None])
+            else:
+                plain.forward(x.requires_grad_()).sum().backward()
+        assert not choices().measured
+
+    def test_a_variable_asks_for_it_in_a_whole_program(self, cache):
+        code = (
+            "import torch, segfast\n"
+            "from segfast.ops import _choice, _measure\n"
+            "_measure.measure = lambda call: _choice.Choice('aten', {})\n"
+            "with torch.no_grad():\n"
+            "    segfast.functional.conv2d(torch.randn(1, 8, 9, 9), torch.randn(6, 8, 3, 3))\n"
+            "print(len(_choice.choices().measured), _choice.measures_unseen())\n"
+        )
+        for value, printed in (("1", "1 True"), ("0", "0 False"), (None, "0 False")):
+            environment = {k: v for k, v in os.environ.items() if k != "SEGFAST_AUTOTUNE"}
+            environment |= {"SEGFAST_CACHE": str(cache / str(value))}
+            environment |= {} if value is None else {"SEGFAST_AUTOTUNE": value}
+            run = subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            )
+            assert run.stdout.strip() == printed
 
     @pytest.mark.measures
     def test_what_torch_refuses_torch_refuses(self, cache):

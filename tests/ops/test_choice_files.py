@@ -87,6 +87,26 @@ class TestFiles:
         assert turns == [("_read", True), ("replace", True)]
         assert not is_taken(_choice_files.path())
 
+    def test_where_it_is(self, monkeypatch, tmp_path):
+        for name in ("SEGFAST_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert _choice_files.path().parent == tmp_path / "home" / ".cache" / "segfast" / "choices"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert _choice_files.path().parent == tmp_path / "xdg" / "segfast" / "choices"
+        monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "own"))
+        assert _choice_files.path().parent == tmp_path / "own" / "choices"
+
+    def test_fewer_instructions_are_another_machine(self, monkeypatch):
+        path = _choice_files.path()
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+        _choice_files.machine.cache_clear()
+        try:
+            assert _choice_files.path() != path
+        finally:
+            monkeypatch.undo()
+            _choice_files.machine.cache_clear()
+
     def test_other_versions_have_another_file(self, monkeypatch):
         path = _choice_files.path()
         here = _choice_files.machine()
