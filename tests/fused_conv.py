@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import segfast
+
 from .tolerances import assert_close_to_reference
 
 # For tests of both backends: each runs in the session that can run it.
@@ -126,3 +128,19 @@ def check_fused(
     return check_layer(
         function, fused(conv), tensors, depth, activations={"activation": activation}, **geometry
     )
+
+
+def precisions_of(run: Callable[[], object]) -> list[set[str]]:
+    """In which precisions products of fp32 are launched by `run`, under cuDNN's "ieee", "tf32" and "ieee"."""
+    conv, found = torch.backends.cudnn.conv, []
+    before = conv.fp32_precision
+    try:
+        with segfast.backend("triton"), segfast.kernels.record_launches() as launches:
+            for precision in ("ieee", "tf32", "ieee"):
+                conv.fp32_precision = precision
+                launches.clear()
+                run()
+                found.append({plan.constants.get("PRECISION") for plan, _ in launches} - {None})
+    finally:
+        conv.fp32_precision = before
+    return found

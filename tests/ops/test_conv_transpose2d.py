@@ -3,16 +3,13 @@
 Its own samples, errors, memory formats, gradients.
 """
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import segfast
 from segfast.functional import conv_transpose2d
-from tests.fused_conv import ACTIVATIONS, BACKENDS, check_fused, draw, fused, values_and_gradients
+from tests.fused_conv import BACKENDS, check_fused, draw
 
 DTYPES = {
     "aten": [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128],
@@ -131,125 +128,6 @@ def test_memory_formats_are_torchs(shape, backend):
                 assert torch.allclose(a, b, atol=1e-3, rtol=1e-4), f"gradient of {name}, {what}"
 
 
-UPSTREAM = {
-    "sum": lambda y: y.sum(),
-    "expanded": lambda y: (y * y.new_ones(1).expand_as(y)).sum(),
-    "cat first": lambda y: torch.cat([y, y.detach()], 1).square().sum(),
-    "cat second": lambda y: torch.cat([y.detach(), y], 1).square().sum(),
-    "cat batch": lambda y: torch.cat([y.detach(), y], 0).square().sum(),
-    "channel slice": lambda y: y[:, 1:].square().sum(),
-    "row slice": lambda y: y[:, :, 1:-1].square().sum(),
-    "every other": lambda y: y[..., ::2].square().sum(),
-    "permuted": lambda y: (y.permute(0, 2, 3, 1) * draw(*y.permute(0, 2, 3, 1).shape)).sum(),
-    "transposed": lambda y: (y.transpose(2, 3) * draw(*y.transpose(2, 3).shape)).sum(),
-    "one pixel": lambda y: y[0, 0, 0, 0],
-    "mean": lambda y: y.mean((2, 3)).square().sum(),
-}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("upstream", UPSTREAM)
-def test_upstream_gradients_of_any_strides(upstream, channels_last, backend, poisoned_empty):
-    tensors = {
-        "input": draw(2, 5, 3, 4, channels_last=channels_last),
-        "weight": draw(5, 4, 3, 3, channels_last=channels_last),
-        "bias": draw(4),
-        "scale": draw(4, seed=1),
-        "shift": draw(4, seed=2),
-        "residual": draw(2, 4, 6, 8, channels_last=channels_last),
-    }
-    geometry = {"stride": 2, "padding": 1, "output_padding": 1, "activation": "leaky_relu"}
-    results = []
-    for function, wide, slope in (
-        (fused(F.conv_transpose2d), True, {}),
-        (conv_transpose2d, False, {"negative_slope": 0.2}),
-    ):
-        leaves = {name: (t.double() if wide else t.clone()).requires_grad_() for name, t in tensors.items()}
-        with segfast.backend(backend):
-            UPSTREAM[upstream](function(**leaves, **geometry, **slope)).backward()
-        results.append({name: leaf.grad for name, leaf in leaves.items()})
-    for name, reference in results[0].items():
-        scale = reference.abs().max().item() + 1
-        torch.testing.assert_close(
-            results[1][name].double(), reference, atol=1e-5 * scale, rtol=1e-5, msg=name
-        )
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_of_the_fused_epilogue(activation):
-    slope = 0.2 if activation == "leaky_relu" else 0.01
-    wide = {"dtype": torch.float64}
-    args = [
-        draw(1, 2, 2, 2, **wide),
-        draw(2, 2, 2, 2, **wide),
-        draw(2, **wide),
-        draw(2, seed=1, **wide),
-        draw(2, seed=2, **wide),
-        draw(1, 2, 3, 3, **wide),
-    ]
-
-    def run(input, weight, bias, scale, shift, residual):
-        options = {"activation": activation, "negative_slope": slope}
-        return conv_transpose2d(input, weight, bias, scale=scale, shift=shift, residual=residual, **options)
-
-    assert torch.autograd.gradcheck(run, [a.requires_grad_() for a in args])
-    if activation != "hardsigmoid":  # torch's has no second derivative
-        assert torch.autograd.gradgradcheck(run, args)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_double_backward_of_the_kernels(activation, poisoned_empty):
-    names = ("input", "weight", "bias", "scale", "shift", "residual")
-    shapes = ((2, 4, 3, 2), (4, 3, 3, 3), (3,), (3,), (3,), (2, 3, 6, 4))
-    tensors = {n: draw(*s, seed=i) for i, (n, s) in enumerate(zip(names, shapes, strict=True))}
-    geometry = {"stride": 2, "padding": 1, "output_padding": 1, "activation": activation}
-    slope = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
-    results = []
-    reference = fused(F.conv_transpose2d)
-    if activation == "hardsigmoid":  # torch's has no second derivative
-
-        def reference(*args, activation, **options):
-            return (fused(F.conv_transpose2d)(*args, activation=None, **options) + 3).clamp(0, 6) / 6
-
-    for function, dtype, options in (
-        (reference, torch.float64, {}),
-        (conv_transpose2d, torch.float32, slope),
-    ):
-        leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
-        with segfast.backend("triton"):
-            y = function(**dict(zip(names, leaves, strict=True)), **geometry, **options)
-            grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-            penalty = sum((g * draw(*g.shape, seed=7).to(dtype)).sum() for g in grads)
-            results.append(torch.autograd.grad(penalty, leaves))
-    for name, reference, actual in zip(names, *results, strict=True):
-        assert (actual - reference).abs().max() <= 2e-5 * (reference.abs().max() + 1), name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradients_asked_for_are_computed(backend):
-    from segfast.kernels import _launch
-
-    for wanted in range(1, 8):
-        tensors = [draw(1, 3, 2, 2), draw(3, 2, 2, 2), draw(2)]
-        asked = [bool(wanted >> i & 1) for i in range(3)]
-        leaves = [t.requires_grad_(ask) for t, ask in zip(tensors, asked, strict=True)]
-        with segfast.backend(backend):
-            y = conv_transpose2d(*leaves, stride=2)
-        if backend == "triton":
-            with segfast.kernels.record_launches() as launches:
-                y.sum().backward()
-            ran = {plan.kernel.__name__ for plan, _ in launches if "conv" in plan.kernel.__name__}
-            kernels = ("_conv2d_forward_kernel", "_conv_transpose2d_grad_weight_kernel")
-            expected = {name for name, a in zip(kernels, asked, strict=False) if a}
-            assert ran == expected, asked
-            assert _launch._recorder is None
-        else:
-            y.sum().backward()
-        assert [t.grad is not None for t in tensors] == asked
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape", [(0, 3, 2, 2), (2, 3, 2, 2), (3, 2, 2)], ids=["empty", "batch", "unbatched"]
@@ -287,60 +165,3 @@ def test_autocast_casts_as_torch_does(backend):
     torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-3)
     with torch.autocast("cpu", enabled=False), segfast.backend(backend):
         assert conv_transpose2d(x, w, bias, 2).dtype == torch.float32
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_grad_modes(backend):
-    x, w = draw(1, 3, 2, 2), draw(3, 2, 2, 2).requires_grad_()
-    with segfast.backend(backend):
-        reference = conv_transpose2d(x, w, stride=2)
-        assert reference.requires_grad
-        with torch.no_grad():
-            y = conv_transpose2d(x, w, stride=2)
-        assert not y.requires_grad and torch.equal(y, reference)
-        with torch.inference_mode():
-            y = conv_transpose2d(x, w, stride=2)
-            assert y.is_inference() and torch.equal(y, reference)
-        assert not conv_transpose2d(x, w.detach(), stride=2).requires_grad
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_backward_keeps_the_backend_of_its_forward(backend):
-    # The choice is made once, in the forward; the setting at the time of backward does not matter.
-    x, w = draw(1, 3, 2, 2).requires_grad_(), draw(3, 2, 2, 2)
-    with segfast.backend(backend):
-        y = conv_transpose2d(x, w, stride=2, activation="silu")
-    other = "aten" if backend == "triton" else "auto"
-    with segfast.backend(other):
-        (grad,) = torch.autograd.grad(y.sum(), x)
-    expected = values_and_gradients(
-        fused(F.conv_transpose2d), {"input": x, "weight": w}, torch.ones_like, stride=2, activation="silu"
-    )
-    torch.testing.assert_close(grad, expected["input"])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_hooks_see_the_gradient_once_and_may_change_it(backend):
-    x, w, seen = draw(1, 3, 2, 2).requires_grad_(), draw(3, 2, 2, 2).requires_grad_(), []
-    with segfast.backend(backend):
-        y = conv_transpose2d(x, w, stride=2, activation="sigmoid")
-        y.register_hook(lambda g: seen.append("output") or 2 * g)
-        w.register_hook(lambda g: seen.append("weight"))
-        w.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
-        y.sum().backward()
-        doubled = w.grad.clone()
-        w.grad = None
-        conv_transpose2d(x, w, stride=2, activation="sigmoid").sum().backward()
-    assert seen[:3] == ["output", "weight", "accumulated"]
-    torch.testing.assert_close(doubled, 2 * w.grad)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_module_survives_deepcopy_and_pickle(backend):
-    layer = segfast.nn.ConvTranspose2d(3, 2, 2, stride=2, activation="leaky_relu", negative_slope=0.3)
-    x = draw(1, 3, 2, 2)
-    with segfast.backend(backend), torch.no_grad():
-        copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
-        assert all(torch.equal(layer(x), twin(x)) for twin in copies)
-        expected = F.leaky_relu(F.conv_transpose2d(x, layer.weight, layer.bias, 2), 0.3)
-        torch.testing.assert_close(layer(x), expected)

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import segfast
 from segfast.functional import gaussian_filter, mean_field
-from segfast.ops import OPERATORS
 from tests.fused_conv import draw
-from tests.operators import check_decomposition, check_fake, operators_of
 
 METHODS = ("lattice", "exact")
 SIZE = (5, 6)
@@ -38,66 +35,6 @@ def refine(method="lattice", **tensors):
 def with_gradients(function, tensors):
     result = function(**tensors)
     return result, *torch.autograd.grad(result.square().sum(), list(tensors.values()))
-
-
-def operator_calls(channels_last: bool):
-    """(operator, arguments), with everything and with next to nothing."""
-    values, unary = (draw(2, c, *SIZE, seed=c, channels_last=channels_last) for c in (2, 3))
-    features, rows = draw(2, 4, *SIZE, seed=7), draw(2, 30, 4, seed=8)
-    matrix, diagonal, gamma = draw(3, 3), draw(3, seed=1), torch.tensor([1.5, 2.0])
-    for method, normalization in (("lattice", "symmetric"), ("exact", None)):
-        options = method, normalization, 0.01, "auto"
-        yield OPERATORS["gaussian_filter"].overload, (values, features, *options)
-        for needs in ([True, False], [True, True]):
-            backward = OPERATORS["gaussian_filter_backward"].overload
-            yield backward, (values, 2 * values, features, *options, needs)
-        both = (
-            rows,
-            matrix,
-            diagonal,
-            gamma,
-            None,
-            2,
-            normalization,
-            method,
-            0.01,
-            False,
-            None,
-            None,
-            "auto",
-        )
-        thetas = [3.0, 3.0], [9.0]
-        one = (None, None, matrix, None, [1.5, 2.0], 1, normalization, method, 0.01, True, *thetas, "auto")
-        for rest, needs in ((both, [True] * 5), (one, [True, False, False, True, False])):
-            yield OPERATORS["mean_field"].overload, (unary, *rest)
-            yield OPERATORS["mean_field_backward"].overload, (unary + 1, unary, *rest, needs)
-    points = values.flatten(2)
-    yield (
-        OPERATORS["gaussian_filter"].overload,
-        (points, features.flatten(2), "lattice", "after", 0.0, "auto"),
-    )
-
-
-CALLS = {
-    f"{call[0]._name.removeprefix('segfast::')} {i} {layout}": call
-    for layout in ("nchw", "channels_last")
-    for i, call in enumerate(operator_calls(layout == "channels_last"))
-}
-
-
-def test_every_operator_has_a_call_here():
-    assert {name.split()[0] for name in CALLS} == operators_of("dense_crf")
-
-
-@pytest.mark.parametrize("name", [name for name in CALLS if name.endswith("nchw")])
-def test_opcheck(name):
-    torch.library.opcheck(*CALLS[name])
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_fakes_and_decompositions(name):
-    check_fake(*CALLS[name])
-    check_decomposition(*CALLS[name])
 
 
 @pytest.mark.compat
@@ -224,17 +161,6 @@ def test_flops():
     mixing = 2 * 2 * pixels * (3 * 3 + 3 * 3)
     composing = 2 * 3**3
     assert counter.get_total_flops() == 2 * (2 * filters + mixing) + composing
-
-
-def test_fake_and_meta_tensors_know_the_shape():
-    for channels_last in (False, True):
-        unary, image = draw(2, 4, *SIZE, channels_last=channels_last), draw(2, 3, *SIZE)
-        real = mean_field(unary, image)
-        with FakeTensorMode() as mode:
-            fake = mean_field(mode.from_tensor(unary), mode.from_tensor(image))
-        meta = mean_field(unary.to("meta"), image.to("meta"))
-        for other in (fake, meta):
-            assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

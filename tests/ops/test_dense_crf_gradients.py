@@ -43,16 +43,6 @@ def test_filter_gradients(method, normalization):
     assert grad_values.abs().max() > 1e-2 and grad_features.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_of_filter_gradients(method):
-    values, features = draw(1, 2, 6), draw(1, 2, 6, seed=1)
-
-    def function(values, features):
-        return gaussian_filter(values, features, method=method, normalization="symmetric") ** 2
-
-    assert torch.autograd.gradgradcheck(function, (values, features))
-
-
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_exact_gradients_are_the_matrix_s(normalization, monkeypatch):
     """With more points than a chunk takes rows."""

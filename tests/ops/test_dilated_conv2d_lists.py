@@ -17,7 +17,7 @@ from tests.dilated import (
     pyramid,
     tiles,
 )
-from tests.fused_conv import ACTIVATIONS, BACKENDS, draw
+from tests.fused_conv import BACKENDS, draw
 
 
 @pytest.fixture(autouse=True)
@@ -43,34 +43,6 @@ def gradients(function, tensors, **options):
     y = function(**leaves, **options)
     g = draw(*y.shape, seed=5).to(y.dtype)
     return y.detach(), dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), g), strict=True))
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_of_a_list(activation):
-    tensors = images_of(torch.float64)
-    slope = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
-
-    def run(*values):
-        named = dict(zip(tensors, values, strict=True))
-        return conv2d_of_images(**named, padding=1, activation=activation, **slope)
-
-    leaves = [t.requires_grad_() for t in tensors.values()]
-    assert torch.autograd.gradcheck(run, leaves)
-    if activation in (None, "silu"):
-        assert torch.autograd.gradgradcheck(run, leaves)
-
-
-def test_gradcheck_of_parallel():
-    tensors = pyramid((1, 2, 3, 4), (2, 1, 2), (1, 3, (1, 3)), dtype=torch.float64)
-
-    def run(*values):
-        return parallel_of_named(
-            **dict(zip(tensors, values, strict=True)), dilations=(1, 2, 3), activation="silu"
-        )
-
-    leaves = [t.requires_grad_() for t in tensors.values()]
-    assert torch.autograd.gradcheck(run, leaves)
-    assert torch.autograd.gradgradcheck(run, leaves)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -124,18 +96,6 @@ def test_one_image_twice(backend):
         actual = torch.autograd.grad(y.square().sum(), x)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(actual, torch.autograd.grad(expected.square().sum(), x), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.interpreter
-def test_only_the_gradients_asked_for_are_computed_of_a_list():
-    tensors = images_of()
-    images = [tensors["input"], tensors["input1"].requires_grad_()]
-    with segfast.backend("triton"):
-        y = conv2d(images, tensors["weight"])
-        with segfast.kernels.record_launches() as recorded:
-            y.sum().backward()
-    assert [p.kernel.__name__ for p, _ in recorded] == ["_conv2d_forward_kernel"]
-    assert images[0].grad is None and images[1].grad is not None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

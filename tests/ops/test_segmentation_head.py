@@ -16,9 +16,8 @@ from segfast.ops.segmentation_head import (
     chunked,
     formulas,
 )
-from segfast.ops.segmentation_head.geometry import upsample
+from tests.conformance.test_operators import operator_calls
 from tests.fused_conv import BACKENDS, INTERPRETING_ONLY, draw
-from tests.operators import check_decomposition, check_fake, operators_of
 from tests.upsampled import (
     GEOMETRIES,
     IGNORED,
@@ -136,20 +135,6 @@ def test_gradcheck_and_gradgradcheck(geometry):
     assert torch.autograd.gradcheck(dice_loss, logits) and torch.autograd.gradgradcheck(dice_loss, logits)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_is_torchs(backend, poisoned_empty):
-    logits, target, geometry = small()
-    penalties = []
-    for function, leaf in ((cross_entropy, logits.double()), (ours, logits), (dice, logits.double()),
-                           (our_dice, logits)):  # fmt: skip
-        leaf = leaf.clone().requires_grad_()
-        with segfast.backend(backend):
-            (first,) = torch.autograd.grad(function(leaf, target, **geometry), leaf, create_graph=True)
-            penalties.append(torch.autograd.grad(first.square().sum(), leaf)[0])
-    torch.testing.assert_close(penalties[1].double(), penalties[0], atol=1e-7, rtol=1e-4)
-    torch.testing.assert_close(penalties[3].double(), penalties[2], atol=1e-7, rtol=1e-4)
-
-
 LAYOUTS = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "slice": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
@@ -179,65 +164,6 @@ def test_logits_targets_and_gradients_of_any_strides(layout, backend, poisoned_e
         torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def operator_calls(channels_last):
-    """(operator, arguments): each with everything, and with next to nothing."""
-    logits, target, _ = small(channels_last=channels_last)
-    weight, grads, sums = torch.rand(3), draw(2, 5, 7), draw(3, 3)
-    by_factor, corners, nearest = (
-        ([5, 7], "bilinear", False, [1.7, 1.8]),
-        ([5, 7], "bilinear", True, None),
-        ([5, 7], "nearest", False, None),
-    )
-
-    def lse(resampling):
-        return torch.logsumexp(upsample(logits, *resampling), 1)
-
-    yield CROSS_ENTROPY, (logits, target, weight, *by_factor, IGNORED, 0.1, True)
-    yield CROSS_ENTROPY, (logits, target, None, *corners, IGNORED, 0.0, False)
-    options = (*nearest, IGNORED, 0.1)
-    yield CROSS_ENTROPY_BACKWARD, (grads, logits, target, weight, lse(nearest), *options)
-    options = (*by_factor, IGNORED, 0.0)
-    yield CROSS_ENTROPY_BACKWARD, (torch.tensor(0.7), logits, target, None, lse(by_factor), *options)
-    yield ARGMAX, (logits, *by_factor, True)
-    yield ARGMAX, (logits, *nearest, False)
-    yield DICE_SUMS, (logits, target, *by_factor, IGNORED)
-    yield DICE_SUMS_BACKWARD, (sums, logits, target, lse(corners), *corners, IGNORED)
-
-
-CALLS = {
-    f"{call[0].name} {i} {'channels_last' if channels_last else 'nchw'}": call
-    for channels_last in (False, True)
-    for i, call in enumerate(operator_calls(channels_last))
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name):
-    operator, args = CALLS[name]
-    torch.library.opcheck(operator.overload, args)
-
-
-@INTERPRETING_ONLY
-@pytest.mark.parametrize("name", [name for name in CALLS if "channels_last" in name])
-def test_opcheck_of_the_kernels(name):
-    # The same operators: this session's implementation is the kernels.
-    operator, args = CALLS[name]
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator.overload, args, test_utils=tests)
-
-
-def test_every_operator_has_a_call_here():
-    assert {name.split()[0] for name in CALLS} == operators_of("segmentation_head")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_fakes_and_decompositions_are_the_real_thing(backend):
-    # In each session what runs there, kernels or tiles.
-    for operator, args in CALLS.values():
-        check_fake(operator.overload, args)
-        check_decomposition(operator.overload, args)
-
-
 TWINS = {
     CROSS_ENTROPY: (chunked.cross_entropy, formulas.cross_entropy),
     CROSS_ENTROPY_BACKWARD: (chunked.cross_entropy_gradient, formulas.cross_entropy_gradient),
@@ -247,12 +173,12 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_tiles_and_definitions_agree(name):
+@pytest.mark.parametrize("operator", TWINS)
+def test_tiles_and_definitions_agree(operator):
     # The definition is what a decomposition computes.
-    operator, args = CALLS[name]
     tiled, plain = TWINS[operator]
-    torch.testing.assert_close(tiled(*args), plain(*args))
+    for args in operator_calls()[operator.name]:
+        torch.testing.assert_close(tiled(*args), plain(*args))
 
 
 def forward_pass(logits, target, weight):
@@ -395,32 +321,10 @@ def test_an_empty_batch_is_torchs():
     assert upsample_argmax(logits, 4).shape == (0, 4, 4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_grad_modes(backend):
-    logits, target, geometry = small()
-    leaf = logits.clone().requires_grad_()
-    with segfast.backend(backend):
-        expected = ours(leaf, target, **geometry)
-        with torch.no_grad():
-            assert not ours(leaf, target, **geometry).requires_grad
-        with torch.inference_mode():
-            assert torch.equal(ours(leaf, target, **geometry), expected)
-        # What inference mode has left in a cache serves training.
-        ours(leaf, target, **geometry).backward()
-        assert not upsample_argmax(leaf, return_confidence=True, **geometry)[1].requires_grad
-
-
 def test_the_target_gives_the_size():
     logits, target, geometry = small()
     assert torch.equal(ours(logits, target), ours(logits, target, **geometry))
     assert torch.equal(our_dice(logits, target), our_dice(logits, target, **geometry))
-
-
-def test_flops_are_counted():
-    logits, target, geometry = small()
-    with FlopCounterMode(display=False) as counter:
-        ours(logits.requires_grad_(), target, **geometry).backward()
-    assert counter.get_total_flops() == 3 * 8 * 2 * 3 * 5 * 7
 
 
 def test_the_threads_that_compute_do_not_decide_the_result():

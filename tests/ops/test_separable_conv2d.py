@@ -4,9 +4,7 @@ torch's own samples, memory formats, gradients, grad modes, the ATen path.
 """
 
 import contextlib
-import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -15,14 +13,11 @@ import torch.nn.functional as F
 import segfast
 from segfast.functional import depthwise_conv2d, separable_conv2d
 from segfast.kernels import Config, override_config
-from segfast.ops import separable_conv2d as family
-from tests.fused_conv import ACTIVATIONS, BACKENDS, draw, fused
+from tests.fused_conv import BACKENDS, draw, precisions_of
 from tests.separable import (
-    VECTORS,
     check_depthwise,
     define_separable,
-    depthwise_operands,
-    plain_depthwise,
+    in_form,
     separable_operands,
 )
 
@@ -195,190 +190,6 @@ def test_memory_formats_of_the_separable_operator_are_torchs(shape, backend):
         assert backend == "triton" or torch.allclose(actual, expected, atol=1e-5), what
 
 
-UPSTREAM = {
-    "sum": lambda y: y.sum(),
-    "expanded": lambda y: (y * y.new_ones(1).expand_as(y)).sum(),
-    "cat first": lambda y: torch.cat([y, y.detach()], 1).square().sum(),
-    "cat second": lambda y: torch.cat([y.detach(), y], 1).square().sum(),
-    "cat batch": lambda y: torch.cat([y.detach(), y], 0).square().sum(),
-    "channel slice": lambda y: y[:, 1:].square().sum(),
-    "row slice": lambda y: y[:, :, 1:-1].square().sum(),
-    "every other": lambda y: y[..., ::2].square().sum(),
-    "permuted": lambda y: (y.permute(0, 2, 3, 1) * draw(*y.permute(0, 2, 3, 1).shape)).sum(),
-    "transposed": lambda y: (y.transpose(2, 3) * draw(*y.transpose(2, 3).shape)).sum(),
-    "one pixel": lambda y: y[0, 0, 0, 0],
-    "mean": lambda y: y.mean((2, 3)).square().sum(),
-}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("channels_last", "upstream"),
-    [
-        *itertools.product((True,), UPSTREAM),
-        *itertools.product((False,), ("sum", "cat second", "transposed")),
-    ],
-)
-def test_upstream_gradients_of_any_strides(upstream, channels_last, backend, poisoned_empty):
-    depthwise = depthwise_operands((2, 3, 5, 3), vectors=VECTORS, channels_last=channels_last)
-    separable = separable_operands((2, 3, 5, 3), 4, residual_shape=(2, 4, 3, 3), channels_last=channels_last)
-    geometry = {"stride": (2, 1), "padding": 1, "activation": "leaky_relu"}
-    # On the separable operator those whose strides differ most: its backward goes through the depthwise one.
-    both = backend == "aten" or upstream in ("sum", "cat second", "permuted", "every other")
-    for tensors, definition, function in (
-        (depthwise, fused(plain_depthwise), depthwise_conv2d),
-        (separable, define_separable, separable_conv2d),
-    )[: 1 + both]:
-        results = []
-        for run, wide, slope in ((definition, True, {}), (function, False, {"negative_slope": 0.2})):
-            leaves = {n: (t.double() if wide else t.clone()).requires_grad_() for n, t in tensors.items()}
-            with segfast.backend(backend):
-                UPSTREAM[upstream](run(**leaves, **geometry, **slope)).backward()
-            results.append({name: leaf.grad for name, leaf in leaves.items()})
-        for name, reference in results[0].items():
-            scale = reference.abs().max().item() + 1
-            torch.testing.assert_close(
-                results[1][name].double(), reference, atol=1e-5 * scale, rtol=1e-5, msg=name
-            )
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_of_the_functionals(activation):
-    slope = 0.2 if activation == "leaky_relu" else 0.01
-    options = {"padding": 1, "stride": (1, 2), "activation": activation, "negative_slope": slope}
-    wide = {"dtype": torch.float64, "channels_last": False}
-    depthwise = depthwise_operands((1, 2, 2, 3), kernel=(3, 2), vectors=VECTORS, **wide)
-    separable = separable_operands((1, 2, 2, 3), 2, kernel=(3, 2), residual_shape=(1, 2, 2, 2), **wide)
-    for function, tensors in ((depthwise_conv2d, depthwise), (separable_conv2d, separable)):
-        leaves = [t.requires_grad_() for t in tensors.values()]
-        extra = {"depthwise_activation": activation} if function is separable_conv2d else {}
-
-        def run(*leaves, function=function, names=tuple(tensors), extra=extra):
-            return function(**dict(zip(names, leaves, strict=True)), **options, **extra)
-
-        assert torch.autograd.gradcheck(run, leaves)
-        if activation != "hardsigmoid":  # torch's has no second derivative
-            assert torch.autograd.gradgradcheck(run, leaves)
-
-
-@pytest.mark.parametrize("activation", [None, "relu6", "leaky_relu", "silu", "hardsigmoid"])
-def test_gradcheck_through_the_operators(activation):
-    # The Functions around the registered operators, which the ATen path of the functionals passes by.
-    wide = {"dtype": torch.float64, "channels_last": True}
-    stride, padding, dilation = (2, 1), (1, 1), (1, 2)
-    tensors = depthwise_operands((1, 2, 4, 4), 2, vectors=VECTORS, **wide)
-    leaves = [t.requires_grad_() for t in tensors.values()]
-    options = (stride, padding, dilation, activation, 0.2)
-
-    def statistics(*leaves):
-        y, sums = family.forward_with_statistics(*leaves, *options)
-        return y, sums[:, 0], sums[:, 1]
-
-    for run in (lambda *leaves: family.forward(*leaves, *options), statistics):
-        assert torch.autograd.gradcheck(run, leaves)
-        assert torch.autograd.gradgradcheck(run, leaves, atol=1e-4)
-
-
-@pytest.mark.parametrize("activations", [(None, None), ("relu6", "silu"), ("gelu", "sigmoid")], ids=str)
-def test_gradcheck_through_the_separable_operator(activations):
-    tensors = separable_operands((1, 2, 3, 2), 2, kernel=2, residual_shape=(1, 2, 2, 3), dtype=torch.float64)
-    names = ("input", "depthwise_weight", "depthwise_bias", "depthwise_scale", "depthwise_shift",
-             "pointwise_weight", "bias", "scale", "shift", "residual")  # fmt: skip
-    leaves = [tensors[name].requires_grad_() for name in names]
-
-    def run(*leaves):
-        return family.separable(*leaves, (2, 1), (1, 1), (1, 1), *activations, 0.2)
-
-    assert torch.autograd.gradcheck(run, leaves)
-    assert torch.autograd.gradgradcheck(run, leaves)
-
-
-def test_gradcheck_of_the_gradients():
-    grad, x, w = (
-        draw(*s, dtype=torch.float64).requires_grad_() for s in ((1, 4, 3, 2), (1, 2, 4, 4), (4, 1, 2, 3))
-    )
-    geometry = ((1, 2), (0, 1), (1, 1))
-    for run, leaves in (
-        (lambda g, w: family.grad_of_input(g, w, 2, 4, 4, *geometry), (grad, w)),
-        (lambda g, x: family.grad_of_weight(g, x, w, *geometry), (grad, x)),
-    ):
-        assert torch.autograd.gradcheck(run, leaves)
-        assert torch.autograd.gradgradcheck(run, leaves)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
-def test_double_backward_of_the_kernels(activation, poisoned_empty):
-    slope = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
-    both = {"activation": activation, "depthwise_activation": activation}
-    for function, definition, tensors, geometry, options in (
-        (depthwise_conv2d, fused(plain_depthwise), depthwise_operands((1, 3, 4, 3), vectors=VECTORS),
-         {"stride": 2, "padding": 1}, {"activation": activation}),
-        (separable_conv2d, define_separable, separable_operands((1, 3, 3, 3), 2, residual_shape=(1, 2, 3, 3)),
-         {"padding": 1}, both),
-    ):  # fmt: skip
-        results = []
-        for run, dtype, extra in ((definition, torch.float64, {}), (function, torch.float32, slope)):
-            leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
-            with segfast.backend("triton"):
-                y = run(**dict(zip(tensors, leaves, strict=True)), **geometry, **options, **extra)
-                grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-                penalty = sum((g * draw(*g.shape, seed=7).to(dtype)).sum() for g in grads)
-                results.append(torch.autograd.grad(penalty, leaves))
-        for name, reference, actual in zip(tensors, *results, strict=True):
-            assert (actual - reference).abs().max() <= 2e-5 * (reference.abs().max() + 1), name
-
-
-@pytest.mark.interpreter
-def test_double_backward_of_the_statistics(poisoned_empty):
-    tensors = depthwise_operands((2, 3, 3, 3))
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
-        with segfast.backend("aten" if dtype == torch.float64 else "triton"):
-            y, total, squares = depthwise_conv2d(
-                *leaves, padding=1, activation="silu", return_statistics=True
-            )
-            loss = (y.square().sum() + total.square().sum() + squares.square().sum()) / 100
-            grads = torch.autograd.grad(loss, leaves, create_graph=True)
-            results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
-    for name, reference, actual in zip(tensors, *results, strict=True):
-        assert (actual - reference).abs().max() <= 3e-5 * (reference.abs().max() + 1), name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradients_asked_for_are_computed(backend):
-    for wanted in range(1, 8):
-        tensors = [draw(1, 3, 3, 3), draw(3, 1, 3, 3), draw(3)]
-        asked = [bool(wanted >> i & 1) for i in range(3)]
-        leaves = [t.requires_grad_(ask) for t, ask in zip(tensors, asked, strict=True)]
-        with segfast.backend(backend):
-            y = depthwise_conv2d(*leaves, stride=2, padding=1)
-        if backend == "triton":
-            with segfast.kernels.record_launches() as launches:
-                y.sum().backward()
-            ran = {plan.kernel.__name__ for plan, _ in launches if "reduce" not in plan.kernel.__name__}
-            kernels = ("_depthwise_conv2d_phases_kernel", "_depthwise_conv2d_grad_weight_rows_kernel")
-            assert ran == {n for n, a in zip(kernels, asked, strict=False) if a}, asked
-        else:
-            y.sum().backward()
-        assert [t.grad is not None for t in tensors] == asked
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradients_asked_for_are_computed_of_the_separable_operator(backend):
-    tensors = separable_operands((1, 3, 3, 3), 2, residual_shape=(1, 2, 3, 3))
-    options = {"padding": 1, "depthwise_activation": "relu", "activation": "silu"}
-    full = {name: t.clone().requires_grad_() for name, t in tensors.items()}
-    with segfast.backend(backend):
-        separable_conv2d(**full, **options).sum().backward()
-        for name in tensors:
-            leaves = {n: t.clone().requires_grad_(n == name) for n, t in tensors.items()}
-            separable_conv2d(**leaves, **options).sum().backward()
-            assert [n for n, t in leaves.items() if t.grad is not None] == [name]
-            torch.testing.assert_close(leaves[name].grad, full[name].grad)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(backend):
     x, w, b = draw(0, 3, 5, 4).requires_grad_(), draw(6, 1, 3, 3).requires_grad_(), draw(6).requires_grad_()
@@ -426,51 +237,6 @@ def test_autocast_casts_as_torch_does(dtype, backend):
         assert depthwise_conv2d(x, w, b).dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_grad_modes(backend):
-    x, w, p = draw(1, 3, 3, 3), draw(3, 1, 3, 3).requires_grad_(), draw(2, 3, 1, 1)
-    with segfast.backend(backend):
-        for run in (
-            lambda w: depthwise_conv2d(x, w, padding=1),
-            lambda w: separable_conv2d(x, w, p, padding=1),
-        ):
-            reference = run(w)
-            assert reference.requires_grad
-            with torch.no_grad():
-                y = run(w)
-            assert not y.requires_grad and torch.equal(y, reference)
-            with torch.inference_mode():
-                y = run(w)
-                assert y.is_inference() and torch.equal(y, reference)
-            assert not run(w.detach()).requires_grad
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_backward_keeps_the_backend_of_its_forward(backend):
-    x, w, p = draw(1, 3, 3, 3).requires_grad_(), draw(3, 1, 3, 3), draw(2, 3, 1, 1)
-    for function, definition, weights in (
-        (depthwise_conv2d, fused(plain_depthwise), (w,)),
-        (separable_conv2d, define_separable, (w, p)),
-    ):
-        with segfast.backend(backend):
-            y = function(x, *weights, padding=1, activation="silu")
-        with segfast.backend("aten" if backend == "triton" else "auto"):
-            (grad,) = torch.autograd.grad(y.sum(), x)
-        expected = torch.autograd.grad(definition(x, *weights, padding=1, activation="silu").sum(), x)
-        torch.testing.assert_close(grad, expected[0], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_module_survives_deepcopy_and_pickle(backend):
-    layer = segfast.nn.DepthwiseConv2d(3, 6, 3, padding=1, activation="leaky_relu", negative_slope=0.3)
-    x = draw(1, 3, 4, 4)
-    with segfast.backend(backend), torch.no_grad():
-        copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
-        assert all(torch.equal(layer(x), twin(x)) for twin in copies)
-        expected = F.leaky_relu(plain_depthwise(x, layer.weight, layer.bias, padding=1), 0.3)
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize("form", ["fused", "two kernels"])
 def test_upstream_of_a_chosen_form(form):
@@ -484,3 +250,11 @@ def test_upstream_of_a_chosen_form(form):
             separable_conv2d(**leaves, padding=1, activation="relu").sum().backward()
         results.append([leaf.grad for leaf in leaves.values()])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_two_kernels_do_not_forget_the_precision_either():
+    x, w = draw(1, 8, 3, 3, channels_last=True), draw(3, 3, 1, 8).permute(3, 2, 0, 1)
+    with in_form("two kernels"):
+        found = precisions_of(lambda: separable_conv2d(x, w, draw(8, 8, 1, 1)))
+    assert found == [{"tf32x3"}, {"tf32"}, {"tf32x3"}]

@@ -6,26 +6,9 @@ import torch.nn.functional as F
 
 import segfast
 from segfast.functional import up_concat
+from tests.conformance.families import define_up_concat as reference
 from tests.fused_conv import ACTIVATIONS, BACKENDS, INTERPRETING_ONLY, draw
 from tests.tolerances import assert_close_to_reference
-
-
-def reference(x, skip, weight, bias=None, stride=2, padding=0, activation=None):
-    """Said with torch's own layers.
-
-    Grow up to the skip by less than a stride, else crop the skip's centre.
-    """
-    layer = torch.nn.ConvTranspose2d(*weight.shape[:2], weight.shape[2:], stride, padding, device="meta")
-    strides = layer.stride
-    smallest = F.conv_transpose2d(x, weight, None, stride, padding).shape[2:]
-    size = [
-        have if have - up < s else up for up, have, s in zip(smallest, skip.shape[2:], strides, strict=True)
-    ]
-    extra = layer._output_padding(x, size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
-    up = ACTIVATIONS[activation](F.conv_transpose2d(x, weight, bias, stride, padding, extra))
-    top, left = ((have - want) // 2 for have, want in zip(skip.shape[2:], size, strict=True))
-    return torch.cat([skip[:, :, top : top + size[0], left : left + size[1]], up], 1)
-
 
 # x's and the skip's height and width, kernel, stride, padding.
 STEPS = {
@@ -165,63 +148,6 @@ def test_views_in_and_gradients_of_any_strides_out(form, backend, poisoned_empty
                 results.append(torch.autograd.grad(upstream(y), leaves))
         for name, actual, expected in zip(NAMES, *results, strict=True):
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradients_asked_for(backend):
-    tensors, geometry = operands("k2s2 cropped by 4")
-    for wanted in range(1, 16):
-        leaves = [t.clone().requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate(tensors)]
-        with segfast.backend(backend):
-            up_concat(*leaves, **geometry, activation="relu").sum().backward()
-        assert [t.grad is not None for t in leaves] == [t.requires_grad for t in leaves]
-
-
-def test_gradcheck():
-    shapes = ((1, 2, 1, 2), (1, 1, 3, 7), (2, 2, 2, 2), (2,))
-    leaves = [draw(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *a: up_concat(*a, activation="gelu"), leaves)
-    assert torch.autograd.gradgradcheck(lambda *a: up_concat(*a, activation="gelu"), leaves)
-
-
-@INTERPRETING_ONLY
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "sigmoid"])
-def test_double_backward_of_the_kernels(activation):
-    tensors, geometry = operands("k2s2 one side cropped, the other grown")
-    slope = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
-    results = []
-    for function, dtype, options in ((reference, torch.float64, {}), (up_concat, torch.float32, slope)):
-        leaves = [t.to(dtype).requires_grad_() for t in tensors]
-        with segfast.backend("triton"):
-            y = function(*leaves, **geometry, activation=activation, **options)
-            grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-            penalty = sum((g * draw(*g.shape, seed=3).to(dtype)).sum() for g in grads)
-            results.append(torch.autograd.grad(penalty, leaves))
-    for name, expected, actual in zip(NAMES, *results, strict=True):
-        assert (actual - expected).abs().max() <= 2e-5 * (expected.abs().max() + 1), name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_transforms(backend):
-    tensors, geometry = operands("k2s2 odd: 7 -> 3 -> 7")
-    x, skip, w, bias = tensors
-
-    def loss(w, x, skip, function=up_concat):
-        return function(x, skip, w, bias, **geometry, activation="silu").square().sum()
-
-    expected = torch.stack(
-        [
-            torch.func.grad(lambda w, i=i: loss(w, x[i : i + 1], skip[i : i + 1], reference))(w)
-            for i in range(2)
-        ]
-    )
-    with segfast.backend(backend):
-        actual = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(w, x[:, None], skip[:, None])
-        both = torch.func.vmap(lambda x, s: up_concat(x, s, w, bias, **geometry))(x[:, None], skip[:, None])
-        one = torch.func.vmap(lambda x: up_concat(x, skip[:1], w, bias, **geometry))(x[:, None])
-    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(both[:, 0], reference(x, skip, w, bias, **geometry), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(one[1], reference(x[1:], skip[:1], w, bias, **geometry), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
