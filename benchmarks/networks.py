@@ -43,11 +43,11 @@ def _smp(architecture: str, encoder: str) -> Network:
     return Network(f"smp_{architecture.lower()}_{short}", f"smp {architecture}, {encoder}", build)
 
 
-def _segfast(name: str) -> Network:
+def _segfast(name: str, num_classes: int = CLASSES) -> Network:
     def build() -> nn.Module:
         from segfast.models import create
 
-        return create(name, in_channels=3, num_classes=CLASSES)
+        return create(name, in_channels=3, num_classes=num_classes)
 
     return Network(f"segfast_{name}", f"segfast {name}", build)
 
@@ -66,7 +66,7 @@ NETWORKS = {
         _segfast("unet"),
         _segfast("fcn8s"),
         _segfast("deeplabv3plus_mobilenet_v2"),
-        _segfast("selfie_segmenter"),
+        _segfast("selfie_segmenter", num_classes=1),  # as published
     )
 }
 
