@@ -73,7 +73,7 @@ def _batches(block: Case, batches=(1, 8, 32)) -> Iterator[Case]:
 
 def _aspp(name, layer, n, size, rates, *, small) -> Case:
     params = {"n": n, "ci": 2048, "co": 256, "h": size, "w": size, "rates": rates}
-    return Case(name, "dilated_conv2d", "aspp", layer, params, small, epilogue=_BN_RELU)
+    return Case(name, "conv2d", "aspp", layer, params, small, epilogue=_BN_RELU)
 
 
 def _branches(pyramid: Case) -> Case:
@@ -116,7 +116,7 @@ def _at_batch_1(block: Case) -> Case:
 _BN_RELU = ("bn", "relu")
 _BIAS_RELU = ("bias", "relu")
 _BN_ADD_RELU = ("bn", "add", "relu")
-_DW, _DILATED = "separable_conv2d", "dilated_conv2d"
+_DW, _DILATED = "separable_conv2d", "conv2d"
 
 _UPS = _of(*cases("conv_transpose2d", "benchmark"))
 

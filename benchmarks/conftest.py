@@ -8,7 +8,7 @@ from benchmarks.environment import ROOT, environment
 from benchmarks.rows import MEASURED, append_rows, make_row
 from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
 from benchmarks.timing import Measurement, Skipped
-from segfast import _choose
+from segfast._optimize import measure
 from segfast._timing import interleave
 from segfast.ops._choice import forget_choices
 
@@ -27,7 +27,7 @@ def own_choices(request, tmp_path, monkeypatch):
     """`optimize` knows nothing of earlier runs nor of other tests; without --benchmark it times nothing."""
     monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
     if not request.config.getoption("--benchmark"):
-        monkeypatch.setattr(_choose, "MEASURES", False)
+        monkeypatch.setattr(measure, "MEASURES", False)
     forget_choices()
     yield
     forget_choices()

@@ -28,8 +28,8 @@ from segfast.functional import (
 from segfast.ops._case import Proof
 from segfast.ops._convolution_case import ConvolutionCase
 from segfast.ops._prove import judge
+from segfast.ops.conv2d.evidence import convolution_evidence
 from segfast.ops.conv_transpose2d.cases import ConvTranspose2d
-from segfast.ops.dilated_conv2d.evidence import convolution_evidence
 from segfast.ops.segmentation_head.evidence import head_evidence
 from segfast.ops.segmentation_head.geometry import Resampling
 from segfast.ops.separable_conv2d.evidence import depthwise_evidence, separable_evidence

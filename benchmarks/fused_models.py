@@ -1,4 +1,4 @@
-"""A plain network with every convolution, batch norm, residual and relu chain as one call of cuDNN's.
+"""A plain network with every convolution, batch norm, residual and relu sequence as one call of cuDNN's.
 
 What the best of cuDNN's own fusions make of a whole network in inference: the baseline beside eager and
 torch.compile. Batch norms that no relu follows are folded into their convolution.
@@ -17,7 +17,7 @@ _ADDS = (_aten.add.Tensor, _aten.add_.Tensor)
 
 
 def fused_with_cudnn(network: nn.Module, images: torch.Tensor) -> tuple[Callable[..., torch.Tensor], int]:
-    """The network in eval mode, for images of this very shape and dtype, and how many chains are one call."""
+    """The network in eval mode, for images of this shape and dtype, and how many sequences are one call."""
     with torch.no_grad():
         module: fx.GraphModule = torch.export.export(network.eval(), (images,)).module()
     count = 0
@@ -25,10 +25,10 @@ def fused_with_cudnn(network: nn.Module, images: torch.Tensor) -> tuple[Callable
         if node.target in _RELUS:
             count += _fuse(module, node)
     for node in list(module.graph.nodes):
-        chain = _chain(node) if node.target is _aten.batch_norm.default else None
-        if chain is not None:
+        sequence = _sequence(node) if node.target is _aten.batch_norm.default else None
+        if sequence is not None:
             with module.graph.inserting_before(node):
-                operands = _operands(module, *chain)
+                operands = _operands(module, *sequence)
                 node.replace_all_uses_with(module.graph.call_function(_aten.conv2d.default, operands))
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -38,23 +38,23 @@ def fused_with_cudnn(network: nn.Module, images: torch.Tensor) -> tuple[Callable
 def _fuse(module: fx.GraphModule, relu: fx.Node) -> bool:
     """Put one call in the place of `relu` and what only it uses; whether that could be done."""
     source, residual = relu.args[0], None
-    chain = _chain(source, relu)
-    if chain is None and source.target in _ADDS and _only_for(source, relu) and len(source.args) == 2:
+    sequence = _sequence(source, relu)
+    if sequence is None and source.target in _ADDS and _only_for(source, relu) and len(source.args) == 2:
         for mine, other in (source.args, source.args[::-1]):
-            if chain is None and isinstance(mine, fx.Node) and isinstance(other, fx.Node):
-                chain, residual = _chain(mine, source), other
+            if sequence is None and isinstance(mine, fx.Node) and isinstance(other, fx.Node):
+                sequence, residual = _sequence(mine, source), other
     # cuDNN's fused calls are for dense convolutions.
-    if chain is None or (len(chain[0].args) > 6 and chain[0].args[6] != 1):
+    if sequence is None or (len(sequence[0].args) > 6 and sequence[0].args[6] != 1):
         return False
     with module.graph.inserting_before(relu):
-        x, weight, bias, *options = _operands(module, *chain)
+        x, weight, bias, *options = _operands(module, *sequence)
         if residual is None:
             function, args = torch.cudnn_convolution_relu, (x, weight, bias, *options)
         else:
             function, args = torch.cudnn_convolution_add_relu, (x, weight, residual, 1.0, bias, *options)
         relu.replace_all_uses_with(module.graph.call_function(function, args))
     # At once: what writes over its operand counts as used.
-    for node in dict.fromkeys((relu, source, *reversed(chain))):
+    for node in dict.fromkeys((relu, source, *reversed(sequence))):
         if node is not None and not node.users:
             module.graph.erase_node(node)
     return True
@@ -64,7 +64,7 @@ def _only_for(node: fx.Node, user: fx.Node | None) -> bool:
     return user is None or list(node.users) == [user]
 
 
-def _chain(node: fx.Node, user: fx.Node | None = None) -> tuple[fx.Node, fx.Node | None] | None:
+def _sequence(node: fx.Node, user: fx.Node | None = None) -> tuple[fx.Node, fx.Node | None] | None:
     """The convolution behind `node`, and the batch norm after it, where nobody but `user` sees them."""
     norm = node if node.target is _aten.batch_norm.default else None
     convolution = node if norm is None else norm.args[0]

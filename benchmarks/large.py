@@ -16,7 +16,7 @@ from segfast.ops.separable_conv2d.evidence import config_of
 
 Outcome = tuple[str, bool, str]
 FORMS = ("fused", "two kernels")  # of separable convolution
-_PLANS: dict[str, dict] = {form: {} for form in FORMS}  # each form's launches, kept from call to call
+_LAUNCHES: dict[str, dict] = {form: {} for form in FORMS}  # each form's launches, kept from call to call
 
 
 def drawn(device: torch.device, dtype: torch.dtype, *sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -29,9 +29,9 @@ def drawn(device: torch.device, dtype: torch.dtype, *sizes: Sequence[int]) -> li
 
 def in_form(form: str, x: torch.Tensor, outputs: int):
     """Separable convolution to so many channels in one of its forms."""
-    from segfast.kernels import override_config
+    from segfast.kernels import override_tile
 
-    return override_config("separable_conv2d_forward", config_of(form, x, outputs), _PLANS[form])
+    return override_tile("separable_conv2d_forward", config_of(form, x, outputs), _LAUNCHES[form])
 
 
 def large(device: torch.device, dtype: torch.dtype, height: int, batch: int) -> Iterator[Outcome]:

@@ -18,7 +18,7 @@ from benchmarks.environment import dry_run
 from benchmarks.fused_models import fused_with_cudnn
 from benchmarks.plain_models import DEEPLABV3PLUS, plain_model
 from benchmarks.timing import Candidate, Skipped
-from segfast._choose import thoroughly
+from segfast._optimize.measure import thoroughly
 from segfast.ops._gpu_measure import without_search
 
 TOLERANCE = 5e-2  # of logits after tens of layers, and of a training step's loss, in 16 bits
@@ -120,7 +120,7 @@ class ModelProblem:
         return Candidate(name, run, note=compile_note(mode), tolerance=TOLERANCE)
 
     def fused(self) -> Peer:
-        """The twin with every chain that cuDNN has a call for as that call; in inference."""
+        """The twin with every sequence that cuDNN has a call for as that call; in inference."""
         images = self.images.to(self.case.torch_dtype)
         try:
             network, count = fused_with_cudnn(self.network.eval().to(images.dtype), images)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.case import Case
-from segfast._load_model import import_torchvision
+from segfast.commands._load_model import import_torchvision
 
 OP = FAMILY = "networks"
 CLASSES = 21

@@ -213,9 +213,9 @@ def _forms(problem: Problem, function: Formula, tensors: Tensors) -> Iterator[Pe
     """A separable convolution in each of its forms, whichever is chosen; none where ATen serves the call."""
     if importlib.util.find_spec("triton") is None:
         return
-    from segfast.kernels import architecture, candidates, override_config, record_launches
-    from segfast.kernels._configs import record_problems
+    from segfast.kernels import architecture, candidates, override_tile, record_launches
     from segfast.kernels._device import shared_memory_limit
+    from segfast.kernels._tiles import record_problems
 
     with record_problems() as asked, record_launches():
         problem.bind(function, tensors)()
@@ -225,16 +225,16 @@ def _forms(problem: Problem, function: Formula, tensors: Tensors) -> Iterator[Pe
     device = problem.device
     known = candidates(forward, architecture(device), shared_memory_limit(device))
 
-    def forced(config: Any) -> Callable[[], Any]:
-        run, plans = problem.bind(function, tensors), {}
+    def forced(tile: Any) -> Callable[[], Any]:
+        run, launches = problem.bind(function, tensors), {}
 
         def call() -> Any:
-            with override_config(forward.operation, config, plans):
+            with override_tile(forward.operation, tile, launches):
                 return run()
 
         return call
 
     for form in ("fused", "two kernels"):
-        config = next(config for config in known if config.form == form)
+        tile = next(tile for tile in known if tile.form == form)
         name = f"segfast_{form.replace(' ', '_')}"
-        yield Candidate(name, forced(config), ours=True, note=str(config))
+        yield Candidate(name, forced(tile), ours=True, note=str(tile))

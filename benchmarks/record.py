@@ -156,7 +156,7 @@ def _checked(path: Path) -> list[tuple[dict[str, str], dict[AnyCall, Choice]]]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(f"{path} is not a file of choices: {type(error).__name__}: {error}") from None
         for call, choice in found.items():
-            unknown = [name for name, *_ in choice.configs if name not in operations()]
+            unknown = [name for name, *_ in choice.tiles if name not in operations()]
             if unknown:
                 raise Refused(f"{path}: {gpu} has tiles of {', '.join(unknown)}, which no kernel is")
             timed = choice.us or {ATEN: 1.0}  # nothing else could run it

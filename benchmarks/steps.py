@@ -19,7 +19,7 @@ from benchmarks.ours import ours
 from benchmarks.session import WRONG, Session, fp32_precision, log, say
 from benchmarks.suite import AnyProblem, candidates, make_problem
 from benchmarks.timing import Candidate
-from segfast import _choose
+from segfast._optimize import measure
 from segfast.ops import FAMILIES, _proofs
 from segfast.ops._choice import collect
 from segfast.ops._prove import DTYPES
@@ -108,7 +108,7 @@ def choose(session: Session) -> None:
         if session.begins(direction):
             calls = _calls(session, direction)
             budget = DRY_SECONDS if session.dry else session.left() / (2 - i)
-            done = _choose.measure(calls, session.device, budget)
+            done = measure.measure(calls, session.device, budget)
             say(f"  {done} of {len(calls)} calls measured")
 
 

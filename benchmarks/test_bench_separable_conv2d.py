@@ -10,7 +10,7 @@ import segfast
 from benchmarks.case import Case
 from benchmarks.cases import CASES, LAYERS, directions, find
 from benchmarks.problems import Problem
-from segfast._threads import one_thread
+from segfast.commands._threads import one_thread
 from segfast.ops.separable_conv2d import separable
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ if __name__ == "kernels":
     import sys
     from importlib.machinery import PathFinder
 
-    _elsewhere = [p for p in sys.path if not os.path.isdir(os.path.join(p, "kernels", "permutohedral"))]
+    _elsewhere = [p for p in sys.path if not os.path.isdir(os.path.join(p, "kernels", "dense_crf"))]
     _spec = PathFinder.find_spec("kernels", _elsewhere)
     # A folder without `__init__.py`, of any name in the current directory, has no loader of its own.
     if _spec is not None and _spec.origin is not None and _spec.loader is not None:
@@ -25,18 +25,6 @@ if __name__ == "kernels":
             f"this folder is segfast's: import segfast.kernels, not kernels (asked for {name!r})"
         )
 else:
-    from ._configs import (
-        Config,
-        candidates,
-        choose_config,
-        forget_configs,
-        keep_config,
-        operations,
-        override_config,
-        record_problems,
-        source_digest,
-        whole_digest,
-    )
     from ._device import (
         architecture,
         dot_precision,
@@ -52,9 +40,22 @@ else:
         recall,
         record_launches,
         remember,
-        separate_plans,
+        separate_launches,
     )
-    from ._operands import multiplies_in_tf32
+    from ._tf32 import multiplies_in_tf32
+    from ._tiles import (
+        Tile,
+        candidates,
+        choose_tile,
+        forget_tiles,
+        keep_tile,
+        operations,
+        override_tile,
+        record_problems,
+        source_digest,
+        whole_digest,
+    )
+    from .conv2d import conv2d_forward, conv2d_grad_input, conv2d_grad_weight, parallel_conv2d_forward
     from .conv_transpose2d import (
         conv_transpose2d_forward,
         conv_transpose2d_grad_input,
@@ -64,7 +65,9 @@ else:
         ExactPairs,
         Message,
         Packed,
+        Permutohedral,
         build_exact,
+        build_permutohedral,
         exact_filter,
         exact_grad_features,
         exact_pack,
@@ -72,19 +75,9 @@ else:
         is_split,
         mean_field_update,
         packed_width,
-        spatial_gaussian,
-    )
-    from .dilated_conv2d import (
-        conv2d_forward,
-        conv2d_grad_input,
-        conv2d_grad_weight,
-        parallel_conv2d_forward,
-    )
-    from .permutohedral import (
-        Permutohedral,
-        build_permutohedral,
         permutohedral_blur,
         permutohedral_slice,
+        spatial_gaussian,
     )
     from .segmentation_head import (
         softmax_expectation,
@@ -101,17 +94,17 @@ else:
     )
 
     __all__ = [
-        "Config",
         "ExactPairs",
         "KernelError",
         "Message",
         "Packed",
         "Permutohedral",
+        "Tile",
         "architecture",
         "build_exact",
         "build_permutohedral",
         "candidates",
-        "choose_config",
+        "choose_tile",
         "compile_offline",
         "conv2d_forward",
         "conv2d_grad_input",
@@ -127,16 +120,16 @@ else:
         "exact_grad_features",
         "exact_pack",
         "exact_unpack",
-        "forget_configs",
+        "forget_tiles",
         "gpu_slug",
         "interpreting",
         "is_split",
-        "keep_config",
+        "keep_tile",
         "layout_key",
         "mean_field_update",
         "multiplies_in_tf32",
         "operations",
-        "override_config",
+        "override_tile",
         "packed_width",
         "parallel_conv2d_forward",
         "permutohedral_blur",
@@ -147,7 +140,7 @@ else:
         "record_problems",
         "remember",
         "separable_conv2d_forward",
-        "separate_plans",
+        "separate_launches",
         "shared_memory_limit",
         "softmax_expectation",
         "source_digest",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ._launch import Plan, forget_plans
+from ._launch import Launch, forget_launches
 
 # Shared memory a program may use, in bytes, where no device is there to be asked.
 _SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
@@ -32,12 +32,12 @@ def pretend_architecture(name: str) -> Iterator[None]:
     """Let launchers choose tiles for the architecture `name` ("sm_90") whatever the tensors' device is."""
     global _pretended
     previous, _pretended = _pretended, name
-    forget_plans()
+    forget_launches()
     try:
         yield
     finally:
         _pretended = previous
-        forget_plans()
+        forget_launches()
 
 
 def inline_ptx() -> bool:
@@ -57,12 +57,12 @@ def without_inline_ptx() -> Iterator[None]:
     """
     global _inline_ptx
     previous, _inline_ptx = _inline_ptx, False
-    forget_plans()
+    forget_launches()
     try:
         yield
     finally:
         _inline_ptx = previous
-        forget_plans()
+        forget_launches()
 
 
 @functools.cache
@@ -110,14 +110,14 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def bounded(plan: Plan, device: torch.device, registers: int = 168) -> Plan:
-    """`plan` with a bound on a thread's registers; 168 are twelve warps on a multiprocessor.
+def bounded(launch: Launch, device: torch.device, registers: int = 168) -> Launch:
+    """`launch` with a bound on a thread's registers; 168 are twelve warps on a multiprocessor.
 
     Left alone, ptxas goes for the next more programs at a time and spills a few registers for them.
     """
     if not architecture(device).startswith("gfx"):
-        plan.options["maxnreg"] = registers
-    return plan
+        launch.options["maxnreg"] = registers
+    return launch
 
 
 def _index(device: torch.device) -> int:

@@ -1,9 +1,9 @@
 """Launching a compiled kernel without Triton's JIT binder, which can take longer than a small kernel.
 
-A launcher works out everything that follows from shapes, strides and options once, and keeps it as a `Plan`:
-the grid, the integer arguments, the constants and, after the first call, the compiled kernel. The next call
-with the same key only passes pointers. Triton specialises on the alignment of pointers, so the alignment
-belongs to the key.
+A launcher works out everything that follows from shapes, strides and options once, and keeps it as a
+`Launch`: the grid, the integer arguments, the constants and, after the first call, the compiled kernel. The
+next call with the same key only passes pointers. Triton specializes on the alignment of pointers, so the
+alignment belongs to the key.
 """
 
 import contextlib
@@ -16,35 +16,35 @@ import triton
 from triton import knobs
 
 if TYPE_CHECKING:
-    from ._configs import Config
+    from ._tiles import Tile
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-_PLANS: dict[Hashable, Any] = {}
-_MOST_PLANS = 4096
-_recorder: list[tuple["Plan", tuple[torch.Tensor | None, ...]]] | None = None
+_LAUNCHES: dict[Hashable, Any] = {}
+_MOST_LAUNCHES = 4096
+_recorder: list[tuple["Launch", tuple[torch.Tensor | None, ...]]] | None = None
 
 
 class KernelError(RuntimeError):
     """A kernel that could not be compiled or launched; the reason is its `__cause__`."""
 
 
-class Plan:
+class Launch:
     """One kernel, ready to be called with its pointers."""
 
-    __slots__ = ("_compiled", "_run", "config", "constants", "grid", "kernel", "options", "scalars")
+    __slots__ = ("_compiled", "_run", "constants", "grid", "kernel", "options", "scalars", "tile")
 
     def __init__(self, kernel, grid: Sequence[int], scalars: Sequence[int | float], constants: dict[str, Any],
-                 config: "Config"):  # fmt: skip
+                 tile: "Tile"):  # fmt: skip
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.scalars = tuple(scalars)
         # In the kernel's own order: the short launch passes them by position.
         self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-        self.config = config
+        self.tile = tile
         self.options = {
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
             # a * b + c in one instruction, rounded once. Said, for the default changes with Triton 3.10; a
             # kernel that must round each operation sets it to False.
             "enable_fp_fusion": True,
@@ -96,52 +96,52 @@ class Plan:
         getattr(compiled, "run", None)
 
 
-def planned(key: Hashable, make: Callable[[], Any]) -> Any:
-    """The plan, or what rests on plans, kept under `key`; made by `make` if there is none."""
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = remember(key, make())
-    return plan
+def launch_for(key: Hashable, make: Callable[[], Any]) -> Any:
+    """The launch kept under `key`, or what rests on launches; made by `make` if there is none."""
+    launch = _LAUNCHES.get(key)
+    if launch is None:
+        launch = remember(key, make())
+    return launch
 
 
 def remember(key: Hashable, value: Any) -> Any:
-    """Keep `value`, which rests on plans, until plans are forgotten; `recall(key)` returns it, or None."""
-    if len(_PLANS) >= _MOST_PLANS:
-        _PLANS.clear()
-    _PLANS[key] = value
+    """Keep `value`, which rests on launches, until these are forgotten; `recall(key)` returns it, or None."""
+    if len(_LAUNCHES) >= _MOST_LAUNCHES:
+        _LAUNCHES.clear()
+    _LAUNCHES[key] = value
     return value
 
 
 # The dictionary's own method: this is on the way of every call.
-recall = _PLANS.get
+recall = _LAUNCHES.get
 
 
-def forget_plans() -> None:
-    """Drop every plan, so that a changed configuration takes effect."""
-    _PLANS.clear()
+def forget_launches() -> None:
+    """Drop every launch, so that a changed tile takes effect."""
+    _LAUNCHES.clear()
 
 
 @contextlib.contextmanager
-def separate_plans(kept: dict[Hashable, Any] | None = None) -> Iterator[None]:
-    """Within it, plans of its own: those of `kept`, which keeps them from one time to the next.
+def separate_launches(kept: dict[Hashable, Any] | None = None) -> Iterator[None]:
+    """Within it, launches of its own: those of `kept`, which keeps them from one time to the next.
 
-    The plans there were before stand again afterwards.
+    The launches there were before stand again afterwards.
     """
-    before = dict(_PLANS)
-    _PLANS.clear()
-    _PLANS.update(kept or {})
+    before = dict(_LAUNCHES)
+    _LAUNCHES.clear()
+    _LAUNCHES.update(kept or {})
     try:
         yield
     finally:
         if kept is not None:
             kept.clear()
-            kept.update(_PLANS)
-        _PLANS.clear()
-        _PLANS.update(before)
+            kept.update(_LAUNCHES)
+        _LAUNCHES.clear()
+        _LAUNCHES.update(before)
 
 
 def layout_key(*tensors: torch.Tensor | None) -> tuple:
-    """All that a plan may depend on in its tensors: shape, strides, dtype, and whether they are aligned."""
+    """All that a launch may depend on in its tensors: shape, strides, dtype, and whether they are aligned."""
     return tuple(
         [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
     )
@@ -176,8 +176,8 @@ def needs_wide_index(*tensors: torch.Tensor | None) -> bool:
 
 
 @contextlib.contextmanager
-def record_launches() -> Iterator[list[tuple[Plan, tuple[torch.Tensor | None, ...]]]]:
-    """Collect (plan, pointers) instead of launching: for compile reports, call overhead and tests.
+def record_launches() -> Iterator[list[tuple[Launch, tuple[torch.Tensor | None, ...]]]]:
+    """Collect (launch, pointers) instead of launching: for compile reports, call overhead and tests.
 
     Launchers then work on tensors of any device, meta included.
     """
@@ -190,7 +190,7 @@ def record_launches() -> Iterator[list[tuple[Plan, tuple[torch.Tensor | None, ..
 
 
 def compile_offline(
-    plan: Plan, pointers: Sequence[torch.Tensor | None], target
+    launch: Launch, pointers: Sequence[torch.Tensor | None], target
 ) -> "triton.compiler.CompiledKernel":
     """Compile a recorded launch for `target` (a `triton.backends.compiler.GPUTarget`), without a GPU.
 
@@ -199,12 +199,12 @@ def compile_offline(
     """
     from triton.compiler import ASTSource
 
-    names = plan.kernel.arg_names
-    values = dict(zip(names, (*pointers, *plan.scalars), strict=False)) | plan.constants
+    names = launch.kernel.arg_names
+    values = dict(zip(names, (*pointers, *launch.scalars), strict=False)) | launch.constants
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(names):
         value = values[name]
-        if name in plan.constants or value is None or (isinstance(value, int) and value == 1):
+        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants[name] = value
             continue
@@ -218,8 +218,8 @@ def compile_offline(
             divisible = value % 16 == 0
         if divisible:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=plan.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=dict(plan.options))
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=dict(launch.options))
 
 
 _TRITON_TYPES = {

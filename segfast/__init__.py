@@ -31,8 +31,7 @@ if not (Path(__file__).parent / "kernels" / "__init__.py").exists():
     sys.meta_path.append(_CheckoutFinder())
 
 from . import functional, nn  # noqa: E402
-from ._fork import compute_on_one_thread_where_forked  # noqa: E402
-from ._optimize import optimize, report, restore  # noqa: E402
+from ._optimize.optimize import optimize, report, restore  # noqa: E402
 from .ops import (  # noqa: E402
     autotune,
     backend,
@@ -42,6 +41,7 @@ from .ops import (  # noqa: E402
     load_choices,
     save_choices,
 )
+from .ops._fork import compute_on_one_thread_where_forked  # noqa: E402
 
 compute_on_one_thread_where_forked()
 

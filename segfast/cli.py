@@ -12,22 +12,31 @@ __all__ = ["UserError", "main"]
 # Each module has add_arguments(parser) and run(args) -> exit code.
 COMMANDS = {
     "demo": (
-        "segfast._demo",
+        "segfast.commands.demo",
         "train a small U-Net on real nuclei, predict a held-out region, draw and measure; segment a portrait",
     ),
-    "train": ("segfast.train._train_command", "train a U-Net on your images, or on the ones shipped"),
-    "predict": ("segfast.train._predict_command", "segment images with a trained checkpoint"),
-    "segment": ("segfast._segment", "find the person in photos with a pretrained network: mask and overlay"),
-    "crf-fit": ("segfast._crf_fit", "search a dense CRF's parameters on a validation split; does it help?"),
-    "check": ("segfast._check", "run a model before and after optimize: error, time, memory"),
-    "doctor": ("segfast._doctor", "versions, GPU, what is proven and measured on it, where caches are"),
-    "prove": ("segfast._prove_command", "run every kernel on this GPU and remember which are right"),
+    "train": ("segfast.commands.train", "train a U-Net on your images, or on the ones shipped"),
+    "predict": ("segfast.commands.predict", "segment images with a trained checkpoint"),
+    "segment": (
+        "segfast.commands.segment",
+        "find the person in photos with a pretrained network: mask and overlay",
+    ),
+    "crf-fit": (
+        "segfast.commands.crf_fit",
+        "search a dense CRF's parameters on a validation split; does it help?",
+    ),
+    "check": ("segfast.commands.check", "run a model before and after optimize: error, time, memory"),
+    "doctor": (
+        "segfast.commands.doctor",
+        "versions, GPU, what is proven and measured on it, where caches are",
+    ),
+    "prove": ("segfast.commands.prove", "run every kernel on this GPU and remember which are right"),
     "tune": (
-        "segfast._tune",
+        "segfast.commands.tune",
         "measure what runs a model's calls fastest here, more thoroughly than optimize",
     ),
     "compile-report": (
-        "segfast._compile_report",
+        "segfast.commands.compile_report",
         "registers, spills, shared memory of every kernel, without a GPU",
     ),
 }

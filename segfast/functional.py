@@ -2,9 +2,9 @@
 
 import torch
 
+from .ops.conv2d import conv2d, parallel_conv2d
 from .ops.conv_transpose2d import conv_transpose2d, up_concat
 from .ops.dense_crf import gaussian_filter, mean_field, skipped_share
-from .ops.dilated_conv2d import conv2d, parallel_conv2d
 from .ops.segmentation_head import upsample_argmax, upsample_cross_entropy, upsample_dice
 from .ops.separable_conv2d import depthwise_conv2d, separable_conv2d
 

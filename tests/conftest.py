@@ -38,10 +38,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def no_choices(request, monkeypatch):
     """`optimize` times nothing and each call is ATen's, but in tests marked `measures`."""
-    from segfast import _choose
+    from segfast._optimize import measure
 
     if "measures" not in request.keywords:
-        monkeypatch.setattr(_choose, "MEASURES", False)
+        monkeypatch.setattr(measure, "MEASURES", False)
     forget()
     yield
     forget()
@@ -125,23 +125,23 @@ def checked_hints(monkeypatch):
 
 
 @pytest.fixture
-def checked_plans(monkeypatch):
-    """Holds every kept plan to pointers of one kind.
+def checked_launches(monkeypatch):
+    """Holds every kept launch to pointers of one kind.
 
-    On a GPU a plan launches the machine code of its first call, which has the dtypes, the alignment and the
+    On a GPU a launch launches the machine code of its first call, which has the dtypes, the alignment and the
     absence of its pointers built in.
     """
-    from segfast.kernels._launch import Plan
+    from segfast.kernels._launch import Launch
 
-    launch, first = Plan._launch, {}
+    original, first = Launch._launch, {}
 
-    def checked(plan, pointers, index):
+    def checked(launch, pointers, index):
         kind = [None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers]
-        _, expected = first.setdefault(id(plan), (plan, kind))
-        assert kind == expected, f"{plan.kernel.__name__}: pointers {kind}, compiled for {expected}"
-        return launch(plan, pointers, index)
+        _, expected = first.setdefault(id(launch), (launch, kind))
+        assert kind == expected, f"{launch.kernel.__name__}: pointers {kind}, compiled for {expected}"
+        return original(launch, pointers, index)
 
-    monkeypatch.setattr(Plan, "_launch", checked)
+    monkeypatch.setattr(Launch, "_launch", checked)
 
 
 @pytest.fixture
@@ -150,14 +150,14 @@ def checked_addresses(monkeypatch):
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from segfast.kernels._launch import Plan
+    from segfast.kernels._launch import Launch
 
-    launch, ranges = Plan._launch, []
+    original, ranges = Launch._launch, []
 
-    def checked(plan, pointers, index):
+    def checked(launch, pointers, index):
         storages = [p.untyped_storage() for p in pointers if p is not None]
         ranges[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
-        return launch(plan, pointers, index)
+        return original(launch, pointers, index)
 
     def watch(name):
         access = getattr(InterpreterBuilder, name)
@@ -171,7 +171,7 @@ def checked_addresses(monkeypatch):
 
         monkeypatch.setattr(InterpreterBuilder, name, watched)
 
-    monkeypatch.setattr(Plan, "_launch", checked)
+    monkeypatch.setattr(Launch, "_launch", checked)
     # Those without a mask come here too.
     watch("create_masked_load")
     watch("create_masked_store")
@@ -183,7 +183,7 @@ def small_tiles():
     if not INTERPRETING:
         yield
         return
-    from .separable import in_form, tiles
+    from .separable_conv2d.reference import in_form, tiles
 
     with tiles(4, 8, 8, 2), in_form("fused"):
         yield
@@ -255,7 +255,7 @@ def model_takes(monkeypatch):
     """`model_takes(as_given, channels_last, after)`: milliseconds that whole models take."""
 
     def set_times(*ms: float) -> None:
-        from segfast import _choose
+        from segfast._optimize import measure
         from segfast._timing import Timing
 
         def interleave(runs, device, **kwargs):
@@ -265,6 +265,6 @@ def model_takes(monkeypatch):
                 for name, t in zip(runs, ms, strict=True)
             }
 
-        monkeypatch.setattr(_choose, "interleave", interleave)
+        monkeypatch.setattr(measure, "interleave", interleave)
 
     return set_times

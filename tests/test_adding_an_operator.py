@@ -41,8 +41,8 @@ w = torch.tensor([0.5, -0.25, 2.0], requires_grad=True)
 
 def registered():
     assert "prelu" in segfast.ops.FAMILIES and "prelu" in segfast.ops.OPERATORS
-    from segfast.kernels import _configs
-    assert "prelu_forward" in _configs.operations()
+    from segfast.kernels import _tiles
+    assert "prelu_forward" in _tiles.operations()
 
 def dispatch():
     assert segfast.explain(segfast.functional.prelu, x, w)[0].backend == "aten"
@@ -131,8 +131,8 @@ def chosen():
 def launches():
     with segfast.backend("triton"), segfast.kernels.record_launches() as recorded:
         segfast.functional.prelu(x.detach(), w.detach())
-    (plan, pointers), = recorded
-    assert plan.constants == {"CHANNELS": 3, "BLOCK": 1024} and len(pointers) == 3
+    (launch, pointers), = recorded
+    assert launch.constants == {"CHANNELS": 3, "BLOCK": 1024} and len(pointers) == 3
 
 CHECKS = (registered, dispatch, values, autograd, opcheck, compiled, flops, optimize, proofs, measured,
           launches, chosen)

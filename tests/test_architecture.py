@@ -15,13 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("segfast.kernels", "segfast.ops", "segfast.functional", "segfast.nn", "segfast.models")
 # What sits on top of the layers, for whom they must not care.
 ABOVE = (
-    *("segfast.train", "segfast.data", "segfast.cli", "benchmarks", "tests"),
-    *(
-        f"segfast._{name}"
-        for name in ("demo", "segment", "crf_fit", "crf_search", "check", "doctor", "tune", "optimize")
-    ),
-    "segfast._compile_report",
+    *("segfast._optimize", "segfast.commands", "segfast.train", "segfast.data", "segfast.cli"),
+    *("benchmarks", "tests"),
 )
+# What is private in the root of the package: a package of its own, and what every layer may use.
+IN_ROOT = {"_errors.py", "_files.py", "_optimize", "_table.py", "_timing.py"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -87,9 +85,21 @@ def test_an_upward_import_is_seen(name, source):
 def test_family_has_its_file_in_every_layer(family):
     for folder in (ROOT / "kernels", ROOT / "segfast" / "ops", ROOT / "segfast" / "nn"):
         assert (folder / f"{family}.py").is_file() or (folder / family / "__init__.py").is_file(), folder
-    for folder in ("tests/kernels", "tests/ops", "tests/nn"):
-        assert list((ROOT / folder).glob(f"test_{family}*.py")), folder
+    for kind in ("kernels", "op", "module"):
+        assert list((ROOT / "tests" / family).glob(f"test_{kind}*.py")), kind
     assert (ROOT / "benchmarks" / f"test_bench_{family}.py").is_file()
+
+
+@pytest.mark.parametrize("folder", ["kernels", "segfast/ops", "segfast/nn"])
+def test_a_folder_in_a_layer_is_a_family(folder):
+    """Whoever searches a family finds all of it under its name."""
+    folders = {path.name for path in (ROOT / folder).iterdir() if (path / "__init__.py").is_file()}
+    assert folders - {"_fused"} == set(FAMILIES) - {path.stem for path in (ROOT / folder).glob("*.py")}
+
+
+def test_the_root_of_the_package_holds_only_what_every_layer_uses():
+    private = {path.name for path in (ROOT / "segfast").iterdir() if re.match(r"_[a-z]", path.name)}
+    assert private == IN_ROOT
 
 
 def test_every_package_folder_has_an_init():

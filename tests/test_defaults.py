@@ -51,7 +51,7 @@ def with_gradients(function, *leaves):
     return [result, *torch.autograd.grad(result, leaves, torch.ones_like(result))]
 
 
-def dilated_conv2d():
+def conv2d():
     x, weight, bias = draw(2, 4, 9, 8, grad=True), draw(6, 4, 3, 3, seed=1, grad=True), draw(6, seed=2)
     scale, shift = draw(6, seed=3), draw(6, seed=4)
     call = functools.partial(functional.conv2d, x, weight, bias, padding=2, dilation=2)

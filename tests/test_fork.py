@@ -101,7 +101,7 @@ def test_a_process_that_is_forked_in_between_and_again_returns():
     found = run(f"""
         import os, sys
         import segfast
-        from segfast._threads import one_thread
+        from segfast.commands._threads import one_thread
         convolve()
         assert mean_field()
 

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SITE = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
 NOT_SOURCE = (".git", ".venv", ".*_cache", ".benchmarks", "__pycache__", "*.egg-info", "build", "dist", "out")
-IMPORT = "import segfast, segfast.kernels as k; print(segfast.__file__, k.__file__, sep=chr(10)); k.Config"
+IMPORT = "import segfast, segfast.kernels as k; print(segfast.__file__, k.__file__, sep=chr(10)); k.Tile"
 
 
 def run(code: str, *paths: Path, cwd: Path, **environment: str) -> list[str]:
@@ -165,7 +165,7 @@ def test_bare_import_of_kernels_offers_nothing():
     # As transformers does with Hugging Face's package of that name: import it, then look for its attributes.
     code = """
 import kernels, sys
-print("Config" in vars(kernels), "triton" in sys.modules)
+print("Tile" in vars(kernels), "triton" in sys.modules)
 try:
     kernels.get_kernel
 except AttributeError as error:
@@ -193,10 +193,10 @@ def test_bare_import_of_kernels_hands_over_to_the_installed_package(tmp_path, fi
 {first}
 from kernels import get_kernel
 import kernels, kernels.layer, sys
-print(get_kernel(), kernels.__file__, kernels.__spec__.name, hasattr(kernels, "Config"))
+print(get_kernel(), kernels.__file__, kernels.__spec__.name, hasattr(kernels, "Tile"))
 print(kernels.layer.Mode.home is kernels is sys.modules["kernels"])
 import segfast.kernels
-print(segfast.kernels.Config.__name__, segfast.kernels is kernels)
+print(segfast.kernels.Tile.__name__, segfast.kernels is kernels)
 """
     # A second checkout on the path is none of theirs either.
     twin = tmp_path / "twin"
@@ -204,7 +204,7 @@ print(segfast.kernels.Config.__name__, segfast.kernels is kernels)
     (twin / "kernels").symlink_to(ROOT / "kernels")
     theirs, same, ours = run(code, twin, package.parent, cwd=ROOT)
     assert theirs == f"theirs {package / '__init__.py'} kernels False"
-    assert (same, ours) == ("True", "Config False")
+    assert (same, ours) == ("True", "Tile False")
 
 
 def test_an_error_in_the_installed_kernels_package_is_told_as_it_is(tmp_path):

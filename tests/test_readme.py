@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import segfast
-from segfast import _choose, _tune
+from segfast._optimize import measure
 from segfast.cli import COMMANDS
+from segfast.commands import tune
 from segfast.ops import _apart, _choice
 from segfast.ops._call import CANDIDATES
 from segfast.ops._choice import ATEN
@@ -34,9 +35,9 @@ def faster(monkeypatch, tmp_path):
 
     def gain(model, plain, inputs, dtype, train):
         name, error = (None, 0.0) if dtype is None else ("bfloat16", 0.01)
-        return _choose.Gain(2, 1, "channels_last", 1, True, name, error)
+        return measure.Gain(2, 1, "channels_last", 1, True, name, error)
 
-    monkeypatch.setattr("segfast._optimize.gain", gain)
+    monkeypatch.setattr("segfast._optimize.optimize.gain", gain)
 
 
 @pytest.mark.measures
@@ -75,12 +76,12 @@ def test_the_page_on_optimize_lists_the_candidates():
 
 def test_the_page_on_optimize_gives_the_numbers_that_are_so():
     page = " ".join(OPTIMIZE.split())
-    assert "at least 2 % faster" in page and _choose._WORTH_IT == 0.98
+    assert "at least 2 % faster" in page and measure._WORTH_IT == 0.98
     assert "at most 4 times smaller or larger" in page and _choice.FARTHEST == 4
     budget = inspect.signature(segfast.optimize).parameters["budget"].default
     assert "`budget=` (60 seconds)" in page and budget == 60
     parser = argparse.ArgumentParser()
-    _tune.add_arguments(parser)
+    tune.add_arguments(parser)
     assert "with ten minutes and all tiles" in page and parser.get_default("budget") == 600
     assert "level INFO" in page and _apart.log.name == "segfast"
 

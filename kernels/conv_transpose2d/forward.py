@@ -11,20 +11,20 @@ import math
 import triton
 import triton.language as tl
 
-from .._configs import (
-    Config,
+from .._device import dot_precision
+from .._epilogue import _activate, _affine
+from .._fold import can_fold, fold_alignment
+from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._tf32 import _rounded, multiplies_in_tf32
+from .._tiles import (
     Problem,
-    choose_config,
+    Tile,
+    choose_tile,
     fit_operands,
     fit_registers,
     operands_in_registers,
     register_candidates,
 )
-from .._device import dot_precision
-from .._epilogue import _activate, _affine
-from .._fold import can_fold, fold_alignment
-from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
-from .._operands import _rounded, multiplies_in_tf32
 
 
 @triton.jit
@@ -264,30 +264,30 @@ def _conv_transpose2d_forward_wide_kernel(
         tl.store(y_ptr + rows[:, None] + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     if arch.startswith("gfx"):
-        return [Config(128, 64, 32, 4, 2), Config(64, 64, 32, 4, 2)]
+        return [Tile(128, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)]
     passes = operands_in_registers(problem.dtype.itemsize, arch)
     depth = 64 if problem.dtype.itemsize == 2 else 32
     depth = max(16, min(depth, triton.next_power_of_2(problem.channels_in // problem.groups)))
     if problem.channels_out // problem.groups * problem.dtype.itemsize % 16 != 0:
         # Odd channel counts (21 classes): short runs, and narrow accesses that want few to a thread.
-        found = [Config(64, 256, depth, 8, 3), Config(128, 128, depth, 8, 3), Config(128, 64, depth, 8, 3)]
-        return [fit_registers(config, 32 // passes) for config in found] if passes else found
+        found = [Tile(64, 256, depth, 8, 3), Tile(128, 128, depth, 8, 3), Tile(128, 64, depth, 8, 3)]
+        return [fit_registers(tile, 32 // passes) for tile in found] if passes else found
     wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
     found = []
     if wide >= 256 and not passes:
-        found.append(Config(128, 256, depth, 8, 3))
+        found.append(Tile(128, 256, depth, 8, 3))
     if wide >= 128:
-        found.append(Config(128, 128, depth, 8, 4))
-        found.append(Config(64, 128, depth, 4, 4))
+        found.append(Tile(128, 128, depth, 8, 4))
+        found.append(Tile(64, 128, depth, 4, 4))
     narrow = min(wide, 64)
-    found += [Config(128, narrow, depth, 4, 4), Config(64, narrow, depth, 4, 4)]
+    found += [Tile(128, narrow, depth, 4, 4), Tile(64, narrow, depth, 4, 4)]
     # Few rows leave processors idle: prefer small tiles until there are two waves of them on a large GPU.
     programs = (problem.columns * problem.rows) // (found[0].block_m * found[0].block_n)
     if programs < 264:
-        found.sort(key=lambda config: config.block_m * config.block_n)
-    return [fit_operands(config, problem.dtype.itemsize, arch) for config in found]
+        found.sort(key=lambda tile: tile.block_m * tile.block_n)
+    return [fit_operands(tile, problem.dtype.itemsize, arch) for tile in found]
 
 
 register_candidates("conv_transpose2d_forward", _candidates)
@@ -299,8 +299,8 @@ def _grid_of_phases(out: int, stride: int, padding: int) -> int:
 
 def _make(
     x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation, slope,
-    config: Config | None,
-) -> Plan:  # fmt: skip
+    tile: Tile | None,
+) -> Launch:  # fmt: skip
     batch, channels_in, height, width = x.shape
     channels_out, kernel = w.shape[1], w.shape[2:]
     skip_channels = 0 if skip is None else skip.shape[1]
@@ -324,27 +324,27 @@ def _make(
         columns,
         channels_in // groups,
     )
-    config = config or choose_config(problem, x.device)
+    tile = tile or choose_tile(problem, x.device)
     fold = wide and can_fold(channels_out, groups, dilation, out, residual)
     if fold:
         align = fold_alignment(channels_out, stride, padding, out, residual)
     else:
         align = pixel_alignment(residual, skip, out)
     if (align if fold else min(align, pixel_alignment(x))) * x.element_size() < 8:
-        config = fit_registers(config, 32)  # as many addresses beside them
+        tile = fit_registers(tile, 32)  # as many addresses beside them
     elif residual is not None or activation == "gelu":
-        config = fit_registers(config, 64 if x.element_size() == 2 else 32)
+        tile = fit_registers(tile, 64 if x.element_size() == 2 else 32)
     if fold:
-        tiles_n = stride[0] * triton.cdiv(stride[1] * channels_out, config.block_n)
+        tiles_n = stride[0] * triton.cdiv(stride[1] * channels_out, tile.block_n)
     else:
-        tiles_n = triton.cdiv(columns, config.block_n)
-    tiles = triton.cdiv(rows, config.block_m) * tiles_n
+        tiles_n = triton.cdiv(columns, tile.block_n)
+    tiles = triton.cdiv(rows, tile.block_m) * tiles_n
     if not wide:
         tiles *= stride[0] * stride[1]
     copies = skip_pixels = 0
     if skip is not None:
         skip_pixels = batch * out_size[0] * out_size[1]
-        copies = triton.cdiv(skip_pixels, config.block_m) * triton.cdiv(skip_channels, config.block_n)
+        copies = triton.cdiv(skip_pixels, tile.block_m) * triton.cdiv(skip_channels, tile.block_n)
 
     scalars = (
         rows,
@@ -397,29 +397,29 @@ def _make(
         "ALIGN_X": pixel_alignment(x),
         "ALIGN": align,
         "WIDE_INDEX": needs_wide_index(x, residual, skip, out),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
     }
     # Groups share the skip: its tiles belong to group 0, which up_concat has alone.
-    return Plan(function, (tiles + copies, groups), scalars, constants, config)
+    return Launch(function, (tiles + copies, groups), scalars, constants, tile)
 
 
 def conv_transpose2d_forward(
     x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation,
-    negative_slope, config: Config | None = None,
-) -> Plan:  # fmt: skip
+    negative_slope, tile: Tile | None = None,
+) -> Launch:  # fmt: skip
     """out = cat([skip[crop:], act(scale * (convT(x, w) + bias) + shift + residual)], 1).
 
     x [N, CI, H, W], residual and out [N, SKIP + CO, OH, OW], skip: any strides with a channel stride of 1. w
     [CI, CO/groups, KH, KW] dense in channels_last. bias, scale, shift [CO] dense. With a skip there is one
-    group and no residual. `config` in place of the operation's own serves another that launches this one.
+    group and no residual. `tile` in place of the operation's own serves another that launches this one.
 
-    Returns the plan, which the caller may call again with other pointers of the same layout and alignment.
+    Returns the launch, which the caller may call again with other pointers of the same layout and alignment.
     """
     operands = (x, w, bias, scale, shift, residual, skip, out)
-    options = (stride, padding, dilation, groups, crop, activation, negative_slope, config)
+    options = (stride, padding, dilation, groups, crop, activation, negative_slope, tile)
     key = ("conv_transpose2d_forward", layout_key(*operands), x.device, options, dot_precision(x.dtype))
-    plan = planned(key, lambda: _make(*operands, *options))
-    plan(*operands)
-    return plan
+    launch = launch_for(key, lambda: _make(*operands, *options))
+    launch(*operands)
+    return launch

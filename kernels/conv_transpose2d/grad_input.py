@@ -3,12 +3,12 @@
 gx[n, k, ih, iw] = sum over taps and c of gy[n, c, stride ih - pad + dilation kh, ...] w[k, c, kh, kw].
 """
 
-from .._configs import Problem, choose_config, register_candidates
 from .._device import dot_precision
-from .._launch import layout_key, planned
-from ..dilated_conv2d.dense import Dense, candidates, make_dense
+from .._launch import launch_for, layout_key
+from .._tiles import Problem, choose_tile, register_candidates
+from ..conv2d.dense import Dense, candidates, make_dense
 
-register_candidates("conv_transpose2d_grad_input", candidates, uses=("dilated_conv2d",))
+register_candidates("conv_transpose2d_grad_input", candidates, uses=("conv2d",))
 
 
 def _make(gy, w, out, stride, padding, dilation, groups) -> Dense:
@@ -20,8 +20,8 @@ def _make(gy, w, out, stride, padding, dilation, groups) -> Dense:
         "conv_transpose2d_grad_input", channels_in, channels_out * groups, taps, groups, gy.dtype, rows,
         rows=rows, columns=channels_in // groups, depth=taps * channels_out,
     )  # fmt: skip
-    config = choose_config(problem, gy.device)
-    return make_dense([gy], w, None, out, stride, padding, dilation, groups, config, None, 0.0)
+    tile = choose_tile(problem, gy.device)
+    return make_dense([gy], w, None, out, stride, padding, dilation, groups, tile, None, 0.0)
 
 
 def conv_transpose2d_grad_input(gy, w, out, stride, padding, dilation, groups) -> None:
@@ -32,5 +32,5 @@ def conv_transpose2d_grad_input(gy, w, out, stride, padding, dilation, groups) -
     """
     options = (stride, padding, dilation, groups)
     key = ("conv_transpose2d_grad_input", layout_key(gy, w, out), gy.device, options, dot_precision(gy.dtype))
-    launch = planned(key, lambda: _make(gy, w, out, *options))
+    launch = launch_for(key, lambda: _make(gy, w, out, *options))
     launch((gy,), w, None, None, None, None, out)

@@ -15,21 +15,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import (
-    Config,
+from .._device import architecture, bounded, dot_precision
+from .._fold import can_fold, fold_alignment, taps_inside
+from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._split import reduce_partials
+from .._tf32 import _rounded, multiplies_in_tf32
+from .._tiles import (
     Problem,
-    choose_config,
+    Tile,
+    choose_tile,
     fit_operands,
     fit_registers,
     geometry_variant,
     operands_in_registers,
     register_candidates,
 )
-from .._device import architecture, bounded, dot_precision
-from .._fold import can_fold, fold_alignment, taps_inside
-from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
-from .._operands import _rounded, multiplies_in_tf32
-from .._reduce import reduce_partials
 
 
 @triton.jit
@@ -153,18 +153,18 @@ def _conv_transpose2d_grad_weight_kernel(
              mask=(ci < CI)[:, None] & column_ok[None, :])  # fmt: skip
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     if arch.startswith("gfx"):
-        tiles = [Config(64, 64, 32, 4, 2)]
+        tiles = [Tile(64, 64, 32, 4, 2)]
     else:
         passes = operands_in_registers(problem.dtype.itemsize, arch)
         depth = 64 if problem.dtype.itemsize == 2 else 32 // max(passes, 1)
         rows = max(16, min(128, triton.next_power_of_2(problem.rows)))
         columns = max(16, min(128, triton.next_power_of_2(problem.columns)))
-        tiles = [Config(rows, columns, depth, 8 if rows * columns >= 128 * 128 or passes == 2 else 4, 3)]
-        tiles.append(Config(min(rows, 64), min(columns, 128), depth, 4, 4))
+        tiles = [Tile(rows, columns, depth, 8 if rows * columns >= 128 * 128 or passes == 2 else 4, 3)]
+        tiles.append(Tile(min(rows, 64), min(columns, 128), depth, 4, 4))
         if problem.columns >= 256 and rows == 128 and not passes:
-            tiles.append(Config(128, 256, depth, 8, 3))
+            tiles.append(Tile(128, 256, depth, 8, 3))
     tiles = [fit_operands(tile, problem.dtype.itemsize, arch) for tile in tiles]
     if problem.dtype.itemsize == 4:
         tiles = [fit_registers(tile, 32) for tile in tiles]  # beside the digits of every pixel
@@ -180,13 +180,13 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
         for waves in (264, 528):
             split = min(triton.cdiv(waves, programs), most, 128)
             found.append(
-                Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, split)
+                Tile(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, split)
             )
     return found
 
 
 register_candidates("conv_transpose2d_grad_weight", _candidates)
-register_candidates("conv2d_grad_weight", _candidates, uses=("dilated_conv2d",))
+register_candidates("conv2d_grad_weight", _candidates, uses=("conv2d",))
 
 
 def _problem(operation, x, gy, channels_out: int, kernel, stride, dilation, groups: int) -> Problem:
@@ -211,18 +211,18 @@ def _problem(operation, x, gy, channels_out: int, kernel, stride, dilation, grou
     return Problem(operation, channels_in, channels_out * groups, taps, groups, x.dtype, pixels, **sizes)
 
 
-def _make(x, gy, w_shape, stride, padding, dilation, groups, operation) -> Plan:
+def _make(x, gy, w_shape, stride, padding, dilation, groups, operation) -> Launch:
     batch, channels_in, height, width = x.shape
     channels_out, kernel = w_shape[1], w_shape[2:]
     rows, columns = channels_in // groups, kernel[0] * kernel[1] * channels_out
     problem = _problem(operation, x, gy, channels_out, kernel, stride, dilation, groups)
-    config = choose_config(problem, x.device)
+    tile = choose_tile(problem, x.device)
     fold = can_fold(channels_out, groups, dilation, gy)
     align = fold_alignment(channels_out, stride, padding, gy) if fold else pixel_alignment(gy)
     wide = needs_wide_index(x, gy)
     if min(align, pixel_alignment(x)) * gy.element_size() < 8 or (wide and gy.element_size() == 4):
         # Fewer of the many narrow loads, or of the long addresses, to a thread.
-        config = fit_registers(replace(config, num_warps=8), 16)
+        tile = fit_registers(replace(tile, num_warps=8), 16)
     runs, run = (kernel[0], kernel[1] * channels_out) if fold else (1, columns)
     scalars = (batch, height, width, *gy.shape[2:], *image_strides(x), *image_strides(gy))
     constants = {
@@ -244,17 +244,17 @@ def _make(x, gy, w_shape, stride, padding, dilation, groups, operation) -> Plan:
         "ALIGN": align,
         "ALIGN_X": pixel_alignment(x),
         "WIDE_INDEX": wide,
-        "SPLIT": config.split_k,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "SPLIT": tile.split_k,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
     }
-    tiles = triton.cdiv(rows, config.block_m) * runs * triton.cdiv(run, config.block_n)
-    grid = (tiles, config.split_k, groups)
-    plan = Plan(_conv_transpose2d_grad_weight_kernel, grid, scalars, constants, config)
+    tiles = triton.cdiv(rows, tile.block_m) * runs * triton.cdiv(run, tile.block_n)
+    grid = (tiles, tile.split_k, groups)
+    launch = Launch(_conv_transpose2d_grad_weight_kernel, grid, scalars, constants, tile)
     # mma.sync takes its operands from registers, of which ptxas would rather spill some than use all.
     tight = operands_in_registers(x.element_size(), architecture(x.device))
-    return bounded(plan, x.device, 255) if tight else plan
+    return bounded(launch, x.device, 255) if tight else launch
 
 
 def conv_transpose2d_grad_weight(
@@ -267,10 +267,10 @@ def conv_transpose2d_grad_weight(
     """
     key = (operation, layout_key(x, gy, out), x.device, stride, padding, dilation, groups,
            dot_precision(x.dtype))  # fmt: skip
-    plan = planned(key, lambda: _make(x, gy, out.shape, stride, padding, dilation, groups, operation))
-    if plan.config.split_k == 1:
-        plan(x, gy, out)
+    launch = launch_for(key, lambda: _make(x, gy, out.shape, stride, padding, dilation, groups, operation))
+    if launch.tile.split_k == 1:
+        launch(x, gy, out)
         return
-    partials = torch.empty((plan.config.split_k, out.numel()), dtype=torch.float32, device=out.device)
-    plan(x, gy, partials)
+    partials = torch.empty((launch.tile.split_k, out.numel()), dtype=torch.float32, device=out.device)
+    launch(x, gy, partials)
     reduce_partials(partials, out)

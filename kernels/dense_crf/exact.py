@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
-from .._launch import Plan, layout_key, planned
+from .._launch import Launch, launch_for, layout_key
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from .lists import make_lists, make_units, most_slots
 from .order import hilbert_keys
 from .tiles import COLUMNS, ROWS, make_tiles
@@ -158,12 +158,12 @@ def _add_partial_sums_kernel(
         tl.store(out_ptr + row_tile * TILE * BLOCK_C + offsets, total)
 
 
-def filter_candidates(problem: Problem, arch: str) -> list[Config]:
+def filter_candidates(problem: Problem, arch: str) -> list[Tile]:
     """Warps and stages: the tile of pairs is the lists'. block_k stands for the operands' bytes."""
     operands = (problem.depth + problem.channels_in) // 2
-    found = [Config(ROWS, COLUMNS, operands, 8, stages) for stages in (3, 2, 4)]
+    found = [Tile(ROWS, COLUMNS, operands, 8, stages) for stages in (3, 2, 4)]
     if problem.channels_in < 128:
-        found += [Config(ROWS, COLUMNS, operands, 4, stages) for stages in (3, 2)]
+        found += [Tile(ROWS, COLUMNS, operands, 4, stages) for stages in (3, 2)]
     return found
 
 
@@ -193,28 +193,28 @@ def tile_sums(
     slots = most_slots(row_tiles, columns, device)
     partial = torch.empty((slots * ROWS, width), dtype=torch.float32, device=device)
 
-    def make(direct: bool) -> Plan:
+    def make(direct: bool) -> Launch:
         problem = Problem(operation, channels, channels, pairs.dim, 1, torch.float16,
                           pairs.points * pairs.batch, pairs.padded, channels, depth)  # fmt: skip
-        config = choose_config(problem, device)
+        tile = choose_tile(problem, device)
         shared = {
             "D": pairs.dim,
             "DEPTH": depth,
             "DIRECT": direct,
             # The direct form's loops are within each other: nothing to overlap.
-            "STAGES": 1 if direct else config.num_stages,
+            "STAGES": 1 if direct else tile.num_stages,
             "BLOCK_M": ROWS,
             "BLOCK_N": COLUMNS,
             "BLOCK_C": channels,
         }
         scalars = (pairs.points, columns * COLUMNS // ROWS, columns, units, pairs.padded)
-        return Plan(kernel, (units,), scalars, shared | constants, config)
+        return Launch(kernel, (units,), scalars, shared | constants, tile)
 
     lists = (pairs.lists, pairs.units, pairs.outgrown)
     for direct in (False,) if pairs.outgrown is None else (False, True):
         key = (operation, device, direct, pairs.batch, pairs.points, layout_key(operand, pairs.g, *lists))
-        plan = planned(key, lambda direct=direct: make(direct))
-        plan(pairs.a, pairs.b, pairs.g, *operands, out, partial, *lists)
+        launch = launch_for(key, lambda direct=direct: make(direct))
+        launch(pairs.a, pairs.b, pairs.g, *operands, out, partial, *lists)
     _add_partial_sums(pairs, partial, out)
     return out
 
@@ -223,10 +223,12 @@ def _add_partial_sums(pairs: ExactPairs, partial: torch.Tensor, out: torch.Tenso
     """Sum the parts of every row tile that several programs worked on."""
     width = out.shape[1]
 
-    def make() -> Plan:
+    def make() -> Launch:
         constants = {"TILE": ROWS, "BLOCK_M": _REDUCED, "BLOCK_C": width}
         grid = (pairs.cuts.shape[1], ROWS // _REDUCED)
-        return Plan(_add_partial_sums_kernel, grid, (pairs.cuts.shape[1],), constants,
-                    Config(_REDUCED, width, 1, 4, 1))  # fmt: skip
+        return Launch(_add_partial_sums_kernel, grid, (pairs.cuts.shape[1],), constants,
+                    Tile(_REDUCED, width, 1, 4, 1))  # fmt: skip
 
-    planned(("add_partial_sums", out.device, width, tuple(pairs.cuts.shape)), make)(partial, out, pairs.cuts)
+    launch_for(("add_partial_sums", out.device, width, tuple(pairs.cuts.shape)), make)(
+        partial, out, pairs.cuts
+    )

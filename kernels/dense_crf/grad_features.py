@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import register_candidates
+from .._tiles import register_candidates
 from .exact import ExactPairs, _kernel_values, _store_sums, _work_unit, filter_candidates, tile_sums
 from .pack import exact_pack, exact_unpack
 from .tiles import SCALE

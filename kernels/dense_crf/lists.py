@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config
 from .._device import processors
-from .._launch import Plan, layout_key, planned
+from .._launch import Launch, launch_for, layout_key
+from .._tiles import Tile
 from .tiles import COLUMNS, ROWS, Tiles
 
 _LEVELS = 64  # distances at which leaving out may begin
@@ -123,17 +123,17 @@ def make_lists(tiles: Tiles, batch: int, points: int, tolerance: float) -> tuple
     lists = torch.empty((batch * rows, columns), dtype=narrow, device=device)
     counts = torch.empty((batch * rows,), dtype=torch.int32, device=device)
 
-    def make() -> Plan:
+    def make() -> Launch:
         # Everything beyond the last level together is less than the tolerance.
         farthest = math.log2(points / tolerance) if tolerance else 1.0
         budget = tolerance if tolerance else -1.0
         scalars = (points, rows, columns, batch * columns, all_rows, float(budget), float(farthest))
         constants = {"D": dim, "BLOCK_M": ROWS, "BLOCK_T": _BLOCK, "LEVELS": _LEVELS}
-        config = Config(ROWS, _BLOCK, 1, 8, 1)
-        return Plan(_lists_kernel, (batch * rows,), scalars, constants, config)
+        tile = Tile(ROWS, _BLOCK, 1, 8, 1)
+        return Launch(_lists_kernel, (batch * rows,), scalars, constants, tile)
 
     key = ("dense_crf_lists", device, batch, points, tolerance, layout_key(tiles.g, tiles.bounds, lists))
-    planned(key, make)(tiles.g, tiles.bounds, lists, counts)
+    launch_for(key, make)(tiles.g, tiles.bounds, lists, counts)
     return lists, counts
 
 

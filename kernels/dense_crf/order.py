@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config
-from .._launch import Plan, layout_key, planned
+from .._launch import Launch, launch_for, layout_key
+from .._tiles import Tile
 
 # The edge of the curve's cells in standard deviations, unless the features span more cells than a key tells
 # apart.
@@ -77,11 +77,11 @@ def hilbert_keys(features: torch.Tensor) -> torch.Tensor:
     per_unit = ((1 << bits) - 1) / (high - low).amax(1).clamp_(min=_CELL * ((1 << bits) - 1))
     keys = torch.empty((batch, points), dtype=torch.int64, device=features.device)
 
-    def make() -> Plan:
+    def make() -> Launch:
         constants = {"D": dim, "BITS": bits, "BLOCK": 256}
         scalars = (batch * points, points)
         grid = (triton.cdiv(batch * points, 256),)
-        return Plan(_hilbert_keys_kernel, grid, scalars, constants, Config(256, 1, 1, 4, 1))
+        return Launch(_hilbert_keys_kernel, grid, scalars, constants, Tile(256, 1, 1, 4, 1))
 
-    planned(("hilbert_keys", features.device, layout_key(features)), make)(features, low, per_unit, keys)
+    launch_for(("hilbert_keys", features.device, layout_key(features)), make)(features, low, per_unit, keys)
     return keys

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config
-from .._launch import Plan, layout_key, planned
+from .._launch import Launch, launch_for, layout_key
+from .._tiles import Tile
 from .exact import ExactPairs
 
 _ELEMENTS = 4096  # of a program's block
@@ -94,16 +94,16 @@ def exact_pack(
     width = packed_width(channels, split)
     packed = torch.empty((pairs.padded, width), dtype=torch.float16, device=values.device)
 
-    def make() -> Plan:
+    def make() -> Launch:
         columns = width // (1 + split)
         block = max(1, _ELEMENTS // columns)
         scalars = (pairs.padded, pairs.points, pairs.padded // pairs.batch, channels)
         grid = (triton.cdiv(pairs.padded, block),)
         constants = {"SPLIT": split, "WIDTH": width, "BLOCK_M": block, "BLOCK_C": columns}
-        return Plan(_exact_pack_kernel, grid, scalars, constants, Config(block, columns, 1, 4, 1))
+        return Launch(_exact_pack_kernel, grid, scalars, constants, Tile(block, columns, 1, 4, 1))
 
     key = ("exact_pack", values.device, pairs.padded, split, layout_key(values, before, scale))
-    planned(key, make)(values, pairs.order, before, scale, packed)
+    launch_for(key, make)(values, pairs.order, before, scale, packed)
     return packed
 
 
@@ -123,14 +123,14 @@ def exact_unpack(
     split = is_split(channels) if split is None else split
     out = torch.empty((pairs.batch, pairs.points, channels), dtype=torch.float32, device=sums.device)
 
-    def make() -> Plan:
+    def make() -> Launch:
         wide = triton.next_power_of_2(channels)
         block = max(1, _ELEMENTS // wide)
         points = pairs.batch * pairs.points
         constants = {"SPLIT": split, "WIDTH": sums.shape[1], "BLOCK_M": block, "BLOCK_C": wide}
         grid = (triton.cdiv(points, block),)
         scalars = (points, pairs.points, channels)
-        return Plan(_exact_unpack_kernel, grid, scalars, constants, Config(block, wide, 1, 4, 1))
+        return Launch(_exact_unpack_kernel, grid, scalars, constants, Tile(block, wide, 1, 4, 1))
 
     key = (
         "exact_unpack",
@@ -140,5 +140,5 @@ def exact_unpack(
         layout_key(sums, after, scale),
         tuple(pairs.rows.shape),
     )
-    planned(key, make)(sums, pairs.rows, after, scale, out)
+    launch_for(key, make)(sums, pairs.rows, after, scale, out)
     return out

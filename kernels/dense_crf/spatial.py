@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import fp32_precision
-from .._launch import Plan, layout_key, planned
+from .._launch import Launch, launch_for, layout_key
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 
 # Standard deviations, rounded up to whole pixels, to which weights are summed at least: beyond, a share of
 # erfc(5.43 / sqrt(2)) < 2**-24 is left of an infinite row on that side, less than rounding its sum to fp32.
@@ -52,13 +52,13 @@ def _spatial_gaussian_kernel(
     tl.store(out_ptr + offset, total, mask=target_ok[:, None] & column_ok)
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     return [
-        Config(64, 64, 32, 4, 2),
-        Config(64, 128, 32, 4, 2),
-        Config(32, 64, 32, 4, 2),
-        Config(64, 64, 16, 4, 3),
-        Config(128, 64, 32, 8, 2),
+        Tile(64, 64, 32, 4, 2),
+        Tile(64, 128, 32, 4, 2),
+        Tile(32, 64, 32, 4, 2),
+        Tile(64, 64, 16, 4, 3),
+        Tile(128, 64, 32, 8, 2),
     ]
 
 
@@ -103,7 +103,7 @@ def _along(
     pointers = (values, before, after, out)
     key = ("spatial_gaussian", values.device, shape, theta, layout_key(*pointers))
 
-    def make() -> Plan:
+    def make() -> Launch:
         outer, length, inner = shape
         columns = outer * inner
         radius = min(length, math.ceil(REACH * theta))
@@ -111,18 +111,18 @@ def _along(
             "spatial_gaussian", inner, inner, 2 * radius + 1, 1, values.dtype, outer * length,
             rows=length, columns=columns, depth=2 * radius + 1,
         )  # fmt: skip
-        config = choose_config(problem, values.device)
-        blocks = triton.cdiv(length, config.block_m)
+        tile = choose_tile(problem, values.device)
+        blocks = triton.cdiv(length, tile.block_m)
         # Bounded, or a pixel's distance 0 to itself would be NaN.
         exponent = max(-math.log2(math.e) / 2 / theta / theta, -1e30)
         constants = {
             "PRECISION": fp32_precision(),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
         }
-        grid = (blocks * triton.cdiv(columns, config.block_n),)
+        grid = (blocks * triton.cdiv(columns, tile.block_n),)
         scalars = (length, inner, columns, blocks, radius, exponent)
-        return Plan(_spatial_gaussian_kernel, grid, scalars, constants, config)
+        return Launch(_spatial_gaussian_kernel, grid, scalars, constants, tile)
 
-    planned(key, make)(*pointers)
+    launch_for(key, make)(*pointers)

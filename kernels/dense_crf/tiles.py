@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config
-from .._launch import Plan, layout_key, planned
+from .._launch import Launch, launch_for, layout_key
+from .._tiles import Tile
 
 ROWS, COLUMNS = 128, 64  # of a tile of pairs
 SCALE = math.sqrt(math.log2(math.e))
@@ -103,12 +103,12 @@ def make_tiles(features: torch.Tensor, order: torch.Tensor, padded: int) -> Tile
         torch.empty((tiles,), dtype=torch.int32, device=device),
     )
 
-    def make() -> Plan:
+    def make() -> Launch:
         scalars = (points, padded // COLUMNS, tiles, batch * padded)
         constants = {"D": dim, "DEPTH": depth, "BLOCK": COLUMNS}
-        config = Config(COLUMNS, depth, 1, 4, 1)
-        return Plan(_tiles_kernel, (tiles,), scalars, constants, config)
+        tile = Tile(COLUMNS, depth, 1, 4, 1)
+        return Launch(_tiles_kernel, (tiles,), scalars, constants, tile)
 
-    plan = planned(("dense_crf_tiles", device, layout_key(features)), make)
-    plan(features, order, features.mean(1), *made)
+    launch = launch_for(("dense_crf_tiles", device, layout_key(features)), make)
+    launch(features, order, features.mean(1), *made)
     return made

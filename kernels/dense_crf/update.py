@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import bounded, fp32_precision
-from .._launch import Plan, layout_key, planned
+from .._launch import Launch, launch_for, layout_key
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from .pack import is_split
 
 
@@ -165,7 +165,7 @@ def _mean_field_update_kernel(
             tl.store(place, high, mask=pixel_ok[:, None])
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     """Pixels x labels at a time, and of a matrix the labels of a step; a dot takes 16 of each at least."""
     labels = problem.columns
     matrix = problem.variant.endswith("-matrix")
@@ -173,7 +173,7 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     # The lattice's vertices are gathered all at once.
     sizes = [(1024, 4), (2048, 8), (2048, 4)] if "lattice" in problem.variant else [(2048, 4), (1024, 4)]
     sizes += [(4096, 4), (4096, 8)]
-    found = [Config(max(least, size // labels), labels, depth, warps, 1) for size, warps in sizes]
+    found = [Tile(max(least, size // labels), labels, depth, warps, 1) for size, warps in sizes]
     return list(dict.fromkeys(found))
 
 
@@ -210,7 +210,7 @@ def mean_field_update(
     numbers = tuple(_potts(message) for message in (first, second))
     key = ("mean_field_update", unary.device, first.kind, second.kind, numbers, layout_key(*pointers))
 
-    def make() -> Plan:
+    def make() -> Launch:
         batch, labels, height, width = unary.shape
         pixels = height * width
         constants = _constants(first, labels, "0") | _constants(second, labels, "1")
@@ -226,26 +226,26 @@ def mean_field_update(
             rows=batch * pixels, columns=columns, depth=labels,
             variant="-lattice" * ("lattice" in (first.kind, second.kind)) + "-matrix" * matrix,
         )  # fmt: skip
-        config = choose_config(problem, unary.device)
+        tile = choose_tile(problem, unary.device)
         strides = [_line(t, width) for t in (unary, output)]
         # Where rows follow each other without a gap, an image is one long row: neighbours are seen as such.
         if all(lined for lined, _ in strides):
             width = max(1, pixels)
-        blocks = triton.cdiv(pixels, config.block_m)
+        blocks = triton.cdiv(pixels, tile.block_m)
         scalars = (pixels, width, blocks, *numbers, *strides[0][1], *strides[1][1])
         constants |= {
             "LABELS": labels,
             "PACKED": 0 if packed is None else packed.values.shape[1],
             "SPLIT": split,
             "PRECISION": fp32_precision(),
-            "BLOCK_M": config.block_m,
+            "BLOCK_M": tile.block_m,
             "BLOCK_C": columns,
-            "BLOCK_K": config.block_k,
+            "BLOCK_K": tile.block_k,
         }
-        plan = Plan(_mean_field_update_kernel, (batch * blocks,), scalars, constants, config)
-        return bounded(plan, unary.device, 255 if matrix else 168)
+        launch = Launch(_mean_field_update_kernel, (batch * blocks,), scalars, constants, tile)
+        return bounded(launch, unary.device, 255 if matrix else 168)
 
-    planned(key, make)(*pointers)
+    launch_for(key, make)(*pointers)
 
 
 def _pointers(message: Message) -> tuple[torch.Tensor | None, ...]:

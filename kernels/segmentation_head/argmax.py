@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .._configs import register_candidates
 from .._device import bounded
-from .._launch import Plan, layout_key, needs_wide_index, planned
+from .._launch import Launch, launch_for, layout_key, needs_wide_index
+from .._tiles import register_candidates
 from ._cells import LOWEST, _between, _block_ends, _cell_of, _corners, _fraction, _row_stretch, cells
 from .forward import lanes_of, pixel_candidates, pixel_tile
 
@@ -66,10 +66,10 @@ def upsample_argmax(x, labels, confidence, mode, align_corners, scales) -> None:
     out_size = tuple(labels.shape[1:])
     key = ("upsample_argmax", x.device, layout_key(x, labels, confidence), mode, align_corners, scales)
 
-    def make() -> Plan:
+    def make() -> Launch:
         resampling = cells(tuple(x.shape[2:]), out_size, mode, align_corners, scales)
         parts, slots, row_lanes = lanes_of(x, out_size, resampling.kind, resampling.most[1])
-        config = pixel_tile("upsample_argmax", x, out_size, slots)
+        tile = pixel_tile("upsample_argmax", x, out_size, slots)
         lanes = x.shape[0] * out_size[0] * row_lanes
         scalars = (lanes, row_lanes, *x.shape[1:], *out_size, *resampling.scales, resampling.inverses[1],
                    *x.stride())  # fmt: skip
@@ -80,10 +80,10 @@ def upsample_argmax(x, labels, confidence, mode, align_corners, scales) -> None:
             "PARTS": parts,
             "SLOTS": slots,
             "WIDE_INDEX": needs_wide_index(x, labels),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
         }
-        grid = (triton.cdiv(lanes, config.block_m),)
-        return bounded(Plan(_upsample_argmax_kernel, grid, scalars, constants, config), x.device)
+        grid = (triton.cdiv(lanes, tile.block_m),)
+        return bounded(Launch(_upsample_argmax_kernel, grid, scalars, constants, tile), x.device)
 
-    planned(key, make)(x, labels, confidence)
+    launch_for(key, make)(x, labels, confidence)

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import bounded
-from .._launch import Plan, layout_key, needs_wide_index, planned
+from .._launch import Launch, launch_for, layout_key, needs_wide_index
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._cells import (
     LOG2E,
     _between,
@@ -123,8 +123,8 @@ def _softmax_expectation_kernel(
     tl.store(mean_ptr + pixel, mean, mask=ok)
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
-    return [Config(128, 8, 1, 4, 1), Config(128, 4, 1, 4, 1), Config(256, 4, 1, 8, 1)]
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
+    return [Tile(128, 8, 1, 4, 1), Tile(128, 4, 1, 4, 1), Tile(256, 4, 1, 8, 1)]
 
 
 register_candidates("upsample_dice_sums", _candidates)
@@ -141,21 +141,21 @@ def upsample_dice_sums(x, target, lse, mode, align_corners, scales, ignore_index
     key = ("upsample_dice_sums", x.device, layout_key(x, target, lse), mode, align_corners, scales,
            ignore_index)  # fmt: skip
 
-    def make() -> Plan:
+    def make() -> Launch:
         resampling = cells(tuple(x.shape[2:]), out_size, mode, align_corners, scales)
         parts, slots, row_lanes = lanes_of(x, out_size, resampling.kind, resampling.most[1])
         channels, pixels = x.shape[1], lse.numel()
         problem = Problem(
             "upsample_dice_sums", channels, channels, 1, 1, x.dtype, pixels, pixels, channels, channels
         )
-        config = choose_config(problem, x.device)
+        tile = choose_tile(problem, x.device)
         wide = needs_wide_index(x, target, lse)
         # Three sums are kept for each lane and class; beside offsets of 64 bits registers hold half as many.
         values = VALUES_IN_REGISTERS // slots
-        most = min(config.block_n, min(4, values) if wide else values, triton.next_power_of_2(channels))
-        config = replace(config, block_n=max(1, most))
+        most = min(tile.block_n, min(4, values) if wide else values, triton.next_power_of_2(channels))
+        tile = replace(tile, block_n=max(1, most))
         lanes = x.shape[0] * out_size[0] * row_lanes
-        tiles, blocks = triton.cdiv(lanes, config.block_m), triton.cdiv(channels, config.block_n)
+        tiles, blocks = triton.cdiv(lanes, tile.block_m), triton.cdiv(channels, tile.block_n)
         steps = triton.cdiv(tiles * blocks, PROGRAMS)
         scalars = (lanes, row_lanes, steps, *x.shape[1:], *out_size, *resampling.scales,
                    resampling.inverses[1], ignore_index, *x.stride(), *target.stride())  # fmt: skip
@@ -166,16 +166,16 @@ def upsample_dice_sums(x, target, lse, mode, align_corners, scales, ignore_index
             "PARTS": parts,
             "SLOTS": slots,
             "WIDE_INDEX": wide,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
         }
         grid = (triton.cdiv(tiles, steps) * blocks,)
-        return bounded(Plan(_upsample_dice_sums_kernel, grid, scalars, constants, config), x.device)
+        return bounded(Launch(_upsample_dice_sums_kernel, grid, scalars, constants, tile), x.device)
 
-    plan = planned(key, make)
-    chunks = plan.grid[0] // triton.cdiv(x.shape[1], plan.constants["BLOCK_N"])
+    launch = launch_for(key, make)
+    chunks = launch.grid[0] // triton.cdiv(x.shape[1], launch.constants["BLOCK_N"])
     sums = torch.empty((chunks, 3, x.shape[1]), dtype=torch.float32, device=x.device)
-    plan(x, target, lse, sums)
+    launch(x, target, lse, sums)
     return sums
 
 
@@ -188,10 +188,10 @@ def softmax_expectation(x, target, lse, grad, out, mode, align_corners, scales) 
     key = ("softmax_expectation", x.device, layout_key(x, target, lse, grad, out), mode, align_corners,
            scales)  # fmt: skip
 
-    def make() -> Plan:
+    def make() -> Launch:
         resampling = cells(tuple(x.shape[2:]), out_size, mode, align_corners, scales)
         parts, slots, row_lanes = lanes_of(x, out_size, resampling.kind, resampling.most[1])
-        config = pixel_tile("softmax_expectation", x, out_size, slots)
+        tile = pixel_tile("softmax_expectation", x, out_size, slots)
         lanes = x.shape[0] * out_size[0] * row_lanes
         scalars = (lanes, row_lanes, *x.shape[1:], *out_size, *resampling.scales, resampling.inverses[1],
                    *x.stride(), *target.stride())  # fmt: skip
@@ -202,10 +202,10 @@ def softmax_expectation(x, target, lse, grad, out, mode, align_corners, scales) 
             "PARTS": parts,
             "SLOTS": slots,
             "WIDE_INDEX": needs_wide_index(x, target, lse),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
         }
-        grid = (triton.cdiv(lanes, config.block_m),)
-        return bounded(Plan(_softmax_expectation_kernel, grid, scalars, constants, config), x.device)
+        grid = (triton.cdiv(lanes, tile.block_m),)
+        return bounded(Launch(_softmax_expectation_kernel, grid, scalars, constants, tile), x.device)
 
-    planned(key, make)(x, target, lse, grad, out)
+    launch_for(key, make)(x, target, lse, grad, out)

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import bounded
-from .._launch import Plan, layout_key, needs_wide_index, planned
+from .._launch import Launch, launch_for, layout_key, needs_wide_index
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._cells import (
     LN2,
     LOWEST,
@@ -105,24 +105,24 @@ def _upsample_softmax_forward_kernel(
             tl.store(loss_ptr + pid * 2 + both, sums)
 
 
-def pixel_candidates(problem: Problem, arch: str) -> list[Config]:
+def pixel_candidates(problem: Problem, arch: str) -> list[Tile]:
     """Tiles of the kernels that give a thread a stretch of outputs: lanes x classes at a time."""
     # Blocks that leave few classes empty: 19 and 21 are five and six blocks of four.
     few = 4 if problem.channels_in < 64 and problem.channels_in % 8 else 8
-    found = [Config(128, few, 1, 4, 1), Config(256, few, 1, 8, 1), Config(64, few, 1, 2, 1)]
-    return [*found, Config(128, 12 - few, 1, 4, 1), Config(128, 2, 1, 4, 1)]
+    found = [Tile(128, few, 1, 4, 1), Tile(256, few, 1, 8, 1), Tile(64, few, 1, 2, 1)]
+    return [*found, Tile(128, 12 - few, 1, 4, 1), Tile(128, 2, 1, 4, 1)]
 
 
 register_candidates("upsample_softmax_forward", pixel_candidates)
 
 
-def pixel_tile(operation: str, x: torch.Tensor, out_size: tuple[int, int], slots: int) -> Config:
+def pixel_tile(operation: str, x: torch.Tensor, out_size: tuple[int, int], slots: int) -> Tile:
     """The tile of `operation`, with no more classes than there are, or than registers hold."""
     channels, pixels = x.shape[1], x.shape[0] * out_size[0] * out_size[1]
     problem = Problem(operation, channels, channels, 1, 1, x.dtype, pixels, pixels, channels, channels)
-    config = choose_config(problem, x.device)
-    most = min(config.block_n, VALUES_IN_REGISTERS // slots, triton.next_power_of_2(channels))
-    return replace(config, block_n=max(1, most))
+    tile = choose_tile(problem, x.device)
+    most = min(tile.block_n, VALUES_IN_REGISTERS // slots, triton.next_power_of_2(channels))
+    return replace(tile, block_n=max(1, most))
 
 
 def lanes_of(x: torch.Tensor, out_size: tuple[int, int], kind: str, most: int) -> tuple[int, int, int]:
@@ -150,10 +150,10 @@ def upsample_softmax_forward(x, target, weight, losses, lse, mode, align_corners
     key = ("upsample_softmax_forward", x.device, layout_key(*pointers), mode, align_corners, scales,
            ignore_index, smoothing)  # fmt: skip
 
-    def make() -> Plan:
+    def make() -> Launch:
         resampling = cells(tuple(x.shape[2:]), out_size, mode, align_corners, scales)
         parts, slots, row_lanes = lanes_of(x, out_size, resampling.kind, resampling.most[1])
-        config = pixel_tile("upsample_softmax_forward", x, out_size, slots)
+        tile = pixel_tile("upsample_softmax_forward", x, out_size, slots)
         lanes = x.shape[0] * out_size[0] * row_lanes
         scalars = (lanes, row_lanes, *x.shape[1:], *out_size, *resampling.scales, resampling.inverses[1],
                    float(smoothing), ignore_index, *x.stride(),
@@ -167,15 +167,15 @@ def upsample_softmax_forward(x, target, weight, losses, lse, mode, align_corners
             "SMOOTHING": smoothing != 0,
             "PER_PIXEL": per_pixel,
             "WIDE_INDEX": needs_wide_index(x, target, lse),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
         }
-        grid = (triton.cdiv(lanes, config.block_m),)
-        plan = Plan(_upsample_softmax_forward_kernel, grid, scalars, constants, config)
-        return bounded(plan, x.device)
+        grid = (triton.cdiv(lanes, tile.block_m),)
+        launch = Launch(_upsample_softmax_forward_kernel, grid, scalars, constants, tile)
+        return bounded(launch, x.device)
 
-    plan = planned(key, make)
+    launch = launch_for(key, make)
     if target is not None and not per_pixel:
-        losses = torch.empty((plan.grid[0], 2), dtype=torch.float32, device=x.device)
-    plan(x, target, weight, losses, lse)
+        losses = torch.empty((launch.grid[0], 2), dtype=torch.float32, device=x.device)
+    launch(x, target, weight, losses, lse)
     return losses

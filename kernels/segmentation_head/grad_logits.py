@@ -11,9 +11,9 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import bounded
-from .._launch import Plan, layout_key, needs_wide_index, planned
+from .._launch import Launch, launch_for, layout_key, needs_wide_index
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._cells import (
     LOG2E,
     _between,
@@ -170,13 +170,13 @@ def _upsample_grad_logits_kernel(
         above_right = bottom_right
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     """Lanes x classes, and in split_k the rows of a strip: as many as leave enough lanes."""
     found = []
     for lanes, classes, warps in ((64, 4, 2), (64, 8, 2), (256, 4, 8), (128, 2, 4)):
         columns = problem.rows // problem.depth * triton.cdiv(problem.channels_in, classes)
         rows = max(2, min(32, columns * problem.depth // BUSY, problem.depth))
-        found.append(Config(lanes, classes, 1, warps, 1, split_k=rows))
+        found.append(Tile(lanes, classes, 1, warps, 1, split_k=rows))
     return found
 
 
@@ -197,20 +197,20 @@ def upsample_grad_logits(grad, x, target, weight, lse, mean, out, mode, align_co
     key = ("upsample_grad_logits", x.device, layout_key(*pointers), mode, align_corners, scales,
            ignore_index, smoothing)  # fmt: skip
 
-    def make() -> Plan:
+    def make() -> Launch:
         resampling = cells(tuple(x.shape[2:]), out_size, mode, align_corners, scales)
         parts, slots = stretch(resampling.most[1])
         batch, channels, height, width = x.shape
         columns = batch * (width + 1)
         problem = Problem("upsample_grad_logits", channels, channels, 1, 1, x.dtype, lse.numel(),
                           rows=columns * height, columns=channels, depth=height)  # fmt: skip
-        config = choose_config(problem, x.device)
+        tile = choose_tile(problem, x.device)
         # Eight sums and the corners are kept for each class beside the outputs.
         wide = needs_wide_index(x, target, lse, out)
         values = (4 if wide else 8) if smoothing else 16
-        most = min(config.block_n, values // slots, triton.next_power_of_2(channels))
-        config = replace(config, block_n=max(1, most))
-        rows = min(config.split_k, height)
+        most = min(tile.block_n, values // slots, triton.next_power_of_2(channels))
+        tile = replace(tile, block_n=max(1, most))
+        rows = min(tile.split_k, height)
         strips = triton.cdiv(height, rows)
         lanes = columns * strips
         grad_strides = grad.stride() if grad.dim() == 3 else (0, 0, 0)
@@ -227,12 +227,12 @@ def upsample_grad_logits(grad, x, target, weight, lse, mean, out, mode, align_co
             "PER_PIXEL": grad.dim() == 3,
             "CHANNELS": triton.next_power_of_2(channels),
             "WIDE_INDEX": wide,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
         }
-        tiles = triton.cdiv(lanes, config.block_m - 1)
-        grid = (tiles * triton.cdiv(channels, config.block_n),)
-        plan = Plan(_upsample_grad_logits_kernel, grid, scalars, constants, config)
-        return bounded(plan, x.device)
+        tiles = triton.cdiv(lanes, tile.block_m - 1)
+        grid = (tiles * triton.cdiv(channels, tile.block_n),)
+        launch = Launch(_upsample_grad_logits_kernel, grid, scalars, constants, tile)
+        return bounded(launch, x.device)
 
-    planned(key, make)(*pointers)
+    launch_for(key, make)(*pointers)

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, geometry_variant
 from .._device import inline_ptx
+from .._tiles import Problem, Tile, geometry_variant
 
 Pair = tuple[int, int]
 
@@ -103,29 +103,29 @@ def channel_block(channels: int) -> int:
     return next(block for block in blocks if waste[block] <= min(waste.values()) * 1.12)
 
 
-def walk_tile(problem: Problem, arch: str, rows: int, columns: int = 16) -> Config:
+def walk_tile(problem: Problem, arch: str, rows: int, columns: int = 16) -> Tile:
     """A tile of the kernels that walk along rows: one vector of channels a thread."""
     channels = channel_block(problem.channels_out)
     columns = min(columns, max(4, triton.next_power_of_2(problem.columns)))
     threads = columns * channels // vector(problem.dtype.itemsize, problem.taps)
     warp = 64 if arch.startswith("gfx") else 32
-    return Config(rows, channels, columns, max(1, min(8, threads // warp)), 1)
+    return Tile(rows, channels, columns, max(1, min(8, threads // warp)), 1)
 
 
-def programs(config: Config, problem: Problem) -> int:
+def programs(tile: Tile, problem: Problem) -> int:
     """How many programs a tile of rows x channels x columns makes of a problem."""
     return (
         problem.depth
-        * triton.cdiv(problem.rows, config.block_m)
-        * triton.cdiv(problem.columns, config.block_k)
-        * triton.cdiv(problem.channels_out, config.block_n)
+        * triton.cdiv(problem.rows, tile.block_m)
+        * triton.cdiv(problem.columns, tile.block_k)
+        * triton.cdiv(problem.channels_out, tile.block_n)
     )
 
 
-def tap_tiles(problem: Problem, arch: str) -> list[Config]:
+def tap_tiles(problem: Problem, arch: str) -> list[Tile]:
     """Tiles of pixels x channels for the kernels that go tap by tap."""
     channels = min(64, max(16, triton.next_power_of_2(problem.channels_out)))
-    return [Config(pixels, channels, 1, warps, 1) for pixels, warps in ((32, 4), (16, 2), (64, 4))]
+    return [Tile(pixels, channels, 1, warps, 1) for pixels, warps in ((32, 4), (16, 2), (64, 4))]
 
 
 def tap_alignment(weight: torch.Tensor) -> int:

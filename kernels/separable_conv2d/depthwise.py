@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
 from .._device import architecture, bounded
 from .._epilogue import _activate, _affine
-from .._launch import TRITON, Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._launch import TRITON, Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._shared import (
     Geometry,
     _load_rows,
@@ -180,7 +180,7 @@ def _depthwise_conv2d_taps_kernel(
              mask=m_ok[:, None] & c_ok[None, :])  # fmt: skip
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     # Tall blocks load their halo less often; a small image needs more of them to fill the device.
     tiles = [walk_tile(problem, arch, rows) for rows in (64, 32, 16, 8)]
     tiles.sort(key=lambda tile: programs(tile, problem) < 528)
@@ -191,19 +191,19 @@ register_candidates("depthwise_conv2d_forward", _candidates)
 register_candidates("depthwise_conv2d_taps", tap_tiles)
 
 
-def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, negative_slope=0.0,
-              sums=False) -> Plan:  # fmt: skip
-    """The plan of the walking kernel, for a convolution or (`flip`) for its input's gradient at stride 1.
+def walk_launch(x, weight, y, geometry, operation, flip=False, activation=None, negative_slope=0.0,
+              sums=False) -> Launch:  # fmt: skip
+    """The launch of the walking kernel, for a convolution or (`flip`) for its input's gradient at stride 1.
 
     Called with (sums, x, weight, bias, scale, shift, y), sums None or, if `sums`, fp32 [tiles, 2, C].
     """
-    config = choose_config(make_problem(operation, x, y, geometry), x.device)
+    tile = choose_tile(make_problem(operation, x, y, geometry), x.device)
     batch, channels, out_h, out_w = y.shape
     taps = geometry.kernel[0] * geometry.kernel[1]
     rows = triton.cdiv(out_h, geometry.dilation[0])
-    height = triton.cdiv(rows, triton.cdiv(rows, config.block_m))
+    height = triton.cdiv(rows, triton.cdiv(rows, tile.block_m))
     row_blocks = triton.cdiv(rows, height) * geometry.dilation[0]
-    column_blocks = triton.cdiv(out_w, config.block_k)
+    column_blocks = triton.cdiv(out_w, tile.block_k)
     most = vector(x.element_size(), taps)
     scalars = (height, *x.shape[2:], out_h, out_w, row_blocks, column_blocks, *image_strides(x),
                *image_strides(y), *filter_strides(weight), float(negative_slope))  # fmt: skip
@@ -216,20 +216,20 @@ def walk_plan(x, weight, y, geometry, operation, flip=False, activation=None, ne
         "ALIGN_Y": min(most, pixel_alignment(y)),
         "ALIGN_W": min(most, tap_alignment(weight)),
         "WIDE_INDEX": wide_rows(x, y),
-        "BLOCK_W": config.block_k,
-        "BLOCK_C": config.block_n,
+        "BLOCK_W": tile.block_k,
+        "BLOCK_C": tile.block_n,
     }
-    grid = (batch * row_blocks * column_blocks * triton.cdiv(channels, config.block_n),)
-    plan = Plan(_depthwise_conv2d_rows_kernel, grid, scalars, constants, config)
+    grid = (batch * row_blocks * column_blocks * triton.cdiv(channels, tile.block_n),)
+    launch = Launch(_depthwise_conv2d_rows_kernel, grid, scalars, constants, tile)
     if taps > 9:
-        return plan
+        return launch
     # Triton 3.9 needs four registers more for the sums on sm_100, and would spill them.
     tight = sums and TRITON >= (3, 9) and architecture(x.device).startswith("sm_10")
-    return bounded(plan, x.device, 176 if tight else 168)
+    return bounded(launch, x.device, 176 if tight else 168)
 
 
-def _taps_plan(x, weight, y, geometry, activation, negative_slope) -> Plan:
-    config = choose_config(make_problem("depthwise_conv2d_taps", x, y, geometry), x.device)
+def _taps_launch(x, weight, y, geometry, activation, negative_slope) -> Launch:
+    tile = choose_tile(make_problem("depthwise_conv2d_taps", x, y, geometry), x.device)
     batch, channels, out_h, out_w = y.shape
     pixels = batch * out_h * out_w
     scalars = (pixels, *x.shape[2:], out_h, out_w, *image_strides(x), *image_strides(y),
@@ -242,11 +242,11 @@ def _taps_plan(x, weight, y, geometry, activation, negative_slope) -> Plan:
         "ALIGN_Y": pixel_alignment(y),
         "ALIGN_W": tap_alignment(weight),
         "WIDE_INDEX": needs_wide_index(x, y),
-        "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_C": tile.block_n,
     }
-    grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels, config.block_n),)
-    return Plan(_depthwise_conv2d_taps_kernel, grid, scalars, constants, config)
+    grid = (triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels, tile.block_n),)
+    return Launch(_depthwise_conv2d_taps_kernel, grid, scalars, constants, tile)
 
 
 def depthwise_conv2d_forward(
@@ -265,7 +265,7 @@ def depthwise_conv2d_forward(
     key = (
         "depthwise_conv2d_forward",
         layout_key(*operands),
-        statistics is None,  # a plan keeps the machine code of its first call
+        statistics is None,  # a launch keeps the machine code of its first call
         x.device,
         stride,
         padding,
@@ -275,15 +275,15 @@ def depthwise_conv2d_forward(
     )
     geometry = Geometry(tuple(weight.shape[2:]), stride, padding, dilation, weight.shape[0] // x.shape[1])
     if not geometry.walks:
-        plan = planned(key, lambda: _taps_plan(x, weight, out, geometry, activation, negative_slope))
-        plan(*operands)
+        launch = launch_for(key, lambda: _taps_launch(x, weight, out, geometry, activation, negative_slope))
+        launch(*operands)
         if statistics is not None:
             torch.sum(out, (2, 3), dtype=torch.float32, out=statistics[:, 0])
             torch.sum(out.float().square(), (2, 3), out=statistics[:, 1])
-        return plan if statistics is None else None
-    plan = planned(
+        return launch if statistics is None else None
+    launch = launch_for(
         key,
-        lambda: walk_plan(
+        lambda: walk_launch(
             x,
             weight,
             out,
@@ -296,11 +296,11 @@ def depthwise_conv2d_forward(
         ),
     )
     if statistics is None:
-        plan(None, *operands)
-        return functools.partial(plan, None)
+        launch(None, *operands)
+        return functools.partial(launch, None)
     batch, _, channels = statistics.shape
-    tiles = plan.grid[0] // triton.cdiv(channels, plan.config.block_n)
+    tiles = launch.grid[0] // triton.cdiv(channels, launch.tile.block_n)
     sums = torch.empty((batch, tiles // batch, 2, channels), dtype=torch.float32, device=out.device)
-    plan(sums, *operands)
+    launch(sums, *operands)
     torch.sum(sums, 1, out=statistics)
     return None

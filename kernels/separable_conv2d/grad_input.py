@@ -9,8 +9,8 @@ a gradient is loaded once for all of them.
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
-from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._shared import (
     Geometry,
     _mask,
@@ -24,7 +24,7 @@ from ._shared import (
     wide_rows,
     widens_by_ptx,
 )
-from .depthwise import walk_plan
+from .depthwise import walk_launch
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _depthwise_conv2d_grad_input_taps_kernel(
              mask=m_ok[:, None] & c_ok[None, :])  # fmt: skip
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     return [walk_tile(problem, arch, rows) for rows in (16, 8, 4, 32)]
 
 
@@ -154,12 +154,12 @@ register_candidates("depthwise_conv2d_grad_input", _candidates)
 register_candidates("depthwise_conv2d_grad_input_taps", tap_tiles)
 
 
-def _phases_plan(gy, weight, gx, geometry) -> Plan:
-    config = choose_config(make_problem("depthwise_conv2d_grad_input", gx, gy, geometry), gx.device)
+def _phases_launch(gy, weight, gx, geometry) -> Launch:
+    tile = choose_tile(make_problem("depthwise_conv2d_grad_input", gx, gy, geometry), gx.device)
     batch, channels, height, width = gx.shape
     taps = geometry.kernel[0] * geometry.kernel[1]
-    row_blocks = triton.cdiv(triton.cdiv(height, geometry.stride[0]), config.block_m)
-    column_blocks = triton.cdiv(triton.cdiv(width, geometry.stride[1]), config.block_k)
+    row_blocks = triton.cdiv(triton.cdiv(height, geometry.stride[0]), tile.block_m)
+    column_blocks = triton.cdiv(triton.cdiv(width, geometry.stride[1]), tile.block_k)
     most = vector(gx.element_size(), taps)
     scalars = (height, width, *gy.shape[2:], row_blocks, column_blocks, *image_strides(gy),
                *image_strides(gx), *filter_strides(weight))  # fmt: skip
@@ -170,16 +170,16 @@ def _phases_plan(gy, weight, gx, geometry) -> Plan:
         "ALIGN_X": min(most, pixel_alignment(gx)),
         "ALIGN_W": min(most, tap_alignment(weight)),
         "WIDE_INDEX": wide_rows(gx, gy),
-        "BLOCK_H": config.block_m,
-        "BLOCK_W": config.block_k,
-        "BLOCK_C": config.block_n,
+        "BLOCK_H": tile.block_m,
+        "BLOCK_W": tile.block_k,
+        "BLOCK_C": tile.block_n,
     }
-    grid = (batch * row_blocks * column_blocks * triton.cdiv(channels, config.block_n),)
-    return Plan(_depthwise_conv2d_phases_kernel, grid, scalars, constants, config)
+    grid = (batch * row_blocks * column_blocks * triton.cdiv(channels, tile.block_n),)
+    return Launch(_depthwise_conv2d_phases_kernel, grid, scalars, constants, tile)
 
 
-def _taps_plan(gy, weight, gx, geometry) -> Plan:
-    config = choose_config(make_problem("depthwise_conv2d_grad_input_taps", gx, gy, geometry), gx.device)
+def _taps_launch(gy, weight, gx, geometry) -> Launch:
+    tile = choose_tile(make_problem("depthwise_conv2d_grad_input_taps", gx, gy, geometry), gx.device)
     batch, channels, height, width = gx.shape
     pixels = batch * height * width
     scalars = (pixels, height, width, *gy.shape[2:], *image_strides(gy), *image_strides(gx),
@@ -190,11 +190,11 @@ def _taps_plan(gy, weight, gx, geometry) -> Plan:
         "ALIGN_G": pixel_alignment(gy),
         "ALIGN_X": pixel_alignment(gx),
         "WIDE_INDEX": needs_wide_index(gx, gy),
-        "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_C": tile.block_n,
     }
-    grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels, config.block_n),)
-    return Plan(_depthwise_conv2d_grad_input_taps_kernel, grid, scalars, constants, config)
+    grid = (triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels, tile.block_n),)
+    return Launch(_depthwise_conv2d_grad_input_taps_kernel, grid, scalars, constants, tile)
 
 
 def depthwise_conv2d_grad_input(gy, weight, out, stride, padding, dilation) -> None:
@@ -208,11 +208,11 @@ def depthwise_conv2d_grad_input(gy, weight, out, stride, padding, dilation) -> N
     if geometry.walks and stride == (1, 1):
         reach = tuple(d * (k - 1) - p for k, p, d in zip(geometry.kernel, padding, dilation, strict=True))
         turned = geometry._replace(padding=reach)
-        plan = planned(
-            key, lambda: walk_plan(gy, weight, out, turned, "depthwise_conv2d_grad_input", flip=True)
+        launch = launch_for(
+            key, lambda: walk_launch(gy, weight, out, turned, "depthwise_conv2d_grad_input", flip=True)
         )
-        plan(None, gy, weight, None, None, None, out)
+        launch(None, gy, weight, None, None, None, out)
         return
     phases = geometry.walks and dilation == (1, 1)
-    make = _phases_plan if phases else _taps_plan
-    planned(key, lambda: make(gy, weight, out, geometry))(gy, weight, out)
+    make = _phases_launch if phases else _taps_launch
+    launch_for(key, lambda: make(gy, weight, out, geometry))(gy, weight, out)

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import Config, Problem, choose_config, register_candidates
-from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
+from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._shared import (
     Geometry,
     _load_rows,
@@ -158,7 +158,7 @@ def _split(programs: int, pieces: int, waves: int) -> int:
     return max(1, min(triton.cdiv(waves, programs), pieces, 256))
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     found = []
     tiles = [(32, 16, 528), (32, 16, 1056), (64, 16, 528), (32, 8, 528), (16, 32, 1056)]
     if problem.taps > 9:
@@ -173,17 +173,17 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
             problem.depth * triton.cdiv(problem.rows, height) * triton.cdiv(problem.columns, tile.block_k)
         )
         split = _split(blocks, strips, waves)
-        found.append(Config(height, tile.block_n, tile.block_k, tile.num_warps, 1, split))
+        found.append(Tile(height, tile.block_n, tile.block_k, tile.num_warps, 1, split))
     return found
 
 
-def _tap_candidates(problem: Problem, arch: str) -> list[Config]:
+def _tap_candidates(problem: Problem, arch: str) -> list[Tile]:
     found = []
     for tile in tap_tiles(problem, arch):
         programs = problem.taps * triton.cdiv(problem.channels_out, tile.block_n)
         pixels = problem.depth * problem.rows * problem.columns
         split = _split(programs, triton.cdiv(pixels, 8 * tile.block_m), 1056)
-        found.append(Config(tile.block_m, tile.block_n, 1, tile.num_warps, 1, split))
+        found.append(Tile(tile.block_m, tile.block_n, 1, tile.num_warps, 1, split))
     return found
 
 
@@ -191,13 +191,13 @@ register_candidates("depthwise_conv2d_grad_weight", _candidates)
 register_candidates("depthwise_conv2d_grad_weight_taps", _tap_candidates)
 
 
-def _rows_plan(x, gy, geometry) -> Plan:
-    config = choose_config(make_problem("depthwise_conv2d_grad_weight", x, gy, geometry), x.device)
+def _rows_launch(x, gy, geometry) -> Launch:
+    tile = choose_tile(make_problem("depthwise_conv2d_grad_weight", x, gy, geometry), x.device)
     batch, channels, out_h, out_w = gy.shape
     rows = triton.cdiv(out_h, geometry.dilation[0])
-    height = triton.cdiv(rows, triton.cdiv(rows, config.block_m))
+    height = triton.cdiv(rows, triton.cdiv(rows, tile.block_m))
     row_blocks = triton.cdiv(rows, height) * geometry.dilation[0]
-    column_blocks = triton.cdiv(out_w, config.block_k)
+    column_blocks = triton.cdiv(out_w, tile.block_k)
     strips = batch * row_blocks * column_blocks
     most = vector(x.element_size(), geometry.kernel[0] * geometry.kernel[1])
     scalars = (strips, height, *x.shape[2:], out_h, out_w, row_blocks, column_blocks, *image_strides(x),
@@ -208,18 +208,18 @@ def _rows_plan(x, gy, geometry) -> Plan:
         "ALIGN_X": min(most, pixel_alignment(x)),
         "ALIGN_G": min(most, pixel_alignment(gy)),
         "WIDE_INDEX": wide_rows(x, gy),
-        "BLOCK_W": config.block_k,
-        "BLOCK_C": config.block_n,
+        "BLOCK_W": tile.block_k,
+        "BLOCK_C": tile.block_n,
     }
-    grid = (triton.cdiv(channels, config.block_n), min(config.split_k, strips))
-    return Plan(_depthwise_conv2d_grad_weight_rows_kernel, grid, scalars, constants, config)
+    grid = (triton.cdiv(channels, tile.block_n), min(tile.split_k, strips))
+    return Launch(_depthwise_conv2d_grad_weight_rows_kernel, grid, scalars, constants, tile)
 
 
-def _taps_plan(x, gy, geometry) -> Plan:
-    config = choose_config(make_problem("depthwise_conv2d_grad_weight_taps", x, gy, geometry), x.device)
+def _taps_launch(x, gy, geometry) -> Launch:
+    tile = choose_tile(make_problem("depthwise_conv2d_grad_weight_taps", x, gy, geometry), x.device)
     batch, channels, out_h, out_w = gy.shape
     pixels = batch * out_h * out_w
-    chunk = triton.cdiv(triton.cdiv(pixels, config.split_k), config.block_m) * config.block_m
+    chunk = triton.cdiv(triton.cdiv(pixels, tile.split_k), tile.block_m) * tile.block_m
     scalars = (pixels, chunk, *x.shape[2:], out_h, out_w, *image_strides(x), *image_strides(gy))
     constants = geometry.constants() | {
         "C": channels,
@@ -227,15 +227,15 @@ def _taps_plan(x, gy, geometry) -> Plan:
         "ALIGN_X": pixel_alignment(x),
         "ALIGN_G": pixel_alignment(gy),
         "WIDE_INDEX": needs_wide_index(x, gy) or pixels >= 2**31 - 2**16,
-        "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_C": tile.block_n,
     }
     taps = geometry.kernel[0] * geometry.kernel[1]
-    grid = (taps * triton.cdiv(channels, config.block_n), triton.cdiv(pixels, chunk))
-    return Plan(_depthwise_conv2d_grad_weight_taps_kernel, grid, scalars, constants, config)
+    grid = (taps * triton.cdiv(channels, tile.block_n), triton.cdiv(pixels, chunk))
+    return Launch(_depthwise_conv2d_grad_weight_taps_kernel, grid, scalars, constants, tile)
 
 
-def _reduce_plan(partials, gw) -> Plan:
+def _reduce_launch(partials, gw) -> Launch:
     split, channels = partials.shape[0], gw.shape[0]
     constants = {
         "C": channels,
@@ -246,8 +246,8 @@ def _reduce_plan(partials, gw) -> Plan:
     }
     strides = (gw.stride(0), gw.stride(2), gw.stride(3))
     grid = (triton.cdiv(channels, 64) * gw.shape[2] * gw.shape[3],)
-    config = Config(32, 64, 1, 4, 2)
-    return Plan(_depthwise_conv2d_grad_weight_reduce_kernel, grid, (split, *strides), constants, config)
+    tile = Tile(32, 64, 1, 4, 2)
+    return Launch(_depthwise_conv2d_grad_weight_reduce_kernel, grid, (split, *strides), constants, tile)
 
 
 def depthwise_conv2d_grad_weight(x, gy, out, stride, padding, dilation) -> None:
@@ -257,12 +257,12 @@ def depthwise_conv2d_grad_weight(x, gy, out, stride, padding, dilation) -> None:
     any strides.
     """
     geometry = Geometry(tuple(out.shape[2:]), stride, padding, dilation, out.shape[0] // x.shape[1])
-    make = _rows_plan if geometry.walks else _taps_plan
+    make = _rows_launch if geometry.walks else _taps_launch
     options = (x.device, stride, padding, dilation)
     key = ("depthwise_conv2d_grad_weight", layout_key(x, gy, out), *options)
-    plan = planned(key, lambda: make(x, gy, geometry))
-    shape = (plan.grid[1], out.shape[2] * out.shape[3], out.shape[0])
+    launch = launch_for(key, lambda: make(x, gy, geometry))
+    shape = (launch.grid[1], out.shape[2] * out.shape[3], out.shape[0])
     partials = torch.empty(shape, dtype=torch.float32, device=out.device)
-    plan(x, gy, partials)
+    launch(x, gy, partials)
     reduce_key = ("depthwise_conv2d_grad_weight_reduce", layout_key(partials, out), x.device)
-    planned(reduce_key, lambda: _reduce_plan(partials, out))(partials, out)
+    launch_for(reduce_key, lambda: _reduce_launch(partials, out))(partials, out)

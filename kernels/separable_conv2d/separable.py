@@ -13,19 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .._configs import (
-    Config,
-    Problem,
-    choose_config,
-    geometry_variant,
-    operands_in_registers,
-    register_candidates,
-)
 from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
-from .._launch import Plan, image_strides, layout_key, needs_wide_index, pixel_alignment, planned
-from .._operands import _rounded, multiplies_in_tf32
-from ..dilated_conv2d.dense import candidates, make_dense
+from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._tf32 import _rounded, multiplies_in_tf32
+from .._tiles import Problem, Tile, choose_tile, geometry_variant, operands_in_registers, register_candidates
+from ..conv2d.dense import candidates, make_dense
 from ._shared import Geometry, _widen, tap_alignment, widens_by_ptx
 from .depthwise import depthwise_conv2d_forward
 
@@ -101,7 +94,7 @@ def _separable_conv2d_fused_kernel(
     tl.store(y_ptr + offsets[:, None] + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-def _candidates(problem: Problem, arch: str) -> list[Config]:
+def _candidates(problem: Problem, arch: str) -> list[Tile]:
     passes = operands_in_registers(problem.dtype.itemsize, arch)
     depth = 64 if problem.dtype.itemsize == 2 and not passes and not arch.startswith("gfx") else 32
     # wgmma's rows are the outputs here: at least 64 of them.
@@ -109,26 +102,26 @@ def _candidates(problem: Problem, arch: str) -> list[Config]:
     if arch.startswith("gfx") or passes:
         outputs = min(outputs, 128)
     fused = [
-        Config(64, outputs, depth, 8 if outputs >= 128 or passes else 4, 1, form="fused"),
-        Config(128, min(outputs, 128), min(depth, 32), 8, 1, form="fused"),
-        Config(32, outputs, depth, 4, 1, form="fused"),
+        Tile(64, outputs, depth, 8 if outputs >= 128 or passes else 4, 1, form="fused"),
+        Tile(128, min(outputs, 128), min(depth, 32), 8, 1, form="fused"),
+        Tile(32, outputs, depth, 4, 1, form="fused"),
     ]
     fused = [_fit_pixels(tile, 64 if passes < 2 else 32) for tile in fused]
     # Its tiles are those of the two kernels.
-    both = Config(0, 0, 0, 1, 1, form="two kernels")
+    both = Tile(0, 0, 0, 1, 1, form="two kernels")
     first = problem.channels_out <= outputs and problem.taps <= 9
     return [*fused, both] if first else [both, *fused]
 
 
-def _fit_pixels(config: Config, accumulators: int) -> Config:
-    """`config` with fewer pixels, until a thread holds at most so many products."""
-    while config.block_m * config.block_n > accumulators * 32 * config.num_warps and config.block_m > 16:
-        config = Config(config.block_m // 2, *list(vars(config).values())[1:])
-    return config
+def _fit_pixels(tile: Tile, accumulators: int) -> Tile:
+    """`tile` with fewer pixels, until a thread holds at most so many products."""
+    while tile.block_m * tile.block_n > accumulators * 32 * tile.num_warps and tile.block_m > 16:
+        tile = Tile(tile.block_m // 2, *list(vars(tile).values())[1:])
+    return tile
 
 
-register_candidates("separable_conv2d_forward", _candidates, uses=("dilated_conv2d",))
-register_candidates("pointwise_conv2d_forward", candidates, uses=("dilated_conv2d",))
+register_candidates("separable_conv2d_forward", _candidates, uses=("conv2d",))
+register_candidates("pointwise_conv2d_forward", candidates, uses=("conv2d",))
 
 
 def _problem(operation: str, x, channels: int, out, taps: int, variant: str) -> Problem:
@@ -140,7 +133,7 @@ def _problem(operation: str, x, channels: int, out, taps: int, variant: str) -> 
     )  # fmt: skip
 
 
-def _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, config) -> Plan:
+def _fused_launch(x, wd, residual, out, geometry, activations, negative_slope, tile) -> Launch:
     batch, channels_out, out_h, out_w = out.shape
     pixels = batch * out_h * out_w
     scalars = (pixels, *x.shape[2:], out_h, out_w, float(negative_slope), *image_strides(x),
@@ -158,15 +151,15 @@ def _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, con
         "ALIGN_Y": pixel_alignment(out, residual),
         "ALIGN_W": tap_alignment(wd),
         "WIDE_INDEX": needs_wide_index(x, residual, out),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
     }
-    grid = (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),)
-    plan = Plan(_separable_conv2d_fused_kernel, grid, scalars, constants, config)
+    grid = (triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels_out, tile.block_n),)
+    launch = Launch(_separable_conv2d_fused_kernel, grid, scalars, constants, tile)
     # mma.sync takes its operands from registers, of which ptxas would rather spill some than use all.
     tight = operands_in_registers(x.element_size(), architecture(x.device))
-    return bounded(plan, x.device, 255) if tight else plan
+    return bounded(launch, x.device, 255) if tight else launch
 
 
 def separable_conv2d_forward(
@@ -192,18 +185,18 @@ def separable_conv2d_forward(
         taps,
         geometry_variant(stride, dilation, geometry.kernel),
     )
-    config = choose_config(problem, x.device)
-    if config.form == "two kernels":
+    tile = choose_tile(problem, x.device)
+    if tile.form == "two kernels":
         options = (stride, padding, dilation, depthwise_activation, activation, negative_slope)
         return _two_kernels(*tensors, *options)
     activations = (depthwise_activation, activation)
-    options = (stride, padding, dilation, activations, negative_slope, dot_precision(x.dtype), config)
-    plan = planned(
+    options = (stride, padding, dilation, activations, negative_slope, dot_precision(x.dtype), tile)
+    launch = launch_for(
         ("separable_conv2d_forward", layout_key(*tensors), x.device, options),
-        lambda: _fused_plan(x, wd, residual, out, geometry, activations, negative_slope, config),
+        lambda: _fused_launch(x, wd, residual, out, geometry, activations, negative_slope, tile),
     )
-    plan(*tensors)
-    return plan
+    launch(*tensors)
+    return launch
 
 
 def _two_kernels(
@@ -247,11 +240,11 @@ def pointwise_conv2d_forward(
 
     def make() -> Callable[..., None]:
         problem = _problem("pointwise_conv2d_forward", x, x.shape[1], out, 1, "-fused")
-        config = choose_config(problem, x.device)
+        tile = choose_tile(problem, x.device)
         one, zero = (1, 1), (0, 0)
-        dense = make_dense([x], w, residual, out, one, zero, one, 1, config, activation, negative_slope)
+        dense = make_dense([x], w, residual, out, one, zero, one, 1, tile, activation, negative_slope)
         return lambda x, *rest: dense((x,), *rest)
 
-    launch = planned(key, make)
+    launch = launch_for(key, make)
     launch(*operands)
     return launch

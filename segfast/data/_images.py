@@ -152,7 +152,7 @@ def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
 
 
 def save_png(image: Any, path: str | os.PathLike) -> None:
-    """Write a pillow image as PNG, marked as ours (see `segfast._output`)."""
+    """Write a pillow image as PNG, marked as ours (see `segfast.commands._output`)."""
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()

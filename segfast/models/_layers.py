@@ -6,8 +6,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from segfast.nn import Conv2d
-from segfast.nn._chains import run_layers
-from segfast.nn._norm import Remembers
+from segfast.nn._fused.folding import Remembers
+from segfast.nn._fused.layers import run_layers
 
 
 class ConvNormActivation(Remembers, nn.Sequential):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn import Conv2d
-from segfast.nn._chains import run_layers
-from segfast.nn._norm import Remembers
+from segfast.nn._fused.folding import Remembers
+from segfast.nn._fused.layers import run_layers
 
 from ._base import SegmentationModel, tensors, unlike
 from .encoders import ResNetEncoder

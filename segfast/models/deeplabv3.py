@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from segfast.nn import ASPP, Conv2d
-from segfast.nn._chains import run_layers
-from segfast.nn._norm import Remembers
+from segfast.nn._fused.folding import Remembers
+from segfast.nn._fused.layers import run_layers
 
 from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options, refuse_weights
 from .encoders import ResNetEncoder
@@ -40,8 +40,8 @@ class DeepLabHead(Remembers, nn.Sequential):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        pyramid, *block, scores = self
-        return scores(run_layers(block, pyramid(input)))
+        aspp, *block, scores = self
+        return scores(run_layers(block, aspp(input)))
 
 
 class DeepLabV3(ResNetSegmentation):

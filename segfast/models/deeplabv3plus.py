@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn import SeparableConv2d
-from segfast.nn._chains import Fused, fused_form
-from segfast.nn._dense import Dense
-from segfast.nn._eager import only_forward
-from segfast.nn._norm import PooledBatchNorm2d, Remembers
-from segfast.nn._pair import Pair, pays
-from segfast.nn._pyramid import Pyramid
+from segfast.nn._fused.aspp import FusedASPP
+from segfast.nn._fused.conv import FusedConv
+from segfast.nn._fused.eager import only_forward
+from segfast.nn._fused.folding import PooledBatchNorm2d, Remembers
+from segfast.nn._fused.layers import FusedLayer, fused_layer
+from segfast.nn._fused.separable import FusedSeparable, pays
 
 from ._base import SegmentationModel, tensors, unlike
 from ._layers import conv_norm_activation
@@ -68,32 +68,32 @@ class ASPP(Remembers):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
-        pyramid = self._pyramid() if not self.training and pays(input) else None
-        if pyramid is not None and pyramid.fits(input):
-            return self.dropout(pyramid.run(self, input))
+        aspp = self._aspp() if not self.training and pays(input) else None
+        if aspp is not None and aspp.is_eligible(input):
+            return self.dropout(aspp.run(self, input))
         features = [branch(input) for branch in self.branches]
         pooled = self.pool(F.adaptive_avg_pool2d(input, 1))
         # In the others' memory format, which `cat` would lose if one of them had another.
         features.append(torch.empty_like(features[0]).copy_(pooled))
         return self.dropout(self.project(torch.cat(features, 1)))
 
-    def _pyramid(self) -> Pyramid | None:
+    def _aspp(self) -> FusedASPP | None:
         """The layers as few operators compute them in eval; None under hooks."""
         if not all([only_forward(part) for part in (*self.branches, self.pool, self.project)]):
             return None
-        branches = [_form(branch) for branch in self.branches]
-        pool, project = fused_form(list(self.pool)), fused_form(list(self.project))
-        known = [form for form in branches if form is not None]
-        if len(known) < len(branches) or not (isinstance(pool, Dense) and isinstance(project, Dense)):
+        branches = [_fused_layer(branch) for branch in self.branches]
+        pool, project = fused_layer(list(self.pool)), fused_layer(list(self.project))
+        known = [fused for fused in branches if fused is not None]
+        if len(known) < len(branches) or not (isinstance(pool, FusedConv) and isinstance(project, FusedConv)):
             return None
-        return Pyramid(tuple(known), pool, project, ())
+        return FusedASPP(tuple(known), pool, project, ())
 
 
-def _form(branch: Any) -> Fused | None:
+def _fused_layer(branch: Any) -> FusedLayer | None:
     """The branch as one operator."""
     if not isinstance(branch, SeparableConv2d):
-        return fused_form(list(branch))
-    return Pair(
+        return fused_layer(list(branch))
+    return FusedSeparable(
         branch.conv_dw,
         branch.bn_dw,
         branch.depthwise_activation,

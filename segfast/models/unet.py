@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from segfast.functional import conv_transpose2d, up_concat
 from segfast.nn import Conv2d, ConvTranspose2d
-from segfast.nn._chains import run_layers
-from segfast.nn._norm import Remembers
+from segfast.nn._fused.folding import Remembers
+from segfast.nn._fused.layers import run_layers
+from segfast.ops.conv2d import prefers_virtual_concat
 from segfast.ops.conv_transpose2d.up_concat import geometry, up_convolution
-from segfast.ops.dilated_conv2d import prefers_virtual_concat
 
 from ._base import SegmentationModel
 

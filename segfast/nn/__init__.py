@@ -1,10 +1,10 @@
 """Drop-in `torch.nn` modules."""
 
 from . import init
-from ._aspp import ASPP
+from .aspp import ASPP
+from .conv2d import Conv2d, ConvBNAct
 from .conv_transpose2d import ConvTranspose2d
 from .dense_crf import DenseCRF
-from .dilated_conv2d import Conv2d, ConvBNAct
 from .segmentation_head import UpsampleArgmax, UpsampleCrossEntropyLoss
 from .separable_conv2d import DepthwiseConv2d, InvertedResidual, SeparableConv2d
 from .upsample import BilinearUpsample, UpsampleConv2d

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..ops._epilogue import check_activation
-from ._norm import Remembers
+from ._fused.folding import Remembers
 from ._rules import Rule
 
 

@@ -11,10 +11,10 @@ from ..ops._choice import could_choose
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
-from ._chains import run_layers
-from ._eager import only_forward
-from ._norm import Remembers
-from ._pair import Pair, check_channels, padded, pays
+from ._fused.eager import only_forward
+from ._fused.folding import Remembers
+from ._fused.layers import run_layers
+from ._fused.separable import FusedSeparable, check_channels, padded, pays
 from ._rules import Rule
 
 
@@ -192,7 +192,7 @@ class SeparableConv2d(Remembers):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         slope = self.negative_slope
         if pays(input):
-            pair = Pair(
+            pair = FusedSeparable(
                 self.conv_dw,
                 self.bn_dw,
                 self.depthwise_activation,
@@ -201,7 +201,7 @@ class SeparableConv2d(Remembers):
                 self.activation,
                 slope,
             )
-            if pair.fits():
+            if pair.is_eligible():
                 return pair.run(input, residual)
         x = self.conv_dw(input)
         if self.bn_dw is not None:
@@ -302,8 +302,8 @@ class InvertedResidual(Remembers):
             and all([only_forward(m) for m in (self.conv, depthwise, activation)])
         ):
             name, slope = known
-            pair = Pair(conv, between, name, projection, norm, negative_slope=slope)
-            if pair.fits():
+            pair = FusedSeparable(conv, between, name, projection, norm, negative_slope=slope)
+            if pair.is_eligible():
                 x = _expanded(expansion[0], input) if expansion else input
                 return pair.run(x, input if self.adds_input else None)
         x = self.conv(input)

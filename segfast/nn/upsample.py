@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops._bilinear import Factors, upsample_separable
+from ..ops.conv_transpose2d.bilinear import Factors, upsample_separable
 from ._scripting import Unscriptable
 from .init import bilinear_kernel
 

@@ -24,7 +24,7 @@ def _checked(name: str, source: str) -> str:
 _DEFAULT = _checked(os.environ.get("SEGFAST_BACKEND", "auto"), "SEGFAST_BACKEND")
 
 
-class Decision(NamedTuple):
+class Explanation(NamedTuple):
     """One choice of backend, and why."""
 
     operation: str
@@ -35,7 +35,7 @@ class Decision(NamedTuple):
         return f"{self.operation}: {self.backend} ({self.reason})"
 
 
-class _Notes(list[Decision]):
+class _Notes(list[Explanation]):
     """Decisions; and which tensors, by id, kernels of ours or cuDNN's fused calls took, by operation."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class _Choice:
     """A backend, and the list that decisions are noted in; None where there is none."""
 
     backend: str | None = None
-    decisions: "_Notes | None" = None
+    explanations: "_Notes | None" = None
 
 
 class _Thread(threading.local, _Choice):
@@ -118,7 +118,7 @@ def get_backend() -> str:
 
 def _noted() -> _Notes | None:
     """The list in which decisions of the calling thread are noted, if somebody asked."""
-    return _main.decisions if _thread.decisions is None else _thread.decisions
+    return _main.explanations if _thread.explanations is None else _thread.explanations
 
 
 def is_noting() -> bool:
@@ -166,11 +166,11 @@ def _decided(operation: str, chosen: str, reason: str, answer: bool) -> bool:
             chosen, reason = "aten", FAILED[operation]
         elif chosen == "triton" != get_backend():
             reason = CHOSEN.get(operation, reason)
-        noted.append(Decision(operation, chosen, reason))
+        noted.append(Explanation(operation, chosen, reason))
     return answer
 
 
-def change_decision(chosen: str, reason: str) -> None:
+def change_explanation(chosen: str, reason: str) -> None:
     """Say of the last decision that `chosen` runs instead, and why if its reason does not say so."""
     noted = _noted()
     if noted:
@@ -178,7 +178,7 @@ def change_decision(chosen: str, reason: str) -> None:
         noted[-1] = noted[-1]._replace(backend=chosen, reason="; ".join(reasons))
 
 
-def add_decision(operation: str, chosen: str, reason: str) -> None:
+def add_explanation(operation: str, chosen: str, reason: str) -> None:
     """Note for `explain` what runs, where `use_triton` was not asked."""
     _decided(operation, chosen, reason, True)
 
@@ -197,7 +197,7 @@ def note_origin(computed: Tensor, weight: Tensor) -> None:
         noted.origins[id(computed)] = id(weight)
 
 
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
     """Run `function(*args, **kwargs)` without gradients and list which backend each operation took, and why.
 
     In the main thread, with what other threads decide meanwhile: those that `torch.nn.DataParallel` starts.
@@ -225,11 +225,11 @@ def taken_by_kernels(run: Callable[[], Any], tensors: Iterable[Tensor]) -> list[
 @contextlib.contextmanager
 def noting() -> Iterator[_Notes]:
     chooser = _chooser()
-    previous, chooser.decisions = chooser.decisions, _Notes()
+    previous, chooser.explanations = chooser.explanations, _Notes()
     try:
-        yield chooser.decisions
+        yield chooser.explanations
     finally:
-        chooser.decisions = previous
+        chooser.explanations = previous
 
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -30,13 +30,13 @@ FARTHEST = 4.0
 class Choice(NamedTuple):
     """The candidate that runs a call, and the microseconds of each that was right (the lower quartile).
 
-    `configs` are the tile sizes that the kernels of ours were fastest with: (operation, bucket, the fields of
-    a `segfast.kernels.Config`). `unproven` are candidates that were left out, as nothing proved them right.
+    `tiles` are the tile sizes that the kernels of ours were fastest with: (operation, bucket, the fields of
+    a `segfast.kernels.Tile`). `unproven` are candidates that were left out, as nothing proved them right.
     """
 
     name: str
     us: dict[str, float]
-    configs: tuple[tuple[str, str, tuple[Any, ...]], ...] = ()
+    tiles: tuple[tuple[str, str, tuple[Any, ...]], ...] = ()
     unproven: tuple[str, ...] = ()
 
     def __str__(self) -> str:

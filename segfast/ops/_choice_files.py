@@ -307,7 +307,7 @@ def call_row(call: Any) -> dict[str, Any]:
 def choice_row(choice: Choice) -> dict[str, Any]:
     """A choice as JSON has it."""
     row = {"choice": choice.name, "us": {name: round(us, 2) for name, us in choice.us.items()}}
-    more = {"configs": choice.configs, "unproven": choice.unproven}
+    more = {"configs": choice.tiles, "unproven": choice.unproven}
     return row | {name: value for name, value in more.items() if value}
 
 
@@ -327,10 +327,10 @@ def parsed_call(row: Mapping[str, Any], gpu: str | None) -> AnyCall:
 def parsed_choice(row: Mapping[str, Any]) -> Choice:
     """The choice of `choice_row`."""
     us = {str(name): float(us) for name, us in row["us"].items()}
-    configs = _tuples(row.get("configs", ()))
-    for operation, bucket, fields in configs:
-        load_kernels().Config(*fields), int(bucket.rpartition("-p")[2]), str(operation)
-    return Choice(str(row["choice"]), us, configs, _tuples(row.get("unproven", ())))
+    tiles = _tuples(row.get("configs", ()))
+    for operation, bucket, fields in tiles:
+        load_kernels().Tile(*fields), int(bucket.rpartition("-p")[2]), str(operation)
+    return Choice(str(row["choice"]), us, tiles, _tuples(row.get("unproven", ())))
 
 
 def plain(value: Any) -> int:

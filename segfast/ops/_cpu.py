@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dilated_taps, _matmul, _onednn, _winograd
-from ._backend import change_decision, is_noting
+from ._backend import change_explanation, is_noting
 from ._call import CANDIDATES, Call, Candidate
 from ._choice import ATEN, PLAIN, ZEROS, can_choose, choices, choose, fits, prepared
 from ._conv2d_aten import conv2d_aten
@@ -154,7 +154,7 @@ def _chosen(
     except RuntimeError:
         return None  # as oneDNN refuses some geometries: what is wrong with another, torch says
     if is_noting():
-        change_decision(name, _because(call))
+        change_explanation(name, _because(call))
     return y
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from . import _cudnn_graph
-from ._backend import change_decision, is_noting, note_taken
+from ._backend import change_explanation, is_noting, note_taken
 from ._captured import is_captured, renewed
 from ._geometry import output_size
 from ._operands import Pair
@@ -25,7 +25,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 
 
-def rivals(
+def candidates(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -86,7 +86,7 @@ def conv2d_cudnn(
     `cudnn_convolution_relu` folded into filter and bias: computed in fp32, rounded once to the input's dtype,
     as `torch.nn.utils.fuse_conv_bn_weights` leaves them, and remembered beside the filter.
     """
-    if name not in rivals(input, weight, bias, scale, shift, residual, activation):
+    if name not in candidates(input, weight, bias, scale, shift, residual, activation):
         return None
     if input.dim() != 4 or weight.dim() != 4:
         return None
@@ -106,7 +106,7 @@ def conv2d_cudnn(
     except _cudnn_graph.GraphRefused:
         return None
     if is_noting():
-        change_decision(name, "")
+        change_explanation(name, "")
     note_taken("conv2d", (given,))
     return y
 

@@ -128,8 +128,8 @@ def can_choose(index: int) -> bool:
 def keep(call: GpuCall, choice: Choice) -> None:
     """Remember `choice` in this process, with the tile sizes it was measured with."""
     kernels = load_kernels()
-    for operation, bucket, fields in choice.configs:
-        kernels.keep_config(f"{call.gpu}{call.precision}", operation, bucket, kernels.Config(*fields))
+    for operation, bucket, fields in choice.tiles:
+        kernels.keep_tile(f"{call.gpu}{call.precision}", operation, bucket, kernels.Tile(*fields))
     choices().add(call, choice)
     _known.add(call.gpu)
 
@@ -138,7 +138,7 @@ def forget() -> None:
     """Read choices anew at their next use."""
     _read.clear()
     _known.clear()
-    load_kernels().forget_configs()
+    load_kernels().forget_tiles()
 
 
 @contextlib.contextmanager

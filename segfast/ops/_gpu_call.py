@@ -65,7 +65,7 @@ class Bound(NamedTuple):
     """A call with tensors to run it on.
 
     `function(*tensors)` is the public function; of each floating-point tensor the gradient is asked for where
-    the call has gradients. `depth` is how many terms its longest sums have. `rivals` are other
+    the call has gradients. `depth` is how many terms its longest sums have. `candidates` are other
     implementations, by name, of the same arguments; `laid_out(*tensors)` are the tensors as our kernels read
     them without a copy.
     """
@@ -73,7 +73,7 @@ class Bound(NamedTuple):
     tensors: tuple[Tensor, ...]
     function: Callable[..., Any]
     depth: int
-    rivals: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    candidates: Mapping[str, Callable[..., Any]] = MappingProxyType({})
     laid_out: Callable[..., Sequence[Tensor]] | None = None
 
     def as_kernels_read(self) -> "Bound":

@@ -24,18 +24,18 @@ _MOST_ELEMENTS = 2**26
 
 
 class Variant(NamedTuple):
-    """Configurations by the kernels' operations; one that is not mentioned has its usual one."""
+    """Tiles by the kernels' operations; one that is not mentioned has its usual one."""
 
-    configs: tuple[tuple[str, Any], ...] = ()
+    tiles: tuple[tuple[str, Any], ...] = ()
 
     @contextlib.contextmanager
-    def in_force(self, plans: dict) -> Iterator[None]:
-        """Within it kernels run with these; `plans` keeps their launches from one time to the next."""
+    def in_force(self, launches: dict) -> Iterator[None]:
+        """Within it kernels run with these; `launches` keeps their launches from one time to the next."""
         kernels = load_kernels()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kernels.separate_plans(plans))
-            for operation, config in self.configs:
-                stack.enter_context(kernels.override_config(operation, config, plans))
+            stack.enter_context(kernels.separate_launches(launches))
+            for operation, tile in self.tiles:
+                stack.enter_context(kernels.override_tile(operation, tile, launches))
             yield
 
 
@@ -54,7 +54,7 @@ def measure(
         ours = given.as_kernels_read()
         right = _verifier(call, device)
         runs = {ATEN: _runner(call, given, ATEN)}
-        runs |= {name: _runner(call, given, name) for name in given.rivals if right(name)}
+        runs |= {name: _runner(call, given, name) for name in given.candidates if right(name)}
         if operation.composite:
             runs[PARTS] = _runner(call, given, PARTS)
         problems = None if TRITON in without else problems_of(call, ours)
@@ -110,7 +110,7 @@ def problems_of(call: GpuCall, bound: Bound) -> dict[Any, Any] | None:
     except (NotImplementedError, RuntimeError):
         return None
     device = bound.tensors[0].device
-    return {problem: kernels.choose_config(problem, device) for problem in problems}
+    return {problem: kernels.choose_tile(problem, device) for problem in problems}
 
 
 def launches(call: GpuCall, device: torch.device, most: int) -> Iterator[tuple[Any, Sequence[Any]]]:
@@ -124,58 +124,58 @@ def launches(call: GpuCall, device: torch.device, most: int) -> Iterator[tuple[A
 
 
 def variants(problems: Mapping[Any, Any] | None, device: torch.device, most: int) -> list[Variant]:
-    """The usual configurations, and `most` for each problem, one changed at a time."""
+    """The usual tiles, and `most` for each problem, one changed at a time."""
     if problems is None:
         return []
     kernels = load_kernels()
     arch, limit = kernels.architecture(device), kernels.shared_memory_limit(device)
     found = [Variant()]
     for problem, usual in problems.items():
-        others = [config for config in kernels.candidates(problem, arch, limit) if config != usual]
-        found += [Variant(((problem.operation, config),)) for config in others[: most - 1]]
+        others = [tile for tile in kernels.candidates(problem, arch, limit) if tile != usual]
+        found += [Variant(((problem.operation, tile),)) for tile in others[: most - 1]]
     return list(dict.fromkeys(found))
 
 
 def _best_of_each(problems: Iterable[Any], found: dict[str, Variant], us: dict[str, float]) -> Variant | None:
-    """The fastest configuration of each kernel put together; None where that is one that was timed."""
+    """The fastest tile of each kernel put together; None where that is one that was timed."""
     best: dict[str, Any] = {}
     usual = us.get(f"{TRITON} 0", math.inf)
     for operation in dict.fromkeys(problem.operation for problem in problems):
-        own = {name: v for name, v in found.items() if v.configs and v.configs[0][0] == operation}
+        own = {name: v for name, v in found.items() if v.tiles and v.tiles[0][0] == operation}
         fastest = min(own, key=lambda name: us[name], default=None)
         if fastest is not None and us[fastest] < usual:
-            best[operation] = own[fastest].configs[0][1]
+            best[operation] = own[fastest].tiles[0][1]
     return Variant(tuple(best.items())) if len(best) > 1 else None
 
 
 def _choice(us: dict[str, float], found: dict[str, Variant], problems: Mapping[Any, Any]) -> Choice:
     times = {name: time for name, time in us.items() if name not in found}
-    configs: tuple[tuple[str, str, tuple[Any, ...]], ...] = ()
+    tiles: tuple[tuple[str, str, tuple[Any, ...]], ...] = ()
     if found:
         fastest = min(found, key=lambda name: us[name])
         times[TRITON] = us[fastest]
-        chosen = dict(found[fastest].configs)
-        configs = tuple(
+        chosen = dict(found[fastest].tiles)
+        tiles = tuple(
             (problem.operation, problem.bucket, astuple(chosen.get(problem.operation, usual)))
             for problem, usual in problems.items()
         )
     name = min(times, key=times.__getitem__)
-    return Choice(name, times, configs)
+    return Choice(name, times, tiles)
 
 
 def _runner(
     call: GpuCall, bound: Bound, name: str, variant: Variant | None = None
 ) -> Callable[[], tuple[Tensor, ...]]:
     """A call of the implementation `name` on the tensors of `bound`: outputs, then gradients."""
-    function = bound.rivals.get(name, bound.function)
+    function = bound.candidates.get(name, bound.function)
     leaves = _leaves(bound)
-    plans: dict = {}
+    launches: dict = {}
     grads: list[Tensor] = []
 
     def run() -> tuple[Tensor, ...]:
         with contextlib.ExitStack() as stack:
             if variant is not None:
-                stack.enter_context(variant.in_force(plans))
+                stack.enter_context(variant.in_force(launches))
             if name == PARTS:
                 stack.enter_context(left_to_parts(call.operation))
             stack.enter_context(backend({ATEN: "aten", TRITON: "triton"}.get(name, "auto")))

@@ -176,6 +176,6 @@ def _answer(content: object) -> None:
 def _compile(call: GpuCall, device: torch.device, most: int) -> None:
     """Compile what `measure` will try; a kernel that cannot be is left to it to find out."""
     with contextlib.suppress(RuntimeError):
-        for plan, pointers in launches(call, device, most):
+        for launch, pointers in launches(call, device, most):
             with contextlib.suppress(Exception):
-                plan.warmup(*pointers)
+                launch.warmup(*pointers)

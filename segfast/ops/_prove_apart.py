@@ -130,9 +130,9 @@ def _compile(device: torch.device, dtypes: tuple[torch.dtype, ...], part: str, f
             with backend("triton"), record_launches() as launches, contextlib.suppress(Exception):
                 for item in proofs(family, device, dtype):
                     item.actual()
-            for plan, pointers in launches[index::count]:
+            for launch, pointers in launches[index::count]:
                 with contextlib.suppress(Exception):  # it fails where it is proven, and is told of there
-                    plan.warmup(*pointers)
+                    launch.warmup(*pointers)
     return 0
 
 

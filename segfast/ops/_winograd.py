@@ -160,10 +160,10 @@ def convolution(
     kept = scratches(threads)
 
     def compute(begin: int, end: int, thread: int) -> None:
-        plan = kept[thread].plan(sizes, end - begin)
-        for border in plan.borders:
+        workspace = kept[thread].workspace(sizes, end - begin)
+        for border in workspace.borders:
             border.zero_()
-        for i, evaluated in zip(range(begin, end), plan.evaluated, strict=True):
+        for i, evaluated in zip(range(begin, end), workspace.evaluated, strict=True):
             image, row = divmod(i, rows)
             top = 4 * row - padding[0]
             low, high = max(top, 0), min(top + 6, height)
@@ -172,28 +172,28 @@ def convolution(
                 torch.mm(matrix, source[image * height + low : image * height + high], out=evaluated)
             else:
                 evaluated.zero_()
-        plan.gathered.copy_(plan.overlapping)
-        torch.bmm(plan.to_points, plan.gathered_rows, out=plan.points)
+        workspace.gathered.copy_(workspace.overlapping)
+        torch.bmm(workspace.to_points, workspace.gathered_rows, out=workspace.points)
         if packed:
             product = _onednn._convolution_pointwise(
-                plan.pixels, transformed.points, at_one, [0, 0], [1, 1], [1, 1], 36, "none", [], ""
+                workspace.pixels, transformed.points, at_one, [0, 0], [1, 1], [1, 1], 36, "none", [], ""
             ).permute(0, 2, 3, 1)
         else:
-            product = torch.bmm(plan.points_by, transformed.points, out=plan.product)
+            product = torch.bmm(workspace.points_by, transformed.points, out=workspace.product)
             if bias is not None:
                 product[_ONE].add_(bias)
-        product = product.view(plan.product_shape)[: len(plan.half)]
-        torch.bmm(plan.from_points, product, out=plan.half)
-        torch.bmm(plan.from_half, plan.half_rows, out=plan.whole)
+        product = product.view(workspace.product_shape)[: len(workspace.half)]
+        torch.bmm(workspace.from_points, product, out=workspace.half)
+        torch.bmm(workspace.from_half, workspace.half_rows, out=workspace.whole)
 
         def line(i: int) -> int:
             return i // rows * out_height + i % rows * 4
 
         strip = target[line(begin) : line(end)]
         if out_height % 4 == 0 and out_width % 4 == 0:
-            strip.view(-1, 4, columns, 4, out_channels).copy_(plan.tiles)
+            strip.view(-1, 4, columns, 4, out_channels).copy_(workspace.tiles)
         else:
-            for i, tiles_of_row in zip(range(begin, end), plan.tiles, strict=True):
+            for i, tiles_of_row in zip(range(begin, end), workspace.tiles, strict=True):
                 part = target[line(i) : min(line(i + 1), line(i) + 4)]
                 whole, rest = divmod(out_width, 4)
                 tiles_of_row = tiles_of_row[: len(part)]

@@ -13,7 +13,7 @@ MANY = 64
 FEW = 32
 # Of a thread, at most.
 KEPT_BYTES = 64 << 20
-KEPT_PLANS = 64
+KEPT_WORKSPACES = 64
 
 
 def _matrix(*rows: tuple[float, ...]) -> Tensor:
@@ -50,7 +50,7 @@ with torch.inference_mode(False):
 
 
 class Sizes(NamedTuple):
-    """What a plan depends on besides its rows."""
+    """What a workspace depends on besides its rows."""
 
     columns: int
     left: int
@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
     few: bool
 
 
-class Plan:
+class Workspace:
     """Scratch for a strip of so many rows of tiles, seen as the steps read and write it."""
 
     def __init__(self, scratch: Callable[[int], Tensor], sizes: Sizes, rows: int) -> None:
@@ -118,22 +118,22 @@ class Plan:
 
 
 class Scratch:
-    """Of a thread: memory that its strips share, and the plans made in it."""
+    """Of a thread: memory that its strips share, and the workspaces made in it."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.float32, device="cpu")
-        self.plans: dict[tuple[Sizes, int], Plan] = {}
+        self.workspaces: dict[tuple[Sizes, int], Workspace] = {}
 
-    def plan(self, sizes: Sizes, rows: int) -> Plan:
+    def workspace(self, sizes: Sizes, rows: int) -> Workspace:
         key = (sizes, rows)
-        found = self.plans.get(key)
+        found = self.workspaces.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                found = Plan(self._take, sizes, rows)
-            if len(self.plans) >= KEPT_PLANS:
-                self.plans.clear()
+                found = Workspace(self._take, sizes, rows)
+            if len(self.workspaces) >= KEPT_WORKSPACES:
+                self.workspaces.clear()
             if found.overlapping.untyped_storage().nbytes() <= KEPT_BYTES:
-                self.plans[key] = found
+                self.workspaces[key] = found
         return found
 
     def _take(self, numel: int) -> Tensor:
@@ -141,7 +141,7 @@ class Scratch:
             grown = torch.empty(numel, dtype=torch.float32, device="cpu")
             if grown.nbytes > KEPT_BYTES:
                 return grown
-            self.plans.clear()
+            self.workspaces.clear()
             self.memory = grown
         return self.memory[:numel]
 

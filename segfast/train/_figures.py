@@ -15,7 +15,7 @@ FALSE_NEGATIVE, FALSE_POSITIVE = "#56b4e9", "#e69f00"
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Write a matplotlib figure as PNG, marked as ours (see `segfast._output`)."""
+    """Write a matplotlib figure as PNG, marked as ours (see `segfast.commands._output`)."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Software": "segfast"})
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests import dilated, separable
 from tests.conftest import INTERPRETING
+from tests.conv2d import reference
+from tests.separable_conv2d import reference as separable_conv2d_reference
 
 
 @pytest.fixture(autouse=True)
@@ -14,5 +15,9 @@ def small_tiles(monkeypatch):
         return
     # The interpreter takes as long for a program without work as for another.
     monkeypatch.setattr("segfast.kernels.dense_crf.lists.processors", lambda device: 1)
-    with dilated.tiles(64, 16, 64), separable.tiles(4, 8, 8, 2), separable.in_form("fused"):
+    with (
+        reference.tiles(64, 16, 64),
+        separable_conv2d_reference.tiles(4, 8, 8, 2),
+        separable_conv2d_reference.in_form("fused"),
+    ):
         yield

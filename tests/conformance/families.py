@@ -17,10 +17,10 @@ from torch import Tensor
 import segfast
 from segfast import functional as sf
 from segfast.ops import _backend
-from tests import upsampled
-from tests.dilated import conv2d_of_images, define_of_images, define_parallel, parallel_of_named
+from tests.conv2d.reference import conv2d_of_images, define_of_images, define_parallel, parallel_of_named
 from tests.fused_conv import ACTIVATIONS, draw, fused
-from tests.separable import define_separable, plain_depthwise
+from tests.segmentation_head import reference as reference_module
+from tests.separable_conv2d.reference import define_separable, plain_depthwise
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -152,24 +152,24 @@ def _statistics(**tensors_and_options):
     return sf.depthwise_conv2d(**tensors_and_options, return_statistics=True)
 
 
-_, _TARGET = upsampled.head((2, 3, 3, 4), {"size": (5, 7)})
+_, _TARGET = reference_module.head((2, 3, 3, 4), {"size": (5, 7)})
 _LOGITS = {"required": 1, "batched": ("logits",), "activations": ()}
 
 
 def _entropy(logits, **options):
-    return sf.upsample_cross_entropy(logits, _TARGET, ignore_index=upsampled.IGNORED, **options)
+    return sf.upsample_cross_entropy(logits, _TARGET, ignore_index=reference_module.IGNORED, **options)
 
 
 def _define_entropy(logits, **options):
-    return upsampled.cross_entropy(logits, _TARGET, **options)
+    return reference_module.cross_entropy(logits, _TARGET, **options)
 
 
 def _define_dice(logits, **options):
-    return upsampled.dice(logits, _TARGET, **options)
+    return reference_module.dice(logits, _TARGET, **options)
 
 
 def _dice(logits, **options):
-    return sf.upsample_dice(logits, _TARGET, ignore_index=upsampled.IGNORED, **options)
+    return sf.upsample_dice(logits, _TARGET, ignore_index=reference_module.IGNORED, **options)
 
 
 def _labels(logits, **options):
@@ -177,7 +177,7 @@ def _labels(logits, **options):
 
 
 def _define_labels(logits, **options):
-    return upsampled.interpolate(logits, **options).softmax(1).max(1)[::-1]
+    return reference_module.interpolate(logits, **options).softmax(1).max(1)[::-1]
 
 
 def _exact(values, features, normalization):
@@ -202,27 +202,27 @@ def _given(unary, image, **weights):
 
 EXAMPLES = [
     Example(
-        "conv2d", "dilated_conv2d", sf.conv2d, fused(F.conv2d),
+        "conv2d", "conv2d", sf.conv2d, fused(F.conv2d),
         lambda c: {"input": (2, 3, 3, 4), "weight": (c, 3, 3, 1), **_vectors(c), "residual": (2, c, 3, 4)},
         {"padding": (2, 0), "dilation": 2}, others=_GEOMETRIES,
         flops=2 * (2 * 3 * 4) * 4 * 9,
     ),
     Example(
-        "conv2d in groups", "dilated_conv2d", sf.conv2d, fused(F.conv2d),
+        "conv2d in groups", "conv2d", sf.conv2d, fused(F.conv2d),
         lambda c: {"input": (1, 4, 4, 4), "weight": (2 * c, 2, 3, 3), **_vectors(2 * c),
                    "residual": (1, 2 * c, 2, 2)},
         {"stride": 2, "padding": 2, "dilation": 2, "groups": 2},
         flops=2 * (2 * 2) * 8 * 18,
     ),
     Example(
-        "conv2d of images", "dilated_conv2d", conv2d_of_images, define_of_images,
+        "conv2d of images", "conv2d", conv2d_of_images, define_of_images,
         lambda c: {"input": (2, 2, 5, 4), "input1": (2, 3, 3, 3), "weight": (c, 5, 2, 3), **_vectors(c),
                    "residual": (2, c, 4, 3)},
         {"padding": 1}, required=3, batched=("input", "input1", "residual"), others=_GEOMETRIES,
         flops=2 * (2 * 4 * 3) * 4 * 30,
     ),
     Example(
-        "parallel_conv2d", "dilated_conv2d", parallel_of_named, define_parallel,
+        "parallel_conv2d", "conv2d", parallel_of_named, define_parallel,
         lambda c: {"input": (2, 2, 3, 4), "weight0": (c, 2, 1, 1), "weight1": (1, 2, 3, 3),
                    "weight2": (2, 2, 1, 3), "scale": (c + 3,), "shift": (c + 3,)},
         {"dilations": (1, 2, 3)}, required=4, batched=("input",),

@@ -186,7 +186,7 @@ def test_a_gradients_kernels_run_for_that_gradient_alone(example):
             recorded.clear()
             if loss.requires_grad:
                 loss.backward()
-            launches[frozenset(asked)] = Counter(plan.kernel.__name__ for plan, _ in recorded)
+            launches[frozenset(asked)] = Counter(launch.kernel.__name__ for launch, _ in recorded)
     for pair, both in launches.items():
         if len(pair) == 2 and pair <= {*example.least(example.shapes(4))}:
             first, second = (launches[frozenset({name})] for name in pair)

@@ -86,7 +86,7 @@ def placed(tensor, offset):
 
 
 @over(is_ours)
-def test_a_remembered_call_computes_anew(example, poisoned_empty, checked_plans):
+def test_a_remembered_call_computes_anew(example, poisoned_empty, checked_launches):
     # The second call of a layout goes straight to the launch: with other values, through another alignment.
     for seed, offset in enumerate((0, 0, 4, 1, 1, 0)):
         tensors = {name: placed(t, offset) for name, t in example.tensors(seed=seed).items()}

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import segfast
 from tests.fused_conv import BACKENDS, draw
-from tests.separable import plain_depthwise
+from tests.separable_conv2d.reference import plain_depthwise
 
 _LEAKY = {"activation": "leaky_relu", "negative_slope": 0.3}
 # A layer, an image, and the layer by its weight and bias.

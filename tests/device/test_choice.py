@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import segfast
-from segfast import _choose
 from segfast import functional as F
+from segfast._optimize import measure
 from segfast.kernels import KernelError, record_launches
 from segfast.ops import (
     FAMILIES,
@@ -122,9 +122,9 @@ def test_our_kernels_are_found_right_and_chosen(name, gradients, device):
     (choice,) = [choice for call, choice in found.items() if call.operation == name]
     assert choice.name == "triton"
     assert {"aten", "triton"} <= set(choice.us)
-    with torch.set_grad_enabled(gradients), _choice._backend.noting() as decisions:
+    with torch.set_grad_enabled(gradients), _choice._backend.noting() as explanations:
         CALLS[name](Draw(device, gradients))
-    assert [decision.backend for decision in decisions] == ["triton"], decisions
+    assert [explanation.backend for explanation in explanations] == ["triton"], explanations
     # And where nobody asks for reasons, which is another way through the code.
     with torch.set_grad_enabled(gradients), record_launches() as launches:
         CALLS[name](Draw(device, gradients))
@@ -138,7 +138,7 @@ def test_nothing_measured_is_aten(device):
 def test_a_choice_is_read_from_disk_with_its_tiles(device, monkeypatch):
     prove(device)
     ((call, choice),) = measured(device, "conv_transpose2d").items()
-    assert choice.configs
+    assert choice.tiles
     begin_anew()
     monkeypatch.setattr(_gpu_measure, "interleave", None)  # nothing is timed again
     assert _gpu.can_choose(-1)
@@ -169,7 +169,7 @@ def test_what_is_not_proven_is_no_candidate(known, device):
 
 
 def test_what_is_proven_later_is_measured_then(network, monkeypatch):
-    monkeypatch.setattr(_choose, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
     net, x = network
     prove(x.device, passed=False)
     ran = []
@@ -256,7 +256,7 @@ class Net(torch.nn.Module):
 
 @pytest.fixture
 def network(device, monkeypatch):
-    monkeypatch.setattr(_choose, "MEASURES", True)
+    monkeypatch.setattr(measure, "MEASURES", True)
     prove(device)
     torch.manual_seed(0)
     net = Net().eval().to(device, DTYPE)
@@ -266,7 +266,7 @@ def network(device, monkeypatch):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_optimize_measures_a_model(train, network, device, monkeypatch):
     net, x = network
-    monkeypatch.setattr(_choose, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
     with torch.no_grad():
         expected = net(x)
     fast = segfast.optimize(net, x, train=train)
@@ -289,7 +289,7 @@ def test_a_model_that_is_not_faster_is_left_alone(layout, network, monkeypatch):
     net, x = network
     net = net.to(memory_format=layout)
     strides = net.up.weight.stride()
-    monkeypatch.setattr(_choose, "interleave", lambda runs, *a, **k: clock.timings(runs, "as given"))
+    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "as given"))
     left = segfast.optimize(net, x)
     assert not segfast.report(left).gain.kept
     assert type(left.up) is torch.nn.ConvTranspose2d and left.up.weight.stride() == strides
@@ -306,13 +306,13 @@ def test_in_processes_of_their_own(device, monkeypatch, own_cache):
     monkeypatch.setattr(_prove_apart, "compile_proofs", lambda *args: None)
     prove(device)
     (choice,) = measured(device, "conv_transpose2d").values()
-    assert choice.name == "triton" and choice.configs
+    assert choice.name == "triton" and choice.tiles
 
 
 def test_a_model_computes_in_bfloat16(network, device, monkeypatch):
     prove(device, dtype=torch.bfloat16)
     net, x = network[0].float(), network[1].float()
-    monkeypatch.setattr(_choose, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
     with torch.no_grad():
         expected = net(x)
     fast = segfast.optimize(net, x, dtype=torch.bfloat16)
@@ -329,8 +329,8 @@ def test_a_model_computes_in_bfloat16(network, device, monkeypatch):
 
 def test_a_crf_is_proven_and_not_timed(device, monkeypatch):
     proven = []
-    monkeypatch.setattr(_choose, "MEASURES", True)
-    monkeypatch.setattr(_choose, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(measure, "MEASURES", True)
+    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
 
     def noted(family, device, dtypes, on_row, apart):
         proven.append((family, *dtypes))
@@ -352,14 +352,14 @@ def test_parts_run_what_was_chosen_for_them(device, monkeypatch):
     prove(device)
     found = {call.operation: choice.name for call, choice in measured(device, "separable_conv2d").items()}
     assert found["separable_conv2d"] == "parts"
-    decisions = segfast.explain(CALLS["separable_conv2d"], Draw(device, False))
-    assert [d.operation for d in decisions] == ["separable_conv2d", "depthwise_conv2d", "conv2d"]
+    explanations = segfast.explain(CALLS["separable_conv2d"], Draw(device, False))
+    assert [d.operation for d in explanations] == ["separable_conv2d", "depthwise_conv2d", "conv2d"]
 
 
 def test_a_backend_asked_for_by_name_is_not_measured_against(network, monkeypatch):
     net, x = network
     monkeypatch.setattr(_gpu_measure, "interleave", None)
-    monkeypatch.setattr(_choose, "interleave", None)
+    monkeypatch.setattr(measure, "interleave", None)
     with segfast.backend("triton"):
         fast = segfast.optimize(net, x)
         assert segfast.report(fast).gain is None

@@ -7,7 +7,7 @@ import torch
 
 import segfast
 import segfast.functional as SF
-from segfast.kernels._launch import _PLANS
+from segfast.kernels._launch import _LAUNCHES
 
 from .tester import DTYPES, place
 
@@ -79,9 +79,9 @@ def run(function, tensors, device, dtype):
 
     first = once()
     if device.type == "cuda":
-        plans = dict(_PLANS)
+        launches = dict(_LAUNCHES)
         second = once()
-        assert plans and plans == _PLANS
+        assert launches and launches == _LAUNCHES
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "not the same twice"
     return first
 

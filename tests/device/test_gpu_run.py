@@ -13,7 +13,8 @@ from benchmarks import model_problems, problems, rows, session, steps, timing
 from benchmarks.cases import find
 from benchmarks.session import Session
 from benchmarks.steps import STEPS
-from segfast import _choose, models
+from segfast import models
+from segfast._optimize import measure
 from segfast.ops import _choice, _gpu, _gpu_measure, _gpu_tune, _measure_apart, _proofs, _prove_apart
 from segfast.ops._choice_files import gpu_machine, path
 from segfast.ops._gpu_call import GpuCall
@@ -39,8 +40,8 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(_gpu_tune, "APART", False)
     monkeypatch.setattr(_gpu_measure, "interleave", clock.ours_first)
     monkeypatch.setattr(timing, "interleave", lambda runs, device, **o: clock.timings(runs, "segfast"))
-    monkeypatch.setattr(_choose, "interleave", lambda runs, *a, **o: clock.timings(runs, "after"))
-    monkeypatch.setattr(_choose, "MEASURES", True)
+    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **o: clock.timings(runs, "after"))
+    monkeypatch.setattr(measure, "MEASURES", True)
     monkeypatch.setattr(timing, "_peak_mb", lambda run, device: float("nan"))
     generator = torch.Generator
     monkeypatch.setattr(problems.torch, "Generator", lambda device: generator("cpu"))

@@ -81,8 +81,8 @@ def test_optimized(name, device):
     fast = segfast.optimize(model, image.to(device))
     with torch.no_grad():
         close(fast(image.to(device)), expected, 2e-3 if name in SHALLOW else 2e-2)
-    decisions = segfast.explain(fast, image.to(device))
-    assert any(decision.backend == "triton" for decision in decisions), decisions
+    explanations = segfast.explain(fast, image.to(device))
+    assert any(explanation.backend == "triton" for explanation in explanations), explanations
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 import segfast
 import segfast.functional as SF
-from segfast.kernels._launch import _PLANS
+from segfast.kernels._launch import _LAUNCHES
 
-from ..upsampled import IGNORED, SPOILS, check_kernels_spread_as_torch, head, interpolate
+from ..segmentation_head.reference import IGNORED, SPOILS, check_kernels_spread_as_torch, head, interpolate
 from .tester import DTYPES, compare, place
 
 pytestmark = pytest.mark.device
@@ -55,11 +55,11 @@ def drawn(name, arithmetic, device):
 
 
 def twice(function):
-    """The second call's result; it launches what the first one's plans say."""
+    """The second call's result; it launches what the first one's launches say."""
     function()
-    plans = dict(_PLANS)
+    launches = dict(_LAUNCHES)
     result = function()
-    assert plans and plans == _PLANS
+    assert launches and launches == _LAUNCHES
     return result
 
 

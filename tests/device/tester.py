@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import segfast
-from segfast.kernels._launch import _PLANS
+from segfast.kernels._launch import _LAUNCHES
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -44,10 +44,10 @@ class Case(NamedTuple):
 def check(case: Case, arithmetic: str, device: torch.device, seed: int = 0) -> None:
     """Call twice, with other values elsewhere in the same layout: the second launches what is remembered."""
     check_once(case, arithmetic, device, seed)
-    plans = dict(_PLANS)
+    launches = dict(_LAUNCHES)
     check_once(case, arithmetic, device, seed + 1)
-    assert plans, "no kernel of ours was launched"
-    assert plans == _PLANS, "the second call planned its launches anew"
+    assert launches, "no kernel of ours was launched"
+    assert launches == _LAUNCHES, "the second call planned its launches anew"
 
 
 def check_once(case: Case, arithmetic: str, device: torch.device, seed: int) -> None:

@@ -1,14 +1,14 @@
-"""Plans: what a launcher works out once, when it is reused, and how it reaches a compiled kernel."""
+"""Launches: what a launcher works out once, when it is reused, and how it reaches a compiled kernel."""
 
 import pytest
 import torch
 from triton import knobs
 
 from segfast import kernels
-from segfast.kernels import Config, _launch
+from segfast.kernels import Tile, _launch
 from tests.fused_conv import draw
 
-CONFIG = Config(16, 16, 16, 4, 2)
+CONFIG = Tile(16, 16, 16, 4, 2)
 
 
 def record(x=None, w=None, out=None, residual=None, skip=None, stride=2, activation=None, slope=0.01):
@@ -18,7 +18,7 @@ def record(x=None, w=None, out=None, residual=None, skip=None, stride=2, activat
     shape = (x.shape[0], w.shape[1], x.shape[2] * stride, x.shape[3] * stride)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last) if out is None else out
     with kernels.record_launches() as launches:
-        plan = kernels.conv_transpose2d_forward(
+        launch = kernels.conv_transpose2d_forward(
             x,
             w,
             None,
@@ -35,8 +35,8 @@ def record(x=None, w=None, out=None, residual=None, skip=None, stride=2, activat
             activation,
             slope,
         )
-    assert [p for p, _ in launches] == [plan]
-    return plan
+    assert [p for p, _ in launches] == [launch]
+    return launch
 
 
 def test_recording_launches_nothing_and_nests():
@@ -54,13 +54,13 @@ def test_recording_works_on_meta_tensors():
     x = torch.empty(1, 8, 3, 4, device="meta", dtype=torch.bfloat16, memory_format=torch.channels_last)
     w = torch.empty(8, 16, 2, 2, device="meta", dtype=torch.bfloat16, memory_format=torch.channels_last)
     out = torch.empty(1, 16, 6, 8, device="meta", dtype=torch.bfloat16, memory_format=torch.channels_last)
-    plan = record(x, w, out)
-    assert plan.grid[0] > 0 and plan.constants["CI"] == 8
+    launch = record(x, w, out)
+    assert launch.grid[0] > 0 and launch.constants["CI"] == 8
 
 
-def test_the_same_call_reuses_its_plan_and_another_does_not():
-    plan = record()
-    assert record() is plan
+def test_the_same_call_reuses_its_launch_and_another_does_not():
+    launch = record()
+    assert record() is launch
     x = draw(1, 8, 3, 4, dtype=torch.float16, channels_last=True)
     others = [
         record(draw(1, 8, 3, 5, dtype=torch.float16, channels_last=True)),
@@ -70,12 +70,12 @@ def test_the_same_call_reuses_its_plan_and_another_does_not():
         record(slope=0.5),
         record(residual=draw(1, 16, 6, 8, dtype=torch.float16, channels_last=True)),
     ]
-    # The third has another batch stride but one image: its layout differs, so it is a plan of its own.
-    assert len({id(p) for p in [plan, *others]}) == len(others) + 1
+    # The third has another batch stride but one image: its layout differs, so it is a launch of its own.
+    assert len({id(p) for p in [launch, *others]}) == len(others) + 1
 
 
 def test_the_alignment_of_a_pointer_belongs_to_the_key():
-    # Triton compiles for the alignment it sees: a plan made on 16 bytes must not be launched on 2.
+    # Triton compiles for the alignment it sees: a launch made on 16 bytes must not be launched on 2.
     store = torch.zeros(8 * 12 + 8, dtype=torch.float16)
     aligned, offset = (store[i : i + 96].view(1, 3, 4, 8).permute(0, 3, 1, 2) for i in (0, 1))
     assert aligned.data_ptr() % 16 == 0 and aligned.stride() == offset.stride()
@@ -84,20 +84,20 @@ def test_the_alignment_of_a_pointer_belongs_to_the_key():
 
 
 def test_forgetting_follows_every_change_of_configuration():
-    plan = record()
-    with kernels.override_config("conv_transpose2d_forward", CONFIG):
-        assert record().config == CONFIG
-    assert record().config == plan.config
+    launch = record()
+    with kernels.override_tile("conv_transpose2d_forward", CONFIG):
+        assert record().tile == CONFIG
+    assert record().tile == launch.tile
     with kernels.pretend_architecture("sm_86"):
-        assert record() is not plan
+        assert record() is not launch
 
 
-def test_the_number_of_plans_is_bounded(monkeypatch):
-    monkeypatch.setattr(_launch, "_PLANS", {})
-    monkeypatch.setattr(_launch, "_MOST_PLANS", 10)
+def test_the_number_of_launches_is_bounded(monkeypatch):
+    monkeypatch.setattr(_launch, "_LAUNCHES", {})
+    monkeypatch.setattr(_launch, "_MOST_LAUNCHES", 10)
     for i in range(35):
         _launch.remember(i, i)
-        assert len(_launch._PLANS) <= 10 and _launch._PLANS[i] == i
+        assert len(_launch._LAUNCHES) <= 10 and _launch._LAUNCHES[i] == i
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ def test_after_the_first_call_the_compiled_kernel_is_launched_directly(monkeypat
             return lambda *args, **kwargs: slow.append((grid, args, kwargs)) or compiled
 
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: ("stream", index), raising=False)
-    plan = _launch.Plan(Kernel(), (3, 2), (5,), {"A": 1, "B": 2}, CONFIG)
+    launch = _launch.Launch(Kernel(), (3, 2), (5,), {"A": 1, "B": 2}, CONFIG)
     x = torch.ones(1)
-    plan(x)
+    launch(x)
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     assert slow == [((3, 2, 1), (x, 5), {"B": 2, "A": 1, **options})] and not compiled.calls
-    plan(x)
-    plan(x)
+    launch(x)
+    launch(x)
     # Through the binder each call would cost 11 us. Grid, stream, function, metadata, three hooks, then every
     # argument by position: constants in the kernel's own order.
     assert len(slow) == 1
@@ -174,15 +174,15 @@ def test_a_kernel_says_whether_multiply_and_add_are_fused():
     """Triton's own default changes with 3.10: of a kernel that says nothing the rounding would."""
     with kernels.record_launches() as exact:
         kernels.build_permutohedral(torch.empty(1, 4, 2, device="meta"))
-    assert {plan.options["enable_fp_fusion"] for plan, _ in exact} == {True, False}
+    assert {launch.options["enable_fp_fusion"] for launch, _ in exact} == {True, False}
     meta = {"device": "meta", "dtype": torch.float16, "memory_format": torch.channels_last}
     pointers = (torch.empty(1, 8, 3, 4, **meta), torch.empty(8, 16, 2, 2, **meta))
     out = torch.empty(1, 16, 6, 8, **meta)
-    plan = record(*pointers, out)
+    launch = record(*pointers, out)
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     for fused in (True, False):
-        plan.options["enable_fp_fusion"] = fused
-        compiled = kernels.compile_offline(plan, (*pointers, *[None] * 5, out), target)
+        launch.options["enable_fp_fusion"] = fused
+        compiled = kernels.compile_offline(launch, (*pointers, *[None] * 5, out), target)
         assert compiled.metadata.enable_fp_fusion is fused
 
 
@@ -195,12 +195,12 @@ def test_a_listening_profiler_gets_the_long_way():
         def __getitem__(self, grid):
             return lambda *args, **kwargs: calls.append("long") or _FakeCompiled()
 
-    plan = _launch.Plan(Kernel(), (1,), (), {}, CONFIG)
-    plan(torch.ones(1))
+    launch = _launch.Launch(Kernel(), (1,), (), {}, CONFIG)
+    launch(torch.ones(1))
     hook = [].append
     knobs.runtime.launch_enter_hook.add(hook)
     try:
-        plan(torch.ones(1))
+        launch(torch.ones(1))
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
     assert calls == ["long", "long"]
@@ -213,7 +213,7 @@ def test_an_empty_grid_launches_nothing():
         def __getitem__(self, grid):
             raise AssertionError("launched")
 
-    _launch.Plan(Kernel(), (0, 3), (), {}, CONFIG)(torch.ones(1))
+    _launch.Launch(Kernel(), (0, 3), (), {}, CONFIG)(torch.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["forward", "grad_input", "grad_weight"])

@@ -66,22 +66,22 @@ def conv_transpose2d(batch, c_in, c_out, size, kernel, stride):
     kernels.conv_transpose2d_grad_weight(x, y, torch.empty_like(w), *options)
 
 
-def specialization(plan):
+def specialization(launch):
     """All that makes one IR differ from another in these launches."""
-    scalars = [(s == 1, s % 16 == 0) for s in plan.scalars if isinstance(s, int)]
-    return plan.kernel.__name__, *plan.constants.items(), *scalars
+    scalars = [(s == 1, s % 16 == 0) for s in launch.scalars if isinstance(s, int)]
+    return launch.kernel.__name__, *launch.constants.items(), *scalars
 
 
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
-@pytest.mark.parametrize("launch", [conv2d, conv_transpose2d])
-def test_sizes_and_strides_of_one_compile(launch, channels, only_triton_ir):
+@pytest.mark.parametrize("launcher", [conv2d, conv_transpose2d])
+def test_sizes_and_strides_of_one_compile(launcher, channels, only_triton_ir):
     launches = {}
     with kernels.pretend_architecture("sm_90"):
         for batch, size, geometry in itertools.product((1, 8), SIZES, GEOMETRIES):
             with kernels.record_launches() as recorded:
-                launch(batch, *channels, size, *geometry)
-            launches |= {specialization(plan): (plan, pointers) for plan, pointers in recorded}
+                launcher(batch, *channels, size, *geometry)
+            launches |= {specialization(launch): (launch, pointers) for launch, pointers in recorded}
     assert len(launches) > 20
-    for plan, pointers in launches.values():
+    for launch, pointers in launches.values():
         with pytest.raises(Reached):
-            kernels.compile_offline(plan, pointers, GPUTarget("cuda", 90, 32))
+            kernels.compile_offline(launch, pointers, GPUTarget("cuda", 90, 32))

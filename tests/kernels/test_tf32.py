@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from segfast import kernels
-from segfast.kernels._operands import _rounded
+from segfast.kernels._tf32 import _rounded
 from segfast.ops._prove import error_and_allowance
 
 LAST = {"device": "meta", "dtype": torch.float32, "memory_format": torch.channels_last}
@@ -101,7 +101,7 @@ def conv_transpose2d():
 def separable_conv2d():
     x, first, second = (torch.empty(s, **LAST) for s in ((1, 32, 9, 9), (32, 1, 3, 3), (32, 32, 1, 1)))
     none, same = (None, None, None), ((1, 1), (1, 1), (1, 1))
-    with kernels.override_config("separable_conv2d_forward", kernels.Config(16, 16, 16, 4, 1, form="fused")):
+    with kernels.override_tile("separable_conv2d_forward", kernels.Tile(16, 16, 16, 4, 1, form="fused")):
         kernels.separable_conv2d_forward(
             x, first, *none, second, *none, None, torch.empty_like(x), *same, None, None, 0.0
         )
@@ -115,16 +115,16 @@ def precision(request):
     conv.fp32_precision = before
 
 
-@pytest.mark.parametrize("launch", [conv2d, conv_transpose2d, separable_conv2d])
-def test_every_kernel_that_multiplies_in_tf32_rounds_both_operands(launch, precision):
+@pytest.mark.parametrize("launcher", [conv2d, conv_transpose2d, separable_conv2d])
+def test_every_kernel_that_multiplies_in_tf32_rounds_both_operands(launcher, precision):
     products = 0
     with kernels.pretend_architecture("sm_90"), kernels.record_launches() as recorded:
-        launch()
-    for plan, pointers in {plan.kernel: (plan, pointers) for plan, pointers in recorded}.values():
-        if "PRECISION" not in plan.constants:
+        launcher()
+    for launch, pointers in {launch.kernel: (launch, pointers) for launch, pointers in recorded}.values():
+        if "PRECISION" not in launch.constants:
             continue
         products += 1
-        ir = kernels.compile_offline(plan, pointers, GPUTarget("cuda", 90, 32)).asm["ttir"]
+        ir = kernels.compile_offline(launch, pointers, GPUTarget("cuda", 90, 32)).asm["ttir"]
         roundings = len(re.findall(r"arith\.select.*tensor<.*xf32>", ir))
-        assert (roundings >= 2) is (precision == "tf32"), (plan.kernel.__name__, roundings)
+        assert (roundings >= 2) is (precision == "tf32"), (launch.kernel.__name__, roundings)
     assert products

@@ -2,9 +2,9 @@
 
 import pytest
 
-from segfast.nn import _pair
+from segfast.nn._fused import separable
 
 
 @pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(_pair, "_PAYS_ON_CPU", 0)
+    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)

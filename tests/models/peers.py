@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from segfast._load_model import import_torchvision
+from segfast.commands._load_model import import_torchvision
 
 
 def torchvision():

@@ -18,11 +18,11 @@ from segfast.models import (
     remap_state_dict,
 )
 from segfast.models.deeplabv3plus import ASPP
-from segfast.nn._norm import PooledBatchNorm2d
+from segfast.nn._fused.folding import PooledBatchNorm2d
 from segfast.ops.segmentation_head import upsample_argmax, upsample_cross_entropy
 from tests.models import peers
 from tests.models.tester import ModelTester
-from tests.upsampled import check_labels
+from tests.segmentation_head.reference import check_labels
 
 SMALL = {
     "deeplabv3plus_mobilenet_v2": {"width_mult": 0.25, "decoder_channels": 16, "num_classes": 3},
@@ -184,7 +184,7 @@ def test_pooled_norm():
     assert torch.equal(pooled.eval()(three), plain.eval()(three))
 
 
-def test_every_branch_of_the_pyramid_is_heard():
+def test_every_branch_of_the_aspp_is_heard():
     torch.manual_seed(0)
     aspp = ASPP(8, 4, (1, 2, 3), separable=True, dropout=0.0).eval()
     input = torch.randn(1, 8, 9, 9)
@@ -199,7 +199,7 @@ def test_every_branch_of_the_pyramid_is_heard():
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("separable", [False, True])
-def test_the_pyramid_in_eval_enlarges_nothing(separable, batch, monkeypatch):
+def test_the_aspp_in_eval_enlarges_nothing(separable, batch, monkeypatch):
     """Few operators, and the layers' result."""
     torch.manual_seed(0)
     aspp = peers.randomize_norms(ASPP(48, 8, (1, 2, 3), separable=separable, dropout=0.0)).eval()

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 import segfast
-from segfast._load_model import import_torchvision
-from segfast.nn import ASPP, DepthwiseConv2d, _pair
-from segfast.nn._pyramid import Pyramid
+from segfast.commands._load_model import import_torchvision
+from segfast.nn import ASPP, DepthwiseConv2d
+from segfast.nn._fused import separable as separable_module
+from segfast.nn._fused.aspp import FusedASPP
 from tests.fused_conv import draw
-from tests.nn.test_separable_conv2d import results, trained
+from tests.separable_conv2d.test_module import results, trained
 
 RATES = (2, 3, 5)
 
 
 @pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(_pair, "_PAYS_ON_CPU", 0)
+    monkeypatch.setattr(separable_module, "_PAYS_ON_CPU", 0)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,10 @@ def torchvisions():
 
 def is_fused(model, x):
     """Whether an ASPP in `model` is computed as a whole."""
-    with torch.no_grad(), mock.patch.object(Pyramid, "run", autospec=True, side_effect=Pyramid.run) as run:
+    with (
+        torch.no_grad(),
+        mock.patch.object(FusedASPP, "run", autospec=True, side_effect=FusedASPP.run) as run,
+    ):
         model(x)
     return run.called
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import segfast
-from segfast.nn import _ready
-from segfast.nn._dense import Dense
-from segfast.nn._pair import Pair
+from segfast.nn._fused import ready
+from segfast.nn._fused.conv import FusedConv
+from segfast.nn._fused.separable import FusedSeparable
 from segfast.ops._choice import Choice, choices, collect
 
 
@@ -29,49 +29,49 @@ def _layers() -> nn.Sequential:
     return layers
 
 
-def _dense(layers) -> Dense:
-    return Dense(layers[3], layers[4], "relu")
+def _dense(layers) -> FusedConv:
+    return FusedConv(layers[3], layers[4], "relu")
 
 
-def _pair(layers) -> Pair:
-    return Pair(layers[0], layers[1], "relu6", layers[3], layers[4], "relu")
+def _pair(layers) -> FusedSeparable:
+    return FusedSeparable(layers[0], layers[1], "relu6", layers[3], layers[4], "relu")
 
 
-def _expected(form, layers, x, residual=None):
-    y = layers[3:](x) if isinstance(form, Dense) else layers(x)
+def _expected(fused, layers, x, residual=None):
+    y = layers[3:](x) if isinstance(fused, FusedConv) else layers(x)
     return torch.relu(y if residual is None else y + residual)
 
 
 @pytest.fixture(params=[_dense, _pair], ids=["dense", "pair"])
-def form(request):
+def fused(request):
     """A fused form whose calls of 9x7 pixels have a choice, and its layers."""
     layers = _layers()
-    form, x = request.param(layers), torch.randn(2, 8, 9, 7)
+    fused, x = request.param(layers), torch.randn(2, 8, 9, 7)
     with torch.no_grad():
         for residual in (None, torch.randn(2, 6, 9, 7)):
             for each in (x, x.contiguous(memory_format=torch.channels_last)):
                 with collect() as collected:
-                    form.run(each, residual)
+                    fused.run(each, residual)
                 for call in collected.counts:
                     choices().add(call, Choice("onednn", {}))
-    return form, layers
+    return fused, layers
 
 
-def _check(form, layers, x, residual=None, **tolerance):
+def _check(fused, layers, x, residual=None, **tolerance):
     with torch.no_grad():
-        actual = form.run(x, residual)
-        torch.testing.assert_close(actual, _expected(form, layers, x, residual), **tolerance)
+        actual = fused.run(x, residual)
+        torch.testing.assert_close(actual, _expected(fused, layers, x, residual), **tolerance)
 
 
-def test_it_is_kept_and_computes_the_same(form):
-    form, layers = form
+def test_it_is_kept_and_computes_the_same(fused):
+    fused, layers = fused
     x, residual = torch.randn(2, 8, 9, 7), torch.randn(2, 6, 9, 7)
     for _ in range(2):
-        _check(form, layers, x)
+        _check(fused, layers, x)
         with torch.no_grad():
-            assert form.ready(x) is form.ready(torch.randn(2, 8, 9, 7)) is not None
-        _check(form, layers, x, residual)
-        _check(form, layers, x.contiguous(memory_format=torch.channels_last), residual)
+            assert fused.ready(x) is fused.ready(torch.randn(2, 8, 9, 7)) is not None
+        _check(fused, layers, x, residual)
+        _check(fused, layers, x.contiguous(memory_format=torch.channels_last), residual)
 
 
 def _write_running_statistics(layers):
@@ -114,84 +114,84 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
-def test_what_changed_is_seen(change, form):
-    form, layers = form
+def test_what_changed_is_seen(change, fused):
+    fused, layers = fused
     x = torch.randn(2, 8, 9, 7)
-    _check(form, layers, x)
+    _check(fused, layers, x)
     with torch.no_grad():
         change(layers)
-    if change is _change_padding and isinstance(form, Pair):
+    if change is _change_padding and isinstance(fused, FusedSeparable):
         with torch.no_grad():
-            assert not form.fits()  # a 1x1 convolution with padding is another operator
+            assert not fused.is_eligible()  # a 1x1 convolution with padding is another operator
         return
-    _check(form, layers, x)
+    _check(fused, layers, x)
 
 
-def test_another_size_dtype_backend_or_grad_mode(form):
-    form, layers = form
+def test_another_size_dtype_backend_or_grad_mode(fused):
+    fused, layers = fused
     x = torch.randn(2, 8, 9, 7)
-    _check(form, layers, x)
-    _check(form, layers, torch.randn(1, 8, 12, 5))
-    _check(form, layers, torch.randn(3, 8, 1, 1))
-    assert form.run(x).requires_grad
+    _check(fused, layers, x)
+    _check(fused, layers, torch.randn(1, 8, 12, 5))
+    _check(fused, layers, torch.randn(3, 8, 1, 1))
+    assert fused.run(x).requires_grad
     with torch.no_grad():
-        assert form.ready(x) is not None
+        assert fused.ready(x) is not None
         with segfast.backend("aten"):
-            assert form.ready(x) is None
+            assert fused.ready(x) is None
         with collect():
-            assert form.ready(x) is None
-        assert form.ready(x[0]) is None
-        assert form.ready([x]) is None
-    assert form.ready(x) is None  # gradients are enabled
-    _check(form, layers, x)
+            assert fused.ready(x) is None
+        assert fused.ready(x[0]) is None
+        assert fused.ready([x]) is None
+    assert fused.ready(x) is None  # gradients are enabled
+    _check(fused, layers, x)
     layers.double()
-    _check(form, layers, x.double())
+    _check(fused, layers, x.double())
 
 
-def test_hooks_and_train_mode(form):
-    form, layers = form
+def test_hooks_and_train_mode(fused):
+    fused, layers = fused
     x = torch.randn(2, 8, 9, 7)
-    _check(form, layers, x)
+    _check(fused, layers, x)
     seen = []
     with torch.no_grad():
         handle = layers[3].register_forward_hook(lambda *_: seen.append(1))
-        assert form.ready(x) is None
+        assert fused.ready(x) is None
         handle.remove()
-        assert form.ready(x) is not None
+        assert fused.ready(x) is not None
         handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
-        assert form.ready(x) is None
+        assert fused.ready(x) is None
         handle.remove()
         layers[4].train()
-        assert form.ready(x) is None
+        assert fused.ready(x) is None
 
 
-def test_a_write_through_data_is_seen_after_eval(form):
-    form, layers = form
+def test_a_write_through_data_is_seen_after_eval(fused):
+    fused, layers = fused
     blocks = segfast.nn.ConvBNAct(8, 6, 1)  # whose eval() tells that
     blocks[0], blocks[1] = layers[3], layers[4]
     x = torch.randn(2, 8, 9, 7)
-    _check(form, layers, x)
+    _check(fused, layers, x)
     layers[3].weight.data.mul_(2)
     blocks.eval()
-    _check(form, layers, x)
+    _check(fused, layers, x)
 
 
-def test_autocast(form):
-    form, layers = form
+def test_autocast(fused):
+    fused, layers = fused
     x = torch.randn(2, 8, 9, 7)
-    _check(form, layers, x)
+    _check(fused, layers, x)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert form.run(x).dtype == torch.bfloat16
-    _check(form, layers, x)
+        assert fused.run(x).dtype == torch.bfloat16
+    _check(fused, layers, x)
 
 
-def test_nothing_is_kept_of_layers_that_are_gone(form):
-    form, layers = form
+def test_nothing_is_kept_of_layers_that_are_gone(fused):
+    fused, layers = fused
     x = torch.randn(2, 8, 9, 7)
-    _check(form, layers, x)
-    first = layers[3] if isinstance(form, Dense) else layers[0]
+    _check(fused, layers, x)
+    first = layers[3] if isinstance(fused, FusedConv) else layers[0]
     key = id(first)
-    assert len(_ready._made[key]) == 1
+    assert len(ready._made[key]) == 1
 
 
 def test_a_model_that_is_gone_leaves_nothing():
@@ -203,13 +203,13 @@ def test_a_model_that_is_gone_leaves_nothing():
             choices().add(call, Choice("onednn", {}))
         with torch.no_grad():
             _dense(layers).run(torch.randn(1, 8, 4, 4))
-        assert id(layers[3]) in _ready._made
+        assert id(layers[3]) in ready._made
 
     gc.collect()
-    before = len(_ready._made)
+    before = len(ready._made)
     make()
     gc.collect()
-    assert len(_ready._made) == before
+    assert len(ready._made) == before
 
 
 def _remember(run) -> None:
@@ -223,25 +223,25 @@ def _remember(run) -> None:
 def test_what_shares_a_convolution_is_told_apart():
     layers = _layers()
     other = nn.BatchNorm2d(6).eval()
-    forms = [
-        Dense(layers[3], layers[4], "relu"),
-        Dense(layers[3], other, "relu"),
-        Dense(layers[3], None, "silu"),
+    fused_layers = [
+        FusedConv(layers[3], layers[4], "relu"),
+        FusedConv(layers[3], other, "relu"),
+        FusedConv(layers[3], None, "silu"),
     ]
-    forms.append(Dense(layers[3], layers[4], "silu"))  # but for the activation the first one
-    forms += [Dense(layers[3], layers[4], "leaky_relu", slope) for slope in (0.1, 0.5)]
+    fused_layers.append(FusedConv(layers[3], layers[4], "silu"))  # but for the activation the first one
+    fused_layers += [FusedConv(layers[3], layers[4], "leaky_relu", slope) for slope in (0.1, 0.5)]
     x = torch.randn(1, 8, 6, 5)
-    for form in forms:
-        _remember(lambda form=form: form.run(x))
-    for form in [*forms, *reversed(forms)]:
+    for fused in fused_layers:
+        _remember(lambda fused=fused: fused.run(x))
+    for fused in [*fused_layers, *reversed(fused_layers)]:
         with torch.no_grad():
             y = layers[3](x)
-            y = y if form.norm is None else form.norm(y)
-            activation = nn.functional.silu if form.activation == "silu" else torch.relu
-            if form.activation == "leaky_relu":
-                activation = lambda t, form=form: nn.functional.leaky_relu(t, form.negative_slope)  # noqa: E731
-            assert form.ready(x) is not None
-            torch.testing.assert_close(form.run(x), activation(y), rtol=1e-4, atol=1e-5)
+            y = y if fused.norm is None else fused.norm(y)
+            activation = nn.functional.silu if fused.activation == "silu" else torch.relu
+            if fused.activation == "leaky_relu":
+                activation = lambda t, fused=fused: nn.functional.leaky_relu(t, fused.negative_slope)  # noqa: E731
+            assert fused.ready(x) is not None
+            torch.testing.assert_close(fused.run(x), activation(y), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_of_a_block_that_was_replaced():

@@ -24,9 +24,9 @@ def up(**options):
 
 def test_auto_is_the_default_and_takes_aten_on_a_cpu():
     assert segfast.get_backend() == "auto"
-    (decision,) = segfast.explain(up)
-    assert (decision.operation, decision.backend) == ("conv_transpose2d", "aten")
-    assert "CPU" in decision.reason
+    (explanation,) = segfast.explain(up)
+    assert (explanation.operation, explanation.backend) == ("conv_transpose2d", "aten")
+    assert "CPU" in explanation.reason
 
 
 def test_a_backend_set_at_once_is_restored_by_the_context_manager():
@@ -88,8 +88,8 @@ def replicas(call):
 def test_replicas_of_data_parallel_follow_the_block_they_run_in():
     layer = segfast.nn.ConvTranspose2d(8, 4, 2, stride=2)
     with segfast.backend("aten"):
-        decisions = segfast.explain(replicas, layer)
-    assert [d.reason for d in decisions] == ["asked for by name"] * 2
+        explanations = segfast.explain(replicas, layer)
+    assert [d.reason for d in explanations] == ["asked for by name"] * 2
     with segfast.backend("triton"), pytest.raises(NotImplementedError, match='backend "triton" cannot serve'):
         replicas(layer)
     assert [d.reason for d in segfast.explain(replicas, layer)] == ["the tensors are on a CPU"] * 2

@@ -60,7 +60,7 @@ def part_of(tensor, key):
     return tensor
 
 
-def dilated_conv2d():
+def conv2d():
     x, weight, term = draw(2, 8, 9, 8), draw(6, 8, 3, 3), draw(6, dtype=torch.float32)
     yield lambda: sf.conv2d(x, weight, padding=2, dilation=2, scale=term, shift=term, activation="relu")
     wide = draw(6, 16, 1, 1)

@@ -13,7 +13,7 @@ import segfast
 from segfast.ops import _cudnn, _cudnn_graph, _gpu
 from segfast.ops._backend import taken_by_kernels
 from segfast.ops._conv2d_aten import conv2d_aten
-from segfast.ops._cudnn import GRAPH, RELU, conv2d_cudnn, rivals
+from segfast.ops._cudnn import GRAPH, RELU, candidates, conv2d_cudnn
 from tests.cudnn import GEOMETRY, close, drawn, expected, has_cudnn
 
 __all__ = ["has_cudnn"]
@@ -133,7 +133,7 @@ def test_rivals_by_activation_dtype_and_switches(has_cudnn, monkeypatch):
 
     def of(activation, x=x, **changes):
         operands = dict.fromkeys(("bias", "scale", "shift", "residual")) | changes
-        return rivals(x, weight, **operands, activation=activation)
+        return candidates(x, weight, **operands, activation=activation)
 
     assert of("relu") == (RELU, GRAPH)
     assert of("silu") == of(None) == (GRAPH,)
@@ -148,14 +148,14 @@ def test_rivals_by_activation_dtype_and_switches(has_cudnn, monkeypatch):
 
 def test_on_a_cpu_there_is_no_rival():
     x, weight, *_ = drawn()
-    assert rivals(x, weight, None, None, None, None, "relu") == ()
+    assert candidates(x, weight, None, None, None, None, "relu") == ()
     assert conv2d_cudnn(RELU, x, weight, None, *GEOMETRY, None, None, None, "relu") is None
 
 
 @pytest.fixture
 def chosen(has_cudnn, monkeypatch):
     """`chosen(name)`: what `choose` says of a convolution from now on."""
-    from segfast.ops.dilated_conv2d import functional, parallel
+    from segfast.ops.conv2d import functional, parallel
 
     def choose(name):
         def answer(operation, *args, **options):
@@ -201,8 +201,8 @@ def test_atens_call_serves_what_the_chosen_one_does_not_take(chosen, fused_calls
     for image in (x.contiguous(), x[:, :, ::2]):
         y = segfast.functional.conv2d(image, weight, bias, 1, 2, 2, **options)
         close(y, expected(image, weight, bias, scale, shift, None, "relu"))
-        (decision,) = segfast.explain(segfast.functional.conv2d, image, weight, bias, 1, 2, 2, **options)
-        assert decision.backend == "aten"
+        (explanation,) = segfast.explain(segfast.functional.conv2d, image, weight, bias, 1, 2, 2, **options)
+        assert explanation.backend == "aten"
     assert fused_calls == []
 
 
@@ -212,15 +212,15 @@ def test_a_graph_runs_where_it_was_chosen(chosen, fused_calls, monkeypatch):
     x, weight, bias, scale, shift, _ = drawn()
     chosen(GRAPH)
     options = {"scale": scale, "shift": shift, "activation": "relu"}
-    (decision,) = segfast.explain(segfast.functional.conv2d, x, weight, bias, 1, 2, 2, **options)
-    assert decision.backend == GRAPH and len(graphs) == 1
+    (explanation,) = segfast.explain(segfast.functional.conv2d, x, weight, bias, 1, 2, 2, **options)
+    assert explanation.backend == GRAPH and len(graphs) == 1
 
     def refused(*args):
         raise _cudnn_graph.GraphRefused
 
     monkeypatch.setitem(_cudnn.CALLS, GRAPH, refused)
-    (decision,) = segfast.explain(segfast.functional.conv2d, x, weight, bias, 1, 2, 2, **options)
-    assert decision.backend == "aten"
+    (explanation,) = segfast.explain(segfast.functional.conv2d, x, weight, bias, 1, 2, 2, **options)
+    assert explanation.backend == "aten"
 
 
 def test_the_branches_of_a_pyramid_take_it_too(chosen, fused_calls, monkeypatch):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import segfast
-from segfast.nn._fused_dtype import compute_as_given, keep_contiguous
+from segfast.nn._fused.whole_model import compute_as_given, keep_contiguous
 from segfast.ops import _enlarge
 
 

@@ -9,7 +9,7 @@ import torch
 import segfast
 import segfast.functional as sf
 from segfast.kernels import KernelError
-from segfast.kernels._launch import Plan
+from segfast.kernels._launch import Launch
 from segfast.ops import OPERATORS, _backend
 
 pytestmark = pytest.mark.interpreter
@@ -68,16 +68,16 @@ def proven(monkeypatch):
 @pytest.fixture
 def broken(monkeypatch):
     """broken(part): from now on kernels with `part` in their names fail. Returns what is launched then."""
-    launch, launches = Plan._launch, []
+    original, launches = Launch._launch, []
 
     def patch(part, message="PTX assembly aborted"):
-        def failing(plan, pointers, index):
-            launches.append(plan.kernel.__name__)
-            if part in plan.kernel.__name__:
+        def failing(launch, pointers, index):
+            launches.append(launch.kernel.__name__)
+            if part in launch.kernel.__name__:
                 raise RuntimeError(message)
-            return launch(plan, pointers, index)
+            return original(launch, pointers, index)
 
-        monkeypatch.setattr(Plan, "_launch", failing)
+        monkeypatch.setattr(Launch, "_launch", failing)
         return launches
 
     return patch
@@ -168,5 +168,5 @@ def test_explain_tells(broken):
     broken("")
     with pytest.warns(RuntimeWarning):
         run("upsample_argmax")
-    decision = segfast.explain(sf.upsample_argmax, draw(1, 4, 2, 2), scale_factor=2)[0]
-    assert decision.backend == "aten" and "PTX assembly aborted" in decision.reason
+    explanation = segfast.explain(sf.upsample_argmax, draw(1, 4, 2, 2), scale_factor=2)[0]
+    assert explanation.backend == "aten" and "PTX assembly aborted" in explanation.reason

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import segfast
-from segfast.kernels import Config, choose_config
-from segfast.kernels._configs import Problem
+from segfast.kernels import Tile, choose_tile
+from segfast.kernels._tiles import Problem
 from segfast.ops import _choice, _choice_files, _gpu, _gpu_tune, _proofs
 from segfast.ops._choice import Choice, collect
 from segfast.ops._gpu import TRITON, choose, left_to_parts
@@ -135,10 +135,10 @@ class TestFinding:
         assert _gpu.reason_not("conv2d", "aten") == "aten"
         _gpu.keep(CALL, Choice("aten", {"aten": 10.0, TRITON: 30.0}))
         x, weight = fake(1, 8, 16, 16), fake(4, 8, 3, 3)
-        (decision,) = segfast.explain(segfast.functional.conv2d, x, weight, None, 1, 1)
-        assert str(decision) == "conv2d: aten (aten: 10 us (triton 30))"
-        (decision,) = segfast.explain(segfast.functional.conv2d, x, weight, None, 2, 1)
-        assert decision.reason == "not measured on this GPU"
+        (explanation,) = segfast.explain(segfast.functional.conv2d, x, weight, None, 1, 1)
+        assert str(explanation) == "conv2d: aten (aten: 10 us (triton 30))"
+        (explanation,) = segfast.explain(segfast.functional.conv2d, x, weight, None, 2, 1)
+        assert explanation.reason == "not measured on this GPU"
 
 
 class TestCompiling:
@@ -305,14 +305,14 @@ class TestRemembered:
 
     def test_the_tiles_it_was_measured_with_run_near_its_size(self):
         problem = Problem("conv2d_forward", 8, 4, 9, 1, torch.bfloat16, 256, 256, 4, 72, "-s1d1")
-        usual, config = choose_config(problem, DEVICE), Config(32, 16, 16, 2, 5, 3)
-        assert usual != config
+        usual, tile = choose_tile(problem, DEVICE), Tile(32, 16, 16, 2, 5, 3)
+        assert usual != tile
         _gpu.keep(
-            CALL, OURS._replace(configs=((problem.operation, problem.bucket, (32, 16, 16, 2, 5, 3, "")),))
+            CALL, OURS._replace(tiles=((problem.operation, problem.bucket, (32, 16, 16, 2, 5, 3, "")),))
         )
-        assert choose_config(problem, DEVICE) == config
+        assert choose_tile(problem, DEVICE) == tile
         _gpu.forget()
-        assert choose_config(problem, DEVICE) == usual
+        assert choose_tile(problem, DEVICE) == usual
 
 
 class TestMoreImages:
@@ -342,7 +342,7 @@ class TestMoreImages:
         found = Problem("conv2d_forward", 8, 4, 9, 1, torch.float32, 256, 256, 4, 72, "-s1d1")
         for name in ("tf32", "ieee"):
             precision(name)
-            assert (choose_config(found, DEVICE) == Config(16, 16, 16, 4, 3)) == (name == "tf32")
+            assert (choose_tile(found, DEVICE) == Tile(16, 16, 16, 4, 3)) == (name == "tf32")
 
     @pytest.mark.parametrize("shape", [(), (4,), (4, 8, 3), (4, 8, 3, 3, 3)])
     def test_a_weight_that_torch_refuses_is_not_looked_up(self, shape):

@@ -7,8 +7,8 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from segfast.kernels import Config, _configs, candidates, choose_config, keep_config
-from segfast.kernels._configs import Problem
+from segfast.kernels import Tile, _tiles, candidates, choose_tile, keep_tile
+from segfast.kernels._tiles import Problem
 from segfast.ops import _gpu_measure, _proofs
 from segfast.ops._choice import ATEN, Choice
 from segfast.ops._gpu import PARTS, TRITON
@@ -19,7 +19,7 @@ from tests.ops.test_gpu import CALL
 DEVICE = torch.device("cuda", 0)
 FORWARD = Problem("conv2d_forward", 64, 64, 9, 1, torch.bfloat16, 4096, 4096, 64, 576, "-s1d1")
 GRADIENT = dataclasses.replace(FORWARD, operation="conv2d_grad_weight")
-FIRST, SECOND, THIRD = (Config(16 << i, 16, 16, 4, 2) for i in range(3))
+FIRST, SECOND, THIRD = (Tile(16 << i, 16, 16, 4, 2) for i in range(3))
 
 
 @pytest.fixture(autouse=True)
@@ -29,20 +29,20 @@ def gpu(pretended_gpu):
 
 def config_of(variant, problem):
     with variant.in_force({}):
-        return choose_config(problem, DEVICE)
+        return choose_tile(problem, DEVICE)
 
 
 def usually(*problems):
-    return {problem: choose_config(problem, DEVICE) for problem in problems}
+    return {problem: choose_tile(problem, DEVICE) for problem in problems}
 
 
 class TestVariants:
     @pytest.fixture(autouse=True)
     def ranked(self, monkeypatch):
-        """Six configurations of each kernel."""
+        """Six tiles of each kernel."""
         for operation in (FORWARD.operation, GRADIENT.operation):
-            found = [Config(16, 16, 16, 4, stages) for stages in range(2, 8)]
-            monkeypatch.setitem(_configs._CANDIDATES, operation, lambda problem, arch, found=found: found)
+            found = [Tile(16, 16, 16, 4, stages) for stages in range(2, 8)]
+            monkeypatch.setitem(_tiles._CANDIDATES, operation, lambda problem, arch, found=found: found)
 
     def test_the_usual_one_and_a_few_others_of_each_kernel_one_at_a_time(self):
         found = variants(usually(FORWARD, GRADIENT), DEVICE, FEW)
@@ -67,7 +67,7 @@ class TestVariants:
 
     def test_the_usual_one_is_that_which_is_in_force(self):
         ranked = candidates(FORWARD, "sm_90", 232448)
-        keep_config("nvidia-h200", FORWARD.operation, FORWARD.bucket, ranked[2])
+        keep_tile("nvidia-h200", FORWARD.operation, FORWARD.bucket, ranked[2])
         found = variants(usually(FORWARD), DEVICE, FEW)
         assert [config_of(v, FORWARD) for v in found] == [ranked[2], ranked[0], ranked[1], ranked[3]]
 
@@ -84,7 +84,7 @@ FOUND = {
 
 
 class TestChoice:
-    PROBLEMS = MappingProxyType({FORWARD: Config(128, 16, 16, 4, 2), GRADIENT: Config(256, 16, 16, 4, 2)})
+    PROBLEMS = MappingProxyType({FORWARD: Tile(128, 16, 16, 4, 2), GRADIENT: Tile(256, 16, 16, 4, 2)})
 
     def best(self, *us):
         return _gpu_measure._best_of_each(self.PROBLEMS, FOUND, dict(zip(FOUND, us, strict=True)))
@@ -92,7 +92,7 @@ class TestChoice:
     def test_the_best_of_each_kernel_is_put_together(self):
         expected = Variant((("conv2d_forward", SECOND), ("conv2d_grad_weight", THIRD)))
         assert self.best(9, 8, 7, 6) == expected
-        assert self.best(9, 7, 8, 6).configs[0] == ("conv2d_forward", FIRST)
+        assert self.best(9, 7, 8, 6).tiles[0] == ("conv2d_forward", FIRST)
 
     @pytest.mark.parametrize("us", [(9, 8, 7, 10), (9, 10, 11, 6), (5, 6, 7, 8)])
     def test_not_where_that_was_timed_already(self, us):
@@ -101,7 +101,7 @@ class TestChoice:
     def test_a_usual_one_that_is_wrong_beats_nothing(self):
         found = {name: v for name, v in FOUND.items() if name != f"{TRITON} 0"}
         us = dict(zip(found, (8.0, 7.0, 6.0), strict=True))
-        assert len(_gpu_measure._best_of_each(self.PROBLEMS, found, us).configs) == 2
+        assert len(_gpu_measure._best_of_each(self.PROBLEMS, found, us).tiles) == 2
 
     def test_the_fastest_of_our_kernels_stands_for_them(self):
         us = {ATEN: 10.0, "cudnn_relu": 9.0, f"{TRITON} 0": 8.5, f"{TRITON} 2": 8.0}
@@ -109,9 +109,9 @@ class TestChoice:
         choice = _gpu_measure._choice(us, found, self.PROBLEMS)
         assert choice[:2] == (TRITON, {ATEN: 10.0, "cudnn_relu": 9.0, TRITON: 8.0})
         # Those of the other kernel are kept too, which another call may choose otherwise.
-        assert [name for name, *_ in choice.configs] == ["conv2d_forward", "conv2d_grad_weight"]
-        assert {bucket for _, bucket, _ in choice.configs} == {FORWARD.bucket}
-        assert [Config(*fields) for *_, fields in choice.configs] == [SECOND, self.PROBLEMS[GRADIENT]]
+        assert [name for name, *_ in choice.tiles] == ["conv2d_forward", "conv2d_grad_weight"]
+        assert {bucket for _, bucket, _ in choice.tiles} == {FORWARD.bucket}
+        assert [Tile(*fields) for *_, fields in choice.tiles] == [SECOND, self.PROBLEMS[GRADIENT]]
 
     def test_what_is_faster_than_our_kernels_is_chosen(self):
         us = {ATEN: 7.0, PARTS: 6.0, f"{TRITON} 0": 8.0}
@@ -233,7 +233,7 @@ class TestRunning:
 
         seen = []
         for name in (ATEN, TRITON, PARTS, "rival"):
-            _gpu_measure._runner(CALL, self.bound()._replace(function=function, rivals={}), name)()
+            _gpu_measure._runner(CALL, self.bound()._replace(function=function, candidates={}), name)()
         assert seen == [("aten", False), ("triton", False), ("auto", True), ("auto", False)]
 
     def test_tensors_are_the_calls_and_the_same_each_time(self):

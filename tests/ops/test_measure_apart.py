@@ -55,7 +55,7 @@ if "segfast.ops._measure_apart" in " ".join(sys.orig_argv):
         tiles = ("conv2d_forward", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (16, 16, 16, 4, most, 1, ""))
         return Choice("triton", {"aten": 2.0, "triton": 1.0}, (tiles,), tuple(without))
 
-    class Plan:
+    class Launch:
         def __init__(self, call):
             self.call = call
 
@@ -68,7 +68,7 @@ if "segfast.ops._measure_apart" in " ".join(sys.orig_argv):
         if call.images[0][2] == 7:
             raise ValueError("no such file")
         for pointers in range(2):
-            yield Plan(call), (pointers,)
+            yield Launch(call), (pointers,)
 
     import torch
 

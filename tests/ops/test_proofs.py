@@ -171,16 +171,16 @@ def test_a_family_is_proven_and_remembered(monkeypatch):
     monkeypatch.setattr(_proofs, "prove", prove)
     monkeypatch.setattr(_proofs, "prove_apart", prove)
     for apart in (False, True):
-        rows = _proofs.prove_family("dilated_conv2d", DEVICE, [torch.bfloat16], told.append, apart)
+        rows = _proofs.prove_family("conv2d", DEVICE, [torch.bfloat16], told.append, apart)
         assert rows == [row(), row(GRADIENT)]
-    assert told == 2 * rows and asked == 2 * [(DEVICE, (torch.bfloat16,), ("dilated_conv2d",))]
+    assert told == 2 * rows and asked == 2 * [(DEVICE, (torch.bfloat16,), ("conv2d",))]
     assert is_proven()
 
 
 def test_a_process_that_does_not_begin_has_disproven_nothing(monkeypatch):
     rows = [row()._replace(case=_prove_apart.NOTHING_RUN, passed=False)]
     monkeypatch.setattr(_proofs, "prove_apart", lambda *args, **kwargs: rows)
-    assert _proofs.prove_family("dilated_conv2d", DEVICE, [torch.bfloat16]) == rows
+    assert _proofs.prove_family("conv2d", DEVICE, [torch.bfloat16]) == rows
     assert _proofs.unjudged(["conv2d_forward"], torch.bfloat16, DEVICE) == ["conv2d_forward"]
 
 
@@ -192,7 +192,7 @@ def test_what_optimize_cannot_prove_is_a_line(passed, monkeypatch):
     told = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        _gpu_tune.prove_missing([], DEVICE, told.append, [("dilated_conv2d", torch.bfloat16)])
+        _gpu_tune.prove_missing([], DEVICE, told.append, [("conv2d", torch.bfloat16)])
     assert told == rows
     said = [str(each.message) for each in warned]
     assert len(said) == (not passed) and all(GRADIENT in each and "code 7" in each for each in said)
@@ -202,7 +202,7 @@ def test_where_no_process_can_be_started_nothing_is_proven(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
     monkeypatch.setattr(_prove_apart, "COMMAND", ("/nowhere/python",))
     with pytest.warns(UserWarning, match="no process can be started to prove"):
-        _gpu_tune.prove_missing([], DEVICE, others=[("dilated_conv2d", torch.bfloat16)])
+        _gpu_tune.prove_missing([], DEVICE, others=[("conv2d", torch.bfloat16)])
 
 
 def test_only_what_nothing_is_known_of_is_proven(monkeypatch):
@@ -221,7 +221,7 @@ def test_only_what_nothing_is_known_of_is_proven(monkeypatch):
     monkeypatch.setattr(_gpu_tune, "prove_family", prove_family)
     monkeypatch.setattr(_prove_apart, "compile_proofs", compile_proofs)
     calls = [CALL, CALL._replace(gradients=True), CALL._replace(dtype=torch.float16)]
-    expected = [("dilated_conv2d", (torch.bfloat16, torch.float16))]
+    expected = [("conv2d", (torch.bfloat16, torch.float16))]
     for _ in range(2):
         _gpu_tune.prove_missing(calls, DEVICE)
         assert asked == expected  # also what was found wrong is not tried again
@@ -229,7 +229,7 @@ def test_only_what_nothing_is_known_of_is_proven(monkeypatch):
     assert asked == [*expected, ("dense_crf", (torch.float32,))]
     # All that is to be proven is compiled at once, before.
     two = [torch.bfloat16, torch.float16]
-    assert compiled == [(["dilated_conv2d"], two), (["dense_crf"], [torch.float32])]
+    assert compiled == [(["conv2d"], two), (["dense_crf"], [torch.float32])]
     monkeypatch.setattr(_gpu_tune, "APART", False)
     _gpu_tune.prove_missing([], DEVICE, others=[("dense_crf", torch.float16)])
     assert len(asked) == 3 and len(compiled) == 2

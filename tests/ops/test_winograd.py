@@ -174,16 +174,16 @@ def test_scratch_that_is_too_large_is_not_kept(monkeypatch, one_thread, no_scrat
     x, (weight, bias) = numbers(1, 32, 20, 20), layer(32, 32)
     hold(ours(x, weight, bias), x, weight, bias)
     (kept,) = scratch.scratches(1)
-    assert not kept.memory.numel() and not kept.plans
+    assert not kept.memory.numel() and not kept.workspaces
 
 
 def test_plans_are_bounded(one_thread, no_scratch):
     weight, bias = layer(32, 32)
-    for width in range(8, 8 + 2 * scratch.KEPT_PLANS):
+    for width in range(8, 8 + 2 * scratch.KEPT_WORKSPACES):
         x = numbers(1, 32, 8, width)
         ours(x, weight, bias)
     (kept,) = scratch.scratches(1)
-    assert 0 < len(kept.plans) <= scratch.KEPT_PLANS
+    assert 0 < len(kept.workspaces) <= scratch.KEPT_WORKSPACES
     hold(ours(x, weight, bias), x, weight, bias)
 
 

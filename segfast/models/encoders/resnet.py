@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn import Conv2d
-from segfast.nn._dense import Dense
-from segfast.nn._eager import only_forward
-from segfast.nn._norm import Remembers
-from segfast.nn._pair import pays
+from segfast.nn._fused.conv import FusedConv
+from segfast.nn._fused.eager import only_forward
+from segfast.nn._fused.folding import Remembers
+from segfast.nn._fused.separable import pays
 
 from ._base import Encoder, scaled, strides_and_dilations
 
@@ -21,7 +21,7 @@ from ._base import Encoder, scaled, strides_and_dilations
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 EXPANSION = 4
 # See `pays`: a block's three convolutions write half as many elements as its input has, on average, and each
-# counts for a quarter, as in `Dense.growth`.
+# counts for a quarter, as in `FusedConv.growth`.
 _GROWTH = 1 / 8
 
 
@@ -47,9 +47,9 @@ class Bottleneck(Remembers):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        forms = self._fused() if pays(input, _GROWTH) else None
-        if forms is not None:
-            first, second, third, shortcut = forms
+        fused_layers = self._fused() if pays(input, _GROWTH) else None
+        if fused_layers is not None:
+            first, second, third, shortcut = fused_layers
             identity = input if shortcut is None else shortcut.run(input)
             return third.run(second.run(first.run(input)), identity)
         x = F.relu(self.bn1(self.conv1(input)), inplace=True)
@@ -58,20 +58,22 @@ class Bottleneck(Remembers):
         x += input if self.downsample is None else self.downsample(input)
         return F.relu(x, inplace=True)
 
-    def _fused(self) -> tuple[Dense, Dense, Dense, Dense | None] | None:
+    def _fused(self) -> tuple[FusedConv, FusedConv, FusedConv, FusedConv | None] | None:
         """The three convolutions and the shortcut's as they run in eval; None where they must not."""
-        forms = [
-            Dense(conv, norm, "relu")
+        fused_layers = [
+            FusedConv(conv, norm, "relu")
             for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
         ]
         shortcut = None
         if self.downsample is not None:
             if not only_forward(self.downsample):
                 return None
-            shortcut = Dense(*self.downsample)
-        if not all([form.fits() for form in forms]) or not (shortcut is None or shortcut.fits()):
+            shortcut = FusedConv(*self.downsample)
+        if not all([fused.is_eligible() for fused in fused_layers]) or not (
+            shortcut is None or shortcut.is_eligible()
+        ):
             return None
-        return (*forms, shortcut)  # type: ignore[return-value]
+        return (*fused_layers, shortcut)  # type: ignore[return-value]
 
 
 class ResNetEncoder(Remembers, Encoder):
@@ -127,8 +129,8 @@ class ResNetEncoder(Remembers, Encoder):
         self.reset_parameters()
 
     def forward(self, input: Tensor) -> list[Tensor]:
-        stem = Dense(self.conv1, self.bn1, "relu")
-        if pays(input) and stem.fits():
+        stem = FusedConv(self.conv1, self.bn1, "relu")
+        if pays(input) and stem.is_eligible():
             x = stem.run(input)
         else:
             x = F.relu(self.bn1(self.conv1(input)), inplace=True)

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import use_triton
-from .._bilinear import channelwise_factors, upsample_separable
 from .._cpu import conv_transpose2d_chosen
 from .._epilogue import apply_epilogue, check_activation, check_epilogue
 from .._gpu import can_use_triton, choose
@@ -13,6 +12,7 @@ from .._operands import Pair, pair
 from .._operator import autocast_dtype
 from .._remembered import cast
 from .autograd import forward
+from .bilinear import channelwise_factors, upsample_separable
 from .operators import check_conv_transpose2d
 
 OPERATIONS = ("conv_transpose2d_forward", "conv_transpose2d_grad_input", "conv_transpose2d_grad_weight")

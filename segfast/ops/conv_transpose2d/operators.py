@@ -131,20 +131,20 @@ def _forward_kernels(
     ready = kernels.recall(key)
     if ready is not None:
         # Seen before, found valid, and nothing had to be copied: allocate and launch.
-        shape, memory_format, plan = ready
+        shape, memory_format, launch = ready
         out = empty(shape, input, memory_format)
-        plan(input, weight, bias, scale, shift, residual, None, out)
+        launch(input, weight, bias, scale, shift, residual, None, out)
         return out
     shape = _result_shape(*tensors, stride, padding, output_padding, groups, dilation)
     memory_format = output_format(input, weight)
     out = kernel_output(shape, input, memory_format)
     fitted = fit_layout(input, weight, bias, scale, shift, residual)
-    plan = kernels.conv_transpose2d_forward(
+    launch = kernels.conv_transpose2d_forward(
         *fitted, None, out, stride, padding, dilation, groups, (0, 0), activation, negative_slope
     )
     result = out.contiguous(memory_format=memory_format)
     if result is out and all(a is b for a, b in zip(fitted, tensors, strict=True)):
-        kernels.remember(key, (shape, memory_format, plan))
+        kernels.remember(key, (shape, memory_format, launch))
     return result
 
 

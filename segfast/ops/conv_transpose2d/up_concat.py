@@ -85,22 +85,22 @@ def _up_concat_kernels(input, skip, weight, bias, stride, padding, activation, n
     )
     ready = kernels.recall(key)
     if ready is not None:
-        shape, memory_format, plan = ready
+        shape, memory_format, launch = ready
         out = empty(shape, input, memory_format)
-        plan(input, weight, bias, None, None, None, skip, out)
+        launch(input, weight, bias, None, None, None, skip, out)
         return out
     shape, crop = _result_shape(input, skip, weight, bias, stride, padding)
     memory_format = output_format(input, weight)
     out = kernel_output(shape, input, memory_format)
     fitted, fitted_skip = fit_layout(input, weight, bias), channels_innermost(skip)
-    plan = kernels.conv_transpose2d_forward(
+    launch = kernels.conv_transpose2d_forward(
         *fitted, fitted_skip, out, stride, padding, (1, 1), 1, crop, activation, negative_slope
     )
     result = out.contiguous(memory_format=memory_format)
     if result is out and all(
         a is b for a, b in zip((*fitted[:3], fitted_skip), (input, weight, bias, skip), strict=True)
     ):
-        kernels.remember(key, (shape, memory_format, plan))
+        kernels.remember(key, (shape, memory_format, launch))
     return result
 
 

@@ -135,7 +135,7 @@ def separable_evidence(
     aten = run(x, wd, w, b1, s1, t1, b2, s2, t2, r, ("relu6", "relu"))
 
     def on_kernels():
-        with kernels.override_config("separable_conv2d_forward", config_of(form, x, channels_out)):
+        with kernels.override_tile("separable_conv2d_forward", config_of(form, x, channels_out)):
             return separable_conv2d(
             x, wd, w, b1, b2, *geometry, depthwise_scale=s1, depthwise_shift=t1,
             depthwise_activation="relu6", scale=s2, shift=t2, residual=r, activation="relu",
@@ -148,14 +148,12 @@ def separable_evidence(
 
 
 def config_of(form: str, x: Tensor, channels_out: int):
-    """The first configuration of that form that fits the device."""
-    from segfast.kernels import _configs, _device
+    """The first tile of that form that fits the device."""
+    from segfast.kernels import _device, _tiles
 
-    problem = _configs.Problem(
+    problem = _tiles.Problem(
         "separable_conv2d_forward", x.shape[1], channels_out, 9, 1, x.dtype, x.numel() // x.shape[1],
         rows=x.numel() // x.shape[1], columns=channels_out, depth=x.shape[1],
     )  # fmt: skip
-    found = _configs.candidates(
-        problem, _device.architecture(x.device), _device.shared_memory_limit(x.device)
-    )
-    return next(config for config in found if config.form == form)
+    found = _tiles.candidates(problem, _device.architecture(x.device), _device.shared_memory_limit(x.device))
+    return next(tile for tile in found if tile.form == form)

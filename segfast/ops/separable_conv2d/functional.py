@@ -287,7 +287,7 @@ def _by_parts(
     negative_slope,
 ) -> Tensor:  # fmt: skip
     """Each convolution by what was chosen for it."""
-    from ..dilated_conv2d.functional import conv2d as any_conv2d  # which imports this module
+    from ..conv2d.functional import conv2d as any_conv2d  # which imports this module
 
     between = depthwise_conv2d(
         input,

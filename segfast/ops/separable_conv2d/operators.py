@@ -48,9 +48,9 @@ def _forward_kernels(
     ready = kernels.recall(key)
     if ready is not None:
         # Seen before, found valid, and nothing had to be copied: allocate and launch.
-        shape, memory_format, plan = ready
+        shape, memory_format, launch = ready
         out = empty(shape, input, memory_format)
-        plan(input, weight, bias, scale, shift, out)
+        launch(input, weight, bias, scale, shift, out)
         return out
     shape = _result_shape(*tensors, stride, padding, dilation)
     memory_format = output_format(input, weight)
@@ -58,12 +58,12 @@ def _forward_kernels(
         return empty(shape, input, memory_format)
     out = kernel_output(shape, input, memory_format)
     fitted = _fitted(*tensors)
-    plan = kernels.depthwise_conv2d_forward(
+    launch = kernels.depthwise_conv2d_forward(
         *fitted, out, None, stride, padding, dilation, activation, negative_slope
     )
     result = out.contiguous(memory_format=memory_format)
     if result is out and all(a is b for a, b in zip(fitted, tensors, strict=True)):
-        kernels.remember(key, (shape, memory_format, plan))
+        kernels.remember(key, (shape, memory_format, launch))
     return result
 
 

@@ -1,0 +1,1 @@
+"""The commands of `segfast`, a file each: `add_arguments(parser)`, and `run(args)` -> exit code."""

@@ -1,0 +1,290 @@
+"""A sequence of layers that its first layer computes at once, in a forward that calls them one by one.
+
+The layers keep their places, parameters and names; their classes change. While the forward of the module that
+calls them runs, the first returns the result of the whole sequence, and each of the others hands on
+exactly that tensor. Called by themselves, compiled, exported or traced, under hooks or on a DataParallel
+replica, they compute what they always did. A sequence that was begun and not ended is an error.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._rules import own_class
+from .eager import CALLER, only_forward
+from .folding import runs_eagerly
+from .layers import FusedLayer
+from .separable import pays
+from .swap import FusedModule, fused_class
+
+# In the __dict__ of a sequence's layers, and of an `nn.Sequential` that calls sequences itself: by position.
+_PLACE = "_segfast_sequence"
+_SEQUENCES = "_segfast_sequences"
+
+
+_NOT_BEGUN = (-1, -1, None)
+
+
+class _Caller:
+    """Stands for the module whose forward calls the layers, wherever both are copied to."""
+
+
+class _Run:
+    """One forward of a caller: the sequences begun in it, each with its next layer, end and tensor."""
+
+    def __init__(self, frame: FrameType, outer: "_Run | None"):
+        self.frame = frame
+        self.error = sys.exc_info()[1]
+        self.outer = outer
+        self.begun: dict[FusedSequence, tuple[int, int, Tensor]] = {}
+
+    def goes_on(self) -> bool:
+        """False after an interrupt, which passes by torch's hooks."""
+        try:
+            self.frame.clear()
+        except RuntimeError:  # what the frame of a running function does
+            return True
+        return False
+
+
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.runs: dict[_Caller, _Run] = {}
+        self.forced: bool | None = None
+
+
+_threads = _Threads()
+
+
+class FusedSequence:
+    """Layers that follow one another in a caller's forward.
+
+    Args:
+        layers: the convolution and what comes after it.
+        names: theirs, for messages.
+        options: what the first so many of them compute, the longest first.
+        wrappers: modules whose call begins or ends within the sequence.
+        in_train: whether they follow one another in train mode too.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        names: Sequence[str],
+        options: Sequence[tuple[int, FusedLayer]],
+        wrappers: Sequence[nn.Module] = (),
+        in_train: bool = True,
+    ):
+        self.layers, self.names = list(layers), list(names)
+        self.options, self.in_train = list(options), in_train
+        self.growth = self.options[0][1].growth()
+        asked = {id(part) for part in self.options[0][1] if isinstance(part, nn.Module)}
+        # Whose hooks must see what they would see unfused, beside those that the fused form itself asks for.
+        self.others = [m for m in (*layers, *wrappers) if id(m) not in asked]
+        self.caller: _Caller | None = None
+
+    def step(self, position: int, layer: nn.Module, input: Any) -> Tensor | None:
+        """The result of the layer at `position`, or None if it shall compute it itself."""
+        run = None if self.caller is None else _threads.runs.get(self.caller)
+        if run is None or layer is not self.layers[position]:
+            return None
+        if position == 0:
+            return self._begin(run, input)
+        following, length, output = run.begun.get(self, _NOT_BEGUN)
+        if position != following or input is not output:
+            return None
+        if position + 1 == length:
+            del run.begun[self]
+        else:
+            run.begun[self] = (position + 1, length, output)
+        return output
+
+    def begins(self, layers: Sequence[nn.Module | None]) -> bool:
+        """Whether its layers are the first of `layers`."""
+        some = layers[: len(self.layers)]
+        return len(some) == len(self.layers) and all([a is b for a, b in zip(some, self.layers, strict=True)])
+
+    def compute(self, input: Any, may: Callable[[], bool] = lambda: True) -> tuple[Tensor, int] | None:
+        """The result of its first layers and of how many, or None if they shall compute it themselves.
+
+        may: a last condition, which costs something to ask.
+        """
+        if _threads.forced is False or not self._is_unwatched():
+            return None
+        if not self.in_train and any([m.training for m in self.layers]):
+            return None
+        length, fused = self.options[0]
+        known = fused.ready(input)
+        if known is not None:
+            return (known.run(input, None), length) if may() else None
+        # Costs as much as a small layer, and is asked last.
+        if not runs_fused(input, self.growth) or not may() or not runs_eagerly() or _is_checkpointed():
+            return None
+        for length, fused in self.options:
+            if fused.is_eligible():
+                return fused.run(input), length
+        return None
+
+    def _begin(self, run: _Run, input: Any) -> Tensor | None:
+        if self in run.begun:
+            if run.goes_on():
+                raise self._broken(run)
+            return None
+        found = self.compute(input, run.goes_on)
+        if found is None:
+            return None
+        output, length = found
+        run.begun[self] = (1, length, output)
+        return output
+
+    def _is_unwatched(self) -> bool:
+        return all([only_forward(m) for m in self.others])
+
+    def _broken(self, run: _Run) -> RuntimeError:
+        following, length, _ = run.begun[self]
+        return RuntimeError(
+            f"the fused layers {', '.join(self.names[:length])} were not called one after the other: "
+            f"{self.names[following]} did not follow {self.names[following - 1]}. Was a layer replaced after "
+            "segfast.optimize, or does the forward take another path than on the example inputs? "
+            "segfast.restore undoes the fusion"
+        )
+
+
+class _Layer(FusedModule):
+    """Mixed into the class of a sequence's layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+            sequence, position = vars(self)[_PLACE]
+            output = sequence.step(position, self, args[0])
+            if output is not None:
+                return output
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Sequential(FusedModule):
+    """Mixed into the class of an `nn.Sequential` that calls the layers of sequences itself."""
+
+    def forward(self, input: Any) -> Any:
+        sequences = vars(self).get(_SEQUENCES)  # none in a slice
+        if sequences is None or not runs_eagerly() or getattr(self, "_is_replica", False):
+            return super().forward(input)  # type: ignore[misc]
+        layers: list[nn.Module] = list(self._modules.values())  # type: ignore[attr-defined]
+        position = 0
+        while position < len(layers):
+            sequence = sequences.get(position)
+            found = (
+                sequence.compute(input)
+                if sequence is not None and sequence.begins(layers[position:])
+                else None
+            )
+            input, length = (layers[position](input), 1) if found is None else found
+            position += length
+        return input
+
+
+def fuse(caller: nn.Module, sequences: Sequence[FusedSequence]) -> None:
+    """Let `caller`'s forward compute each sequence at once."""
+    children = list(caller._modules.values())
+    for sequence in sequences:
+        for position, layer in enumerate(sequence.layers):
+            vars(layer)[_PLACE] = (sequence, position)
+            kind: Any = type(layer)
+            layer.__class__ = fused_class(_Layer, kind)
+        begin = _place_in(children, sequence)
+        if begin is None or own_class(caller).forward is not nn.Sequential.forward:
+            _hook(caller)
+            sequence.caller = vars(caller)[CALLER]
+            continue
+        if _SEQUENCES not in vars(caller):
+            vars(caller)[_SEQUENCES] = {}
+            kind = type(caller)
+            caller.__class__ = fused_class(_Sequential, kind)
+        vars(caller)[_SEQUENCES][begin] = sequence
+
+
+def _place_in(children: Sequence[nn.Module | None], sequence: FusedSequence) -> int | None:
+    """Where the layers of `sequence` stand one after the other."""
+    first = next((i for i, child in enumerate(children) if child is sequence.layers[0]), None)
+    return first if first is not None and sequence.begins(children[first:]) else None
+
+
+def _hook(caller: nn.Module) -> None:
+    if CALLER not in vars(caller):
+        vars(caller)[CALLER] = _Caller()
+        caller.register_forward_pre_hook(_enter)
+        caller.register_forward_hook(_leave, always_call=True)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse` for every sequence with a layer in `model`."""
+    for module in list(model.modules()):
+        if _PLACE in vars(module):
+            for layer in vars(module)[_PLACE][0].layers:
+                if vars(layer).pop(_PLACE, None) is not None:
+                    layer.__class__ = layer.unfused_class
+        if vars(module).pop(_SEQUENCES, None) is not None:
+            sequential: Any = module
+            sequential.__class__ = sequential.unfused_class
+        if vars(module).pop(CALLER, None) is not None:
+            for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _enter]:
+                del module._forward_pre_hooks[key]
+            for key in [k for k, hook in module._forward_hooks.items() if hook is _leave]:
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def sequence_of(module: nn.Module) -> FusedSequence | None:
+    """The sequence that `module` is a layer of."""
+    place = vars(module).get(_PLACE)
+    return None if place is None else place[0]
+
+
+def runs_fused(input: Any, growth: float = 1) -> bool:
+    """Whether something fused is to run on `input`: where it pays, or as `fusing` says."""
+    return pays(input, growth) if _threads.forced is None else _threads.forced
+
+
+@contextmanager
+def fusing(forced: bool) -> Iterator[None]:
+    """In this thread, sequences are fused where they can be, or nowhere, whether it pays or not."""
+    _threads.forced = forced
+    try:
+        yield
+    finally:
+        _threads.forced = None
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling() or getattr(module, "_is_replica", False) or not runs_eagerly():
+        return
+    # Channels grow by 6 in the blocks of MobileNets: no sequence in here will be worth it.
+    if _threads.forced is None and len(args) == 1 and not pays(args[0], 8):
+        return
+    caller = vars(module)[CALLER]
+    _threads.runs[caller] = _Run(sys._getframe(1), _threads.runs.get(caller))
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    caller = vars(module)[CALLER]
+    run = _threads.runs.pop(caller, None)
+    if run is None:
+        return
+    if run.outer is not None and run.outer.goes_on():
+        _threads.runs[caller] = run.outer
+    # Where the forward itself failed, its own error says more.
+    if run.begun and sys.exc_info()[1] is run.error:
+        raise next(iter(run.begun))._broken(run)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what the backward needs is being dropped, to be computed again outside of the caller."""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

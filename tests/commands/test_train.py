@@ -1,0 +1,449 @@
+"""The sampler, the metrics, the loop, whole-image prediction, checkpoints, and the two commands."""
+
+import json
+import os
+import runpy
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from segfast._errors import UserError
+from segfast.cli import main
+from segfast.data import IGNORE_INDEX, Sample, read_mask
+from segfast.models import UNet, create
+from segfast.train import (
+    Options,
+    PatchSampler,
+    confusion_matrix,
+    evaluate,
+    fit,
+    load_checkpoint,
+    predict,
+    predict_scores,
+    save_checkpoint,
+    scores,
+)
+from segfast.train._augment import centre_crop
+from segfast.train._loop import cross_entropy
+
+
+def blobs(height=60, width=80) -> Sample:
+    """An image that equals its classes: two discs."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    discs = ((y - 20) ** 2 + (x - 25) ** 2 < 144) | ((y - 38) ** 2 + (x - 58) ** 2 < 100)
+    return Sample(discs[None].float(), discs.long())
+
+
+def small_unet(seed=0, **options) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(width=4, depth=2, **options)
+
+
+def test_sampler_is_seeded():
+    draw = [PatchSampler([blobs()], 32, 3, seed)() for seed in (1, 1, 2)]
+    assert torch.equal(draw[0][0], draw[1][0]) and torch.equal(draw[0][1], draw[1][1])
+    assert not torch.equal(draw[0][0], draw[2][0])
+    assert draw[0][0].shape == (3, 1, 32, 32) and draw[0][1].shape == (3, 32, 32)
+    assert draw[0][1].dtype is torch.int64
+
+
+def test_plain_crops_are_crops():
+    generator = torch.Generator().manual_seed(0)
+    sample = Sample(torch.rand(2, 40, 50, generator=generator), torch.arange(2000).reshape(40, 50))
+    images, targets = PatchSampler([sample], 16, 4, augment=False)()
+    for image, target in zip(images, targets, strict=True):
+        top, left = divmod(int(target[0, 0]), 50)
+        assert torch.equal(target, sample.target[top : top + 16, left : left + 16])
+        torch.testing.assert_close(
+            image, sample.image[:, top : top + 16, left : left + 16], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_augmentation_moves_image_and_classes_together_and_differs():
+    images, targets = PatchSampler([blobs()], 48, 40)()
+    middle = (images.amin((1, 2, 3)) + images.amax((1, 2, 3)))[:, None, None] / 2
+    both = torch.tensor([0 < target.double().mean() < 1 for target in targets])
+    agree = ((images[:, 0] > middle).long() == targets)[both].double().mean()
+    assert both.sum() > 20 and agree > 0.97
+    assert targets.double().mean((1, 2)).std() > 0.02
+    assert images.flatten(1).amax(1).std() > 0.02
+
+
+def test_patch_larger_than_the_image():
+    images, targets = PatchSampler([blobs(20, 24)], 64, 2)()
+    assert (
+        images.isfinite().all() and targets.shape == (2, 64, 64) and set(targets.unique().tolist()) <= {0, 1}
+    )
+
+
+def test_centre_crop():
+    target = torch.arange(30).reshape(1, 5, 6)
+    assert centre_crop(target, (3, 2)).tolist() == [[[8, 9], [14, 15], [20, 21]]]
+
+
+def test_metrics_by_hand():
+    prediction = torch.tensor([0, 0, 1, 1, 2, 0])
+    target = torch.tensor([0, 1, 1, 1, 0, IGNORE_INDEX])
+    confusion = confusion_matrix(prediction, target, 4)
+    assert confusion.tolist() == [[1, 0, 1, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    result = scores(confusion)
+    torch.testing.assert_close(
+        result.iou, torch.tensor([1 / 3, 2 / 3, 0, torch.nan], dtype=torch.float64), equal_nan=True
+    )
+    assert result.miou == pytest.approx(1 / 3)
+
+
+def train_once(seed=0, optimizer="adamw", lr=0.01, steps=12):
+    sampler = PatchSampler([blobs()], 24, 2, seed)
+    return fit(small_unet(seed, norm="batch"), sampler, Options(steps=steps, optimizer=optimizer, lr=lr))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_equal_seeds_give_equal_losses_and_training_lowers_them(optimizer):
+    lr = 0.01 if optimizer == "adamw" else 0.1
+    first, again, other = (train_once(seed, optimizer, lr) for seed in (0, 0, 1))
+    assert first == again and first != other
+    assert sum(first[-4:]) < 0.8 * sum(first[:4])
+
+
+def test_ignored_pixels_do_not_train():
+    model = small_unet()
+    images, targets = PatchSampler([blobs()], 24, 2)()
+    loss = nn.functional.cross_entropy(model(images)[:, :, 12:], targets[:, 12:])
+    targets[:, :12] = IGNORE_INDEX
+    assert fit(model, lambda: (images, targets), Options(steps=1))[0] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_unpadded_network_trains_on_the_middle():
+    model = small_unet(padded=False)
+    losses = fit(model, PatchSampler([blobs()], 48, 2), Options(steps=10, lr=0.01))
+    assert losses[-1] < losses[0]
+
+
+def test_an_auxiliary_head_counts_half():
+    scores, targets = torch.randn(2, 3, 5, 5), torch.randint(3, (2, 5, 5))
+    alone = cross_entropy(scores, targets)
+    assert alone == nn.functional.cross_entropy(scores, targets)
+    assert cross_entropy({"out": scores}, targets) == alone
+    both = cross_entropy({"out": scores, "aux": scores[:, :, 1:4, 1:4]}, targets)
+    aux = nn.functional.cross_entropy(scores[:, :, 1:4, 1:4], targets[:, 1:4, 1:4])
+    torch.testing.assert_close(both, alone + 0.5 * aux)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fcn8s", {"width": 4, "padded": False, "dropout": 0.0}),
+        ("deeplabv3_resnet50", {"width_mult": 0.125, "output_stride": 16, "aux_loss": True}),
+    ],
+)
+def test_train_save_and_predict_other_networks(folder, capsys, name, options):
+    """Those that return scores, and those that return a dictionary of them."""
+    torch.manual_seed(0)
+    model = create(name, in_channels=1, num_classes=2, **options)
+    losses = fit(model, PatchSampler([blobs()], 64, 2, augment=False), Options(steps=15, lr=0.01))
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    result = evaluate(model, [blobs()], 2)
+    save_checkpoint(model, "out.safetensors")
+    assert main(["predict", "cells.png", "--checkpoint", "out.safetensors", "--output", "mask.png"]) == 0
+    assert "37x53" in capsys.readouterr().out and 0 <= result.miou <= 1
+    expected = predict(load_checkpoint("out.safetensors"), blobs(37, 53).image)
+    assert (read_mask("mask.png") != expected).double().mean() < 0.01
+
+
+def test_a_loss_that_is_not_finite_stops():
+    images, targets = PatchSampler([blobs()], 24, 2)()
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
+        fit(small_unet(), lambda: (images * torch.nan, targets), Options(steps=2))
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match=r"optimizer must be one of .*'lbfgs'"):
+        fit(small_unet(), PatchSampler([blobs()]), Options(optimizer="lbfgs"))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("padded", [True, False])
+def test_tiles_give_what_the_whole_image_gives(padded, depth):
+    torch.manual_seed(0)
+    model = UNet(2, 3, width=2, depth=depth, padded=padded, norm="batch").eval()
+    image = torch.randn(2, 101, 150)
+    whole, tiled = (predict_scores(model, image, tile) for tile in (1000, 32))
+    assert whole.shape == (3, 101, 150)
+    torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-5)
+    if padded:
+        torch.testing.assert_close(whole, model(image[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_unpadded_prediction_mirrors_the_border():
+    model = small_unet(padded=False).eval()
+    image = torch.randn(1, 24, 36)  # 4 more than a multiple of the divisor: nothing but the margin is added
+    mirrored = np.pad(image.numpy(), ((0, 0), (20, 20), (20, 20)), mode="symmetric")
+    expected = model(torch.from_numpy(mirrored)[None])[0]
+    torch.testing.assert_close(predict_scores(model, image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_predict_and_evaluate_leave_the_mode():
+    model = small_unet(norm="batch").train()
+    sample = blobs()
+    labels = predict(model, sample.image)
+    assert labels.shape == sample.target.shape and labels.dtype is torch.int64 and model.training
+    result = evaluate(model, [sample, sample], 2)
+    assert torch.equal(result.iou, scores(confusion_matrix(labels, sample.target, 2)).iou)
+
+
+def save_header(path, header):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def save_changed(path, key, value):
+    """A good checkpoint whose header says something else."""
+    save_checkpoint(small_unet(), path)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    ours = json.loads(header["__metadata__"]["segfast"])
+    header["__metadata__"]["segfast"] = json.dumps({**ours, key: value})
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+BAD_CHECKPOINTS = {
+    "missing": (lambda p: None, "no such checkpoint"),
+    "folder": (lambda p: p.mkdir(), "no such checkpoint"),
+    "empty": (lambda p: p.touch(), "not a readable safetensors file"),
+    "text": (lambda p: p.write_text("hello, this is text"), "not a readable safetensors file"),
+    "foreign": (lambda p: save_header(p, {}), "no segfast model in the file's header"),
+    "model": (lambda p: save_changed(p, "model", "vnet"), "do not fit.*no model named 'vnet'"),
+    "config": (lambda p: save_changed(p, "config", {"colour": 1}), "do not fit.*colour"),
+    "json": (lambda p: save_header(p, {"__metadata__": {"segfast": "{"}}), "do not fit"),
+    "width": (lambda p: save_changed(p, "config", {"width": 8, "depth": 2}), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHECKPOINTS)
+def test_bad_checkpoint(tmp_path, name):
+    make, message = BAD_CHECKPOINTS[name]
+    path = tmp_path / f"{name}.safetensors"
+    make(path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_checkpoint(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_truncated_checkpoint_and_failed_save(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(small_unet(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_checkpoint(path)
+    with pytest.raises(ValueError, match=r"Linear is none of .*unet"):
+        save_checkpoint(nn.Linear(1, 1), path)
+    good = tmp_path / "b.safetensors"
+    save_checkpoint(small_unet(1), good)
+    data = good.read_bytes()
+
+    def interrupted(state, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(small_unet(2), good)
+    assert good.read_bytes() == data and sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.safetensors",
+        "b.safetensors",
+    ]
+
+
+# The commands.
+
+SMALL = ["--width", "2", "--depth", "2", "--size", "32", "--batch", "2"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Run in an empty folder that holds one image."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray((255 * blobs(37, 53).image[0].numpy()).astype(np.uint8)).save("cells.png")
+    return tmp_path
+
+
+def fails(capsys, *arguments, code=2) -> str:
+    """The one line that a command that cannot go on prints."""
+    assert main([str(a) for a in arguments]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_then_predict(folder, capsys):
+    assert main(["train", "--steps", "3", *SMALL]) == 0
+    output = capsys.readouterr()
+    assert "mean" in output.out and "class 1" in output.out and "3/3" in output.err
+    assert main(["predict", "cells.png"]) == 0
+    assert "37x53" in capsys.readouterr().out
+    mask = read_mask("out/cells.mask.png")
+    # The image is 0 and 1 already: normalizing changes nothing.
+    expected = predict(load_checkpoint("out/unet.safetensors"), blobs(37, 53).image)
+    assert (mask != expected).double().mean() < 0.01
+    first = Path("out/unet.safetensors").read_bytes()
+    # A second run may replace what the first one wrote, and gives the same weights.
+    assert main(["train", "--steps", "3", *SMALL]) == 0
+    assert main(["predict", "cells.png", "--tile", "16"]) == 0
+    assert Path("out/unet.safetensors").read_bytes() == first
+    assert sorted(p.name for p in Path("out").iterdir()) == [
+        "cells.mask.png",
+        "unet.png",
+        "unet.safetensors",
+    ]
+
+
+def test_train_on_a_folder_of_colour_images(folder, capsys):
+    generator = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        Path("data", kind).mkdir(parents=True)
+    for name, size in (("a", (40, 50)), ("b", (36, 44))):
+        classes = generator.integers(0, 3, size).astype(np.uint8)
+        Image.fromarray(np.stack([80 * classes] * 3, -1)).save(f"data/images/{name}.jpg")
+        classes[:4] = IGNORE_INDEX
+        Image.fromarray(classes).save(f"data/masks/{name}.png")
+    options = ["--data", "data", "--channels", "3", "--output", "model.safetensors", "--optimizer", "sgd"]
+    assert main(["train", "--steps", "2", *SMALL, *options, "--norm", "none"]) == 0
+    assert "class 2" in capsys.readouterr().out
+    model = load_checkpoint("model.safetensors")
+    assert (model.in_channels, model.num_classes, model.config["norm"]) == (3, 3, None)
+    assert (
+        main(["predict", "data/images/a.jpg", "--checkpoint", "model.safetensors", "--output", "m.png"]) == 0
+    )
+    assert read_mask("m.png").shape == (40, 50)
+
+
+def test_files_of_the_user_are_never_replaced(folder, capsys):
+    Path("out").mkdir()
+    Path("out/cells.mask.png").write_text("mine")
+    Path("unet.png").write_text("mine")
+    save_header(Path("foreign.safetensors"), {"__metadata__": {"about": "segfast"}})
+    save_checkpoint(small_unet(), "unet.safetensors")
+    for target in ("foreign.safetensors", "unet.safetensors", "out/../unet.safetensors"):
+        arguments = ["train", "--steps", "1", *SMALL, "--output", target]
+        name = target.replace("unet.safetensors", "unet.png")  # the checkpoint is ours, the picture is not
+        message = f"segfast: {name}: exists and is not a file that segfast wrote; --force"
+        assert fails(capsys, *arguments).startswith(message)
+    arguments = ["predict", "cells.png", "--checkpoint", "unet.safetensors"]
+    assert fails(capsys, *arguments).startswith("segfast: out/cells.mask.png: exists")
+    assert Path("out/cells.mask.png").read_text() == Path("unet.png").read_text() == "mine"
+    assert main([*arguments, "--force"]) == 0
+    assert read_mask("out/cells.mask.png").shape == (37, 53)
+
+
+def test_one_line_and_exit_2(folder, capsys):
+    save_checkpoint(small_unet(), "good.safetensors")
+    Path("bad.safetensors").write_text("hello, this is text")
+    Path("bad.png").write_text("hello")
+    Path("file").touch()
+    good = ["--checkpoint", "good.safetensors"]
+    wrong = {
+        ("predict", "none.png", *good): "none.png: no such file",
+        ("predict", "bad.png", *good): "bad.png: not a readable image",
+        ("predict", "cells.png"): "out/unet.safetensors: no such checkpoint",
+        ("predict", "cells.png", "--checkpoint", "bad.safetensors"): "not a readable safetensors file",
+        ("predict", "cells.png", *good, "--output", "a.jpg"): "expected a name ending in .png",
+        ("predict", "cells.png", "bad.png", *good, "--output", "a.png"): "names one file, there are 2",
+        ("predict", "cells.png", "./cells.png", *good): "would both be written to out/cells.mask.png",
+        ("predict", "cells.png", *good, "--output", "file/a.png"): "is not a folder",
+        ("predict", "cells.png", *good, "--tile", "0"): "--tile must be at least 1, got 0",
+        ("predict", "cells.png", *good, "--device", "tpu"): "--device",
+        ("train", "--steps", "0"): "--steps must be at least 1, got 0",
+        ("train", "--lr", "-1"): "--lr must be between 0 and 1000, got -1.0",
+        ("train", "--lr", "nan"): "--lr must be between 0 and 1000, got nan",
+        ("train", "--output", "model.pt"): "expected a name ending in .safetensors",
+        ("train", "--channels", "3"): "--channels 3: the nuclei image has 1",
+        ("train", "--data", "nowhere"): "nowhere/images: no such folder",
+        (
+            "train",
+            "--unpadded",
+        ): "--size 128: input is 128x128; an unpadded UNet of depth 4 needs at least 188",
+    }
+    for arguments, message in wrong.items():
+        assert message in fails(capsys, *arguments), arguments
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("package", ["tqdm", "safetensors", "PIL", "matplotlib"])
+def test_missing_package_is_named(folder, capsys, monkeypatch, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    arguments = ["predict", "cells.png"] if package == "PIL" else ["train", "--steps", "1", *SMALL]
+    if package == "PIL":
+        save_checkpoint(small_unet(), "out/unet.safetensors")
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("segfast: ") and "(the extra 'demo' has it)" in last
+    assert {"PIL": "pillow"}.get(package, package) in last
+
+
+def test_examples_run(folder, capsys, monkeypatch):
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.setattr(sys, "argv", ["train_nuclei.py", "2"])
+    runpy.run_path(str(examples / "train_nuclei.py"))
+    monkeypatch.setattr(sys, "argv", ["predict_image.py", "cells.png"])
+    runpy.run_path(str(examples / "predict_image.py"))
+    output = capsys.readouterr().out
+    assert "held-out foreground IoU" in output and "of cells.png is foreground" in output
+    assert read_mask("out/cells.mask.png").shape == (37, 53)
+
+
+def test_two_ranks_train_one_model(folder):
+    """Under torchrun's variables, gloo: both ranks end with the same weights, and one of them writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (
+        "import sys, torch, segfast.commands.train as command\n"
+        "from segfast.cli import main\n"
+        "fit = command.fit\n"
+        "def recorded(model, *args):\n"
+        "    losses = fit(model, *args)\n"
+        "    total = sum(p.double().sum().item() for p in model.parameters())\n"
+        "    print('RANK', total, losses)\n"
+        "    return losses\n"
+        "command.fit = recorded\n"
+        "torch.set_num_threads(1)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    root = str(Path(__file__).parents[2])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, "train", "--steps", "3", *SMALL],
+            env={
+                **os.environ,
+                "PYTHONPATH": root,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": "2",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    lines = [next(x for x in out.splitlines() if x.startswith("RANK")).split() for out, _ in outputs]
+    assert lines[0][1] == lines[1][1]  # the weights
+    assert lines[0][2:] != lines[1][2:]  # the patches
+    assert ["wrote" in out for out, _ in outputs] == [True, False]

@@ -1,0 +1,255 @@
+"""`segfast.functional.depthwise_conv2d` and `separable_conv2d` against torch's convolutions.
+
+torch's own samples, memory formats, gradients, grad modes, the ATen path.
+"""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import segfast
+from segfast.functional import depthwise_conv2d, separable_conv2d
+from segfast.kernels import Tile, override_tile
+from tests.fused_conv import BACKENDS, draw, precisions_of
+from tests.separable_conv2d.reference import check_depthwise, define_separable, in_form, separable_operands
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def samples(dtype):
+    """torch's own samples of conv2d that are depthwise; the others' geometry on a depthwise weight."""
+    # The import freezes torch.backends' flags; undone on leaving, for the benchmarks that follow set them.
+    with torch.backends.__allow_nonbracketed_mutation():
+        database = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
+    (info,) = [op for op in database if op.name == "nn.functional.conv2d"]
+    result = []
+    for sample in info.sample_inputs("cpu", dtype):
+        (weight, bias), kwargs = sample.args, dict(sample.kwargs)
+        channels, groups = sample.input.shape[-3], kwargs.pop("groups", 1)
+        if groups != channels:
+            weight = weight.reshape(-1, 1, *weight.shape[2:])
+            weight = weight[: weight.shape[0] // channels * channels]
+            bias = None if bias is None else bias[:1].expand(weight.shape[0]).clone()
+        if kwargs.get("padding") == "valid" or weight.shape[0] >= channels:
+            result.append((sample.input, weight, bias, kwargs))
+    return result
+
+
+def test_torchs_samples_are_of_many_kinds():
+    found = samples(torch.float32)
+    assert len(found) >= 24
+    assert {"same", "valid"} <= {kwargs.get("padding") for *_, kwargs in found if "padding" in kwargs}
+    assert any(weight.shape[0] > x.shape[-3] for x, weight, *_ in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torchs_samples_on_aten(dtype):
+    # The same ATen calls: equal to the last bit, gradients included.
+    for x, w, b, kwargs in samples(dtype):
+        leaves = [[t.clone().requires_grad_() for t in (x, w, b) if t is not None] for _ in range(2)]
+        with segfast.backend("aten"):
+            actual = depthwise_conv2d(*leaves[0], **kwargs)
+        expected = F.conv2d(*leaves[1], **kwargs, groups=x.shape[-3])
+        grad = torch.ones_like(expected)
+        gradients = [torch.autograd.grad(y, t, grad) for y, t in ((actual, leaves[0]), (expected, leaves[1]))]
+        torch.testing.assert_close((actual, gradients[0]), (expected, gradients[1]), rtol=0, atol=0)
+        assert actual.stride() == expected.stride()
+
+
+@pytest.mark.interpreter
+def test_torchs_samples_on_our_kernels(poisoned_empty):
+    dtype = torch.float32
+    found = {
+        f"{tuple(x.shape)} {tuple(w.shape)} {kwargs}": (x, w, b, kwargs) for x, w, b, kwargs in samples(dtype)
+    }
+    for x, w, b, kwargs in found.values():
+        if isinstance(kwargs.get("padding"), str) or x.dim() == 3:
+            with segfast.backend("triton"):
+                actual = depthwise_conv2d(x, w, b, **kwargs)
+            expected = F.conv2d(x, w, b, **kwargs, groups=x.shape[-3])
+            eps = 40 * torch.finfo(dtype).eps
+            torch.testing.assert_close(actual, expected, atol=eps * (1 + expected.abs().max()), rtol=eps)
+        else:
+            tensors = {"input": x, "weight": w} | ({} if b is None else {"bias": b})
+            check_depthwise({name: t.detach() for name, t in tensors.items()}, **kwargs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", [(1, 3), (2, 2), (4, 3), (2, 5)], ids=str)
+def test_padding_by_name_is_torchs(kernel, backend):
+    x, w, b = draw(1, 3, 4, 6), draw(6, 1, *kernel), draw(6)
+    for padding, dilation in itertools.product(("same", "valid"), (1, (1, 2))):
+        if padding == "valid" and kernel[1] == 5 and dilation != 1:
+            continue
+        expected = F.conv2d(x, w, b, padding=padding, dilation=dilation, groups=3)
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        with segfast.backend(backend):
+            actual = depthwise_conv2d(*leaves, padding=padding, dilation=dilation)
+            both = separable_conv2d(
+                x, w, torch.eye(6)[..., None, None], depthwise_bias=b, padding=padding, dilation=dilation
+            )
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(both, expected, atol=1e-5, rtol=1e-5)
+        theirs = [t.clone().requires_grad_() for t in (x, w, b)]
+        expected = F.conv2d(*theirs, padding=padding, dilation=dilation, groups=3)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual.square().sum(), leaves),
+            torch.autograd.grad(expected.square().sum(), theirs),
+            atol=1e-3,
+            rtol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_without_a_batch(backend):
+    x, w, p, residual = draw(3, 4, 5), draw(6, 1, 3, 3), draw(2, 6, 1, 1), draw(2, 4, 5)
+    with segfast.backend(backend):
+        y, total, squares = depthwise_conv2d(x, w, padding=1, activation="relu", return_statistics=True)
+        z = separable_conv2d(x, w, p, padding=1, residual=residual)
+        alone = depthwise_conv2d(x, w, padding=1, activation="relu")
+    expected = F.relu(F.conv2d(x, w, padding=1, groups=3))
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        (total, squares), (y.sum((1, 2)), y.square().sum((1, 2))), atol=1e-4, rtol=1e-5
+    )
+    pointwise = F.conv2d(F.conv2d(x, w, padding=1, groups=3), p) + residual
+    torch.testing.assert_close(z, pointwise, atol=1e-5, rtol=1e-5)
+
+
+def _layouts(*shape):
+    """The same size in every memory format there is, ambiguous ones included."""
+    base = draw(*shape)
+    yield "contiguous", base
+    yield "channels_last", base.contiguous(memory_format=torch.channels_last)
+    yield "permuted", base.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    yield "transposed", base.transpose(2, 3).contiguous().transpose(2, 3)
+    yield (
+        "slice of channels_last",
+        draw(shape[0], 2 * shape[1], *shape[2:], channels_last=True)[:, : shape[1]],
+    )
+    yield "every other column", base.repeat_interleave(2, 3)[..., ::2]
+    yield "expanded", base[:1, :1].expand(shape)
+
+
+SHAPES = [(2, 4, 3, 5), (1, 4, 3, 3), (2, 1, 3, 4), (2, 4, 1, 1), (1, 1, 1, 1), (1, 4, 1, 5), (3, 2, 2, 1)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_memory_formats_are_torchs(shape, backend):
+    c = shape[1]
+    weights = {
+        "contiguous": draw(c, 1, 3, 3),
+        "channels_last": draw(c, 1, 3, 3, channels_last=True),
+        "taps-major": draw(3, 3, 1, c).permute(3, 2, 0, 1),
+        "two filters": draw(2 * c, 1, 3, 3, channels_last=True),
+        "1x1": draw(c, 1, 1, 1, channels_last=True),
+        "5x5, most of it outside": draw(c, 1, 5, 5, channels_last=True),
+    }
+    # The kernels' results are recorded, not computed: their values are tests/kernels' affair.
+    quick = segfast.kernels.record_launches if backend == "triton" else contextlib.nullcontext
+    for (layout, x), (weight_layout, w) in itertools.product(_layouts(*shape), weights.items()):
+        dilation = 2 if w.shape[2] == 5 else 1
+        padding = dilation * (w.shape[2] // 2)
+        expected = F.conv2d(x, w, None, 1, padding, dilation, c)
+        with segfast.backend(backend), torch.no_grad(), quick():
+            actual = depthwise_conv2d(x, w, None, 1, padding, dilation)
+            scaled = depthwise_conv2d(x, w, draw(w.shape[0]), 1, padding, dilation, scale=draw(w.shape[0]))
+            summed, *_ = depthwise_conv2d(x, w, None, 1, padding, dilation, return_statistics=True)
+        what = f"{layout} input, {weight_layout} weight"
+        assert actual.stride() == expected.stride(), what
+        assert scaled.stride() == summed.stride() == expected.stride(), what
+        assert backend == "triton" or torch.allclose(actual, expected, atol=1e-5), what
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_memory_formats_of_the_separable_operator_are_torchs(shape, backend):
+    c = shape[1]
+    depthwise = [draw(c, 1, 3, 3), draw(c, 1, 3, 3, channels_last=True)]
+    pointwise = [draw(o, c, 1, 1, channels_last=last) for o in (3, 1) for last in (False, True)]
+    quick = segfast.kernels.record_launches if backend == "triton" else contextlib.nullcontext
+    for (layout, x), w, p in itertools.product(_layouts(*shape), depthwise, pointwise):
+        expected = F.conv2d(F.conv2d(x, w, None, 1, 1, 1, c), p)
+        with segfast.backend(backend), torch.no_grad(), quick():
+            actual = separable_conv2d(x, w, p, padding=1)
+        what = f"{layout} input, weights {w.stride()} {p.stride()} of {p.shape[0]} outputs"
+        assert actual.stride() == expected.stride(), what
+        assert backend == "triton" or torch.allclose(actual, expected, atol=1e-5), what
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend):
+    x, w, b = draw(0, 3, 5, 4).requires_grad_(), draw(6, 1, 3, 3).requires_grad_(), draw(6).requires_grad_()
+    p, residual = draw(2, 6, 1, 1).requires_grad_(), draw(0, 2, 3, 2).requires_grad_()
+    with segfast.backend(backend):
+        y = depthwise_conv2d(x, w, b, 2, 1, activation="silu")
+        z, total, squares = depthwise_conv2d(x, w, b, 2, 1, return_statistics=True)
+        both = separable_conv2d(x, w, p, b, None, 2, 1, residual=residual, activation="relu")
+        (y.sum() + z.sum() + total.sum() + squares.sum() + both.sum()).backward()
+    assert y.shape == z.shape == (0, 6, 3, 2) and both.shape == (0, 2, 3, 2)
+    assert total.shape == squares.shape == (0, 6) and x.grad.shape == x.shape
+    for t in (w, b, p):
+        assert t.grad.shape == t.shape and not t.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, id="bf16")])
+def test_autocast_casts_as_torch_does(dtype, backend):
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    x, w, b, p = (draw(*s).requires_grad_() for s in ((1, 4, 3, 3), (4, 1, 3, 3), (4,), (3, 4, 1, 1)))
+    scale, residual = draw(4).requires_grad_(), draw(1, 3, 3, 3)
+    with torch.autocast("cpu", dtype), segfast.backend(backend):
+        expected = F.conv2d(x, w, b, padding=1, groups=4)
+        y = depthwise_conv2d(x, w, b, padding=1)
+        z, total, _ = depthwise_conv2d(
+            x, w, b, padding=1, scale=scale, activation="silu", return_statistics=True
+        )
+        both = separable_conv2d(x, w, p, b, padding=1, depthwise_scale=scale, residual=residual)
+        no_grad = [t.detach() for t in (x, w, p, b)]
+        again = separable_conv2d(*no_grad, padding=1, depthwise_scale=scale.detach(), residual=residual)
+        assert y.dtype == z.dtype == both.dtype == again.dtype == expected.dtype == dtype
+        assert total.dtype == torch.float32
+        assert depthwise_conv2d(x.half(), w, None).dtype == dtype
+        grads = torch.autograd.grad(z.float().sum() + both.float().sum(), (x, w, b, scale, p))
+    assert [g.dtype for g in grads] == [torch.float32] * 5
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, expected, atol=4 * eps, rtol=4 * eps)
+    wide = define_separable(
+        *[t.double() for t in no_grad], padding=1, depthwise_scale=scale.double(), residual=residual
+    )
+    for actual in (both, again):
+        torch.testing.assert_close(actual.double(), wide, atol=8 * eps * wide.abs().max().item(), rtol=0)
+    with torch.autocast("cpu", enabled=False), segfast.backend(backend):
+        assert depthwise_conv2d(x, w, b).dtype == torch.float32
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("form", ["fused", "two kernels"])
+def test_upstream_of_a_chosen_form(form):
+    # The form is the forward's affair: the gradients are those of either.
+    tensors = separable_operands((1, 5, 3, 4), 4, residual_shape=(1, 4, 3, 4))
+    results = []
+    for choice in (form, "fused"):
+        leaves = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        tile = Tile(16, 16, 16, 4, 1, form=choice)
+        with segfast.backend("triton"), override_tile("separable_conv2d_forward", tile):
+            separable_conv2d(**leaves, padding=1, activation="relu").sum().backward()
+        results.append([leaf.grad for leaf in leaves.values()])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_two_kernels_do_not_forget_the_precision_either():
+    x, w = draw(1, 8, 3, 3, channels_last=True), draw(3, 3, 1, 8).permute(3, 2, 0, 1)
+    with in_form("two kernels"):
+        found = precisions_of(lambda: separable_conv2d(x, w, draw(8, 8, 1, 1)))
+    assert found == [{"tf32x3"}, {"tf32"}, {"tf32x3"}]
