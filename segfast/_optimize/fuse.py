@@ -22,6 +22,7 @@ class Fusions(NamedTuple):
     known: tuple[str, ...]
     unknown: tuple[str, ...]
     reasons: dict[str, str]
+    digest: str | None = None
 
     def fuses(self) -> bool:
         """Whether anything is to be fused."""
@@ -58,7 +59,7 @@ def find_fusions(
             reasons[name] = "its class is not known; give example_inputs"
     inside = tuple(f"{name}." if name else "" for name in (*known, *unknown))
     fusions = find_sequences(model, example_inputs, [head for head in heads if not head.startswith(inside)])
-    return Fusions(fusions.sequences, tuple(known), tuple(unknown), reasons | fusions.reasons)
+    return Fusions(fusions.sequences, tuple(known), tuple(unknown), reasons | fusions.reasons, fusions.digest)
 
 
 def is_whole(module: nn.Module) -> bool:

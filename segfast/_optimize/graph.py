@@ -5,6 +5,7 @@ torch that it calls is listed. A forward that asks for values is exported instea
 """
 
 import copy
+import hashlib
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -39,13 +40,17 @@ class Node:
 class Graph:
     """Who computes what from what in the model's forward.
 
+    `digest` tells one forward from another, with all but the values of inputs and weights; None where not
+    all of a forward was listed.
+
     Raises:
         Exception: the model's own, or torch's, where it can be neither listed nor exported.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], training: bool):
+        self.digest: str | None = None
         try:
-            nodes = _listed(model, inputs, training)
+            nodes, self.digest = _listed(model, inputs, training)
         except Exception:  # it asks for values
             nodes = _exported(model, inputs, training)
         self.nodes: dict[str, set[Node]] = {}
@@ -81,8 +86,8 @@ class Graph:
         return name, ""
 
 
-def _listed(model: nn.Module, inputs: Any, training: bool) -> list[Node]:
-    """The operations of a forward, by running a copy without values."""
+def _listed(model: nn.Module, inputs: Any, training: bool) -> tuple[list[Node], str | None]:
+    """The operations of a forward and their digest, by running a copy without values."""
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(()), backend("aten"):
         memo: dict[int, Any] = {id(t): _without_values(t) for t in (*model.parameters(), *model.buffers())}
         bare = copy.deepcopy(model, memo).train(training)
@@ -111,13 +116,15 @@ class _Listing(TorchFunctionMode):
         self._paths = {id(module): name for name, module in model.named_modules()}
         self._stack: list[tuple[str, int]] = []
         self._count = 0
-        self._owned = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._owned = {id(t): n for n, t in enumerate((*model.parameters(), *model.buffers()))}
+        self._lines: list[str] | None = [_described(t) for t in (*model.parameters(), *model.buffers())]
         # The last to make a tensor, and to write its memory; all tensors stay, so that no id is used twice.
         self._made: dict[int, int] = {}
         self._written: dict[int, int] = {}
         self._kept: list[Any] = []
         for t in inputs:
             self._add(Node("input", ()), (t,))
+            self._lines.append(_described(t))
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -131,6 +138,7 @@ class _Listing(TorchFunctionMode):
         if made or written:
             name = getattr(function, "__name__", str(function)).strip("_")
             inputs = [node for node in map(self._origin, read) if node is not None]
+            self._describe(f"{getattr(function, '__module__', '')}.{name}", args, kwargs, before)
             self._add(Node(name, inputs, tuple(self._stack)), made, written)
         return result
 
@@ -142,12 +150,30 @@ class _Listing(TorchFunctionMode):
         self._kept += [*made, *written]
         self._nodes.append(node)
 
+    def _describe(self, name: str, args: Any, kwargs: Any, versions: list[int]) -> None:
+        """Add a line about a call: what it was given, tensors by where they are from."""
+        if self._lines is not None:
+            leaves, structure = _pytree.tree_flatten((args, kwargs))
+            given = [self._place(each) if isinstance(each, Tensor) else repr(each) for each in leaves]
+            self._lines.append(f"{self._stack[-1:]} {name} {structure} {given} {versions}")
+
+    def _place(self, t: Tensor) -> str:
+        last = self._last(t)
+        return f"{last} {_described(t)}" if last >= 0 else f"weight {self._owned.get(id(t))}"
+
+    def _last(self, t: Tensor) -> int:
+        return max(self._made.get(id(t), -1), self._written.get(t.untyped_storage()._cdata, -1))
+
     def _origin(self, t: Tensor) -> Node | None:
         """What computed `t`; None of a weight."""
-        last = max(self._made.get(id(t), -1), self._written.get(t.untyped_storage()._cdata, -1))
+        last = self._last(t)
         if last < 0 and id(t) not in self._owned:
-            self._add(Node("a constant", ()), (t,))  # or what a scripted module made
+            self._add(Node("a constant", ()), (t,))
             last = len(self._nodes) - 1
+            if t.is_meta:
+                self._lines = None  # made by what is not listed, as a scripted module
+            elif self._lines is not None:
+                self._lines.append(f"{_described(t)} {digest_of_values(t)}")
         return self._nodes[last] if last >= 0 else None
 
     def of_modules(self) -> ExitStack:
@@ -170,10 +196,21 @@ class _Listing(TorchFunctionMode):
         if threading.get_ident() == self._thread:
             self._stack.pop()
 
-    def ended(self, outputs: Any) -> list[Node]:
-        """All that was listed, with somebody who reads the model's outputs."""
+    def ended(self, outputs: Any) -> tuple[list[Node], str | None]:
+        """All that was listed, with somebody who reads the model's outputs; and its digest."""
         self._nodes.append(Node("output", filter(None, map(self._origin, _tensors(outputs)))))
-        return self._nodes
+        self._describe("output", (outputs,), {}, [])
+        lines = None if self._lines is None else "\n".join(self._lines)
+        return self._nodes, None if lines is None else hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _described(t: Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)} {list(t.stride())}"
+
+
+def digest_of_values(t: Tensor) -> str:
+    """Of the bytes of a tensor on a CPU."""
+    return hashlib.sha256(t.detach().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _tensors(value: Any) -> list[Tensor]:

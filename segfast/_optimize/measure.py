@@ -45,7 +45,8 @@ class Gain:
     largest value, `allowed` what it may be; in another `dtype` that is much, else a model with more than
     rounding is left alone. `unmeasured` calls did not fit into the budget. `gpu` is the GPU's name, "" on a
     CPU, where `threads` counts. `train` says that a training step was timed, and not a call in eval.
-    A model that is left alone has channels_last weights where that was faster.
+    A model that is left alone has channels_last weights where that was faster. `measured_on` is the date of a
+    measurement that was remembered, "" of a new one.
     """
 
     before_ms: float
@@ -59,6 +60,7 @@ class Gain:
     unmeasured: int = 0
     gpu: str = ""
     train: bool = False
+    measured_on: str = ""
 
     @property
     def ratio(self) -> float:
@@ -68,6 +70,7 @@ class Gain:
     def __str__(self) -> str:
         where = f"on {self.gpu}" if self.gpu else f"on this CPU with {self.threads} thread"
         where += "s" if not self.gpu and self.threads > 1 else ""
+        where += f" (measured on {self.measured_on})" if self.measured_on else ""
         what = "a training step " if self.train else ""
         before = f"{what}{self.before_ms:.1f} ms before, {self.layout}"
         if self.error > self.allowed:
@@ -103,6 +106,11 @@ def is_measured_on_gpu(model: nn.Module, inputs: Inputs) -> bool:
 
 
 _most = FEW
+
+
+def measures_anew() -> bool:
+    """Whether what is remembered is measured all the same."""
+    return _most == ALL
 
 
 @contextlib.contextmanager
@@ -154,6 +162,7 @@ def choose(
         if left:
             break
     _note(model, made)
+    record_of(model)["calls"] = tuple(dict.fromkeys(call for each in made for call in each.counts))
     return left if any(each.counts for each in made) else None
 
 

@@ -28,6 +28,7 @@ from .eligible import RECORD, check_model, common_reason_not, record_of, rule_fo
 from .fuse import Fusions, find_fusions, fuse, undo, undo_what_changes_outputs
 from .layouts import all_channels_last, lay_out, set_layout
 from .measure import Gain, choose, device_of, gain, is_measured_on_gpu
+from .outcome import Outcome, outcome_of
 from .report import Report, Row, report
 from .verify import Inputs, arguments, first_line, run_once
 
@@ -140,15 +141,18 @@ def optimize(
         inputs = arguments(example_inputs)
         # Outputs are compared once it is chosen what runs; before that where then there is none, or a fault.
         device = device_of(model, inputs)
-        later = fusions.fuses() and device is not None and device.type == "cpu" and dtype is None
+        on_cpu = device is not None and device.type == "cpu"
+        later = fusions.fuses() and on_cpu and dtype is None
+        outcome = outcome_of(model, fusions, list(chosen), dense, dtype) if on_cpu else None
         for compared in (False, True) if later else (True,):
             undo(model)
             _replace(model, chosen, left_out, fusions, inputs if compared else None)
             if _is_served(model) and not is_measured_on_gpu(model, inputs):  # else once it is chosen
                 lay_out(model, inputs)
-            found = _choose(model, inputs, dense, dtype, budget, progress, train, not compared)
+            found = _choose(model, inputs, dense, dtype, budget, progress, train, not compared, outcome)
             if found is not None and found.error <= found.allowed:
                 break
+            outcome = None
     except BaseException:
         restore(model)
         raise
@@ -210,11 +214,13 @@ def _choose(
     progress: bool,
     train: bool,
     fused: bool,
+    outcome: Outcome | None,
 ) -> Gain | None:
     """Choose what runs the calls of `model`; undo what was done to it where it is not faster for it.
 
     `names` are of convolutions that no rule is about. They become ours too where something else than ATen is
-    chosen for them. With `fused` outputs are yet to be compared. None where nothing was timed.
+    chosen for them. With `fused` outputs are yet to be compared. None where nothing was timed. Nothing is
+    that has a known `outcome`.
     """
     device = device_of(model, inputs)
     on_gpu = is_measured_on_gpu(model, inputs)
@@ -223,8 +229,9 @@ def _choose(
         if dtype is not None:
             compute_in(model, dtype)
         return None
+    known = None if outcome is None else outcome.recall(model)
     try:
-        plain = restore(_copied(model, device.type == "cpu"))
+        plain = restore(_copied(model, device.type == "cpu")) if known is None else model
     except RuntimeError:
         return None  # inplace: without a copy nothing can be compared
     dense = [model.get_submodule(name) for name in names]
@@ -237,7 +244,12 @@ def _choose(
     try:
         if on_gpu:
             all_channels_last(model)
-        found = _measured(model, plain, inputs, dtype, time.perf_counter() + budget, progress, train, fused)
+        end = time.perf_counter() + budget
+        found = known or _measured(model, plain, inputs, dtype, end, progress, train, fused)
+        if outcome is not None and known is not None:
+            outcome.note(model)
+        elif outcome is not None and found is not None:
+            outcome.keep(model, found)
     except BaseException as error:
         _leave(model, "as given")
         if not isinstance(error, RuntimeError):

@@ -28,10 +28,11 @@ class Found(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """The sequences to fuse, and for each other convolution why it begins none."""
+    """The sequences to fuse, for each other convolution why it begins none, and the digest of the `Graph`."""
 
     sequences: tuple[Found, ...]
     reasons: dict[str, str]
+    digest: str | None = None
 
 
 def find_sequences(model: nn.Module, example_inputs: Any, heads: Iterable[str]) -> Findings:
@@ -57,6 +58,7 @@ def find_sequences(model: nn.Module, example_inputs: Any, heads: Iterable[str]) 
     found = {head: _in_sequential(modules, head, shared) for head in heads}
     why = "nothing that can be fused follows it in an nn.Sequential; give example_inputs"
     reasons = dict.fromkeys(heads, why)
+    digest = None
     if example_inputs is not None:
         inputs = arguments(example_inputs)
         try:
@@ -66,14 +68,14 @@ def find_sequences(model: nn.Module, example_inputs: Any, heads: Iterable[str]) 
             reasons = dict.fromkeys(heads, f"the model cannot be exported ({first_line(error)})")
         else:
             found, reasons = _in_model(model, inputs, modules, found, shared, graph)
+            digest = graph.digest
     # A pointwise convolution may begin a sequence, or be part of a longer one.
     inside = {name for sequence in found.values() if sequence is not None for name in sequence.names[1:]}
     sequences = tuple(
         sequence for head, sequence in found.items() if sequence is not None and head not in inside
     )
-    return Findings(
-        sequences, {head: reasons[head] for head in heads if found[head] is None and head not in inside}
-    )
+    why_not = {head: reasons[head] for head in heads if found[head] is None and head not in inside}
+    return Findings(sequences, why_not, digest)
 
 
 def _in_model(

@@ -11,7 +11,7 @@ from torch import nn
 
 import segfast
 from segfast import cli
-from segfast._optimize import fuse, measure, optimize
+from segfast._optimize import fuse, measure, optimize, outcome
 from segfast.ops import _choice_files, _proofs, _prove_apart
 from segfast.ops._choice import Choice, choices
 from segfast.ops._prove import ProofRow
@@ -156,7 +156,7 @@ def unwritable(request, cache, monkeypatch):
 
         monkeypatch.setattr(type(cache), "mkdir", mkdir)
     elif request.param == "full":
-        for module in (_choice_files, _proofs):
+        for module in (_choice_files, outcome, _proofs):
             monkeypatch.setattr(module, "temporary_beside", no_space)
     else:
         cache.write_text("a file")

@@ -98,7 +98,7 @@ def test_a_model_of_our_own_layers_that_is_not_faster_runs_aten(wins, model_take
     with torch.no_grad():
         assert "onednn" in _ran(segfast.optimize(net, x), x)
         model_takes(2, 2, 3)
-        left = segfast.optimize(net, x)
+        left = segfast.optimize(create("unet", width=4).eval(), x)  # of other weights: not known from before
         assert "onednn" not in _ran(left, x)
         assert "onednn" in _ran(segfast.restore(left), x)
 
@@ -271,10 +271,7 @@ class _Misled(nn.Module):
 def test_fusions_that_change_outputs_are_undone_and_the_rest_is_chosen(change, wins, model_takes):
     wins("onednn")
     model_takes(3, 2, 1)
-    net, x = _Misled(lambda y: y).eval(), _image()
-    fast = segfast.optimize(net, x)
-    assert sequence.sequence_of(fast.net.stem[0]) is not None
-    net.change = change
+    net, x = _Misled(change).eval(), _image()
     fast = segfast.optimize(net, x)
     assert sequence.sequence_of(fast.net.stem[0]) is None
     assert any("an output" in remark for remark in segfast.report(fast).remarks)
