@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._geometry import output_size
+from ._geometry import output_size, transposed_output_size
 from ._operands import Pair
 
 
@@ -84,14 +84,9 @@ class Call(NamedTuple):
         if not self.transposed:
             size = output_size(height, width, kernel, self.stride, self.padding, self.dilation)
             return (batch, self.weight[0], *size)
-        sizes = [
-            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
-            for n, s, p, d, k, o in zip(
-                (height, width), self.stride, self.padding, self.dilation, kernel, self.output_padding,
-                strict=True,
-            )
-        ]  # fmt: skip
-        return (batch, self.weight[1] * self.groups, *sizes)
+        options = (self.stride, self.padding, self.output_padding, self.dilation)
+        size = transposed_output_size((height, width), kernel, *options)
+        return (batch, self.weight[1] * self.groups, *size)
 
     def multiplications(self) -> int:
         """How many a direct computation takes."""

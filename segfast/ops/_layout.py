@@ -9,15 +9,18 @@ from torch import Tensor
 
 def is_channels_last(t: Tensor) -> bool:
     """Whether the strides of [N, C, H, W] say channels_last and nothing else: torch's own rule."""
-    if t.dim() != 4 or t.stride(1) == 0:
+    if t.dim() != 4:
+        return False
+    sizes, strides = t.shape, t.stride()
+    if strides[1] == 0:
         return False
     least = 0
     for axis in (1, 3, 2, 0):
-        size, stride = t.shape[axis], t.stride(axis)
+        size, stride = sizes[axis], strides[axis]
         if size == 0 or stride < least:
             return False
         # [N, 1, 1, 1] and the like fit both formats.
-        if axis == 0 and least == t.stride(1):
+        if axis == 0 and least == strides[1]:
             return False
         least = stride * size if size > 1 else stride
     return True
@@ -65,18 +68,14 @@ def row_weight(weight: Tensor) -> Tensor:
     return packed_weight(weight)
 
 
-def fit_layout(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """A fused convolution's operands as its kernel takes them: themselves if they fit, else copies."""
-    return (
-        channels_innermost(input),
-        packed_weight(weight),
-        *[None if vector is None else vector.contiguous() for vector in (bias, scale, shift)],
-        None if residual is None else channels_innermost(residual),
-    )
+def fit_vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Numbers of the channels as kernels take them: themselves if they fit, else copies."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def fit_epilogue(
+    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, *residual: Tensor | None
+) -> list[Tensor | None]:
+    """An epilogue's operands as kernels take them: themselves if they fit, else copies."""
+    images = [None if t is None else channels_innermost(t) for t in residual]
+    return [*fit_vectors(bias, scale, shift), *images]

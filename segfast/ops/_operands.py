@@ -1,5 +1,6 @@
 """What every convolution family needs of its arguments and results."""
 
+import functools
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def pair(value: Any, name: str) -> Pair:
     return values
 
 
+@functools.cache
 def load_kernels():
     """`segfast.kernels`, imported at the first use: triton costs a CPU program nothing."""
     from segfast import kernels

@@ -5,7 +5,7 @@ Its implementation runs our kernels; on a CPU outside Triton's interpreter, the 
 that an exported program stays usable there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import _INTERPRETING, get_backend
 from ._fallback import give_up
+from ._operands import empty, kernel_output, load_kernels
 
 _LIBRARY = torch.library.Library("segfast", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
@@ -24,7 +25,8 @@ class Operator:
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor", or "-> (Tensor, Tensor)", each with the batch in dimension 0.
-        kernels: the implementation on a GPU, and on CPU tensors under Triton's interpreter.
+        kernels: the implementation on a GPU, and on CPU tensors under Triton's interpreter. What are lists in
+            the schema are tuples here, those of numbers in calls too.
         reference: the same in ATen operations.
         fake: the result's shape, dtype and strides; shares its shape function with `kernels`.
         flops: floating-point operations, from shapes: torch's FLOP-formula signature.
@@ -69,6 +71,8 @@ class Operator:
         return self.overload(*args)
 
     def _run(self, *args: Any) -> Any:
+        # The dispatcher makes lists of tuples; what a launch is remembered by must be hashable.
+        args = tuple([tuple(arg) if type(arg) is list else arg for arg in args])
         try:
             return self._kernels(*args)
         except RuntimeError as error:
@@ -104,6 +108,47 @@ class Operator:
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def launch_again(key: Hashable, tensors: Sequence[Any]) -> Tensor | None:
+    """The result of a call that `launch_first` remembers one like: allocated and launched, nothing else.
+
+    It was found valid, and nothing of it had to be copied. None if there is none.
+    """
+    ready = load_kernels().recall(key)
+    if ready is None:
+        return None
+    shape, dtype, device, memory_format, launch = ready
+    out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    launch(*tensors, out)
+    return out
+
+
+def launch_first(
+    key: Hashable,
+    shape: Sequence[int],
+    memory_format: torch.memory_format,
+    tensors: Sequence[Tensor | None],
+    fitted: Sequence[Tensor | None],
+    launch: Callable[[Tensor], Callable[..., Any]],
+) -> Tensor:
+    """The result of `launch(out)`, by which `key` is remembered where no copies were made.
+
+    Args:
+        key: all that the launch follows from.
+        tensors, fitted: the operands as they came and as the kernel takes them, the input first.
+        launch: writes the result; returns a function that does so again, of what `launch_again` is given.
+    """
+    input = fitted[0]
+    assert input is not None
+    out = kernel_output(shape, input, memory_format)
+    if out.numel() == 0:
+        return empty(shape, input, memory_format)
+    again = launch(out)
+    result = out.contiguous(memory_format=memory_format)
+    if result is out and all([a is b for a, b in zip(fitted, tensors, strict=True)]):
+        load_kernels().remember(key, (tuple(shape), out.dtype, out.device, memory_format, again))
+    return result
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
@@ -191,6 +236,11 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def cast_operands(dtype: torch.dtype, *tensors: Tensor | None) -> list:
+    """The tensors in `dtype`, which is autocast's."""
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

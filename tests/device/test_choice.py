@@ -26,7 +26,7 @@ from segfast.ops._choice import collect
 from segfast.ops._choice_files import gpu_machine, path
 from segfast.ops._gpu_call import GPU_OPERATIONS, GpuCall
 from segfast.ops._prove import ProofRow
-from segfast.ops.conv_transpose2d import FORWARD
+from segfast.ops.conv_transpose2d import CONV_TRANSPOSE2D
 
 from . import clock
 from .conftest import SIMULATED
@@ -181,14 +181,14 @@ def test_what_is_proven_later_is_measured_then(network, monkeypatch):
 
 
 def test_a_wrong_kernel_is_refused(device, monkeypatch):
-    kernels = FORWARD._kernels
+    kernels = CONV_TRANSPOSE2D.operator._kernels
 
     def wrong(*args):
         y = kernels(*args)
         y[..., -1, -1] += 0.5  # one pixel
         return y
 
-    monkeypatch.setattr(FORWARD, "_kernels", wrong)
+    monkeypatch.setattr(CONV_TRANSPOSE2D.operator, "_kernels", wrong)
     prove(device)
     (choice,) = measured(device, "conv_transpose2d").values()
     assert choice == ("aten", {}, (), ())
@@ -199,17 +199,17 @@ def test_a_kernel_that_fails_is_no_candidate_and_falls_back_later(device, monkey
         raise KernelError("made to fail")
 
     prove(device)
-    kernels = FORWARD._kernels
-    monkeypatch.setattr(FORWARD, "_kernels", fails)
+    kernels = CONV_TRANSPOSE2D.operator._kernels
+    monkeypatch.setattr(CONV_TRANSPOSE2D.operator, "_kernels", fails)
     (choice,) = measured(device, "conv_transpose2d").values()
     assert choice == ("aten", {}, (), ())
-    monkeypatch.setattr(FORWARD, "_kernels", kernels)
+    monkeypatch.setattr(CONV_TRANSPOSE2D.operator, "_kernels", kernels)
     _choice.forget_choices()
     path(gpu_machine(_gpu.gpu_name(-1))).unlink()
     begin_anew()
     (choice,) = measured(device, "conv_transpose2d").values()
     assert choice.name == "triton"
-    monkeypatch.setattr(FORWARD, "_kernels", fails)
+    monkeypatch.setattr(CONV_TRANSPOSE2D.operator, "_kernels", fails)
     monkeypatch.setattr(_choice._backend, "FAILED", {})
     monkeypatch.setattr("segfast.ops._fallback.FAILED", {})
     draw = Draw(device, False)

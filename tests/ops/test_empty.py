@@ -5,6 +5,8 @@ import torch
 
 import segfast
 import segfast.functional as sf
+from segfast.ops import OPERATORS
+from tests.operators import check_fake
 
 
 def draw(*shape):
@@ -73,3 +75,25 @@ def test_on_aten(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_by_the_kernels_name(name):
     check(name, "triton")
+
+
+ONE, NONE = [1, 1], [0, 0]
+OPERATOR_CALLS = {
+    "conv2d": ((0, 8, 5, 5), (4, 8, 3, 3), *[None] * 4, ONE, NONE, ONE, 1, None, 0.0),
+    "conv2d_grad_input": ((0, 4, 3, 3), (4, 8, 3, 3), 5, 5, ONE, NONE, ONE, 1),
+    "conv2d_grad_weight": ((0, 4, 3, 3), (0, 8, 5, 5), (4, 8, 3, 3), ONE, NONE, ONE, 1),
+    "conv_transpose2d": ((0, 8, 3, 3), (8, 4, 2, 2), *[None] * 4, ONE, NONE, NONE, 1, ONE, None, 0.0),
+    "conv_transpose2d_grad_input": ((0, 4, 4, 4), (8, 4, 2, 2), 3, 3, ONE, NONE, 1, ONE),
+    "conv_transpose2d_grad_weight": ((0, 4, 4, 4), (0, 8, 3, 3), (8, 4, 2, 2), ONE, NONE, 1, ONE),
+    "depthwise_conv2d": ((0, 8, 5, 5), (8, 1, 3, 3), *[None] * 3, ONE, NONE, ONE, None, 0.0),
+    "depthwise_conv2d_grad_input": ((0, 8, 3, 3), (8, 1, 3, 3), 8, 5, 5, ONE, NONE, ONE),
+    "depthwise_conv2d_grad_weight": ((0, 8, 3, 3), (0, 8, 5, 5), (8, 1, 3, 3), ONE, NONE, ONE),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_an_operator_of_nothing_is_what_its_fake_says(name, poisoned_empty):
+    args = [torch.randn(arg) if isinstance(arg, tuple) else arg for arg in OPERATOR_CALLS[name]]
+    check_fake(OPERATORS[name].overload, args)
+    assert not OPERATORS[name].overload(*args).any()

@@ -195,7 +195,7 @@ def test_a_separable_call_that_is_not_our_one_kernel_asks_for_each_of_its_parts(
 
     asked = []
 
-    def choose(operation, images, weights, options, differentiates, dtype):
+    def choose(operation, images, weights, options, differentiates, dtype, **_):
         asked.append((operation, [tuple(w.shape) for w in weights]))
         return chosen if operation == "separable_conv2d" else "aten"
 

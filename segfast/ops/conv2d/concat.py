@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._convolution import convolution_flops
 from .._epilogue import check_epilogue, epilogue_backward, keeps_output
-from .._geometry import output_size
-from .._layout import channels_innermost, in_format, output_format, packed_weight
-from .._operands import empty, kernel_output, load_kernels
-from .._operator import Differentiable, Operator, needs_autograd
-from .autograd import grad_of_input, grad_of_weight
+from .._layout import channels_innermost, fit_epilogue, in_format, output_format, packed_weight
+from .._operands import empty, load_kernels
+from .._operator import Differentiable, Operator, launch_again, launch_first, needs_autograd
 from .geometry import check_conv2d, check_images, cropped
-from .operators import FORWARD, multiply_add_flops
+from .operators import CONV2D
 
 # Images that one launch reads where they lie.
 MOST_IMAGES = 4
@@ -44,35 +43,26 @@ def _kernels(
     kernels = load_kernels()
     # An image without channels would end the list for the kernel.
     inputs = [t for t in (first, *others) if t.shape[1] > 0] or [first]
-    stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
     vectors = (bias, scale, shift, residual)
     options = (stride, padding, dilation, 1, activation, negative_slope)
+    views = cropped(inputs)
     # The views too: whether they are aligned does not follow from the images' being so.
-    layouts = kernels.layout_key(weight, *vectors, *inputs, *cropped(inputs))
+    layouts = kernels.layout_key(weight, *vectors, *inputs, *views)
     key = ("conv2d_concat", layouts, first.device, options, kernels.dot_precision(first.dtype))
-    ready = kernels.recall(key)
-    if ready is not None:
-        shape, memory_format, launch = ready
-        out = empty(shape, first, memory_format)
-        launch(cropped(inputs), weight, *vectors, out)
-        return out
+    result = launch_again(key, (views, weight, *vectors))
+    if result is not None:
+        return result
     shape = _result_shape(inputs, weight, *vectors, stride, padding, dilation)
-    memory_format = _format(inputs, weight)
-    out = kernel_output(shape, first, memory_format)
-    if out.numel() == 0:
-        return out.contiguous(memory_format=memory_format)
     images = [channels_innermost(t) for t in inputs]
-    fitted = (
-        packed_weight(weight),
-        *[None if vector is None else vector.contiguous() for vector in vectors[:3]],
-        None if residual is None else channels_innermost(residual),
+    fitted = (packed_weight(weight), *fit_epilogue(*vectors))
+    return launch_first(
+        key,
+        shape,
+        _format(inputs, weight),
+        (*inputs, weight, *vectors),
+        (*images, *fitted),
+        lambda out: kernels.conv2d_forward(cropped(images), *fitted, out, *options),
     )
-    launch = kernels.conv2d_forward(cropped(images), *fitted, out, *options)
-    result = out.contiguous(memory_format=memory_format)
-    same = zip((*images, *fitted), (*inputs, weight, *vectors), strict=True)
-    if result is out and all([a is b for a, b in same]):
-        kernels.remember(key, (shape, memory_format, launch))
-    return result
 
 
 def _reference(first, others, weight, *rest):
@@ -81,14 +71,7 @@ def _reference(first, others, weight, *rest):
     joined = torch.cat(cropped(inputs), 1)
     *operands, stride, padding, dilation, activation, negative_slope = rest
     options = (stride, padding, dilation, 1, activation, negative_slope)
-    return in_format(FORWARD.reference(joined, weight, *operands, *options), _format(inputs, weight))
-
-
-def _flops(first, others, weight, bias, scale, shift, residual, stride, padding, dilation, *_, **__) -> int:
-    height = min([first[2], *[t[2] for t in others]])
-    width = min([first[3], *[t[3] for t in others]])
-    size = output_size(height, width, weight[2:], stride, padding, dilation)
-    return multiply_add_flops(first[0], size, weight)
+    return in_format(CONV2D.operator.reference(joined, weight, *operands, *options), _format(inputs, weight))
 
 
 CONCAT = Operator(
@@ -98,7 +81,7 @@ CONCAT = Operator(
     kernels=_kernels,
     reference=_reference,
     fake=_fake,
-    flops=_flops,
+    flops=lambda first, others, weight, *_, out_shape, **__: convolution_flops(out_shape, weight),
 )
 
 
@@ -133,7 +116,7 @@ class _Concat(Differentiable):
             starts.append(starts[-1] + view.shape[1])
         to_images: list[Tensor | None] = [None] * len(images)
         if any(needs[6:]):
-            joined = grad_of_input(grads.conv, weight, *views[0].shape[2:], *geometry)
+            joined = CONV2D.grad_input(grads.conv, weight, *views[0].shape[2:], *geometry)
             to_images = [
                 _uncropped(joined[:, start : start + image.shape[1]], image) if needed else None
                 for needed, start, image in zip(needs[6:], starts[:-1], images, strict=True)
@@ -141,7 +124,7 @@ class _Concat(Differentiable):
         to_weight = None
         if needs[0]:
             parts = [
-                grad_of_weight(grads.conv, view, weight[:, start : start + view.shape[1]], *geometry)
+                CONV2D.grad_weight(grads.conv, view, weight[:, start : start + view.shape[1]], *geometry)
                 for view, start in zip(views, starts[:-1], strict=True)
             ]
             to_weight = torch.cat(parts, 1)

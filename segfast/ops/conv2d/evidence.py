@@ -10,10 +10,10 @@ from torch import Tensor
 from .._case import Proof as Evidence
 from .._epilogue import apply_epilogue
 from .._operands import load_kernels, pair
-from .autograd import forward, grad_of_input, grad_of_weight
 from .concat import CONCAT
 from .functional import OPERATIONS
 from .geometry import cropped
+from .operators import CONV2D
 from .parallel import PARALLEL
 
 # (batch, C_in, C_out, height, width, kernel, stride, padding, dilation, groups, split): odd sizes that leave
@@ -91,7 +91,7 @@ def convolution_evidence(
 
     def fused():
         with _split(OPERATIONS[0], split):
-            return forward(*on_device, *geometry, "relu", 0.0)
+            return CONV2D.forward(*on_device, *geometry, "relu", 0.0)
 
     yield Evidence(OPERATIONS[0], case, fused, reference, aten, magnitude, depth, tf32)
 
@@ -102,7 +102,7 @@ def convolution_evidence(
 
     def to_input():
         with _split(OPERATIONS[1], split if stride == 1 else 1):
-            return grad_of_input(grad.to(device), w, height, width, *geometry)
+            return CONV2D.grad_input(grad.to(device), w, height, width, *geometry)
 
     depth = c_out // groups * kernel * kernel
     yield Evidence(OPERATIONS[1], case, to_input, wide[0], plain[0], sizes[0], depth, tf32)
@@ -111,7 +111,7 @@ def convolution_evidence(
     terms = batch * min(reference[0, 0].numel(), height * width)
 
     def to_weight():
-        return grad_of_weight(grad.to(device), x, w, *geometry)
+        return CONV2D.grad_weight(grad.to(device), x, w, *geometry)
 
     yield Evidence(OPERATIONS[2], case, to_weight, wide[1], plain[1], sizes[1], terms, tf32)
 

@@ -13,12 +13,12 @@ from .._epilogue import check_activation, check_epilogue
 from .._geometry import output_size, resolve_padding
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
-from .._operator import _functorch_active, autocast_dtype
+from .._operator import _functorch_active, autocast_dtype, cast_operands
 from .._remembered import cast
 from ..separable_conv2d.functional import depthwise_conv2d
 from . import concat
-from .autograd import forward
 from .geometry import check_images, cropped
+from .operators import CONV2D
 
 OPERATIONS = (
     "conv2d_forward",
@@ -116,9 +116,9 @@ def _of_one(
     if use_triton("conv2d", can_use_triton, input, weight, dtype, "conv2d", chosen):
         if dtype is not None:
             weight = cast(weight, dtype)
-            input, bias, residual = _cast(dtype, input, bias, residual)
+            input, bias, residual = cast_operands(dtype, input, bias, residual)
         operands = (input, weight, bias, scale, shift, residual)
-        return forward(*operands, stride, padding, dilation, groups, activation, slope)
+        return CONV2D.forward(*operands, stride, padding, dilation, groups, activation, slope)
     if chosen in CALLS:
         y = conv2d_cudnn(chosen, *args, scale, shift, residual, activation)
         if y is not None:
@@ -131,10 +131,6 @@ def _of_one(
 def _is_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
     """A filter, or several, for each channel, and more than one channel."""
     return groups > 1 and weight.shape[1] == 1 and input.shape[1] == groups
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list:
-    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def _aten(
@@ -159,7 +155,7 @@ def _of_images(
         images = [t.to(dtype) for t in images]
         if not certainly_aten(images[0]):  # else a cast weight would be another at every call
             weight = cast(weight, dtype)
-            bias, residual = _cast(dtype, bias, residual)
+            bias, residual = cast_operands(dtype, bias, residual)
     check_images(images)
     images = [t for t in images if t.shape[1] > 0] or images[:1]
     steps, rates = pair(stride, "stride"), pair(dilation, "dilation")

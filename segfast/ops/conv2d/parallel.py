@@ -7,16 +7,23 @@ from torch import Tensor
 
 from .._aten_only import certainly_aten
 from .._backend import note_taken, use_triton
+from .._convolution import convolution_flops
 from .._cpu import conv2d
 from .._epilogue import check_activation, check_epilogue
 from .._geometry import check_alike
 from .._gpu import can_use_triton, choose
-from .._layout import channels_innermost, in_format, output_format, packed_weight
-from .._operands import Pair, empty, kernel_output, load_kernels, pair
-from .._operator import Operator, _functorch_active, autocast_dtype, needs_autograd
+from .._layout import channels_innermost, fit_vectors, in_format, output_format, packed_weight
+from .._operands import Pair, empty, load_kernels, pair
+from .._operator import (
+    Operator,
+    _functorch_active,
+    autocast_dtype,
+    launch_again,
+    launch_first,
+    needs_autograd,
+)
 from .._remembered import cast
-from .autograd import forward as convolve
-from .operators import FORWARD, multiply_add_flops
+from .operators import CONV2D
 
 
 def _check(input: Tensor, weights: Sequence[Tensor], dilations: Sequence[Pair]) -> tuple[int, ...]:
@@ -62,33 +69,24 @@ def _fake(input, weights, scale, shift, dilations, activation, negative_slope):
 
 def _kernels(input, weights, scale, shift, dilations, activation, negative_slope):
     kernels = load_kernels()
-    dilations = tuple(dilations)
     tensors = (input, scale, shift, *weights)
     key = ("parallel_conv2d", kernels.layout_key(*tensors), input.device, dilations, activation,
            negative_slope, kernels.dot_precision(input.dtype))  # fmt: skip
-    ready = kernels.recall(key)
-    if ready is not None:
-        shape, memory_format, launch = ready
-        out = empty(shape, input, memory_format)
-        launch(input, weights, scale, shift, out)
-        return out
+    result = launch_again(key, (input, weights, scale, shift))
+    if result is not None:
+        return result
     shape = _result_shape(input, weights, scale, shift, dilations)
-    memory_format = output_format(input, weights[0])
-    out = kernel_output(shape, input, memory_format)
-    if out.numel() == 0:
-        return out.contiguous(memory_format=memory_format)
-    fitted = (
-        channels_innermost(input),
-        *[None if vector is None else vector.contiguous() for vector in (scale, shift)],
-        *[packed_weight(w) for w in weights],
+    image, vectors = channels_innermost(input), fit_vectors(scale, shift)
+    filters = [packed_weight(w) for w in weights]
+    options = (_pairs(dilations), activation, negative_slope)
+    return launch_first(
+        key,
+        shape,
+        output_format(input, weights[0]),
+        tensors,
+        (image, *vectors, *filters),
+        lambda out: kernels.parallel_conv2d_forward(image, filters, *vectors, out, *options),
     )
-    launch = kernels.parallel_conv2d_forward(
-        fitted[0], fitted[3:], *fitted[1:3], out, _pairs(dilations), activation, negative_slope
-    )
-    result = out.contiguous(memory_format=memory_format)
-    if result is out and all([a is b for a, b in zip(fitted, tensors, strict=True)]):
-        kernels.remember(key, (shape, memory_format, launch))
-    return result
 
 
 def _same(weight: Tensor, dilation: Pair) -> Pair:
@@ -122,13 +120,14 @@ def _chosen_branch(input, weight, padding, dilation, scale, shift, activation, n
 
 
 def _kernel_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
-    return convolve(
+    return CONV2D.forward(
         input, weight, None, scale, shift, None, (1, 1), padding, dilation, 1, activation, negative_slope
     )
 
 
 def _reference_branch(input, weight, padding, dilation, scale, shift, *ending):
-    return FORWARD.reference(input, weight, None, scale, shift, None, (1, 1), padding, dilation, 1, *ending)
+    options = ((1, 1), padding, dilation, 1, *ending)
+    return CONV2D.operator.reference(input, weight, None, scale, shift, None, *options)
 
 
 def _reference(input, weights, scale, shift, dilations, activation, negative_slope):
@@ -144,9 +143,7 @@ PARALLEL = Operator(
     kernels=_kernels,
     reference=_reference,
     fake=_fake,
-    flops=lambda input, weights, *_, **__: sum(
-        multiply_add_flops(input[0], input[2:], weight) for weight in weights
-    ),
+    flops=lambda input, weights, *_, **__: sum(convolution_flops(input, weight) for weight in weights),
 )
 
 
@@ -214,7 +211,7 @@ def parallel_conv2d(
     if kernels:
         note_taken("parallel_conv2d", weights)
     if kernels and not differentiates and not _functorch_active():
-        rates = [d for p in pairs for d in p]
+        rates = tuple([d for p in pairs for d in p])
         return PARALLEL(input, list(weights), scale, shift, rates, activation, negative_slope)
     # On ATen, with gradients, or where an operator on a list would not be seen, one after the other.
     checked = input if dtype is None or casts else input.to(weights[0].dtype)

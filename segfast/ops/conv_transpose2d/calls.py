@@ -2,7 +2,7 @@
 
 from .._gpu_call import GPU_OPERATIONS, Bound, Draw, GpuCall, GpuOperation, with_operands
 from .functional import OPERATIONS, conv_transpose2d
-from .operators import check_conv_transpose2d, output_size
+from .geometry import check_conv_transpose2d
 from .up_concat import up_concat
 
 
@@ -14,10 +14,8 @@ def _conv_transpose2d(call: GpuCall, draw: Draw) -> Bound:
     stride, padding, extra, groups, dilation, *given, activation = call.options
     (image,), (filters,) = call.images, call.weights
     x, weight = draw(*image), draw.filters(filters)
-    check_conv_transpose2d(x, weight, None, stride, padding, extra, groups, dilation)
-    channels = filters[1] * groups
-    size = output_size(x, weight, stride, padding, extra, dilation)
-    shapes = ((channels,), (channels,), (channels,), (image[0], channels, *size))
+    shape = check_conv_transpose2d(x, weight, None, stride, padding, extra, groups, dilation)
+    shapes = (*[shape[1:2]] * 3, shape)
     names = ("bias", "scale", "shift", "residual")
     function = with_operands(
         conv_transpose2d,
@@ -30,7 +28,7 @@ def _conv_transpose2d(call: GpuCall, draw: Draw) -> Bound:
         dilation=dilation,
         activation=activation,
     )
-    pixels = image[0] * size[0] * size[1]
+    pixels = shape[0] * shape[2] * shape[3]
     depth = max(filters[0], pixels if call.gradients else 0) * filters[2] * filters[3]
     return Bound((x, weight, *draw.given(given, shapes)), function, depth)
 

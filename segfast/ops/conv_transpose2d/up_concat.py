@@ -9,15 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import use_triton
+from .._convolution import convolution_flops
 from .._epilogue import check_activation, epilogue_backward, keeps_output
+from .._geometry import transposed_output_size
 from .._gpu import can_use_triton, choose
-from .._layout import channels_innermost, fit_layout, in_format, output_format
-from .._operands import Pair, empty, kernel_output, load_kernels, pair
-from .._operator import Differentiable, Operator, autocast_dtype, needs_autograd
+from .._layout import channels_innermost, fit_epilogue, in_format, output_format, packed_weight
+from .._operands import Pair, empty, load_kernels, pair
+from .._operator import (
+    Differentiable,
+    Operator,
+    autocast_dtype,
+    cast_operands,
+    launch_again,
+    launch_first,
+    needs_autograd,
+)
 from .._remembered import cast
-from .autograd import forward, grad_of_input, grad_of_weight
 from .functional import conv_transpose2d
-from .operators import check_conv_transpose2d, multiply_add_flops, output_size
+from .geometry import check_conv_transpose2d
+from .operators import CONV_TRANSPOSE2D
 
 
 def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pair, Pair]:
@@ -26,7 +36,8 @@ def geometry(input, skip, weight, stride: Pair, padding: Pair) -> tuple[Pair, Pa
     Raises:
         ValueError: the up-convolution is larger than the skip.
     """
-    size = output_size(input, weight, stride, padding, (0, 0), (1, 1))
+    options = (stride, padding, (0, 0), (1, 1))
+    size = transposed_output_size(input.shape[2:], weight.shape[2:], *options)
     extra, crop, final = [], [], []
     for i, axis in enumerate(("height", "width")):
         up, have, s = size[i], skip.shape[2 + i], stride[i]
@@ -72,7 +83,6 @@ def _up_concat_fake(input, skip, weight, bias, stride, padding, activation, nega
 
 def _up_concat_kernels(input, skip, weight, bias, stride, padding, activation, negative_slope):
     kernels = load_kernels()
-    stride, padding = tuple(stride), tuple(padding)
     key = (
         "up_concat",
         kernels.layout_key(input, weight, bias, skip),
@@ -83,25 +93,26 @@ def _up_concat_kernels(input, skip, weight, bias, stride, padding, activation, n
         negative_slope,
         kernels.dot_precision(input.dtype),
     )
-    ready = kernels.recall(key)
-    if ready is not None:
-        shape, memory_format, launch = ready
-        out = empty(shape, input, memory_format)
-        launch(input, weight, bias, None, None, None, skip, out)
-        return out
+    tensors = (input, weight, bias, None, None, None, skip)
+    result = launch_again(key, tensors)
+    if result is not None:
+        return result
     shape, crop = _result_shape(input, skip, weight, bias, stride, padding)
-    memory_format = output_format(input, weight)
-    out = kernel_output(shape, input, memory_format)
-    fitted, fitted_skip = fit_layout(input, weight, bias), channels_innermost(skip)
-    launch = kernels.conv_transpose2d_forward(
-        *fitted, fitted_skip, out, stride, padding, (1, 1), 1, crop, activation, negative_slope
+    fitted = (
+        channels_innermost(input),
+        packed_weight(weight),
+        *fit_epilogue(bias, None, None, None),
+        channels_innermost(skip),
     )
-    result = out.contiguous(memory_format=memory_format)
-    if result is out and all(
-        a is b for a, b in zip((*fitted[:3], fitted_skip), (input, weight, bias, skip), strict=True)
-    ):
-        kernels.remember(key, (shape, memory_format, launch))
-    return result
+    options = (stride, padding, (1, 1), 1, crop, activation, negative_slope)
+    return launch_first(
+        key,
+        shape,
+        output_format(input, weight),
+        tensors,
+        fitted,
+        lambda out: kernels.conv_transpose2d_forward(*fitted, out, *options),
+    )
 
 
 def _up_concat_reference(input, skip, weight, bias, stride, padding, activation, negative_slope):
@@ -151,7 +162,7 @@ UP_CONCAT = Operator(
     reference=_up_concat_reference,
     fake=_up_concat_fake,
     per_sample=(0, 1),
-    flops=lambda input, skip, weight, *_, **__: multiply_add_flops(input, weight),
+    flops=lambda input, skip, weight, *_, **__: convolution_flops(input, weight),
 )
 
 
@@ -175,7 +186,7 @@ class _UpConcat(Differentiable):
         skip_channels, skip_h, skip_w = ctx.skip_shape[1:]
 
         def recompute(bias, *_):
-            return forward(
+            return CONV_TRANSPOSE2D.forward(
                 input, weight, bias, None, None, None, stride, padding, extra, 1, (1, 1), None, 0.0
             )
 
@@ -193,15 +204,16 @@ class _UpConcat(Differentiable):
             (ctx.needs_input_grad[3], False, False, False),
         )
         grad_input = grad_skip = grad_weight = None
+        geometry = (stride, padding, 1, (1, 1))
         if ctx.needs_input_grad[0]:
-            grad_input = grad_of_input(grads.conv, weight, *input.shape[2:], stride, padding, 1, (1, 1))
+            grad_input = CONV_TRANSPOSE2D.grad_input(grads.conv, weight, *input.shape[2:], *geometry)
         if ctx.needs_input_grad[1]:
             grad_skip = grad[:, :skip_channels]
             if (skip_h, skip_w) != size:
                 below, right = skip_h - size[0] - crop[0], skip_w - size[1] - crop[1]
                 grad_skip = F.pad(grad_skip, (crop[1], right, crop[0], below))
         if ctx.needs_input_grad[2]:
-            grad_weight = grad_of_weight(grads.conv, input, weight, stride, padding, 1, (1, 1))
+            grad_weight = CONV_TRANSPOSE2D.grad_weight(grads.conv, input, weight, *geometry)
         return (grad_input, grad_skip, grad_weight, grads.bias, None, None, None, None)
 
 
@@ -259,8 +271,8 @@ def up_concat(
     if not use_triton("up_concat", can_use_triton, x, weight, dtype, "up_concat", chosen):
         return _up_concat_aten(x, skip, weight, bias, stride, padding, activation, negative_slope)
     if dtype is not None:
-        x, skip, weight = x.to(dtype), skip.to(dtype), cast(weight, dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, skip, bias = cast_operands(dtype, x, skip, bias)
+        weight = cast(weight, dtype)
     if needs_autograd(x, skip, weight, bias):
         return _UpConcat.call(x, skip, weight, bias, stride, padding, activation, negative_slope)
     return UP_CONCAT(x, skip, weight, bias, stride, padding, activation, negative_slope)

@@ -36,10 +36,6 @@ def _map(logits: Tensor, size) -> Tensor:
     return torch.empty((logits.shape[0], *size), dtype=dtype, device=logits.device)
 
 
-def _geometry(mode: str, align_corners: bool, scales) -> tuple:
-    return mode, align_corners, None if scales is None else tuple(scales)
-
-
 def _cross_entropy_fake(logits, target, weight, size, mode, align_corners, scales, ignore_index, smoothing,
                         per_pixel):  # fmt: skip
     check_labels("upsample_cross_entropy", logits, target, size, weight)
@@ -54,7 +50,7 @@ def _cross_entropy_kernels(logits, target, weight, size, mode, align_corners, sc
     losses = torch.empty_like(lse) if per_pixel else None
     weight = None if weight is None else weight.contiguous()
     result = load_kernels().upsample_softmax_forward(
-        planar(logits), target, weight, losses, lse, *_geometry(mode, align_corners, scales), ignore_index,
+        planar(logits), target, weight, losses, lse, mode, align_corners, scales, ignore_index,
         smoothing,
     )  # fmt: skip
     return (losses if per_pixel else result.sum(0, dtype=torch.float64).float()), lse
@@ -70,7 +66,7 @@ def _cross_entropy_backward_kernels(grad, logits, target, weight, lse, size, mod
     weight = None if weight is None else weight.contiguous()
     load_kernels().upsample_grad_logits(
         grad.float(), planar(logits), target, weight, lse, None, out,
-        *_geometry(mode, align_corners, scales), ignore_index, smoothing,
+        mode, align_corners, scales, ignore_index, smoothing,
     )  # fmt: skip
     return out
 
@@ -93,7 +89,7 @@ def _argmax_fake(logits, size, mode, align_corners, scales, confidence):
 def _argmax_kernels(logits, size, mode, align_corners, scales, confidence):
     labels, probability = _argmax_fake(logits, size, mode, align_corners, scales, confidence)
     load_kernels().upsample_argmax(
-        planar(logits), labels, probability if confidence else None, *_geometry(mode, align_corners, scales)
+        planar(logits), labels, probability if confidence else None, mode, align_corners, scales
     )
     return labels, probability
 
@@ -107,7 +103,7 @@ def _dice_sums_fake(logits, target, size, mode, align_corners, scales, ignore_in
 def _dice_sums_kernels(logits, target, size, mode, align_corners, scales, ignore_index):
     check_labels("upsample_dice", logits, target, size)
     kernels, x, lse = load_kernels(), planar(logits), _map(logits, size)
-    geometry = _geometry(mode, align_corners, scales)
+    geometry = (mode, align_corners, scales)
     kernels.upsample_softmax_forward(x, None, None, None, lse, *geometry, ignore_index, 0.0)
     partials = kernels.upsample_dice_sums(x, target, lse, *geometry, ignore_index)
     return partials.sum(0, dtype=torch.float64).float(), lse
@@ -119,7 +115,7 @@ def _dice_backward_fake(grad, logits, *rest):
 
 def _dice_backward_kernels(grad, logits, target, lse, size, mode, align_corners, scales, ignore_index):
     kernels, x, mean = load_kernels(), planar(logits), torch.empty_like(lse)
-    grad, geometry = grad.float().contiguous(), _geometry(mode, align_corners, scales)
+    grad, geometry = grad.float().contiguous(), (mode, align_corners, scales)
     kernels.softmax_expectation(x, target, lse, grad, mean, *geometry)
     out = _like(logits)
     kernels.upsample_grad_logits(grad, x, target, None, lse, mean, out, *geometry, ignore_index, 0.0)

@@ -10,7 +10,7 @@ from .._case import Proof as Evidence
 from .._epilogue import apply_epilogue
 from .._operands import load_kernels, pair
 from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
-from .operators import GRAD_INPUT, GRAD_WEIGHT
+from .operators import DEPTHWISE_CONV2D
 
 # (batch, C, filters a channel, height, width, kernel, stride, padding, dilation): odd sizes that leave no
 # tile full, several tiles in every direction, and each of the kernels' forms.
@@ -92,9 +92,9 @@ def depthwise_evidence(device, dtype, case, batch, channels, filters, height, wi
     plain = _gradients(grad.to(device), x, w, *geometry)
     sizes = _gradients(grad.double().abs(), input.double().abs(), weight.double().abs(), *geometry)
     grad = grad.to(device)
-    on_kernels = partial(GRAD_INPUT, grad, w, channels, height, width, *geometry)
+    on_kernels = partial(DEPTHWISE_CONV2D.grad_input_operator, grad, w, channels, height, width, *geometry)
     yield Evidence(OPERATIONS[1], case, on_kernels, wide[0], plain[0], sizes[0], taps * filters)
-    on_kernels = partial(GRAD_WEIGHT, grad, x, w, *geometry)
+    on_kernels = partial(DEPTHWISE_CONV2D.grad_weight_operator, grad, x, w, *geometry)
     yield Evidence(OPERATIONS[2], case, on_kernels, wide[1], plain[1], sizes[1], batch * pixels)
 
 

@@ -11,12 +11,11 @@ from .._epilogue import check_activation, check_epilogue
 from .._geometry import resolve_padding
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
-from .._operator import autocast_dtype
+from .._operator import autocast_dtype, cast_operands
 from .._remembered import cast
-from .autograd import forward, forward_with_statistics
-from .fused import result_shape, separable
+from .fused import NAME, result_shape, separable
 from .geometry import check_depthwise, check_pointwise
-from .operators import statistics_of
+from .operators import DEPTHWISE_CONV2D, forward_with_statistics, statistics_of
 
 OPERATIONS = (
     "depthwise_conv2d_forward",
@@ -78,54 +77,32 @@ def depthwise_conv2d(
     """
     if input.dim() == 3:
         result = depthwise_conv2d(
-            input.unsqueeze(0),
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            scale=scale,
-            shift=shift,
-            activation=activation,
-            negative_slope=negative_slope,
-            return_statistics=return_statistics,
-        )
+            input.unsqueeze(0), weight, bias, stride, padding, dilation, scale=scale, shift=shift,
+            activation=activation, negative_slope=negative_slope, return_statistics=return_statistics,
+        )  # fmt: skip
         return tuple(t.squeeze(0) for t in result) if return_statistics else result.squeeze(0)
     check_activation(activation)
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     dtype = autocast_dtype(input)
     input, padding = resolve_padding("depthwise_conv2d", input, weight, stride, padding, dilation)
-    differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    name = "depthwise_conv2d"
-    chosen = None
-    if input.is_cuda and _well_formed(input, weight):
+    name, chosen, asks = "depthwise_conv2d", None, _well_formed(input, weight)
+    if input.is_cuda and asks:
         operands = (bias, scale, shift)
         given = [t is not None for t in operands]
         options = (stride, padding, dilation, *given, activation, return_statistics)
+        differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         chosen = choose(name, (input,), (weight,), options, differentiates, dtype, operands=operands)
-    reasons = (input, weight, dtype, name, chosen)
-    if _well_formed(input, weight) and use_triton(name, can_use_triton, *reasons):
+    geometry, ending = (stride, padding, dilation), (scale, shift, activation, negative_slope)
+    if asks and use_triton(name, can_use_triton, input, weight, dtype, name, chosen):
         if dtype is not None:
-            input, weight = input.to(dtype), cast(weight, dtype)
-            bias = None if bias is None else bias.to(dtype)
-        args = (input, weight, bias, scale, shift, stride, padding, dilation, activation, negative_slope)
+            input, bias = cast_operands(dtype, input, bias)
+            weight = cast(weight, dtype)
+        args = (input, weight, bias, scale, shift, *geometry, activation, negative_slope)
         if not return_statistics:
-            return forward(*args)
+            return DEPTHWISE_CONV2D.forward(*args)
         y, statistics = forward_with_statistics(*args)
     else:
-        y = _depthwise_aten(
-            "depthwise_conv2d",
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            scale,
-            shift,
-            activation,
-            negative_slope,
-        )
+        y = _depthwise_aten(name, input, weight, bias, *geometry, *ending)
         if not return_statistics:
             return y
         statistics = statistics_of(y)
@@ -184,133 +161,70 @@ def separable_conv2d(
         >>> segfast.functional.separable_conv2d(x, dw, pw, padding="same", activation="relu").shape
         torch.Size([1, 16, 9, 9])
     """
-    if input.dim() == 3:
-        return separable_conv2d(
-            input.unsqueeze(0),
-            depthwise_weight,
-            pointwise_weight,
-            depthwise_bias,
-            bias,
-            stride,
-            padding,
-            dilation,
-            depthwise_scale=depthwise_scale,
-            depthwise_shift=depthwise_shift,
-            depthwise_activation=depthwise_activation,
-            scale=scale,
-            shift=shift,
-            residual=None if residual is None else residual.unsqueeze(0),
-            activation=activation,
-            negative_slope=negative_slope,
-        ).squeeze(0)
+    first = (depthwise_bias, depthwise_scale, depthwise_shift)
+    second = (bias, scale, shift, residual)
     check_activation(depthwise_activation)
     check_activation(activation)
-    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    weights, geometry = (depthwise_weight, pointwise_weight), (stride, padding, dilation)
+    ending = (depthwise_activation, activation, negative_slope)
+    if input.dim() != 3:
+        return _separable(input, weights, first, second, geometry, ending)
+    if residual is not None:
+        second = (bias, scale, shift, residual.unsqueeze(0))
+    return _separable(input.unsqueeze(0), weights, first, second, geometry, ending).squeeze(0)
+
+
+def _separable(input, weights, first, second, geometry, ending) -> Tensor:
+    """Of a batch; `first` and `second` are the two convolutions' operands: bias, scale, shift, residual."""
+    stride, dilation = pair(geometry[0], "stride"), pair(geometry[2], "dilation")
+    depthwise_weight, pointwise_weight = weights
     dtype = autocast_dtype(input)
-    input, padding = resolve_padding("separable_conv2d", input, depthwise_weight, stride, padding, dilation)
-    weights = (input, depthwise_weight, pointwise_weight)
-    differentiates = torch.is_grad_enabled() and any([t.requires_grad for t in weights])
-    name = "separable_conv2d"
-    chosen = None
-    if input.is_cuda and _well_formed(input, depthwise_weight):
-        first = (depthwise_bias, depthwise_scale, depthwise_shift)
-        second = (bias, scale, shift, residual)
+    input, padding = resolve_padding(NAME, input, depthwise_weight, stride, geometry[1], dilation)
+    geometry = (stride, padding, dilation)
+    chosen, asks = None, _well_formed(input, depthwise_weight)
+    if input.is_cuda and asks:
         given = [[t is not None for t in each] for each in (first, second)]
-        options = (stride, padding, dilation, *given[0], depthwise_activation, *given[1], activation)
+        options = (*geometry, *given[0], ending[0], *given[1], ending[1])
+        differentiates = torch.is_grad_enabled() and any([t.requires_grad for t in (input, *weights)])
         operands = (*first, *second)
-        chosen = choose(name, (input,), weights[1:], options, differentiates, dtype, operands=operands)
-    reasons = (input, depthwise_weight, dtype, name, chosen)
-    if _well_formed(input, depthwise_weight) and use_triton(name, can_use_triton, *reasons):
+        chosen = choose(NAME, (input,), weights, options, differentiates, dtype, operands=operands)
+    if asks and use_triton(NAME, can_use_triton, input, depthwise_weight, dtype, NAME, chosen):
         if dtype is not None:
-            input = input.to(dtype)
-            depthwise_weight, pointwise_weight = [cast(t, dtype) for t in weights[1:]]
-            depthwise_bias, bias, residual = [
-                None if t is None else t.to(dtype) for t in (depthwise_bias, bias, residual)
-            ]
-        return separable(
-            input,
-            depthwise_weight,
-            depthwise_bias,
-            depthwise_scale,
-            depthwise_shift,
-            pointwise_weight,
-            bias,
-            scale,
-            shift,
-            residual,
-            stride,
-            padding,
-            dilation,
-            depthwise_activation,
-            activation,
-            negative_slope,
-        )
+            depthwise_weight, pointwise_weight = [cast(t, dtype) for t in weights]
+            input, depthwise_bias = cast_operands(dtype, input, first[0])
+            bias, residual = cast_operands(dtype, second[0], second[3])
+            first, second = (depthwise_bias, *first[1:]), (bias, *second[1:3], residual)
+        return separable(input, depthwise_weight, *first, pointwise_weight, *second, *geometry, *ending)
     by_parts = input.is_cuda and get_backend() == "auto" and not certainly_aten(input)
     if dtype is None and not torch.compiler.is_compiling() and (by_parts or is_listening()):
         # What is wrong is told before the first of both convolutions is measured, or runs.
-        result_shape(
-            input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, pointwise_weight,
-            bias, scale, shift, residual, stride, padding, dilation,
-        )  # fmt: skip
+        result_shape(input, depthwise_weight, *first, pointwise_weight, *second, *geometry)
     if by_parts:
-        return _by_parts(
-            input, depthwise_weight, pointwise_weight, depthwise_bias, bias, stride, padding, dilation,
-            depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, residual, activation,
-            negative_slope,
-        )  # fmt: skip
-    between = _depthwise_aten(
-        "separable_conv2d",
-        input,
-        depthwise_weight,
-        depthwise_bias,
-        stride,
-        padding,
-        dilation,
-        depthwise_scale,
-        depthwise_shift,
-        depthwise_activation,
-        negative_slope,
-    )
+        return _by_parts(input, weights, first, second, geometry, ending)
+    depthwise_activation, activation, slope = ending
+    bias, scale, shift = first
+    options = (*geometry, scale, shift, depthwise_activation, slope)
+    between = _depthwise_aten(NAME, input, depthwise_weight, bias, *options)
+    bias, scale, shift, residual = second
     if dtype is None:
-        check_pointwise("separable_conv2d", between.shape[1], between, pointwise_weight, bias)
+        check_pointwise(NAME, between.shape[1], between, pointwise_weight, bias)
     shape = (between.shape[0], pointwise_weight.shape[0], *between.shape[2:])
     check_epilogue(shape, input.device, scale, shift, residual)
-    geometry = ((1, 1), (0, 0), (1, 1), 1)
-    return conv2d(
-        between, pointwise_weight, bias, *geometry, scale, shift, residual, activation, negative_slope
-    )
+    plain = ((1, 1), (0, 0), (1, 1), 1)
+    return conv2d(between, pointwise_weight, bias, *plain, scale, shift, residual, activation, slope)
 
 
-def _by_parts(
-    input, depthwise_weight, pointwise_weight, depthwise_bias, bias, stride, padding, dilation,
-    depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, residual, activation,
-    negative_slope,
-) -> Tensor:  # fmt: skip
+def _by_parts(input, weights, first, second, geometry, ending) -> Tensor:
     """Each convolution by what was chosen for it."""
     from ..conv2d.functional import conv2d as any_conv2d  # which imports this module
 
-    between = depthwise_conv2d(
-        input,
-        depthwise_weight,
-        depthwise_bias,
-        stride,
-        padding,
-        dilation,
-        scale=depthwise_scale,
-        shift=depthwise_shift,
-        activation=depthwise_activation,
-        negative_slope=negative_slope,
-    )
-    return any_conv2d(
-        between,
-        pointwise_weight,
-        bias,
-        scale=scale,
-        shift=shift,
-        residual=residual,
-        activation=activation,
-        negative_slope=negative_slope,
-    )
+    depthwise_activation, activation, slope = ending
+    bias, scale, shift = first
+    options = {"scale": scale, "shift": shift, "activation": depthwise_activation, "negative_slope": slope}
+    between = depthwise_conv2d(input, weights[0], bias, *geometry, **options)
+    bias, scale, shift, residual = second
+    options = {"scale": scale, "shift": shift, "activation": activation, "negative_slope": slope}
+    return any_conv2d(between, weights[1], bias, residual=residual, **options)
 
 
 def _well_formed(input: Tensor, weight: Tensor) -> bool:

@@ -7,28 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._convolution import convolution_flops
 from .._epilogue import apply_epilogue, check_epilogue, epilogue_backward, keeps_output
-from .._geometry import output_size
-from .._layout import channels_innermost, in_format, output_format
-from .._operands import empty, kernel_output, load_kernels
-from .._operator import Differentiable, Operator, needs_autograd
-from .autograd import depthwise_backward
-from .autograd import forward as depthwise
+from .._layout import channels_innermost, fit_epilogue, fit_vectors, in_format, output_format
+from .._operands import empty, load_kernels
+from .._operator import Differentiable, Operator, launch_again, launch_first, needs_autograd
 from .geometry import check_depthwise, check_pointwise
-from .operators import taps_major
+from .operators import DEPTHWISE_CONV2D, taps_major
 
 NAME = "separable_conv2d"
 
 
-def result_shape(
-    input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, weight, bias, scale, shift,
-    residual, stride, padding, dilation,
-):  # fmt: skip
+def result_shape(*args) -> tuple[int, ...]:
     """The result's shape. Raises torch's kind of error, naming the argument, where there is none."""
-    between = check_depthwise(NAME, input, depthwise_weight, depthwise_bias, stride, padding, dilation)
-    check_epilogue(between, input.device, depthwise_scale, depthwise_shift, None)
+    input, depthwise_weight, depthwise_bias, inner_scale, inner_shift, weight, bias, *epilogue = args[:10]
+    between = check_depthwise(NAME, input, depthwise_weight, depthwise_bias, *args[10:13])
+    check_epilogue(between, input.device, inner_scale, inner_shift, None)
     check_pointwise(NAME, between[1], input, weight, bias)
     shape = (between[0], weight.shape[0], *between[2:])
+    scale, shift, residual = epilogue
     check_epilogue(shape, input.device, scale, shift, residual)
     return shape
 
@@ -41,69 +38,44 @@ def _format(input: Tensor, depthwise_weight: Tensor, weight: Tensor) -> torch.me
 
 
 def _fake(*args):
-    return empty(result_shape(*args[:-3]), args[0], _format(args[0], args[1], args[5]))
+    return empty(result_shape(*args), args[0], _format(args[0], args[1], args[5]))
 
 
 def _kernels(*args):
     kernels = load_kernels()
-    *tensors, stride, padding, dilation, depthwise_activation, activation, negative_slope = args
-    stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
-    input, weight = tensors[0], tensors[5]
-    options = (stride, padding, dilation, depthwise_activation, activation, negative_slope)
-    key = (
-        NAME,
-        kernels.layout_key(*tensors),
-        input.device,
-        options,
-        kernels.dot_precision(input.dtype),
-    )
-    ready = kernels.recall(key)
-    if ready is not None:
-        # Seen before, found valid, and nothing had to be copied: allocate and launch.
-        shape, memory_format, launch = ready
-        out = empty(shape, input, memory_format)
-        launch(*tensors, out)
-        return out
-    shape = result_shape(*tensors, stride, padding, dilation)
-    memory_format = _format(input, tensors[1], weight)
-    if input.numel() == 0 or weight.numel() == 0:
-        return empty(shape, input, memory_format)
-    out = kernel_output(shape, input, memory_format)
+    tensors, options = args[:10], args[10:]
+    input, depthwise_weight, weight = args[0], args[1], args[5]
+    precision = kernels.dot_precision(input.dtype)
+    key = (NAME, kernels.layout_key(*tensors), input.device, options, precision)
+    result = launch_again(key, tensors)
+    if result is not None:
+        return result
+    shape = result_shape(*args)
     fitted = (
         channels_innermost(input),
-        taps_major(tensors[1]),
-        *[None if vector is None else vector.contiguous() for vector in tensors[2:5]],
+        taps_major(depthwise_weight),
+        *fit_vectors(*tensors[2:5]),
         weight.contiguous(),
-        *[None if vector is None else vector.contiguous() for vector in tensors[6:9]],
-        None if tensors[9] is None else channels_innermost(tensors[9]),
+        *fit_epilogue(*tensors[6:]),
     )
-    launch = kernels.separable_conv2d_forward(*fitted, out, *options)
-    result = out.contiguous(memory_format=memory_format)
-    if result is out and all(a is b for a, b in zip(fitted, tensors, strict=True)):
-        kernels.remember(key, (shape, memory_format, launch))
-    return result
+    return launch_first(
+        key,
+        shape,
+        _format(input, depthwise_weight, weight),
+        tensors,
+        fitted,
+        lambda out: kernels.separable_conv2d_forward(*fitted, out, *options),
+    )
 
 
-def _reference(
-    input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, weight, bias, scale, shift,
-    residual, stride, padding, dilation, depthwise_activation, activation, negative_slope,
-):  # fmt: skip
-    result_shape(
-        input, depthwise_weight, depthwise_bias, depthwise_scale, depthwise_shift, weight, bias, scale, shift,
-        residual, stride, padding, dilation,
-    )  # fmt: skip
-    between = F.conv2d(input, depthwise_weight, depthwise_bias, stride, padding, dilation, input.shape[1])
-    between = apply_epilogue(
-        between, depthwise_scale, depthwise_shift, None, depthwise_activation, negative_slope
-    )
-    y = apply_epilogue(F.conv2d(between, weight, bias), scale, shift, residual, activation, negative_slope)
+def _reference(*args):
+    result_shape(*args)
+    input, depthwise_weight, depthwise_bias, *first, weight, bias, scale, shift, residual = args[:10]
+    *geometry, depthwise_activation, activation, slope = args[10:]
+    between = F.conv2d(input, depthwise_weight, depthwise_bias, *geometry, input.shape[1])
+    between = apply_epilogue(between, *first, None, depthwise_activation, slope)
+    y = apply_epilogue(F.conv2d(between, weight, bias), scale, shift, residual, activation, slope)
     return in_format(y, _format(input, depthwise_weight, weight))
-
-
-def _flops(input, depthwise_weight, db, ds, dt, weight, b, s, t, r, stride, padding, dilation, *_, **__):
-    height, width = output_size(*input[2:], depthwise_weight[2:], stride, padding, dilation)
-    taps = depthwise_weight[2] * depthwise_weight[3]
-    return 2 * input[0] * height * width * depthwise_weight[0] * (taps + weight[0])
 
 
 SEPARABLE = Operator(
@@ -115,7 +87,9 @@ SEPARABLE = Operator(
     reference=_reference,
     fake=_fake,
     per_sample=(0, 9),
-    flops=_flops,
+    flops=lambda input, first, b, s, t, second, *_, out_shape, **__: (
+        convolution_flops(out_shape, first) + convolution_flops(out_shape, second)
+    ),
 )
 
 
@@ -143,12 +117,13 @@ class _Separable(Differentiable):
         *first, weight, bias, scale, shift, residual, output = ctx.saved_tensors
         depthwise_activation, activation, negative_slope = ctx.activations
         needs = ctx.needs_input_grad
+        options = (*ctx.geometry, depthwise_activation, negative_slope)
         computed = []
 
         def between() -> Tensor:
             # Again, once, if anything asks for it.
             if not computed:
-                computed.append(depthwise(*first, *ctx.geometry, depthwise_activation, negative_slope))
+                computed.append(DEPTHWISE_CONV2D.forward(*first, *options))
             return computed[0]
 
         def recompute(bias, scale, shift, residual):
@@ -165,9 +140,7 @@ class _Separable(Differentiable):
         if any(needs[:5]):
             grad_between = F.conv2d(grads.conv, weight.transpose(0, 1))
             kept = between() if keeps_output(depthwise_activation, negative_slope) else None
-            firsts = depthwise_backward(
-                grad_between, kept, *first, ctx.geometry, depthwise_activation, negative_slope, needs
-            )
+            firsts = DEPTHWISE_CONV2D.backward(grad_between, kept, first, options, needs)
         rest = (grads.bias, grads.scale, grads.shift, grads.residual)
         return (*firsts, grad_weight, *rest, *[None] * 6)
 
