@@ -33,7 +33,7 @@ def faster(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     _choice.forget_choices()
 
-    def gain(model, plain, inputs, dtype, train):
+    def gain(model, plain, inputs, dtype, train, fused):
         name, error = (None, 0.0) if dtype is None else ("bfloat16", 0.01)
         return measure.Gain(2, 1, "channels_last", 1, True, name, error)
 

@@ -197,7 +197,7 @@ def whole_model(monkeypatch, tmp_path):
     def answer(*kept):
         answers = iter(kept)
 
-        def gain(model, plain, inputs, dtype, train):
+        def gain(model, plain, inputs, dtype, train, fused):
             asked.append(dtype)
             name, error = (None, 0.0) if dtype is None else ("bfloat16", 0.01)
             return Gain(2, 3, "as given", 1, next(answers), name, error)

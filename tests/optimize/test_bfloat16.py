@@ -42,7 +42,7 @@ class TestBFloat16:
         gains = iter([False, True])
         found = []
 
-        def gain(model, plain, inputs, dtype, train):
+        def gain(model, plain, inputs, dtype, train, fused):
             found.append(dtype)
             name = None if dtype is None else "bfloat16"
             return Gain(2, 3, "as given", 1, next(gains), name, 0.01 if name else 0.0)
