@@ -8,31 +8,10 @@ Example:
 """
 
 import importlib
-import importlib.util
-import sys
-from pathlib import Path
 
-__version__ = "0.1.0"
-
-
-class _CheckoutFinder:
-    """Finds `segfast.kernels` in the checkout's `kernels/` where the link to it was lost (sdist, Windows)."""
-
-    def find_spec(self, name, path=None, target=None):
-        folder = Path(__file__).parent.parent / "kernels"
-        if name != "segfast.kernels" or not (folder / "_launch.py").exists():
-            return None
-        return importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-
-
-if not (Path(__file__).parent / "kernels" / "__init__.py").exists():
-    sys.meta_path.append(_CheckoutFinder())
-
-from . import functional, nn  # noqa: E402
-from ._optimize.optimize import optimize, report, restore  # noqa: E402
-from .ops import (  # noqa: E402
+from . import functional, nn
+from ._optimize.optimize import optimize, report, restore
+from .ops import (
     autotune,
     backend,
     decompositions,
@@ -41,7 +20,9 @@ from .ops import (  # noqa: E402
     load_choices,
     save_choices,
 )
-from .ops._fork import compute_on_one_thread_where_forked  # noqa: E402
+from .ops._fork import compute_on_one_thread_where_forked
+
+__version__ = "0.1.0"
 
 compute_on_one_thread_where_forked()
 
