@@ -5,9 +5,11 @@ torch that it calls is listed. A forward that asks for values is exported instea
 """
 
 import copy
+import gc
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..nn._fused.sequence import fusing
 from ..ops import backend
@@ -94,7 +97,7 @@ def _listed(model: nn.Module, inputs: Any, training: bool) -> tuple[list[Node], 
         given = _pytree.tree_map_only(Tensor, _without_values, inputs)
         args, named = ((), given) if isinstance(given, dict) else (given, {})
         listing = _Listing(bare, _tensors(given))
-        with fusing(False), listing.of_modules(), listing:
+        with fusing(False), listing.of_modules(), listing.unseen, listing:
             outputs = bare(*args, **named)
     return listing.ended(outputs)
 
@@ -106,11 +109,26 @@ def _without_values(t: Tensor) -> Tensor:
     return nn.Parameter(bare, t.requires_grad) if type(t) is nn.Parameter else bare
 
 
+class _Unseen(TorchDispatchMode):
+    """Tells of operations that no function of torch which Python calls has asked for: scripted code's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0  # of such functions that run now
+        self.found = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not self.calls:
+            self.found = str(function)
+        return function(*args, **(kwargs or {}))
+
+
 class _Listing(TorchFunctionMode):
     """Lists the functions that are called in a forward, and which tensors they hand to one another."""
 
-    def __init__(self, model: nn.Module, inputs: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
+        self.unseen = _Unseen()
         self._thread = threading.get_ident()
         self._nodes: list[Node] = []
         self._paths = {id(module): name for name, module in model.named_modules()}
@@ -122,6 +140,7 @@ class _Listing(TorchFunctionMode):
         self._made: dict[int, int] = {}
         self._written: dict[int, int] = {}
         self._kept: list[Any] = []
+        self._given = {id(t) for t in inputs}
         for t in inputs:
             self._add(Node("input", ()), (t,))
             self._lines.append(_described(t))
@@ -132,7 +151,11 @@ class _Listing(TorchFunctionMode):
         kwargs = kwargs or {}
         read = _tensors((args, kwargs))
         before = [t._version for t in read]
-        result = function(*args, **kwargs)
+        self.unseen.calls += 1
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self.unseen.calls -= 1
         made = _tensors(result)
         written = [t for t, version in zip(read, before, strict=True) if t._version != version]
         if made or written:
@@ -197,9 +220,23 @@ class _Listing(TorchFunctionMode):
             self._stack.pop()
 
     def ended(self, outputs: Any) -> tuple[list[Node], str | None]:
-        """All that was listed, with somebody who reads the model's outputs; and its digest."""
-        self._nodes.append(Node("output", filter(None, map(self._origin, _tensors(outputs)))))
+        """All that was listed, and its digest; somebody reads the outputs, and what else the model keeps.
+
+        Raises:
+            RuntimeError: not all could be listed.
+        """
+        if self.unseen.found:
+            raise RuntimeError(f"{self.unseen.found} cannot be listed")
+        read = [self._origin(t) for t in _tensors(outputs)]
         self._describe("output", (outputs,), {}, [])
+        # In an attribute of the model, in an object that no pytree knows.
+        stays = self._owned.keys() | self._given
+        kept = [(weakref.ref(t), self._origin(t)) for t in self._kept if id(t) not in stays]
+        self._kept.clear()
+        if any(node not in read for t, node in kept if t() is not None):
+            gc.collect()
+        read += [node for t, node in kept if t() is not None]
+        self._nodes.append(Node("output", filter(None, read)))
         lines = None if self._lines is None else "\n".join(self._lines)
         return self._nodes, None if lines is None else hashlib.sha256(lines.encode()).hexdigest()
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import get_backend
-from ._operator import is_traced
+from ._operator import is_traced, needs_autograd
 
 # Fewer rows to each of the image's, or fewer results, take ATen as long.
 _LEAST_FACTOR, _LEAST_RESULTS = 4, 2**18
@@ -63,7 +63,7 @@ def _enlarged_size(
         and all([type(n) is int for n in size])
     )
     plain = type(input) is Tensor and input.is_cpu and input.dim() == 4 and input.dtype == torch.float32
-    if not (known and plain) or torch.is_grad_enabled() or is_traced() or get_backend() != "auto":
+    if not (known and plain) or needs_autograd(input) or is_traced() or get_backend() != "auto":
         return None
     batch, channels, rows, columns = input.shape
     height, width = size

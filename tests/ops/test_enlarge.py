@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import segfast
 from segfast.nn._fused.whole_model import compute_as_given, keep_contiguous
@@ -90,6 +91,15 @@ def test_gradients_and_a_backend_asked_for_are_torchs(enlarged):
     assert not enlarged
 
 
+def test_forward_mode_is_torchs(enlarged):
+    x, tangent = torch.randn(2, 1, 2, 6, 5)
+    with torch.no_grad(), forward_ad.dual_level():
+        y = _enlarge.interpolate(forward_ad.make_dual(x, tangent), (24, 20), mode="bilinear")
+        got = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(got, F.interpolate(tangent, (24, 20), mode="bilinear"))
+    assert not enlarged
+
+
 class Scores(nn.Module):
     """Two branches whose sum is enlarged, as torchvision's LRASPP does."""
 
@@ -140,6 +150,20 @@ def test_it_ends_with_the_models_forward(model, enlarged):
         model.last(x)
         F.interpolate(x, (128, 96), mode="bilinear")
     assert not enlarged
+
+
+@pytest.mark.parametrize("part", ["last", "first", "forward"])
+def test_it_ends_where_a_part_is_compiled(part, model, enlarged):
+    x = torch.randn(1, 3, 32, 24)
+    with torch.no_grad():
+        expected = model(x)["out"]
+        assert len(enlarged) == 1
+        setattr(model, part, torch.compile(getattr(model, part), backend="eager"))
+        for _ in range(2):
+            y = model(x)["out"]
+            assert torch._C._len_torch_function_stack() == 0
+            assert y.is_contiguous()
+            torch.testing.assert_close(y, expected)
 
 
 def test_not_with_gradients(model, enlarged):

@@ -1,5 +1,6 @@
 """What a forward computes from what: listed on a copy without values, exported where values are asked for."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -17,18 +18,18 @@ class Net(nn.Module):
     def __init__(self, between):
         super().__init__()
         self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
-        self.dropout, self.between, self.seen = nn.Dropout(0.5), between, None
+        self.dropout, self.between, self.ran = nn.Dropout(0.5), between, False
 
     def forward(self, x):
         y = self.conv(x)
-        self.seen = y
+        self.ran = True
         return self.act(self.bn(self.between(self, y)))
 
 
 def graph(between, training=False):
     net = Net(between).train(training)
     found = Graph(net, (torch.randn(1, 3, 8, 8),), training)
-    assert net.seen is None  # a copy was run
+    assert not net.ran  # but a copy
     return found
 
 
@@ -84,6 +85,51 @@ def test_modules_of_other_threads_are_none_of_it(no_export):
         return y
 
     assert reader(graph(between)) == ("bn", "")
+
+
+@dataclasses.dataclass
+class Kept:
+    """An object that no pytree knows."""
+
+    tensor: torch.Tensor
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("keep", [lambda y: y, lambda y: [{"y": y}], Kept, lambda y: y[:1]])
+def test_what_the_model_keeps_is_a_result_of_it(keep, training, no_export):
+    found = graph(lambda net, y: (setattr(net, "kept", keep(y)), y)[1], training)
+    assert reader(found)[0] == ""
+
+
+def test_a_result_in_an_object_is_one_too(no_export):
+    class Features(Net):
+        def forward(self, x):
+            y = self.conv(x)
+            return Kept((y, self.act(self.bn(y))))
+
+    found = Graph(Features(None), (torch.randn(1, 3, 8, 8),), False)
+    assert reader(found) == ("", "it is a result of the model")
+
+
+def test_what_is_let_go_late_is_not_kept(no_export):
+    def between(net, y):
+        circle = [y]
+        circle.append(circle)
+        return y
+
+    assert reader(graph(between)) == ("bn", "")
+
+
+@torch.jit.script
+def scripted_(y):
+    y.mul_(2)
+
+
+def test_operations_of_scripted_code_are_exported(monkeypatch):
+    exported = []
+    monkeypatch.setattr(graph_module, "_exported", lambda *args: exported.append(args) or [])
+    graph(lambda net, y: (scripted_(y), y)[1])
+    assert len(exported) == 1
 
 
 def asks_for_values(net, y):
