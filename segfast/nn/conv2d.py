@@ -13,6 +13,7 @@ from ..ops._operands import pair
 from ._activation import activation_module
 from ._fused.folding import Remembers
 from ._fused.layers import run_layers
+from ._fused.ready import convolved
 from ._fused.separable import padded
 from ._rules import Rule
 
@@ -51,6 +52,9 @@ class Conv2d(Remembers, nn.Conv2d):
             self.negative_slope = negative_slope
 
     def forward(self, input: Tensor) -> Tensor:
+        y = convolved(self, input)
+        if y is not None:
+            return y
         plain = self.activation is None and self.dilation == (1, 1) and isinstance(input, Tensor)
         if plain and certainly_aten(input) and not could_choose(input):
             # torch's own layer: the operator would only take longer to come to the same call.

@@ -14,6 +14,7 @@ from ._activation import activation_module, activation_name
 from ._fused.eager import only_forward
 from ._fused.folding import Remembers
 from ._fused.layers import run_layers
+from ._fused.ready import convolved
 from ._fused.separable import FusedSeparable, check_channels, padded, pays
 from ._rules import Rule
 
@@ -85,6 +86,9 @@ class DepthwiseConv2d(Remembers, nn.Conv2d):
             self.negative_slope = negative_slope
 
     def forward(self, input: Tensor) -> Tensor:
+        y = convolved(self, input)
+        if y is not None:
+            return y
         check_channels(self, input)
         plain = self.activation is None and self.dilation == (1, 1) and isinstance(input, Tensor)
         if plain and certainly_aten(input) and not could_choose(input):

@@ -161,6 +161,21 @@ def settled() -> int | None:
     return None if listening else _generation
 
 
+def standing() -> int | str | None:
+    """What decides, beside the call, what runs on a CPU without gradients: `settled()`, or `ATEN`.
+
+    None where layers are to ask anew at each call.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _backend.is_noting() or is_traced():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0 or _collected is not None or _measures_unseen:
+        return None
+    backend = get_backend()
+    if backend == "auto" and choices().measured:
+        return _generation
+    return None if backend == "triton" else ATEN
+
+
 def forget_choices() -> None:
     """Read them anew at their next use, and drop what was prepared for them."""
     global _choices

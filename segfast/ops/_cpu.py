@@ -43,45 +43,36 @@ def conv2d(
     return conv2d_aten(*operands, scale, shift, residual, activation, negative_slope)
 
 
-def bound_conv2d(
+def bound(
+    operation: str,
     dtype: torch.dtype,
     shape: torch.Size,
     channels_last: bool,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: tuple[Pair, Pair, Pair, int],
+    geometry: tuple[Pair, Pair, Pair, Pair, int],
     residual: bool,
     activation: str | None,
 ) -> tuple[Call, Candidate, object, Tensor | None] | None:
-    """The call of a conv2d of images of `shape`, its candidate, and weight and bias as that takes them.
+    """The call of an operation on images of `shape`, its candidate, and weight and bias as that takes them.
 
-    `geometry` is stride, padding, dilation and groups. None where nothing is chosen, or where weight or bias
-    are of another dtype, which autocast alone casts.
+    `geometry` is stride, padding, output padding, dilation and groups. None where nothing is chosen, or where
+    weight or bias are of another dtype, which autocast alone casts.
     """
     allowed = (dtype, torch.float32) if torch.is_autocast_enabled("cpu") else (dtype,)
-    stride, padding, dilation, groups = geometry
-    call = Call(
-        "conv2d",
-        dtype,
-        channels_last,
-        shape,
-        weight.shape,
-        stride,
-        padding,
-        _NO_PADDING,
-        dilation,
-        groups,
-        bias is not None,
-        residual,
-        activation,
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    rest = (*geometry, bias is not None, residual, activation, threads)
+    call = Call(operation, dtype, channels_last, shape, weight.shape, *rest)
     plain = all([t is None or (type(t) in PLAIN and t.dtype in allowed) for t in (weight, bias)])
     name = choose(call, weight, bias) if dtype in _DTYPES and plain else None
     if name is None or not fits(call, bias, None):
         return None
+    try:
+        ready = prepared(weight, call, name)
+    except RuntimeError:
+        return None  # as oneDNN refuses some geometries
     bias = None if bias is None else bias.detach().to(dtype)
-    return call, CANDIDATES["conv2d"][name], prepared(weight, call, name), bias
+    return call, CANDIDATES[operation][name], ready, bias
 
 
 def conv_transpose2d_chosen(

@@ -11,6 +11,7 @@ from segfast.nn._fused import ready
 from segfast.nn._fused.conv import FusedConv
 from segfast.nn._fused.separable import FusedSeparable
 from segfast.ops._choice import Choice, choices, collect
+from segfast.ops._epilogue import ACTIVATIONS
 
 
 def _layers() -> nn.Sequential:
@@ -307,3 +308,111 @@ def test_a_weight_of_another_dtype_is_torchs_error():
     block.bfloat16()
     with torch.no_grad(), pytest.raises(RuntimeError):
         block(x)
+
+
+def _alone() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "dense": segfast.nn.Conv2d(8, 6, 3, padding=1, activation="hardswish"),
+        "depthwise": segfast.nn.DepthwiseConv2d(8, 8, 3, padding=1, activation="relu"),
+        "transposed": segfast.nn.ConvTranspose2d(8, 6, 2, stride=2, activation="relu"),
+    }
+
+
+def _alone_expected(layer, x):
+    weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
+    if layer.transposed:
+        y = nn.functional.conv_transpose2d(x, weight, bias, layer.stride, layer.padding)
+    else:
+        y = nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, groups=layer.groups)
+    return ACTIVATIONS[layer.activation](y, layer.negative_slope)
+
+
+def _check_alone(layer, x, **tolerance):
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), _alone_expected(layer, x), **tolerance)
+
+
+@pytest.fixture(params=["onednn", "aten", "nothing"])
+def choice(request):
+    return request.param
+
+
+@pytest.fixture(params=list(_alone()))
+def alone(request, choice):
+    """A layer by itself, its calls of 9x7 pixels with a choice, and a call of another to have any."""
+    layer, x = _alone()[request.param], torch.randn(2, 8, 9, 7)
+    _remember(lambda: segfast.nn.Conv2d(3, 3, 1)(torch.randn(1, 3, 4, 4)))
+    if choice != "nothing":
+        with torch.no_grad(), collect() as collected:
+            for each in (x, x.contiguous(memory_format=torch.channels_last)):
+                layer(each)
+        for call in collected.counts:
+            choices().add(call, Choice(choice, {}))
+    return layer
+
+
+def test_a_layer_alone_is_kept_and_computes_the_same(alone, choice, monkeypatch):
+    x = torch.randn(2, 8, 9, 7)
+    given = x.clone()
+    _check_alone(alone, x)
+    (made,) = ready._made[id(alone)]
+    assert made.possible() == (choice != "nothing")
+    # From now on its operator is asked no more.
+    for name in ("conv2d", "depthwise_conv2d", "conv_transpose2d"):
+        monkeypatch.setattr(segfast.functional, name, None)
+    _check_alone(alone, x)
+    _check_alone(alone, x.contiguous(memory_format=torch.channels_last))
+    assert made in ready._made[id(alone)]
+    with segfast.backend("aten"):
+        _check_alone(alone, x)
+    torch.testing.assert_close(x, given, rtol=0, atol=0)
+
+
+def test_what_changed_of_a_layer_alone_is_seen(alone):
+    x = torch.randn(2, 8, 9, 7)
+    for change in (
+        lambda: alone.weight.mul_(2),
+        lambda: alone.bias.add_(1),
+        lambda: setattr(alone, "weight", nn.Parameter(alone.weight * 3)),
+        lambda: setattr(alone, "activation", "sigmoid"),
+        lambda: setattr(alone.bias, "data", alone.bias.data + 1),
+        lambda: setattr(alone, "stride", (3, 3)),
+    ):
+        _check_alone(alone, x)
+        with torch.no_grad():
+            change()
+        _check_alone(alone, x)
+
+
+def test_a_layer_alone_where_it_is_not_to_run_so(alone):
+    x = torch.randn(2, 8, 9, 7)
+    _check_alone(alone, x)
+    assert alone(x).requires_grad
+    assert alone(x[0]).dim() == 3
+    with torch.no_grad():
+        assert segfast.explain(alone, x)
+        with pytest.raises(RuntimeError, match="channels"):
+            alone(torch.randn(2, 5, 9, 7))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert alone(x).dtype == torch.bfloat16
+        ours = torch.func.vmap(alone)(x[None])[0]
+        torch.testing.assert_close(ours, _alone_expected(alone, x))
+        with pytest.raises(RuntimeError):
+            alone(x.double())
+    seen = []
+    handle = alone.register_forward_hook(lambda *_: seen.append(1))
+    _check_alone(alone, x)
+    handle.remove()
+    assert seen
+    alone.double()
+    _check_alone(alone, x.double())
+
+
+def test_a_dilated_layer_alone_is_the_operators():
+    layer = segfast.nn.Conv2d(4, 4, 3, padding=12, dilation=12)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad(), segfast.backend("aten"):
+        expected = nn.functional.conv2d(x, layer.weight, layer.bias, 1, 12, 12)
+        torch.testing.assert_close(layer(x), expected)
+    assert not any(made.on_aten for made in ready._made.get(id(layer), ()))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from .eager import folds_filters, global_hooks, only_forward
 from .folding import folded, folded_filter, folds
-from .ready import Ready, Stage, ready
+from .ready import Ready, ready
 from .separable import is_convolution, padded
 
 
@@ -62,16 +62,15 @@ class FusedConv(NamedTuple):
         """What computes the layers on a CPU, if it is known and the layers still `is_eligible`."""
         if self.conv.transposed:
             return None
-        stages = (Stage(self.conv, self.norm, self.activation),)
-        return ready(stages, input, residual, self.negative_slope)
+        return ready(((self.conv, self.norm, self.activation),), input, residual, self.negative_slope)
 
-    def run(self, input: Any, residual: Tensor | None = None) -> Tensor:
+    def run(self, input: Any, residual: Tensor | None = None, ask: bool = True) -> Tensor:
         """The layers in one operator; `input` may be several images, as `segfast.functional.conv2d` has it.
 
-        `residual` is added before the activation.
+        `residual` is added before the activation. With `ask` false `ready` is known to be None.
         """
         conv = self.conv
-        known = self.ready(input, residual)
+        known = self.ready(input, residual) if ask else None
         if known is not None:
             return known.run(input, residual)
         scale = shift = None

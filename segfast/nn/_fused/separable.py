@@ -96,14 +96,17 @@ class FusedSeparable(NamedTuple):
 
     def ready(self, input: Any, residual: Tensor | None = None) -> Ready | None:
         """What computes the layers on a CPU, if it is known and the layers still `is_eligible`."""
-        stages = [Stage(self.depthwise, self.norm, self.activation)]
+        stages: list[Stage] = [(self.depthwise, self.norm, self.activation)]
         if self.pointwise is not None:
-            stages.append(Stage(self.pointwise, self.pointwise_norm, self.pointwise_activation))
+            stages.append((self.pointwise, self.pointwise_norm, self.pointwise_activation))
         return ready(stages, input, residual, self.negative_slope)
 
-    def run(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The pair in one operator. `residual` is added before the last activation."""
-        known = self.ready(input, residual)
+    def run(self, input: Tensor, residual: Tensor | None = None, ask: bool = True) -> Tensor:
+        """The pair in one operator. `residual` is added before the last activation.
+
+        With `ask` false `ready` is known to be None.
+        """
+        known = self.ready(input, residual) if ask else None
         if known is not None:
             return known.run(input, residual)
         layer = self.depthwise

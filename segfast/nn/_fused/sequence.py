@@ -119,8 +119,8 @@ class FusedSequence:
             return None
         if not self.in_train and any([m.training for m in self.layers]):
             return None
-        length, fused = self.options[0]
-        known = fused.ready(input)
+        length, first = self.options[0]
+        known = first.ready(input)
         if known is not None:
             return (known.run(input, None), length) if may() else None
         # Costs as much as a small layer, and is asked last.
@@ -128,7 +128,7 @@ class FusedSequence:
             return None
         for length, fused in self.options:
             if fused.is_eligible():
-                return fused.run(input), length
+                return fused.run(input, ask=fused is not first), length
         return None
 
     def _begin(self, run: _Run, input: Any) -> Tensor | None:

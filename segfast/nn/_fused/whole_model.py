@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,28 +26,42 @@ class _Whole(FusedModule):
     """Mixed into the class of a model, around its call: the forward and its signature stay its own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = [t for t in _pytree.tree_leaves((args, kwargs)) if _is_floating(t)]
-        if not given or torch.compiler.is_compiling():
+        given = _first_floating(args, kwargs)
+        if given is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        own = vars(self)
         training = self.training or torch.is_grad_enabled()  # type: ignore[attr-defined]
-        dtype = None if training else vars(self).get(_DTYPE)
-        casting: Any = contextlib.nullcontext()
-        if dtype is not None:
-            casting = torch.autocast(given[0].device.type, dtype=dtype)
-        contiguous = vars(self).get(_CONTIGUOUS, False) and given[0].is_contiguous()
-        with casting, _wanted.layout(contiguous):
-            outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        dtype = None if training else own.get(_DTYPE)
+        contiguous = own.get(_CONTIGUOUS, False) and given.is_contiguous()
+        with _wanted.layout(contiguous):
+            if dtype is None:
+                outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            else:
+                with torch.autocast(given.device.type, dtype=dtype):
+                    outputs = super().__call__(*args, **kwargs)  # type: ignore[misc]
 
         def as_given(t: Tensor) -> Tensor:
             # In this order: laid out in half the bytes.
             t = t.contiguous() if contiguous and t.dim() == 4 else t
-            return t.to(given[0].dtype) if t.dtype == dtype else t
+            return t.to(given.dtype) if t.dtype == dtype else t
 
-        return _mapped(as_given, outputs)
+        return _mapped(as_given, outputs) if contiguous or dtype is not None else outputs
+
+
+def _first_floating(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor of floating-point numbers in the arguments."""
+    if args and _is_floating(args[0]):
+        return args[0]  # the usual case, which is to cost nothing
+    return next(filter(_is_floating, _pytree.tree_leaves((args, kwargs))), None)
 
 
 def _mapped(function: Any, value: Any) -> Any:
     """The same structure with `function` of each tensor in it, in dataclasses too, which pytrees pass by."""
+    # The usual structures, which are to cost nothing.
+    if type(value) is Tensor:
+        return function(value)
+    if type(value) in (dict, OrderedDict) and all([type(t) is Tensor for t in value.values()]):
+        return type(value)([(key, function(t)) for key, t in value.items()])
     leaves = _pytree.tree_leaves(value)
     if len(leaves) != 1 or leaves[0] is not value or not dataclasses.is_dataclass(value):
         return _pytree.tree_map_only(Tensor, function, value)
