@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from . import __version__
 from ._errors import UserError
 
 __all__ = ["UserError", "main"]
@@ -65,8 +66,6 @@ def _dispatch(arguments: list[str]) -> int:
         print(_help())
         return 0
     if arguments[0] == "--version":
-        from . import __version__
-
         print(f"segfast {__version__}")
         return 0
     name = arguments[0]

@@ -81,6 +81,43 @@ def test_an_upward_import_is_seen(name, source):
     assert not upward_imports("segfast.cli", ast.parse(source))
 
 
+def imports(name: str, path: Path) -> Iterator[tuple[ast.stmt, str, bool]]:
+    """The imports of the module `name`: the statement, what it imports, and True if it is in a function."""
+
+    def walk(node: ast.AST, inside: bool) -> Iterator[tuple[ast.stmt, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child, inside
+            elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+                yield from walk(child, inside or isinstance(child, ast.FunctionDef))
+
+    for statement, inside in walk(ast.parse(path.read_text()), False):
+        for target in imported(name, ast.Module([statement], [])):
+            yield statement, target, inside
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    files = {name.removesuffix(".__init__"): (name, path) for name, path in modules()}
+    left: dict[str, set[str]] = {}
+    for module, (name, path) in files.items():
+        found = {target for _, target, inside in imports(name, path) if not inside and target in files}
+        # The packages that it lies in are being imported already.
+        left[module] = {target for target in found if not f"{module}.".startswith(f"{target}.")}
+    while done := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in done}
+    assert sorted(left) == []
+
+
+def test_an_import_of_ours_within_a_function_says_why():
+    found = []
+    for name, path in modules():
+        lines = path.read_text().splitlines()
+        for statement, target, inside in imports(name, path):
+            if inside and target.startswith("segfast") and "#" not in lines[statement.lineno - 1]:
+                found.append(f"{name}:{statement.lineno}: {target}")
+    assert found == []
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_has_its_file_in_every_layer(family):
     for folder in (ROOT / "kernels", ROOT / "segfast" / "ops", ROOT / "segfast" / "nn"):

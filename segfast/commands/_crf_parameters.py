@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import __version__
 from .._errors import UserError
 from .._files import atomic_write
 from ..functional import mean_field
@@ -68,8 +69,6 @@ def write_parameters(
     Raises:
         UserError: the file cannot be written.
     """
-    from .. import __version__
-
     content = {
         "written by": f"segfast {__version__}",
         "parameters": {**parameters._asdict(), "method": method},

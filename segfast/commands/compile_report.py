@@ -27,7 +27,7 @@ import torch
 from .._errors import UserError
 from .._files import atomic_write
 from .._table import format_table
-from ..ops import _case
+from ..ops import FAMILIES, _case
 from ._load_model import dtype_name
 from ._output import claim
 
@@ -134,7 +134,7 @@ def _last_line(error: Exception) -> str:
 
 def _launches(task: Task) -> tuple[list[tuple], int]:
     """The launches of one task, (launch, pointers), each machine code once, and the width of their stores."""
-    from ..kernels import pretend_architecture, record_launches
+    from ..kernels import pretend_architecture, record_launches  # which needs triton
 
     call, store_bytes = next(
         (c, width) for name, c, width in _specimens(task.family, task.dtype) if name == task.specimen
@@ -156,9 +156,9 @@ def _compiled_as(launch) -> tuple:
 
 def _overrides(call) -> list[contextlib.AbstractContextManager]:
     """One override for each tile that the tuner would try for the operation of `call`."""
-    from ..kernels import candidates, override_tile, record_launches
-    from ..kernels._device import architecture, shared_memory_limit
-    from ..kernels._tiles import record_problems
+    from ..kernels import candidates, override_tile, record_launches  # which needs triton
+    from ..kernels._device import architecture, shared_memory_limit  # which needs triton
+    from ..kernels._tiles import record_problems  # which needs triton
 
     meta = torch.device("meta")
     with record_problems() as problems, record_launches():
@@ -182,9 +182,9 @@ def _precision(value: str) -> Iterator[None]:
 
 def compile_launch(launch, pointers, task: Task, store_bytes: int) -> Row:
     """Compile one recorded launch for `task.arch` and judge it."""
-    from ..kernels import compile_offline, pretend_architecture
-    from ..kernels._device import shared_memory_limit
-    from ._machine_code import inspect
+    from ..kernels import compile_offline, pretend_architecture  # which needs triton
+    from ..kernels._device import shared_memory_limit  # which needs triton
+    from ._machine_code import inspect  # which needs triton
 
     start = time.perf_counter()
     compiled = compile_offline(launch, pointers, gpu_target(task.arch))
@@ -241,7 +241,7 @@ def most_per_pair(launch) -> float:
     32 pairs of a tile Triton 3.9 spends 147 instructions where 3.7 spends 140: one more barrier with its
     fence, and four more loads from shared memory.
     """
-    from ..kernels._launch import TRITON
+    from ..kernels._launch import TRITON  # which needs triton
 
     narrow = launch.constants.get("BLOCK_C", 128) <= 64 and launch.constants.get("DEPTH") == 32
     narrow &= "BLOCK_F" not in launch.constants
@@ -302,7 +302,6 @@ def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `segfast compile-report`."""
-    from ..ops import FAMILIES
 
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="default: %(default)s")
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), help="default: %(default)s")
@@ -315,8 +314,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if a row has a problem."""
-    from ..kernels import interpreting
-    from ..ops import FAMILIES
+    from ..kernels import interpreting  # which needs triton
 
     args.dtype = [dtype_name(text, list(DTYPES)) for text in args.dtype]
     for option, given, known in (("--arch", args.arch, ARCHITECTURES), ("--family", args.family, FAMILIES)):

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prove, row by row on the screen, and remember it. 0 if all is right, 1 if not, 2 without a GPU."""
-    from ..ops import _proofs, _prove_apart
+    from ..ops import _proofs, _prove_apart  # which needs triton
 
     dtypes = [parse_dtype(text, DTYPES) for text in args.dtype or DTYPES]
     device = parse_device(args.device)

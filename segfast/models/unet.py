@@ -19,6 +19,7 @@ from segfast.ops.conv2d import prefers_virtual_concat
 from segfast.ops.conv_transpose2d.up_concat import geometry, up_convolution
 
 from ._base import SegmentationModel
+from ._milesial import remap
 
 ACTIVATIONS = ("relu", "leaky_relu")
 NORMS = (None, "batch")
@@ -268,6 +269,4 @@ class UNet(SegmentationModel):
 
     def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `segfast.models.remap_state_dict`."""
-        from ._milesial import remap
-
         return remap(state_dict, self)

@@ -142,7 +142,7 @@ def choices() -> Choices:
     """Those of this machine, read from the user's cache at the first use."""
     global _choices
     if _choices is None:
-        from ._choice_files import read
+        from ._choice_files import read  # which imports this module
 
         _choices = Choices()
         for call, choice in read().items():
@@ -271,7 +271,7 @@ def choose(
         if found is None:
             return _preferred(call, weight)
     elif found is None and _measures_unseen and _is_valid(call, weight, bias, residual):
-        from ._measure import measure_and_keep
+        from ._measure import measure_and_keep  # which imports this module
 
         found = measure_and_keep([call])[call]
     return None if found is None else found.name

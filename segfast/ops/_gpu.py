@@ -79,7 +79,7 @@ def choose(
         and _is_unwatched()
         and _can_measure(call, (*images, *weights, *operands), casts)
     ):
-        from ._gpu_tune import measure_now
+        from ._gpu_tune import measure_now  # which imports this module
 
         found = measure_now(call, first.device)
     if found is None:
@@ -118,7 +118,7 @@ def can_choose(index: int) -> bool:
     gpu = gpu_name(index)
     if gpu not in _read:
         _read.add(gpu)
-        from ._choice_files import read_gpu
+        from ._choice_files import read_gpu  # which imports this module
 
         for call, choice in read_gpu(gpu).items():
             keep(call, choice)
@@ -228,7 +228,7 @@ def _is_settled(call: GpuCall, choice: Choice | None, device: torch.device) -> b
     """Whether something was chosen, and nothing that was left out then is proven right now."""
     if choice is None or not choice.unproven:
         return choice is not None
-    from ._gpu_measure import unproven
+    from ._gpu_measure import unproven  # which imports this module
 
     return bool(unproven(call, device))
 

@@ -26,7 +26,7 @@ def pair(value: Any, name: str) -> Pair:
 @functools.cache
 def load_kernels():
     """`segfast.kernels`, imported at the first use: triton costs a CPU program nothing."""
-    from segfast import kernels
+    from segfast import kernels  # which needs triton
 
     return kernels
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._backend import backend
 from ._case import Proof, proofs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -82,8 +83,7 @@ def prove(
     Raises:
         DeviceLost: after the row of a case that left the device unusable for this process.
     """
-    from . import FAMILIES
-    from ._backend import backend
+    from . import FAMILIES  # which imports this module
 
     for family in FAMILIES if families is None else families:
         module = importlib.import_module(f"{__package__}.{family}")

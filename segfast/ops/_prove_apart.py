@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ._apart import MARK, Child, compile_side_by_side, how_many, process_of
+from ._backend import backend
 from ._case import proofs
 from ._prove import DTYPES, DeviceLost, ProofRow, prove
 
@@ -44,7 +45,7 @@ def prove_apart(
     families: Sequence[str] | None = None,
 ) -> Iterator[ProofRow]:  # fmt: skip
     """`prove`'s rows as they come, each family's from processes of its own."""
-    from . import FAMILIES
+    from . import FAMILIES  # which imports this module
 
     for family in FAMILIES if families is None else families:
         judged: set[Key] = set()
@@ -119,9 +120,7 @@ def _prove(device: torch.device, dtypes: tuple[torch.dtype, ...], most: str, fam
 
 
 def _compile(device: torch.device, dtypes: tuple[torch.dtype, ...], part: str, families: str) -> int:
-    from segfast.kernels import record_launches
-
-    from ._backend import backend
+    from segfast.kernels import record_launches  # which needs triton
 
     torch.set_num_threads(1)  # as many processes as cores do the same
     index, count = map(int, part.split("/"))
