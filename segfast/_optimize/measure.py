@@ -73,19 +73,19 @@ class Gain:
         where += f" (measured on {self.measured_on})" if self.measured_on else ""
         what = "a training step " if self.train else ""
         before = f"{what}{self.before_ms:.1f} ms before, {self.layout}"
+        left = f"; {self.unmeasured} calls did not fit into the budget" if self.unmeasured else ""
         if self.error > self.allowed:
             return f"Outputs changed by {self.error:.2g} of the largest value {where}; left as it was."
         if not self.kept:
             laid_out = ", but for channels_last weights" if self.layout == "channels_last" else ""
             return (
-                f"Not faster {where}: {before}, {self.after_ms:.1f} ms optimized; left as it was{laid_out}."
+                f"Not faster {where}: {before}, {self.after_ms:.1f} ms optimized; left as it was{laid_out}"
+                f"{left}."
             )
         text = f"{self.ratio:.2f} times as fast {where}: {before}, {self.after_ms:.1f} ms now"
         if self.dtype is not None:
             text += f" in {self.dtype}, where outputs changed by {self.error:.2g} of the largest value"
-        if self.unmeasured:
-            text += f"; {self.unmeasured} calls did not fit into the budget"
-        return f"{text}."
+        return f"{text}{left}."
 
 
 def device_of(model: nn.Module, inputs: Inputs) -> torch.device | None:

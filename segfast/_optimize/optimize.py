@@ -24,6 +24,7 @@ from ..nn._fused.whole_model import (
 )
 from ..nn._rules import Rule, all_rules, own_class
 from ..nn.conv2d import Conv2d
+from ..ops import _measure
 from .eligible import RECORD, check_model, common_reason_not, record_of, rule_for, rule_of
 from .fuse import Fusions, find_fusions, fuse, undo, undo_what_changes_outputs
 from .layouts import all_channels_last, lay_out, set_layout
@@ -245,10 +246,11 @@ def _choose(
         if on_gpu:
             all_channels_last(model)
         end = time.perf_counter() + budget
+        was_quiet = _measure.watch()
         found = known or _measured(model, plain, inputs, dtype, end, progress, train, fused)
         if outcome is not None and known is not None:
             outcome.note(model)
-        elif outcome is not None and found is not None:
+        elif outcome is not None and found is not None and was_quiet():
             outcome.keep(model, found)
     except BaseException as error:
         _leave(model, "as given")

@@ -10,7 +10,7 @@ from torch import nn
 
 import segfast
 from segfast._optimize import measure, outcome
-from segfast.ops import _choice
+from segfast.ops import _choice, _measure
 from segfast.ops._choice import ATEN, Choice, choices
 from tests.optimize.measured_network import Net, image, net, ran
 
@@ -221,3 +221,11 @@ def test_processes_that_write_at_once_leave_a_whole_file(cache):
         assert process.exitcode == 0
     assert json.loads(file.read_text())["gain"]["before_ms"] == 2
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_of_a_busy_machine_nothing_is_remembered(timed, monkeypatch):
+    monkeypatch.setattr(_measure, "watch", lambda: lambda: False)
+    assert timed(net(), image())[1]
+    monkeypatch.setattr(_measure, "watch", lambda: lambda: True)
+    assert timed(net(), image())[1]
+    assert not timed(net(), image())[1]
