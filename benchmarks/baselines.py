@@ -48,7 +48,7 @@ def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
 
 
 def compile_note(mode: str) -> str:
-    """What was compiled by, and how."""
+    """The compiler's name, and how it compiled."""
     return f"torch {torch.__version__} {mode}, channels_last"
 
 

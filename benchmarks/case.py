@@ -1,4 +1,4 @@
-"""What a measured case is: sizes, dtype, direction, epilogue; its FLOPs and the bytes it has to move."""
+"""A measured case: sizes, dtype, direction, epilogue; its FLOPs and the bytes it has to move."""
 
 import dataclasses
 import math
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def l2_bytes(self) -> float:
-        """What an implicit GEMM with 128 x 256 tiles reads from L2: each input tile again for every tap."""
+        """Bytes an implicit GEMM with 128 x 256 tiles reads from L2: each input tile again for every tap."""
         width = _gemm_width(self)
         if width == 0:
             return 0.0
@@ -106,17 +106,17 @@ class Case:
 
 
 def is_depthwise(case: Case) -> bool:
-    """Whether it is a convolution with a filter a channel."""
+    """True if it is a convolution with a filter a channel."""
     return case.op == "conv2d" and case["g"] == case["ci"] > 1
 
 
 def is_head(case: Case) -> bool:
-    """Whether it upsamples logits on the way to a loss or to labels."""
+    """True if it upsamples logits on the way to a loss or to labels."""
     return case.op.startswith("upsample_")
 
 
 def is_crf(case: Case) -> bool:
-    """Whether it filters pixels by their places and colours."""
+    """True if it filters pixels by their places and colours."""
     return case.op in ("dense_crf", "gaussian_filter")
 
 

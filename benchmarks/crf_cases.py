@@ -42,7 +42,7 @@ def further(known: frozenset[str]) -> list[Case]:
 
 
 def _cases() -> Iterator[Case]:
-    """What matters most first, what takes longest last: a GPU run's time may end in between."""
+    """The most important first, the longest last: a GPU run's time may end in between."""
     both = (_DEEPLAB, _MANUAL)
     for thetas in both:
         yield _named("512", thetas)

@@ -1,4 +1,4 @@
-"""What a measurement was taken with: device, versions, commit, date."""
+"""The device, versions, commit and date of a measurement."""
 
 import datetime
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def dry_run() -> bool:
-    """Whether `SEGFAST_DRY_RUN=1` asks for the control flow alone, on a CPU."""
+    """True if `SEGFAST_DRY_RUN=1` asks for the control flow alone, on a CPU."""
     return os.environ.get("SEGFAST_DRY_RUN", "0") == "1"
 
 

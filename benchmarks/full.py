@@ -41,7 +41,7 @@ LARGE_GIB = 40  # of device memory, for the tensors past 2**31 elements and thei
 
 
 class Subject(NamedTuple):
-    """What kernels are compiled for, and how they do on images of some size, no larger than `most`."""
+    """An operation to compile kernels for, and how they do on images of some size, no larger than `most`."""
 
     label: str
     compare: Callable[[torch.device, Size], Comparison]
@@ -69,7 +69,7 @@ def _subject(case: ConvolutionCase, dtype: torch.dtype, most: int = 19) -> Subje
 
 
 def subjects(dtypes: Sequence[torch.dtype], few: bool = False) -> list[Subject]:
-    """What is fuzzed, of every family; `few`: one or two of each."""
+    """The operations that are fuzzed, of every family; `few`: one or two of each."""
     draw = random.Random(0)
     classes = itertools.cycle([(2, 2), (4, 4), (4, 2), (3, 2), (1, 2), (5, 3), (8, 4), (3, 1), (2, 3)])
     up = [_up(draw, draw.choice(dtypes), *k_s) for k_s in itertools.islice(classes, 2 if few else 25)]

@@ -150,7 +150,7 @@ class ModelProblem:
 
     @property
     def chooses(self) -> bool:
-        """Whether ours is optimized: a CPU's figures are those of `benchmarks.networks`."""
+        """True if ours is optimized: a CPU's figures are those of `benchmarks.networks`."""
         return self.device.type == "cuda" or dry_run()
 
     def twin(self) -> nn.Module:

@@ -124,7 +124,7 @@ def _gain(network: nn.Module) -> str:
 
 
 def compile_wanted(case: Case) -> bool:
-    """Whether torch.compile is measured: it takes a minute a network, so at the smaller size if not told."""
+    """True if torch.compile is measured: it takes a minute a network, so at the smaller size if not told."""
     option = os.environ.get(COMPILE_OPTION, "")
     return option == "1" if option else case["h"] == SIDES[0]
 

@@ -1,4 +1,4 @@
-"""What a call of segfast costs on the host beyond the plain ATen op, on tiny tensors, in microseconds.
+"""The cost on the host of a call beyond the plain ATen op's, on tiny tensors, in microseconds.
 
 `python -m benchmarks.overhead [ROUNDS]` prints JSON. Our kernels' launches are recorded instead of made:
 so it works on CPU tensors under `TRITON_INTERPRET=1`; without that, the way from "auto" to ATen is measured.

@@ -74,7 +74,7 @@ def record(source: Path, root: Path = ROOT, say: Callable[[str], object] = print
 
 
 def _is_of_today(path: Path) -> bool:
-    """Whether this checkout would read any choice of a file, on some GPU and versions."""
+    """True if this checkout would read any choice of a file, on some GPU and versions."""
     machines = [part.get("machine") for part in _json(path, list) if isinstance(part, dict)]
     sources = [here.get("source") for here in machines if isinstance(here, dict) and "gpu" in here]
     return not sources or gpu_source() in sources
@@ -193,7 +193,7 @@ def _proven(path: Path | None, folder: Path, left_out: list[str]) -> dict[Path, 
 
 
 def _counts(name: str, proof: dict[str, Any]) -> bool:
-    """Whether this checkout would take a proof, on its GPU and with some Triton."""
+    """True if this checkout would take a proof, on its GPU and with some Triton."""
     operation = name.rpartition(".")[0]
     return operation in operations() and proof.get("source") == source_digest(operation)
 

@@ -101,12 +101,12 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def on_cpu(rows: Sequence[Row]) -> bool:
-    """Whether no row was measured on a GPU."""
+    """True if no row was measured on a GPU."""
     return not any(row["gpu"] not in ("", "cpu") for row in rows)
 
 
 def caveat(rows: Sequence[Row]) -> str:
-    """What the figures are, in a sentence."""
+    """A sentence on how the figures were taken."""
     if any(row["dry_run"] for row in rows):
         return f"Dry run on a CPU: the control flow was walked, {NO_GPU}."
     if on_cpu(rows):

@@ -77,7 +77,7 @@ class Session:
         return True
 
     def is_over(self, done: int, of: int, what: str) -> bool:
-        """Whether the time is up, which is said."""
+        """True if the time is up, which is said."""
         if self.left() > 0:
             return False
         say(f"  time is up: {of - done} of {of} {what} not run")

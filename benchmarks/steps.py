@@ -101,7 +101,7 @@ def _proof(session: Session, family: str, dtype: torch.dtype) -> list:
 
 
 def choose(session: Session) -> None:
-    """What "auto" runs for the calls of the headline rows, forward and then in training; remembered."""
+    """Choose what "auto" runs for the calls of the headline rows, forward and then in training."""
     for i, direction in enumerate(("forward", "train")):
         if session.is_over(i, 2, "directions"):
             break
@@ -159,7 +159,7 @@ def tune(session: Session) -> None:
 
 
 def _optimized(session: Session, case: Case, budget: float, thorough: bool) -> str:
-    """What became of `segfast.optimize` for a model, in a sentence."""
+    """A sentence on what became of `segfast.optimize` for a model."""
     try:
         problem = make_problem(case, session.device)
         assert isinstance(problem, ModelProblem)
@@ -213,7 +213,7 @@ def layers(session: Session) -> None:
 
 
 def full(session: Session) -> None:
-    """What takes longer than a proof: fuzz, offsets past 2**31, CUDA graphs, streams, the sanitizer."""
+    """The checks that take longer than a proof: fuzz, offsets past 2**31, CUDA graphs, streams, sanitizer."""
     from benchmarks.full import checks
 
     count = wrong = 0

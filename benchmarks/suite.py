@@ -114,7 +114,7 @@ def write_outputs(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
 
 
 def _ours(path: Path) -> bool:
-    """Whether `path` may be written: it is not there, or an earlier report is."""
+    """True if `path` may be written: it is not there, or an earlier report is."""
     if not path.exists():
         return True
     with path.open(errors="replace") as file:

@@ -1,4 +1,4 @@
-"""What a call costs on the host beyond plain ATen, kernel launches stubbed."""
+"""The cost of a call on the host beyond plain ATen's, kernel launches stubbed."""
 
 import json
 import math

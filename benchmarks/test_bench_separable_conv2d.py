@@ -125,7 +125,7 @@ def _kept_for_backward(function, inputs) -> int:
 
 @pytest.mark.parametrize("activation", ["relu", None, "silu"])
 def test_fused_training_step_keeps_nothing_between_the_convolutions(activation):
-    """What the peak memory of a training step rests on; on a GPU the rows have the peak itself."""
+    """The peak memory of a training step rests on this; on a GPU the rows have the peak itself."""
     case = find("decoder_sep_256").cpu().replace(direction="train", epilogue=("bn", activation))
     case = case.replace(params={**case.params, "h": 33, "w": 33})
     problem = Problem(case, CPU)

@@ -43,7 +43,7 @@ class Skipped:
 
 @dataclasses.dataclass
 class Measurement:
-    """What became of one candidate: `status` is ok, wrong, failed or skipped."""
+    """The result of measuring one candidate: `status` is ok, wrong, failed or skipped."""
 
     candidate: str
     ours: bool

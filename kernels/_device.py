@@ -1,4 +1,4 @@
-"""What launchers ask of a device: its architecture, its limits, the precision of its matrix units."""
+"""A device as launchers see it: its architecture, its limits, the precision of its matrix units."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ _inline_ptx = True
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
+    """True if Triton runs kernels in its interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

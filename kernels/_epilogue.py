@@ -1,4 +1,4 @@
-"""What follows every accumulation: act(scale * (conv + bias) + shift + residual), in fp32."""
+"""The epilogue of every accumulation: act(scale * (conv + bias) + shift + residual), in fp32."""
 
 import triton
 import triton.language as tl

@@ -10,7 +10,7 @@ import torch
 
 
 def can_fold(channels: int, groups: int, dilation, *images: torch.Tensor | None) -> bool:
-    """Whether to fold images [N, channels, H, W]: their channels alone do not allow 16-byte accesses."""
+    """True if to fold images [N, channels, H, W]: their channels alone do not allow 16-byte accesses."""
     if groups != 1 or dilation[1] != 1:
         return False
     present = [t for t in images if t is not None]
@@ -26,7 +26,7 @@ def fold_alignment(channels: int, stride, padding, *images: torch.Tensor | None)
 
 
 def taps_inside(size, out_size, kernel, stride, padding, dilation) -> bool:
-    """Whether every tap of every input pixel falls on an output pixel, so that no mask is needed."""
+    """True if every tap of every input pixel falls on an output pixel, so that no mask is needed."""
     return all(
         p == 0 and (n - 1) * s + d * (k - 1) < out
         for n, out, k, s, p, d in zip(size, out_size, kernel, stride, padding, dilation, strict=True)

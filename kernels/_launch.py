@@ -168,7 +168,7 @@ def pixel_alignment(*tensors: torch.Tensor | None) -> int:
 
 
 def needs_wide_index(*tensors: torch.Tensor | None) -> bool:
-    """Whether an offset in one of the tensors can pass 2**31 elements (less a margin for masked rows)."""
+    """True if an offset in one of the tensors can pass 2**31 elements (less a margin for masked rows)."""
     return any(
         t is not None and sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31 - 2**24
         for t in tensors

@@ -1,4 +1,4 @@
-"""Which tile sizes a kernel runs with.
+"""The tile a kernel runs with: its block sizes, warps and stages.
 
 `choose_tile` answers with what was measured on this GPU near the problem, else with the family's heuristic;
 always pruned by the shared memory the device really has.
@@ -60,7 +60,7 @@ def fit_operands(tile: Tile, itemsize: int, arch: str) -> Tile:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a tile may depend on: never on the exact image size."""
+    """A kernel's work, as far as its tile may depend on it: never on the exact image size."""
 
     operation: str  # "conv_transpose2d_forward"
     channels_in: int

@@ -1,4 +1,4 @@
-"""What users call: the names and argument order of `torch.nn.functional`, plus the fused arguments."""
+"""The public functions: the names and argument order of `torch.nn.functional`, plus the fused arguments."""
 
 import torch
 

@@ -202,7 +202,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def is_taken(file) -> bool:
-    """Whether somebody has the turn to write `file`, so that another process would wait."""
+    """True if somebody has the turn to write `file`, so that another process would wait."""
     import fcntl
 
     with open(file.with_suffix(".lock"), "w") as lock:
@@ -215,7 +215,7 @@ def is_taken(file) -> bool:
 
 @pytest.fixture
 def pretended_gpu(monkeypatch, cache, tmp_path):
-    """What torch says of an H200, of which nothing is known yet, where there is none; its name in files."""
+    """An H200 as torch describes it, where there is none, of which nothing is known; its name in files."""
     import types
 
     from segfast.kernels import _device

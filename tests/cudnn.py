@@ -1,4 +1,4 @@
-"""What the tests of cuDNN's fused calls share: a layer, its values, and what stands for a GPU with cuDNN."""
+"""Shared by the tests of cuDNN's fused calls: a layer, its values, a stand-in for a GPU with cuDNN."""
 
 import pytest
 import torch

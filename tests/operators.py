@@ -1,4 +1,4 @@
-"""What every registered operator owes torch: checks shared by the families' tests."""
+"""Duties of every registered operator to torch: checks shared by the families' tests."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

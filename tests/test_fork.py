@@ -62,7 +62,7 @@ def convolve():
 
 
 def run(script):
-    """What the script prints, behind the definitions above."""
+    """The lines that the script prints, behind the definitions above."""
     code = PARENT + textwrap.dedent(script)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=2 * LONG)
     assert done.returncode == 0, done.stderr

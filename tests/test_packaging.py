@@ -230,7 +230,7 @@ print("triton" in sys.modules and sys.modules["triton"].runtime.driver._active i
 
 
 def test_import_loads_no_package_that_torch_does_not(tmp_path):
-    """What it costs is our own modules; torch's counter of operations imports triton."""
+    """It costs our own modules; torch's counter of operations imports triton."""
     code = """
 import sys, torch, torch.utils.flop_counter
 before = set(sys.modules)

@@ -174,6 +174,33 @@ def inline_assembly_without_plain_form(tree: ast.AST) -> Iterator[int]:
             yield call.lineno
 
 
+def documented(tree: ast.AST) -> Iterator[tuple[ast.Module | ast.ClassDef | ast.FunctionDef, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            yield node, text
+
+
+def docstring_that_asks(tree: ast.AST) -> Iterator[int]:
+    """A docstring is a noun phrase or says what is done: it opens with no "Whether", "What" or "Which"."""
+    for node, text in documented(tree):
+        if text.split()[0] in {"Whether", "What", "Which"}:
+            yield node.body[0].lineno
+
+
+def test_no_docstring_asks():
+    folders = ("segfast", "kernels", "benchmarks", "tests", "examples")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 100
+    asking = [f"{path.relative_to(ROOT)}:{n}" for path in files for n in docstring_that_asks(_parsed(path))]
+    assert asking == []
+
+
+def _parsed(path: Path) -> ast.AST:
+    return ast.parse(path.read_text())
+
+
 RULES = [
     inline_assembly_without_plain_form,
     masked_load_needs_other,
@@ -200,6 +227,8 @@ def test_rule(rule):
 KERNEL = "@triton.jit\ndef _toy_kernel(x, stride_x, BLOCK):\n    row = tl.program_id(0)\n    "
 
 BREAKS = [
+    (docstring_that_asks, 'def f():\n    """Whether x."""', 'def f():\n    """True if x."""'),
+    (docstring_that_asks, '"""What is kept."""', '"""The tensors that are kept."""'),
     (
         inline_assembly_without_plain_form,
         KERNEL + "x = tl.inline_asm_elementwise(x)",

@@ -19,7 +19,7 @@ _WORTHWHILE = 0.9
 def problem_of(
     operation: str, image, w, stride, dilation, groups: int, fused: bool, rows: int, columns: int, depth: int
 ) -> Problem:
-    """What tiles may depend on; `image` is the layer's input or its gradient, the last three the GEMM's."""
+    """The problem of a call; `image` is the layer's input or its gradient, the last three the GEMM's."""
     kernel = tuple(w.shape[2:])
     return Problem(
         operation, w.shape[1] * groups, w.shape[0], kernel[0] * kernel[1], groups, w.dtype,
@@ -29,7 +29,7 @@ def problem_of(
 
 
 def zones_pay(branch, batch: int, pixels: int, block_m: int) -> bool:
-    """Whether tiles over zones compute fewer taps, by enough, than tiles over all pixels."""
+    """True if tiles over zones compute fewer taps, by enough, than tiles over all pixels."""
     dense = triton.cdiv(pixels, block_m) * block_m * branch.kernel[0] * branch.kernel[1]
     return executed_taps(branch, batch, block_m) <= _WORTHWHILE * dense
 

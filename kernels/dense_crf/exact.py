@@ -25,7 +25,7 @@ _REDUCED = 16  # rows of a tile that one program of the second kernel adds up
 
 
 class ExactPairs(NamedTuple):
-    """What `build_exact` found out about the points of B images, used by every filter call on them."""
+    """The points of B images as `build_exact` sorted and listed them for every filter call on them."""
 
     batch: int
     points: int
@@ -91,7 +91,7 @@ def _kernel_values(
 
 @triton.jit
 def _work_unit(units_ptr, outgrown_ptr, unit, UNITS, DIRECT: tl.constexpr):
-    """Whether a unit is work in this form; its row tile, first and end of its list's part, its slot."""
+    """True if a unit is work in this form; its row tile, first and end of its list's part, its slot."""
     row_tile = tl.load(units_ptr + unit).to(tl.int64)
     wanted = row_tile >= 0
     if outgrown_ptr is not None:

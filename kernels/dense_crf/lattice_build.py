@@ -211,7 +211,7 @@ def _permutohedral_neighbours_kernel(
 
 
 def _scales(dim: int) -> tuple[float, ...]:
-    """What features are multiplied by: the blur spreads by this standard deviation (section 3.1 there)."""
+    """The factors of features: the blur spreads by this standard deviation (section 3.1 there)."""
     spread = torch.tensor(math.sqrt(2 / 3) * (dim + 1), dtype=torch.float32, device="cpu").item()
     divisors = [math.sqrt((i + 1) * (i + 2)) for i in range(dim)]
     scales = torch.tensor([spread / divisor for divisor in divisors], dtype=torch.float32, device="cpu")

@@ -185,7 +185,7 @@ def _splat(
 def permutohedral_blur(
     lattice: Permutohedral, values: torch.Tensor, before: torch.Tensor | None = None, reverse: bool = False
 ) -> torch.Tensor:
-    """What the vertices hold, fp32 [capacity, C], of values fp32 [B, N, C] times `before` [B, N], all dense.
+    """Splat and blur values fp32 [B, N, C] times `before` [B, N] to vertices fp32 [capacity, C], all dense.
 
     Splats and blurs along every axis; with `reverse` in the other order, which makes the whole filter's
     transpose. Rows past the lattice's `count` are not written.

@@ -1,4 +1,4 @@
-"""Which tiles of pairs the exact filter computes, so that no point loses more than a share of its mass.
+"""Lists of the tiles of pairs that the exact filter computes; no point loses more than a share of its mass.
 
 For a tile of rows, the columns' tiles are left out from the farthest inwards while
 B = sum |J| exp2(-d_min(I, J)^2 / 2) stays within tolerance times a lower bound of every row's normaliser

@@ -67,7 +67,7 @@ def _exact_unpack_kernel(
 
 
 def is_split(channels: int) -> bool:
-    """Whether so many channels are packed in two halves."""
+    """True if so many channels are packed in two halves."""
     return channels <= _MOST_SPLIT
 
 

@@ -18,7 +18,7 @@ from .pack import is_split
 
 
 class Message(NamedTuple):
-    """What a filter sends, and what it costs: fp32, in one of three forms.
+    """A filter's message and its compatibility: fp32, in one of three forms.
 
     "raster": values [B, N, L]. "gathered": values [rows, CV] of labels packed as `exact_pack` does, row index
     [B, N] for each pixel. "lattice": values [vertices, L], index and weights [B, N, D + 1]. `after` [B, N]
@@ -281,7 +281,7 @@ def _constants(message: Message, labels: int, which: str) -> dict[str, object]:
 
 
 def _line(t: torch.Tensor | None, width: int) -> tuple[bool, tuple[int, ...]]:
-    """Whether the pixels of an image [B, L, H, W] are evenly apart, and its strides."""
+    """True if the pixels of an image [B, L, H, W] are evenly apart, and its strides."""
     if t is None:
         return True, (0, 0, 0, 0)
     return t.shape[2] == 1 or t.stride(2) == width * t.stride(3), t.stride()

@@ -1,4 +1,4 @@
-"""Which outputs lie between which low-resolution pixels: ATen's source positions, inverted.
+"""The outputs that lie between low-resolution pixels: ATen's source positions, inverted.
 
 Along an axis, cell i holds the outputs whose source lies in [i, i + 1), i = -1 ... size - 1. KIND is
 "bilinear", "corners" (bilinear with align_corners) or "nearest", whose outputs all take the pixel at the

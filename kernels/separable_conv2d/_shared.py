@@ -1,4 +1,4 @@
-"""What the depthwise kernels share: conversion, vector widths, how a problem is cut into tiles."""
+"""Shared by the depthwise kernels: conversion, vector widths, how a problem is cut into tiles."""
 
 import math
 from typing import NamedTuple
@@ -73,7 +73,7 @@ class Geometry(NamedTuple):
 
     @property
     def walks(self) -> bool:
-        """Whether the kernels that walk along rows serve it; the others go tap by tap."""
+        """True if the kernels that walk along rows serve it; the others go tap by tap."""
         fits = max(self.kernel) <= 7 and max(self.stride) <= 2 and self.multiplier == 1
         return fits and (self.stride[0] == 1 or self.dilation[0] == 1)
 
@@ -139,5 +139,5 @@ def filter_strides(weight: torch.Tensor) -> tuple[int, int, int]:
 
 
 def wide_rows(*tensors: torch.Tensor) -> bool:
-    """Whether an offset within one row can pass 2**31 elements; rows and images are always counted wide."""
+    """True if an offset within one row can pass 2**31 elements; rows and images are always counted wide."""
     return any(t.shape[3] * t.stride(3) >= 2**31 - 2**24 for t in tensors)

@@ -1,4 +1,4 @@
-"""Whether a rule replaces a layer, and if not, why; and what was noted of it when it was."""
+"""The rule that replaces a layer, or why there is none; and what was noted of it when it was replaced."""
 
 import inspect
 from types import CodeType
@@ -35,7 +35,7 @@ def rule_for(module: nn.Module) -> tuple[Rule | None, str | None]:
 
 
 def common_reason_not(module: nn.Module) -> str | None:
-    """What speaks against replacing a layer of a served class, whatever the family."""
+    """The reason not to replace a layer of a served class, whatever the family; None if there is none."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     weight = getattr(module, "weight", None)
@@ -78,7 +78,7 @@ def _other_reason_not(module: nn.Module, rule: Rule) -> str | None:
 
 
 def _calls(module: nn.Module, function: str) -> bool:
-    """Whether the forward of a user's module names `function` in its own code, and means torch's."""
+    """True if the forward of a user's module names `function` in its own code, and means torch's."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if code is None or type(module).__module__.startswith(("torch.nn.", "segfast.")):

@@ -25,7 +25,7 @@ class Fusions(NamedTuple):
     digest: str | None = None
 
     def fuses(self) -> bool:
-        """Whether anything is to be fused."""
+        """True if anything is to be fused."""
         return bool(self.sequences or self.known or self.unknown)
 
 
@@ -63,22 +63,22 @@ def find_fusions(
 
 
 def is_whole(module: nn.Module) -> bool:
-    """Whether `module` may be fused as a whole: an ASPP, or a residual block."""
+    """True if `module` may be fused as a whole: an ASPP, or a residual block."""
     return is_block(module) or is_aspp(module)
 
 
 def is_fused_whole(module: nn.Module) -> bool:
-    """Whether it is."""
+    """True if `module` is fused as a whole."""
     return is_fused_block(module) or is_fused_aspp(module)
 
 
 def has_known_forward(module: nn.Module) -> bool:
-    """Whether a whole's forward is known without running it."""
+    """True if a whole's forward is known without running it."""
     return is_block(module) or is_known(module)
 
 
 def has_its_layers(module: nn.Module) -> bool:
-    """Whether all that is in a whole can be fused."""
+    """True if all that is in a whole can be fused."""
     return can_fuse(module) if is_block(module) else aspp_of(module) is not None
 
 

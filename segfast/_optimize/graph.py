@@ -1,4 +1,4 @@
-"""What a model's forward computes from what: the evidence for fusing layers that no Sequential calls.
+"""The graph of a model's forward: the evidence for fusing layers that no Sequential calls.
 
 The forward is run on a copy of the model whose tensors have shapes but no values, while every function of
 torch that it calls is listed. A forward that asks for values is exported instead, which takes longer.
@@ -70,7 +70,7 @@ class Graph:
         return leaving[0] if len(leaving) == 1 and len(self.calls[name]) == 1 else None
 
     def inputs(self, name: str) -> set[Node]:
-        """What a module reads that it did not compute, but for weights."""
+        """The tensors that a module reads and did not compute, but for weights."""
         inside = self.nodes.get(name, set())
         return {node for n in inside for node in n.inputs} - inside
 
@@ -188,7 +188,7 @@ class _Listing(TorchFunctionMode):
         return max(self._made.get(id(t), -1), self._written.get(t.untyped_storage()._cdata, -1))
 
     def _origin(self, t: Tensor) -> Node | None:
-        """What computed `t`; None of a weight."""
+        """The node that computed `t`; None of a weight."""
         last = self._last(t)
         if last < 0 and id(t) not in self._owned:
             self._add(Node("a constant", ()), (t,))

@@ -100,7 +100,7 @@ def device_of(model: nn.Module, inputs: Inputs) -> torch.device | None:
 
 
 def is_measured_on_gpu(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether what runs is chosen on a GPU: not where a backend was asked for by name."""
+    """True if what runs is chosen on a GPU: not where a backend was asked for by name."""
     device = device_of(model, inputs)
     return device is not None and device.type == "cuda" and get_backend() == "auto"
 
@@ -109,7 +109,7 @@ _most = FEW
 
 
 def measures_anew() -> bool:
-    """Whether what is remembered is measured all the same."""
+    """True if what is remembered is measured all the same."""
     return _most == ALL
 
 
@@ -167,7 +167,7 @@ def choose(
 
 
 def _is_settled(call: AnyCall, known: Mapping[AnyCall, Choice], device: torch.device | None) -> bool:
-    """Whether something was chosen, and nothing that nobody had proven then may be proven now."""
+    """True if something was chosen, and nothing that nobody had proven then may be proven now."""
     choice = known.get(call)
     if choice is None or not choice.unproven or device is None or not isinstance(call, GpuCall):
         return choice is not None
@@ -286,7 +286,7 @@ def gain(
 def _milliseconds(
     runs: dict[str, Callable[[], Any]], first: dict[str, float], device: torch.device
 ) -> dict[str, float]:
-    """What each model takes. `first` are the seconds of its first run, which tell enough of slow models.
+    """Milliseconds of each model. `first` are the seconds of its first run, which tell enough of slow ones.
 
     A first run takes longer by what is prepared for each call, which is little where it takes so long.
     """
@@ -336,7 +336,7 @@ def _in_channels_last(model: nn.Module) -> nn.Module:
 
 
 def _lost_layout(before: Any, after: Any) -> bool:
-    """Whether images that were contiguous are so no more."""
+    """True if images that were contiguous are so no more."""
     return any(
         isinstance(a, Tensor) and a.dim() == 4 and a.is_contiguous() and not b.is_contiguous()
         for (_, a), (_, b) in zip(leaves(before), leaves(after), strict=True)

@@ -346,7 +346,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _can_begin_sequence(module: nn.Module) -> bool:
-    """Whether a convolution that no rule is about may be fused with what follows it."""
+    """True if a convolution that no rule is about may be fused with what follows it."""
     ours = own_class(module) not in (nn.Conv2d, nn.ConvTranspose2d)
     return is_convolution(module) and (ours or not (is_depthwise(module) or common_reason_not(module)))
 

@@ -1,4 +1,4 @@
-"""What `optimize` found for a model on this CPU, remembered in the user's cache for other processes.
+"""The results of `optimize` for models on this CPU, kept in the user's cache for other processes.
 
 It holds for the same operations on the same weights, which a listing of the model's forward and a digest of
 its weights tell, with the same layers fused and the same implementations chosen for its calls.
@@ -39,7 +39,7 @@ class Outcome:
         self._last: list[str] | None = None
 
     def recall(self, model: nn.Module) -> Gain | None:
-        """What was gained, or None if that is not known; `note` says the rest."""
+        """The gain, or None if that is not known; `note` says the rest."""
         try:
             found = json.loads(self._file.read_text())
             if found["key"] != self._key or not all(map(_still_chosen, found["calls"])):
@@ -114,7 +114,7 @@ def outcome_of(
 
 
 def _still_chosen(row: dict[str, Any]) -> bool:
-    """Whether a call runs what it ran."""
+    """True if a call runs what it ran."""
     chosen = ("choice", "us", "configs", "unproven")
     choice = choices().measured.get(parsed_call({k: v for k, v in row.items() if k not in chosen}, None))
     now = {} if choice is None else choice_row(choice)

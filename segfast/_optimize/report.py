@@ -1,4 +1,4 @@
-"""What `segfast.optimize` did to a model, or would do."""
+"""A report of what `segfast.optimize` did to a model, or would do."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,7 +125,7 @@ def _computed_as_given(slower: Gain) -> str:
 
 
 def _fusion(name: str, module: nn.Module) -> tuple[bool, str | None]:
-    """Whether a layer begins something fused, and what, or why it does not."""
+    """The layers fused with this one, or why there are none."""
     sequence = sequence_of(module)
     if sequence is not None and sequence.layers[0] is module:
         parent = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Which layers follow a convolution in a model's forward, to be computed by one operator.
+"""Sequences: the layers that follow a convolution in a model's forward, to be computed by one operator.
 
 Two kinds of evidence: an `nn.Sequential`, whose forward is known; and a graph of the model's own forward, run
 on example inputs.
@@ -200,7 +200,7 @@ def _graph_or_none(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -
 
 
 def _follow(graph: Graph | None, names: tuple[str, ...]) -> bool:
-    """Whether each of `names` reads the one before and nothing else, in the graph of a training step."""
+    """True if each of `names` reads the one before and nothing else, in the graph of a training step."""
     if graph is None:
         return False
     outputs = [graph.output(name) for name in names]

@@ -1,4 +1,4 @@
-"""Whether a model computes the same with its layers fused as without."""
+"""Comparing a model's outputs with its layers fused and without."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ def run_once(model: nn.Module, inputs: Inputs) -> None:
 
 
 def difference(model: nn.Module, inputs: Inputs) -> str | None:
-    """What is wrong with the fused model's outputs, or None. The model and the inputs stay as they are."""
+    """The first difference of the fused model's outputs, or None. Model and inputs stay as they are."""
     with running_mode(model, False), torch.no_grad(), exact_fp32():
         results = []
         for fused in (False, True):
@@ -59,7 +59,7 @@ def difference(model: nn.Module, inputs: Inputs) -> str | None:
 
 
 def leaves(value: Any, path: str = "output") -> Iterator[tuple[str, Any]]:
-    """What is in a model's output, each with its path in it.
+    """The leaves of a model's output, each with its path in it.
 
     Of mappings (ModelOutput too), sequences and dataclasses the values, and of what torch's pytrees know.
     """

@@ -145,7 +145,7 @@ def search(
         return max(tried, key=tried.__getitem__)  # of equals the first
 
     def attempt(parameters: Parameters) -> bool:
-        """Whether there was a trial left for it."""
+        """True if there was a trial left for it."""
         if parameters in tried:
             return True
         # What the result is compared with is always tried.

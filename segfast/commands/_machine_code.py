@@ -1,4 +1,4 @@
-"""What a kernel compiled offline became: registers, spills, matrix instructions, width of its accesses."""
+"""The machine code of a kernel compiled offline: registers, spills, matrix instructions, access widths."""
 
 import dataclasses
 import re

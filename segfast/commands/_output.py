@@ -1,4 +1,4 @@
-"""Which files a command may write: new ones, those that segfast wrote, others only when told to."""
+"""Files that a command may write: new ones, those that segfast wrote, others only when told to."""
 
 import os
 import tempfile

@@ -52,7 +52,7 @@ def laid_out(step: Step, memory_format: torch.memory_format | None) -> Callable[
 
 
 def has_layouts(model: nn.Module, inputs: Any) -> bool:
-    """Whether a weight or an input can be in one of `LAYOUTS` or another."""
+    """True if a weight or an input can be in one of `LAYOUTS` or another."""
     return any(map(_has_layout, (*model.parameters(), *model.buffers(), *_pytree.tree_leaves(inputs))))
 
 

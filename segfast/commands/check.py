@@ -38,7 +38,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class CheckResult:
-    """What `check_model` found: `before` on ATen, `after` optimized. `str()` is a page of text.
+    """The findings of `check_model`: `before` on ATen, `after` optimized. `str()` is a page of text.
 
     `layouts` has the times before in each layout that was tried, `layout` is the fastest of them, `given` the
     one that the model has. `compute` is the dtype that `optimize` was asked to compute in, `computed` the one
@@ -74,7 +74,7 @@ class CheckResult:
 
     @property
     def agrees(self) -> bool:
-        """Whether no relative difference is above the square root of the precision's roundoff."""
+        """True if no relative difference is above the square root of the precision's roundoff."""
         limit = math.sqrt(_roundoff(self.computed or self.dtype, self.device))
         return all(d is None or d.relative <= limit for d in (self.output, self.gradient))
 
@@ -101,7 +101,7 @@ class CheckResult:
 
     @property
     def concerns_us(self) -> bool:
-        """Whether any layer was replaced, or any operation of ours ran."""
+        """True if any layer was replaced, or any operation of ours ran."""
         return bool(self.report.replaced or self.explanations)
 
     @property

@@ -41,7 +41,7 @@ HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shar
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one process compiles at a time: one specimen, in one type, for one architecture."""
+    """The work of one process at a time: one specimen, in one type, for one architecture."""
 
     family: str
     arch: str
@@ -149,7 +149,7 @@ def _launches(task: Task) -> tuple[list[tuple], int]:
 
 
 def _compiled_as(launch) -> tuple:
-    """What tells one machine code from another: Triton looks at which integers 16 divides, too."""
+    """A key of the machine code: Triton looks at which integers 16 divides, too."""
     divisible = [isinstance(scalar, int) and scalar % 16 == 0 for scalar in launch.scalars]
     return (launch.kernel.__name__, launch.tile, *launch.constants.items(), *divisible)
 
@@ -235,7 +235,7 @@ def pair_instructions(launch, code) -> float:
 
 
 def most_per_pair(launch) -> float:
-    """What `pair_instructions` may be, of the filter of up to 32 channels in two halves with 8 warps.
+    """The bound on `pair_instructions` of the filter of up to 32 channels in two halves with 8 warps.
 
     On Hopper an exponential takes as long as eight other instructions, and is to set the time. For a thread's
     32 pairs of a tile Triton 3.9 spends 147 instructions where 3.7 spends 140: one more barrier with its

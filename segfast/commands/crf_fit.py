@@ -189,7 +189,7 @@ Found = Iterator[tuple[Path, Tensor, Tensor]]
 
 
 def _from_network(paths: Pairs, model: SegmentationModel) -> Found:
-    """What the probabilities are of, they, and the image's colours."""
+    """The name of what the probabilities are of, these, and the image's colors."""
     for path, _ in paths:
         scores = predict_scores(model, read_image(path, model.in_channels))
         yield path, scores.softmax(0), read_colours(path, model.in_channels)
@@ -236,7 +236,7 @@ def _read_probabilities(path: Path) -> Tensor:
 
 
 def _check_sizes(sizes: dict[Path, torch.Size]) -> None:
-    """What is one image's must be of one size, that of its mask, the last."""
+    """Check that an image's files are of one size, that of its mask, the last."""
     *others, mask = sizes
     for path in others:
         if sizes[path] != sizes[mask]:

@@ -38,7 +38,7 @@ from . import utils
 
 
 class KernelType(IntEnum):
-    """Which parameters of a kernel learning would change; inference is the same with each."""
+    """The parameters of a kernel that learning would change; inference is the same with each."""
 
     CONST_KERNEL = 0
     DIAG_KERNEL = 1
@@ -60,7 +60,7 @@ _NAMES = (None, "before", "after", "symmetric")
 
 
 class Unary:
-    """What `DenseCRF.setUnary` takes: energies [labels, points]."""
+    """The argument of `DenseCRF.setUnary`: energies [labels, points]."""
 
     energy: Tensor
 
@@ -221,7 +221,7 @@ class DenseCRF:
         self._terms.append(dense_crf.Term(found, compatibility))
 
     def _on_kernels(self, dim: int) -> bool:
-        """Whether a filter of so many features runs our kernels."""
+        """True if a filter of so many features runs our kernels."""
         like = torch.empty(1, dtype=torch.float32, device=self._device).expand(1, self._nvar, self._nlabel)
         return can_use_kernels("mean_field", like, self._nlabel, dim)
 

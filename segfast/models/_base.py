@@ -1,4 +1,4 @@
-"""What the training loop, the checkpoints and the commands ask of a network."""
+"""The interface of a network to the training loop, the checkpoints and the commands."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +68,7 @@ def tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def unlike(state: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """What a checkpoint has that the model has not, and the other way round."""
+    """The keys that a checkpoint has and the model has not, and the other way round."""
     parts = {"has": sorted(state.keys() - own.keys()), "lacks": sorted(own.keys() - state.keys())}
     return ", and ".join(
         f"it {verb} {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}" for verb, keys in parts.items() if keys

@@ -24,7 +24,7 @@ _HEAD_KEY = re.compile(r"outc\.conv\.(weight|bias)")
 
 
 def is_milesial(state_dict: Mapping[str, Any]) -> bool:
-    """Whether the keys are of this layout."""
+    """True if the keys are of this layout."""
     return any(key.startswith("inc.double_conv.") for key in state_dict)
 
 

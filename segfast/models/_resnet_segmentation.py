@@ -1,4 +1,4 @@
-"""What torchvision's FCN and DeepLabV3 share: a ResNet, a head on its last features, and one beside it."""
+"""Shared by torchvision's FCN and DeepLabV3: a ResNet, a head on its last features, one beside it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -92,7 +92,7 @@ class DecoderBlock(nn.Module):
 
 
 def _may_be_short(input: Tensor, skip: Tensor) -> bool:
-    """Whether twice the input may be smaller than the skip: always, where sizes may be free."""
+    """True if twice the input may be smaller than the skip: always, where sizes may be free."""
     if torch.compiler.is_compiling():
         return True  # asked, it would compile anew for every parity
     return any(2 * n != have for n, have in zip(input.shape[-2:], skip.shape[-2:], strict=True))

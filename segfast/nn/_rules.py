@@ -1,4 +1,4 @@
-"""What `segfast.optimize` may replace: each family's file in this folder lists its rules in `RULES`."""
+"""Rules for the layers that `segfast.optimize` may replace: each family lists its own in `RULES`."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""What `torch.jit.script` is told by layers that it cannot compile."""
+"""The error of layers that `torch.jit.script` cannot compile."""
 
 from ._rules import RECORD
 

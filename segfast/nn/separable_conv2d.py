@@ -315,7 +315,7 @@ class InvertedResidual(Remembers):
 
 
 def _expanded(layers: nn.Sequential, input: Tensor) -> Tensor:
-    """What the layers compute: as one operator, but under hooks on them."""
+    """The result of the layers: computed as one operator, but under hooks on them."""
     return run_layers(list(layers), input) if only_forward(layers) else layers(input)
 
 

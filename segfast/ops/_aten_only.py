@@ -8,14 +8,14 @@ from ._gpu import can_choose
 
 
 def certainly_aten(input: Tensor) -> bool:
-    """Whether our kernels and cuDNN's fused calls are out of question for `input`, and nobody asks why."""
+    """True if our kernels and cuDNN's fused calls are out of question for `input`, and nobody asks why."""
     if get_backend() == "triton" or is_noting():
         return False
     return not _could_run_on_gpu(input) if input.is_cuda else input.is_cpu and not _INTERPRETING
 
 
 def fusion_could_help(input: Tensor) -> bool:
-    """Whether something could run on `input` that computes a convolution and what follows it in one pass.
+    """True if something could run on `input` that computes a convolution and what follows it in one pass.
 
     Elsewhere layers put together are the same passes over the images, and Python's time besides.
     """
@@ -25,7 +25,7 @@ def fusion_could_help(input: Tensor) -> bool:
 
 
 def _could_run_on_gpu(input: Tensor) -> bool:
-    """Whether our kernels, or cuDNN's fused calls, could run on `input`."""
+    """True if our kernels, or cuDNN's fused calls, could run on `input`."""
     choice = get_backend()
     return choice == "triton" or (choice == "auto" and can_choose(_index(input)))
 

@@ -1,4 +1,4 @@
-"""Which implementation runs: "triton" (our kernels), "aten" (cuDNN, oneDNN) or "auto".
+"""The implementation that runs: "triton" (our kernels), "aten" (cuDNN, oneDNN) or "auto".
 
 Decided in Python, before any operator.
 """
@@ -122,7 +122,7 @@ def _noted() -> _Notes | None:
 
 
 def is_noting() -> bool:
-    """Whether somebody asks for the decisions."""
+    """True if somebody asks for explanations."""
     return _noted() is not None
 
 
@@ -139,7 +139,7 @@ FAILED: dict[str, str] = {}
 def use_triton(
     operation: str, reason_not: Callable[..., str | None], *args: Any, because: str = "measured faster"
 ) -> bool:
-    """Whether `operation` runs our kernels for these arguments.
+    """True if `operation` runs our kernels for these arguments.
 
     `reason_not(backend, *args)` is the family's predicate: None, or why its kernels do not serve the call:
     they cannot, or something else was chosen. `because` says in the decision why they do, if no figures do.
@@ -214,7 +214,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
 
 
 def taken_by_kernels(run: Callable[[], Any], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Which of `tensors` a kernel of ours or a fused call of cuDNN's takes as they are while `run()` runs."""
+    """The ids of `tensors` that a kernel of ours or a fused call of cuDNN's takes as they are in `run()`."""
     with noting() as found, torch.no_grad(), contextlib.suppress(NotImplementedError):
         run()  # raises where "triton" was asked for by name and serves only some of the layers
     failed = () if get_backend() == "triton" else FAILED
@@ -238,7 +238,7 @@ _gpu_reasons: dict[int | None, str | None] = {}
 
 
 def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None = None) -> str | None:
-    """What every family asks of a tensor for its kernels: device, architecture, dtype (or autocast's)."""
+    """The reason why no kernel runs on `tensor`, of any family: device, architecture, dtype (autocast's)."""
     dtype = autocast or input.dtype
     if input.is_cuda:
         reason = _gpu_reason_not(input.device.index)
@@ -258,7 +258,7 @@ def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None =
 
 
 def too_old(device: torch.device) -> bool:
-    """Whether the kernels cannot run on this GPU."""
+    """True if the kernels cannot run on this GPU."""
     return _gpu_reason_not(device.index) is not None
 
 

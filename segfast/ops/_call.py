@@ -12,7 +12,7 @@ from ._operands import Pair
 
 
 class AnyCall(Protocol):
-    """What a choice is looked up by: hashable, and equal where the same choice holds."""
+    """The key of a choice: hashable, and equal where the same choice holds."""
 
     @property
     def operation(self) -> str:
@@ -29,14 +29,14 @@ class AnyCall(Protocol):
         """The logarithm of how many times more pixels one of the two has."""
 
     def can_run(self, name: str) -> bool:
-        """Whether the candidate `name` serves it."""
+        """True if the candidate `name` serves it."""
 
     def multiplications(self) -> int:
         """How many a direct computation takes."""
 
 
 class Call(NamedTuple):
-    """What a choice may depend on; `input` and `weight` are shapes, `dtype` what is computed in."""
+    """A call, as far as a choice may depend on it: the shapes of its operands, the dtype it computes in."""
 
     operation: str
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class Call(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a transposed convolution."""
+        """True if it is a transposed convolution."""
         return self.operation == "conv_transpose2d"
 
     def of_any_size(self) -> "Call":
@@ -72,7 +72,7 @@ class Call(NamedTuple):
         return abs(math.log(other.pixels / self.pixels))
 
     def can_run(self, name: str) -> bool:
-        """Whether the candidate `name` serves it."""
+        """True if the candidate `name` serves it."""
         return (
             min(self.input) > 0 and min(self.output()) > 0 and CANDIDATES[self.operation][name].serves(self)
         )

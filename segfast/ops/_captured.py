@@ -1,4 +1,4 @@
-"""What is computed once from parameters, kept, and read by captured CUDA graphs where it lies.
+"""Tensors computed once from parameters, kept, and read by captured CUDA graphs where they lie.
 
 A graph goes on reading that memory at each replay, and nobody says when the graph is gone. So the memory
 stays, one copy of it: what is computed anew is written there.

@@ -145,7 +145,7 @@ class Case:
 
     @property
     def l2_bytes(self) -> float:
-        """What an implicit GEMM with 128 x 256 tiles reads from L2: each input tile again for every tap."""
+        """Bytes an implicit GEMM with 128 x 256 tiles reads from L2: each input tile again for every tap."""
         return 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Which implementation runs a call: the fastest of those verified and timed on this machine for its shape.
+"""The choice of a call: the fastest candidate that was verified and timed on this machine for its shape.
 
 A `Choice` names the one that won and what each took. Choices are remembered in the user's cache, one file a
 machine and set of versions.
@@ -129,12 +129,12 @@ def collected() -> "Collected | None":
 
 
 def measures_unseen() -> bool:
-    """Whether `autotune` asks for calls never seen to be measured."""
+    """True if `autotune` asks for calls never seen to be measured."""
     return _measures_unseen
 
 
 def is_listening() -> bool:
-    """Whether a call without a choice is to be collected or measured."""
+    """True if a call without a choice is to be collected or measured."""
     return _collected is not None or _measures_unseen
 
 
@@ -162,7 +162,7 @@ def settled() -> int | None:
 
 
 def standing() -> int | str | None:
-    """What decides, beside the call, what runs on a CPU without gradients: `settled()`, or `ATEN`.
+    """A key of what decides, beside the call, what runs on a CPU without gradients: `settled()`, or `ATEN`.
 
     None where layers are to ask anew at each call.
     """
@@ -185,7 +185,7 @@ def forget_choices() -> None:
 
 
 def are_there_choices() -> bool:
-    """Whether a call could run anything but ATen on a CPU."""
+    """True if a call could run anything but ATen on a CPU."""
     return is_listening() or bool(choices().measured)
 
 
@@ -238,14 +238,14 @@ def when_tuned(finish: Callable[[], None]) -> None:
 
 
 def could_choose(input: Tensor) -> bool:
-    """Whether a convolution of `input` may run something else than ATen on a CPU, if nobody listens."""
+    """True if a convolution of `input` may run something else than ATen on a CPU, if nobody listens."""
     if torch.compiler.is_compiling() or not input.is_cpu or torch.is_grad_enabled():
         return False
     return get_backend() == "auto" and are_there_choices()
 
 
 def can_choose(input: Tensor, *others: Tensor | None) -> bool:
-    """Whether these tensors could be a chosen candidate's: on a CPU, without gradients, nobody listening."""
+    """True if these tensors could be a chosen candidate's: on a CPU, without gradients, nobody listening."""
     if not input.is_cpu or get_backend() != "auto" or is_traced() or not are_there_choices():
         return False
     if torch.autograd.forward_ad._current_level >= 0:
@@ -285,7 +285,7 @@ def _preferred(call: Call, weight: Tensor) -> str | None:
 
 
 def _prepare(weight: Tensor, call: Call, name: str) -> bool:
-    """Whether the candidate could make what it wants of `weight`, which is kept for its next call."""
+    """True if the candidate could make what it wants of `weight`, which is kept for its next call."""
     try:
         prepared(weight, call, name)
     except RuntimeError:
@@ -294,13 +294,13 @@ def _prepare(weight: Tensor, call: Call, name: str) -> bool:
 
 
 def fits(call: Call, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether bias and residual have their shapes; else torch says what is wrong, or broadcasts."""
+    """True if bias and residual have their shapes; else torch says what is wrong, or broadcasts."""
     shape = call.output()
     return (bias is None or bias.shape == shape[1:2]) and (residual is None or residual.shape == shape)
 
 
 def _is_valid(call: Call, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether torch would take it; what is wrong with another, torch says."""
+    """True if torch would take it; what is wrong with another, torch says."""
     filters = call.weight[0] if call.transposed else call.weight[1] * call.groups
     return (
         min(call.input) > 0
@@ -318,7 +318,7 @@ def _is_valid(call: Call, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 def prepared(weight: Tensor, call: Call, name: str) -> Any:
-    """What the candidate `name` wants instead of `weight`, remembered until that is written to or goes."""
+    """The candidate's own form of `weight`, remembered until that is written to or goes."""
     kind = (
         name,
         call.operation,

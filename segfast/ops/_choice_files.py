@@ -46,7 +46,7 @@ def measured_folders() -> tuple[Path, Path]:
 
 @functools.cache
 def machine() -> dict[str, str]:
-    """What a choice holds for: this kind of CPU, its instruction set as torch uses it, and the versions."""
+    """The machine that a choice holds for: the kind of CPU, the instruction set torch uses, the versions."""
     onednn = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
     return {
         "cpu": _cpu_model(),
@@ -260,7 +260,7 @@ def load_choices(file: str | os.PathLike) -> int:
 
 
 def _why_none(machines: Sequence[dict[str, str]], here: Sequence[dict[str, str]]) -> str:
-    """What differs between the machines that choices are of and this one's: of the two most alike."""
+    """The differences between the machines that choices are of and this one: of the two most alike."""
     differing: list[list[str]] = [
         [f"{key} is {ours[key]} here, {theirs[key]} there" for key in ours if ours[key] != theirs[key]]
         for theirs in machines

@@ -54,7 +54,7 @@ def conv2d_aten(
 def _in_one_dtype(
     y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str | None
 ) -> bool:
-    """Whether 16 bits need not be widened in memory: eager, no gradient, and rounding may come first."""
+    """True if 16 bits need not be widened in memory: eager, no gradient, and rounding may come first."""
     return (
         y.dtype in (torch.float16, torch.bfloat16)
         and activation in (None, "relu", "relu6")
@@ -75,7 +75,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 
 
 def _pays_to_fold(weight: Tensor, input: Tensor) -> bool:
-    """Whether passing over the filter, in a few operations, costs less than one pass over the result."""
+    """True if passing over the filter, in a few operations, costs less than one pass over the result."""
     if torch.compiler.is_compiling():
         return True  # the sizes may be symbolic, and must not be asked
     pixels = input.shape[0] * input.shape[-2] * input.shape[-1]

@@ -1,4 +1,4 @@
-"""What the cases of all convolutions share: inputs, epilogue, gradients, FLOPs and bytes."""
+"""Shared by the cases of all convolutions: inputs, epilogue, gradients, FLOPs and bytes."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -153,7 +153,7 @@ def _in_dtype(
     dtype: torch.dtype, autocast: torch.dtype | None, weight: Tensor, bias: Tensor | None,
     residual: Tensor | None,
 ) -> bool:  # fmt: skip
-    """Whether the operands are of the dtype, or ones that autocast casts to it."""
+    """True if the operands are of the dtype, or ones that autocast casts to it."""
     allowed = (dtype,) if autocast is None else (dtype, torch.float32)
     return all([t is None or t.dtype in allowed for t in (weight, bias, residual)])
 

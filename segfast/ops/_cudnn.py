@@ -34,7 +34,7 @@ def candidates(
     residual: Tensor | None,
     activation: str | None,
 ) -> tuple[str, ...]:
-    """Which of cuDNN's fused calls could serve a conv2d.
+    """The names of cuDNN's fused calls that could serve a conv2d.
 
     Empty where somebody has to see a differentiable or plain operator: a gradient, a transform, a compiler, a
     tracer or a tensor mode.
@@ -114,7 +114,7 @@ def conv2d_cudnn(
 def _fits(
     shape, input, weight, bias, stride, padding, dilation, groups, scale, shift, residual
 ) -> bool:  # fmt: skip
-    """Whether the operands are in order, and as the measurement had them: channels_last and aligned."""
+    """True if the operands are in order, and as the measurement had them: channels_last and aligned."""
     if min(stride) < 1 or min(padding) < 0 or min(dilation) < 1 or groups < 1 or min(shape) < 1:
         return False
     filters = shape[1]
@@ -222,7 +222,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {RELU: conv2d_relu, GRAPH: conv2d_grap
 
 
 def _added(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    """What scale * (conv + bias) + shift adds to scale * conv, in fp32 where it is computed."""
+    """The part of scale * (conv + bias) + shift beside scale * conv, in fp32 where it is computed."""
     if bias is None:
         return shift
     if scale is not None:

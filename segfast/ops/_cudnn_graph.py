@@ -46,7 +46,7 @@ _PLANS: dict[tuple, _Plan | GraphRefused] = {}
 
 @functools.cache
 def installed() -> bool:
-    """Whether the package is there."""
+    """True if the package is there."""
     return importlib.util.find_spec("cudnn") is not None
 
 

@@ -35,12 +35,12 @@ class _Tap(NamedTuple):
         return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
 
     def of_input(self, images: Tensor) -> Tensor:
-        """What it reads of `images` [N, H, W, C]."""
+        """The part of `images` [N, H, W, C] that it reads."""
         (top, bottom), (left, right), (down, across) = self.rows, self.columns, self.shift
         return images[:, top + down : bottom + down, left + across : right + across]
 
     def of_output(self, images: Tensor) -> Tensor:
-        """What it adds to of `images` [N, H, W, C]."""
+        """The part of `images` [N, H, W, C] that it adds to."""
         return images[:, self.rows[0] : self.rows[1], self.columns[0] : self.columns[1]]
 
 

@@ -77,7 +77,7 @@ _FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def keeps_output(activation: str | None, negative_slope: float) -> bool:
-    """Whether the gradient follows from the output: not where a slope of zero or less hides the sign."""
+    """True if the gradient follows from the output: not where a slope of zero or less hides the sign."""
     return activation in _FROM_OUTPUT and not (activation == "leaky_relu" and negative_slope <= 0)
 
 
@@ -141,7 +141,7 @@ def _channel_sums(t: Tensor) -> Tensor:
 
 
 class EpilogueGradients(NamedTuple):
-    """What the epilogue hands on: gradients of the convolution's result, bias, scale, shift and residual."""
+    """The epilogue's gradients: of the convolution's result, bias, scale, shift and residual."""
 
     conv: Tensor
     bias: Tensor | None

@@ -1,4 +1,4 @@
-"""What runs an operation on a GPU: the implementation verified and timed there for its shape, else ATen."""
+"""The choice on a GPU: the implementation verified and timed there for a call's shape, else ATen."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -114,7 +114,7 @@ def can_use_triton(
 
 
 def can_choose(index: int) -> bool:
-    """Whether a call on the GPU of this index could run anything but ATen."""
+    """True if a call on the GPU of this index could run anything but ATen."""
     gpu = gpu_name(index)
     if gpu not in _read:
         _read.add(gpu)
@@ -199,7 +199,7 @@ def _channels_innermost(t: Tensor) -> bool:
 
 
 def _can_measure(call: GpuCall, given: Sequence[Tensor | None], casts: bool) -> bool:
-    """Whether torch would take it at all; what is wrong with another, torch says.
+    """True if torch would take it at all; what is wrong with another, torch says.
 
     `given` are the tensors that it was asked with, images first; `casts`, that autocast makes one dtype of
     theirs.
@@ -225,7 +225,7 @@ def _can_measure(call: GpuCall, given: Sequence[Tensor | None], casts: bool) -> 
 
 
 def _is_settled(call: GpuCall, choice: Choice | None, device: torch.device) -> bool:
-    """Whether something was chosen, and nothing that was left out then is proven right now."""
+    """True if something was chosen, and nothing that was left out then is proven right now."""
     if choice is None or not choice.unproven:
         return choice is not None
     from ._gpu_measure import unproven  # which imports this module
@@ -234,5 +234,5 @@ def _is_settled(call: GpuCall, choice: Choice | None, device: torch.device) -> b
 
 
 def _is_unwatched() -> bool:
-    """Whether nobody would see, or record, what is done to measure."""
+    """True if nobody would see, or record, what is done to measure."""
     return not is_traced() and not torch.cuda.is_current_stream_capturing()

@@ -14,7 +14,7 @@ FEW, ALL = 4, 1000
 
 
 class GpuCall(NamedTuple):
-    """What a choice on a GPU may depend on.
+    """A call on a GPU, as far as a choice may depend on it.
 
     `gpu` is the GPU's name, `dtype` what is computed in, `precision` how products of float32 are made,
     `images` the shapes of what has pixels, `weights` those of filters, `options` whatever else the operation

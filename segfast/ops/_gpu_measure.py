@@ -99,7 +99,7 @@ def unproven(call: GpuCall, device: torch.device) -> tuple[str, ...]:
 
 
 def problems_of(call: GpuCall, bound: Bound) -> dict[Any, Any] | None:
-    """What tiles are chosen for when our kernels run `call`, and the usual ones; None if they cannot.
+    """The problems of `call` on our kernels, each with its usual tile; None if they cannot run it.
 
     Nothing is launched.
     """
@@ -266,7 +266,7 @@ def _error(actual: Tensor, reference: Tensor, gradient: bool = False) -> float:
 
 
 def _allowed(result: Tensor, aten_error: float, depth: int, gradient: bool) -> float:
-    """What `_error` may be: twice ATen's, two roundings, and what the order of sums and TF32 cost."""
+    """The bound on `_error`: twice ATen's, two roundings, and what the order of sums and TF32 cost."""
     if not result.is_floating_point():
         return 2 * aten_error + 1e-3  # where two classes are as good as equal either is right
     tf32 = result.dtype == torch.float32 and load_kernels().dot_precision(torch.float32) == "tf32"

@@ -166,7 +166,7 @@ def _prove(
 
 
 def may_join(call: GpuCall, choice: Choice, device: torch.device) -> bool:
-    """Whether what was left out of a choice for want of a proof is proven now, or may be."""
+    """True if what was left out of a choice for want of a proof is proven now, or may be."""
     operations = _operation(call).proofs(call.gradients)
     return bool(choice.unproven) and not any(disproven(name, call.dtype, device) for name in operations)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """Whether the strides of [N, C, H, W] say channels_last and nothing else: torch's own rule."""
+    """True if the strides of [N, C, H, W] say channels_last and nothing else: torch's own rule."""
     if t.dim() != 4:
         return False
     sizes, strides = t.shape, t.stride()

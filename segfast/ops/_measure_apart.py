@@ -154,7 +154,7 @@ def main(what: str, name: str, most: str) -> int:
 
 
 def _measured(call: GpuCall, device: torch.device, most: int, without: tuple[str, ...]) -> dict[str, object]:
-    """What `measure` says, or why it cannot, as where memory is short.
+    """The answer of `measure`, or why there is none, as where memory is short.
 
     Where the device is lost the process ends.
     """

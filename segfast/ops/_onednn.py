@@ -100,7 +100,7 @@ def _pack_conv_transpose2d(weight: Tensor, call: Call) -> Tensor:
 
 @functools.cache
 def _answers(operation: str, dtype: torch.dtype) -> bool:
-    """Whether this torch has the operators, with these arguments, and this CPU the instructions."""
+    """True if this torch has the operators, with these arguments, and this CPU the instructions."""
     if not torch.backends.mkldnn.is_available():
         return False
     candidate = CONV_TRANSPOSE2D if operation == "conv_transpose2d" else CONV2D

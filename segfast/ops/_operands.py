@@ -1,4 +1,4 @@
-"""What every convolution family needs of its arguments and results."""
+"""Arguments and results of every convolution family: pairs, empty images, the kernels' own."""
 
 import functools
 from typing import Any
@@ -37,7 +37,7 @@ def empty(shape, like: Tensor, memory_format=torch.channels_last) -> Tensor:
 
 
 def kernel_output(shape, like: Tensor, memory_format) -> Tensor:
-    """What a kernel writes into: of `memory_format` where its channels lie side by side, else channels_last.
+    """An empty output of `memory_format` if its channels lie side by side there, else in channels_last.
 
     With one channel, or one pixel, both formats have the same order in memory and differ in their strides.
     """

@@ -79,7 +79,7 @@ class Operator:
             return self._computed_by_aten(error, args)
 
     def _computed_by_aten(self, error: RuntimeError, args: Sequence[Any]) -> Any:
-        """What `reference` gives, now and from here on; or the error, if it is to be seen."""
+        """The result of `reference`, which runs from here on; or the error, if it is to be seen."""
         give_up(self.name, error)
         kernels, reference = self._kernels, self.reference
         self._kernels = lambda *args: (kernels if get_backend() == "triton" else reference)(*args)
@@ -167,7 +167,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _are_plain(values: Any) -> bool:
-    """Whether these are tensors that are no more than that, or the sizes of an image."""
+    """True if these are tensors that are no more than that, or the sizes of an image."""
     return type(values) in (list, tuple) and all(
         [type(value) in _PLAIN or type(value) is int for value in values]
     )
@@ -180,7 +180,7 @@ _tracing = torch._C._get_tracing_state
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a transform, a tensor mode or a tracer is to see the operators that are called."""
+    """True if a compiler, a transform, a tensor mode or a tracer is to see the operators that are called."""
     return (
         torch.compiler.is_compiling()
         or _functorch_active()
@@ -232,7 +232,7 @@ class Differentiable(torch.autograd.Function):
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a gradient, a transform or forward-mode AD asks for the autograd Function."""
+    """True if a gradient, a transform or forward-mode AD asks for the autograd Function."""
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])

@@ -1,4 +1,4 @@
-"""Which kernels are proven right on which GPU: what `_prove` found, remembered on disk.
+"""Proofs of kernels by GPU: what `_prove` found, remembered on disk.
 
 The files are {gpu: {"operation.dtype": {"passed": bool, "source": digest, "triton": version, "torch":
 version, "date": day, "cases": how many}}}: one the package brings, one in the user's cache, which prevails. A
@@ -26,17 +26,17 @@ _FILE = "proven.json"
 
 
 def proven(operation: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `operation` in `dtype` was proven right on a GPU like `device`."""
+    """True if `operation` in `dtype` was proven right on a GPU like `device`."""
     return _judged(_gpu(device)).get(_key(operation, dtype), False)
 
 
 def disproven(operation: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `operation` in `dtype` was seen to be wrong on a GPU like `device`."""
+    """True if `operation` in `dtype` was seen to be wrong on a GPU like `device`."""
     return _judged(_gpu(device)).get(_key(operation, dtype)) is False
 
 
 def unjudged(operations: Iterable[str], dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Which of `operations` nothing is known of on a GPU like `device`."""
+    """Those of `operations` that nothing is known of on a GPU like `device`."""
     known = _judged(_gpu(device))
     return [operation for operation in operations if _key(operation, dtype) not in known]
 
@@ -95,7 +95,7 @@ def write(rows: Sequence[ProofRow], device: torch.device) -> None:
 
 
 def is_remembered(rows: Sequence[ProofRow], device: torch.device) -> bool:
-    """Whether the next process will know what `rows` prove or disprove."""
+    """True if the next process will know what `rows` prove or disprove."""
     forget()
     known = _judged(_gpu(device))
     return all(f"{row.operation}.{row.dtype}" in known for row in rows if row.case != NOTHING_RUN)

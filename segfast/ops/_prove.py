@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class ProofRow(NamedTuple):
-    """What came of one case."""
+    """The result of one case."""
 
     operation: str
     dtype: str

@@ -77,7 +77,7 @@ def _nothing_proven(family: str, dtypes: tuple[torch.dtype, ...], note: str) -> 
 
 
 def _lines(device, dtypes, most, family: str, judged: set[Key]) -> Iterator[list]:
-    """What one process writes; last ["end", its exit code, how it ended in words]."""
+    """The lines of one process; last ["end", its exit code, how it ended in words]."""
     command = [*COMMAND, "prove", str(device), ",".join(map(_name, dtypes)), str(most or 0), family]
     with Child(command) as process:
         assert process.stdin is not None and process.stdout is not None

@@ -1,4 +1,4 @@
-"""What was made of a weight, packed, transformed or cast, remembered while the weight stands unchanged."""
+"""Weights packed, transformed or cast, remembered while the weight itself stands unchanged."""
 
 import functools
 import weakref
@@ -14,7 +14,7 @@ from ._operator import is_traced
 
 
 class _Kept:
-    """What was made of one weight, by what it is."""
+    """The tensors made of one weight, by what they are."""
 
     __slots__ = ("address", "made", "ref", "version")
 

@@ -50,7 +50,7 @@ with torch.inference_mode(False):
 
 
 class Sizes(NamedTuple):
-    """What a workspace depends on besides its rows."""
+    """The sizes that a workspace depends on besides its rows."""
 
     columns: int
     left: int

@@ -1,4 +1,4 @@
-"""What the benchmarks measure, without a GPU: the case list, the formulas, the gate, the peers."""
+"""The benchmarks' case list, formulas, gate and peers, without a GPU."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What the benchmarks hold convolutions to: cuDNN's fused calls, and networks of them."""
+"""Peers of convolutions: cuDNN's fused calls, and networks of them."""
 
 import pytest
 import torch

@@ -209,7 +209,7 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """What is good, and what is wrong with it."""
+    """Files, good ones and what is wrong with others."""
     root = tmp_path_factory.mktemp("files")
     image = Image.fromarray(np.arange(16 * 20, dtype=np.uint8).reshape(16, 20))
     labels = (torch.arange(20) > 9).long().expand(16, 20)
@@ -270,7 +270,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def the_one_line(err: str) -> str:
-    """What stderr says beside argparse's usage and a progress bar."""
+    """The line on stderr beside argparse's usage and a progress bar."""
     assert "Traceback" not in err
     [line] = [line for line in re.split(r"[\r\n]", err) if line.startswith("segfast")]
     return line

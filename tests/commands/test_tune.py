@@ -112,7 +112,7 @@ OPERATION = "conv_transpose2d_forward"
 class TestProve:
     @pytest.fixture
     def proven(self, monkeypatch, pretended_gpu):
-        """What the kernels' cases come to; which families and dtypes were asked for."""
+        """The results of the kernels' cases, and the families and dtypes that were asked for."""
         rows = [ProofRow(OPERATION, "float16", f"k{k} s2", 1e-4, 1e-3, True) for k in (2, 3)]
         asked = []
 

@@ -1,4 +1,4 @@
-"""What a call launches: how often, past the dispatcher, and remembered from the call before."""
+"""A call's launches: how many, past the dispatcher, and remembered from the call before."""
 
 import pytest
 import torch

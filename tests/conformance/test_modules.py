@@ -1,4 +1,4 @@
-"""What every layer owes torch: parameters that can be swapped, copies that compute the same."""
+"""Duties of every layer to torch: parameters that can be swapped, copies that compute the same."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What every registered operator owes torch: opcheck, fakes, decompositions, FLOPs, transforms."""
+"""Duties of every registered operator to torch: opcheck, fakes, decompositions, FLOPs, transforms."""
 
 import functools
 import itertools
@@ -134,7 +134,7 @@ def test_flops_are_those_counted_by_hand(example):
 
 
 def axes(example) -> list[dict[str, int]]:
-    """Which operands are mapped over, and at which of their dimensions."""
+    """The operands that are mapped over, and at which of their dimensions."""
     names = list(example.shapes(4))
     batched = [name for name in names if name in example.batched]
     alone = [name for name in names[: example.required] if name not in batched]

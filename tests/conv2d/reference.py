@@ -74,7 +74,7 @@ def check_conv2d(tensors: dict[str, Tensor], activation=None, **geometry) -> dic
 
 
 def concatenated(images) -> Tensor:
-    """What a list of images stands for: their centres side by side."""
+    """The image that a list of images stands for: their centers side by side."""
     height, width = (min(t.shape[axis] for t in images) for axis in (2, 3))
     centres = []
     for t in images:

@@ -82,7 +82,7 @@ def test_up_to_the_bound_ranks_are_permutations_and_weights_are_shares(dim, dtyp
 
 @pytest.mark.parametrize("dim", [2, 3, 5])
 def test_far_beyond_it_ranks_are_no_permutation(dim):
-    """Which leaves places of a point's weights, and of its vertices, unwritten."""
+    """It leaves places of a point's weights, and of its vertices, unwritten."""
     points = 64 * at_the_bound(dim, torch.float32)
     _, rank, _ = simplices(points)
     assert (rank.sort(0).values != torch.arange(dim + 1)[:, None]).any()

@@ -161,7 +161,7 @@ def test_features_far_from_zero(method, dtype):
 
 
 def test_ordinary_features_in_float64_are_taken_as_they_are():
-    """What is near zero is moved nowhere: its place in the lattice decides the result."""
+    """Features near zero are moved nowhere: their place in the lattice decides the result."""
     features, values = 255 * torch.rand(1, 3, 200, dtype=torch.float64), torch.rand(1, 4, 200)
     options = {"method": "lattice", "normalization": "after"}
     assert torch.equal(

@@ -125,7 +125,7 @@ def test_operators_hand_on_all_of_a_crf(monkeypatch):
 
 
 def test_operators_know_no_autocast():
-    """Which an exported program may be run under."""
+    """An exported program may be run under it."""
     unary, energies = torch.rand(1, 2, 5, 6), -torch.eye(2)
     args = (
         unary,
@@ -188,7 +188,7 @@ def test_plans_are_for_the_factors_that_there_are():
 
 
 def test_lists_without_an_entry_are_units_of_nothing():
-    """Which write zeros, instead of leaving memory as it was."""
+    """They write zeros, instead of leaving memory as it was."""
     table, cuts = lists.make_units(torch.tensor([3, 0, 5]))
     owners = table[0].tolist()
     assert sorted(o for o in owners if o >= 0) == [0, 1, 2]

@@ -32,7 +32,7 @@ def problem(labels=3, height=97, width=101, batch=1):
 
 
 def in_threads(*functions):
-    """What each returns, or raises, in a thread of its own, all at once."""
+    """The result of each, or its error, in a thread of its own, all at once."""
     results = [None] * len(functions)
 
     def run(i, function):

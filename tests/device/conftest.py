@@ -18,7 +18,7 @@ SIMULATED = Path(JITFunction.run.__code__.co_filename).parent.name == "ttsem"
 
 
 class _Launchable:
-    """What a first launch returns: the kernel compiled for its arguments, as Triton's own `CompiledKernel`.
+    """The result of a first launch: the kernel compiled for its arguments, as Triton's `CompiledKernel`.
 
     `run` takes what the short launch passes (see `segfast.kernels._launch`) and holds it to what the
     kernel was compiled for: a GPU would run the machine code of the first call, whatever the arguments.
@@ -82,7 +82,7 @@ def _device_within_backward(monkeypatch) -> None:
 
 
 def _answers_of_the_runtime(monkeypatch) -> None:
-    """What `torch.cuda` would ask the CUDA runtime: nothing is captured, no generator is the device's."""
+    """Answers of the CUDA runtime to `torch.cuda`: nothing is captured, no generator is the device's."""
     state = torch.zeros(16, dtype=torch.uint8)
     answers = {
         "is_current_stream_capturing": lambda: False,

@@ -1,4 +1,4 @@
-"""What runs on a device is proven, measured, remembered and looked up, with a stand-in clock."""
+"""Choices on a device are proven, measured, remembered and looked up, with a stand-in clock."""
 
 import importlib
 import json
@@ -96,7 +96,7 @@ CALLS = {
 
 
 def collected(device, name, gradients=False):
-    """What `name` and the operations that it consists of are asked for."""
+    """The calls of `name` and of the operations that it consists of."""
     with torch.set_grad_enabled(gradients), collect() as found:
         CALLS[name](Draw(device, gradients))
     calls = [call for call in found.counts if isinstance(call, GpuCall)]

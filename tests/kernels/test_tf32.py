@@ -25,7 +25,7 @@ def _rounded_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def truncated(x):
-    """What the matrix units read of float32."""
+    """The part of float32 that the matrix units read."""
     return (x.float().view(torch.int32) >> DROPPED << DROPPED).view(torch.float32)
 
 

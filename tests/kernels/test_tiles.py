@@ -1,4 +1,4 @@
-"""Which tiles a kernel runs with: what was measured near the problem, else the heuristic.
+"""The tile a kernel runs with: one measured near the problem, else the heuristic's.
 
 All of it pure, none of it with a GPU.
 """

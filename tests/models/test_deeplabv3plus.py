@@ -138,7 +138,7 @@ def test_output_stride(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_low_resolution_scores(name):
-    """What `upsample=False` returns gives the full-size scores by one bilinear interpolation."""
+    """One bilinear interpolation makes the full-size scores of what `upsample=False` returns."""
     model = small(name).eval()
     with torch.no_grad():
         low, full = model(images(), upsample=False), model(images())

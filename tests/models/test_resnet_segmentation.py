@@ -294,7 +294,7 @@ def test_a_replaced_convolution_is_called(conv):
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_the_plain_twins_are_torchvisions(name):
-    """What the benchmarks compare with, where there is no torchvision."""
+    """The benchmarks compare with them where there is no torchvision."""
     plain, _ = plain_model(name)
     state = torchvision_network(name).state_dict()
     plain.load_state_dict({key: value for key, value in state.items() if not key.startswith("aux")})

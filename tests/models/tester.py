@@ -1,4 +1,4 @@
-"""What every network of `segfast.models` must do: subclass `ModelTester`, fill in its attributes."""
+"""Duties of every network of `segfast.models`: subclass `ModelTester`, fill in its attributes."""
 
 import copy
 import pickle

@@ -33,7 +33,7 @@ def torchvisions():
 
 
 def is_fused(model, x):
-    """Whether an ASPP in `model` is computed as a whole."""
+    """True if an ASPP in `model` is computed as a whole."""
     with (
         torch.no_grad(),
         mock.patch.object(FusedASPP, "run", autospec=True, side_effect=FusedASPP.run) as run,
@@ -43,7 +43,7 @@ def is_fused(model, x):
 
 
 def one_by_one(aspp, x):
-    """What an ASPP stands for, from its layers by themselves."""
+    """The result of an ASPP, from its layers by themselves."""
     features = [branch_by_layers(branch, x) for branch in list(aspp.convs)[:-1]]
     pooled = nn.Sequential.forward(aspp.convs[-1], x)
     features.append(pooled.expand(-1, -1, *x.shape[2:]))

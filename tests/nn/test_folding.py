@@ -1,4 +1,4 @@
-"""What norms were folded into, and what makes it stale."""
+"""Tensors that norms were folded into, and what makes them stale."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""What is kept for a call of fused layers holds only while nothing about them has changed."""
+"""A prepared call of fused layers holds only while nothing about them has changed."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Which backend runs: by name, under "auto" on a GPU that is not there, per thread, from the environment."""
+"""The backend that runs: by name, under "auto" on a GPU that is not there, by thread, by environment."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ def test_a_backend_set_at_once_is_restored_by_the_context_manager():
 
 
 def in_thread(function):
-    """What `function` returns in a thread started now."""
+    """The result of `function` in a thread started now."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
@@ -138,7 +138,7 @@ def test_triton_by_name_says_why_it_cannot():
 
 
 class OnGPU:
-    """What the predicates ask of a tensor on a GPU."""
+    """A tensor on a GPU, as far as the predicates ask."""
 
     is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)

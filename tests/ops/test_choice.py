@@ -89,7 +89,7 @@ class TestMeasuring:
         assert "failing" not in _measure.measure(CONV2D).us
 
     def test_a_call_that_takes_long_runs_few_times(self, clock, monkeypatch):
-        """What is hopeless runs once, to be verified; the others twice."""
+        """A hopeless candidate runs once, to be verified; the others twice."""
         clock.costs = {"onednn": 3.0, ATEN: 1.0, "matmul": 1.05}
         ran = []
         for name, candidate in CANDIDATES["conv2d"].items():
@@ -147,7 +147,7 @@ EXACT_CALLS = {
 
 
 class TestVerifying:
-    """What is verified against: ATen on operands whose sums are exact in fp32, checked in fp64 itself."""
+    """The reference: ATen on operands whose sums are exact in fp32, checked in fp64 itself."""
 
     @pytest.mark.parametrize("call", EXACT_CALLS.values(), ids=EXACT_CALLS)
     def test_sums_are_exact_in_fp32(self, call):

@@ -1,4 +1,4 @@
-"""What torch refuses it refuses at once: nothing is proven, or measured, for it.
+"""Calls that torch refuses it refuses at once: nothing is proven, or measured, for them.
 
 The GPU is not there, and its tensors are fake: they have a device and no numbers.
 """

@@ -33,7 +33,7 @@ def measured(cache, monkeypatch):
 
 
 def remembered():
-    """What another process knows."""
+    """The choices that another process knows."""
     _choice.forget_choices()
     return {call: choice.us[ATEN] for call, choice in choices().measured.items()}
 

@@ -1,4 +1,4 @@
-"""What is chosen for a call on a GPU that is not there.
+"""Choices for calls on a GPU that is not there.
 
 The tensors are fake: they have a device and no numbers.
 """
@@ -242,7 +242,7 @@ class TestLeftOut:
 
     @pytest.fixture
     def proven(self, monkeypatch):
-        """What is proven now; by it our kernels are chosen."""
+        """The proven operations; by them our kernels are chosen."""
         proven = set()
         monkeypatch.setattr(_proofs, "proven", lambda operation, dtype, device: operation in proven)
         monkeypatch.setattr(_gpu, "is_traced", lambda: False)

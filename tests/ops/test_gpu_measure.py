@@ -1,4 +1,4 @@
-"""What is tried for a call on a GPU, which results count as right, and what is chosen by the times."""
+"""Candidates tried for a call on a GPU, which results count as right, and the choice by the times."""
 
 import dataclasses
 import math

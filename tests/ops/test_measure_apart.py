@@ -269,7 +269,7 @@ def test_a_process_knows_what_it_has_chosen(log):
 
 
 def test_a_process_is_told_what_is_not_proven(monkeypatch):
-    """What is proven while it runs it has not read, nor what could not be written."""
+    """It has not read what is proven while it runs, nor what could not be written."""
     proven = {16: (), 17: ("triton",), 18: ()}
     monkeypatch.setattr(_measure_apart, "unproven", lambda call, device: proven[call.images[0][2]])
     assert {height: choice.unproven for height, choice in measured(16, 17, 18).items()} == proven

@@ -1,4 +1,4 @@
-"""What is remembered of the proofs: found again, merged, and no longer counted where something else runs."""
+"""Remembered proofs: found again, merged, and no longer counted where something else runs."""
 
 import json
 import warnings

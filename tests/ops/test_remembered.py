@@ -1,4 +1,4 @@
-"""What is kept of a weight, packed, transformed or cast, is made anew when the weight changes."""
+"""Weights that are kept packed, transformed or cast are made anew when the weight changes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `segfast.optimize` does to published networks, as the table in docs/optimize-coverage.md.
+"""The effect of `segfast.optimize` on published networks, as the table in docs/optimize-coverage.md.
 
 `python -m tests.optimize.coverage` writes it anew.
 """

@@ -120,7 +120,7 @@ def aspp(request):
 
 
 def is_fused(model, x):
-    """Whether an ASPP in `model` is computed as a whole."""
+    """True if an ASPP in `model` is computed as a whole."""
     with (
         torch.no_grad(),
         mock.patch.object(FusedASPP, "run", autospec=True, side_effect=FusedASPP.run) as run,

@@ -1,4 +1,4 @@
-"""What `optimize` asks of a GPU or a CPU, and how it says what it gained; without a GPU."""
+"""Questions of `optimize` to a GPU or a CPU, and how it says what it gained; without a GPU."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ class TestGain:
 class TestMeasuring:
     @pytest.fixture
     def asked(self, monkeypatch):
-        """What was asked to be proven and measured, and on what."""
+        """The calls that were to be proven and measured, and on what."""
         asked = []
 
         def prove_missing(calls, device, on_row, others):

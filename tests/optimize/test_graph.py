@@ -1,4 +1,4 @@
-"""What a forward computes from what: listed on a copy without values, exported where values are asked for."""
+"""The graph of a forward: listed on a copy without values, exported where values are asked for."""
 
 import dataclasses
 import threading

@@ -363,7 +363,7 @@ def test_checkpoints_go_both_ways(image):
 
 
 class TestLayout:
-    """What happens to weights on a GPU whose kernels take them all, on the CPU."""
+    """Layouts of weights on a GPU whose kernels take them all, on the CPU."""
 
     @pytest.fixture(autouse=True)
     def on_the_cpu(self, monkeypatch):

@@ -1,4 +1,4 @@
-"""What `optimize` found for a model is remembered, and holds only for that model as it was."""
+"""The results of `optimize` for a model are remembered, and hold only for that model as it was."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.measures
 
 @pytest.fixture
 def timed(wins, model_takes, monkeypatch):
-    """Whether a call of `optimize` timed the model."""
+    """True if a call of `optimize` timed the model."""
     wins("onednn")
     model_takes(3, 2, 1)
     milliseconds, calls = measure._milliseconds, []

@@ -75,7 +75,7 @@ def plain(model):
 
 
 def is_fused(model, x, monkeypatch):
-    """Whether a block in `model` is computed as a whole; its outputs are its layers' either way."""
+    """True if a block in `model` is computed as a whole; its outputs are its layers' either way."""
     ran, run = [], Block.run
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(Block, "run", lambda *args: ran.append(args) or run(*args))

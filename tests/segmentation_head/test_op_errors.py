@@ -1,4 +1,4 @@
-"""What the segmentation head refuses, and what it does not take: the full-size logits."""
+"""Arguments that the segmentation head refuses, and memory it does not take: the full-size logits."""
 
 import pytest
 import torch

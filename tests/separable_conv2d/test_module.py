@@ -55,7 +55,7 @@ def trained(module):
 
 
 def one_by_one(block, x, residual=None):
-    """What a `SeparableConv2d` stands for, from its layers by themselves."""
+    """The result of a `SeparableConv2d`, from its layers by themselves."""
     x = ACTIVATIONS[block.depthwise_activation](block.bn_dw(block.conv_dw(x)))
     x = block.bn_pw(block.conv_pw(x))
     return ACTIVATIONS[block.activation](x if residual is None else x + residual)

@@ -1,4 +1,4 @@
-"""Which backend depthwise and separable convolution take, and what they do on ATen."""
+"""The backend that depthwise and separable convolution take, and what they do on ATen."""
 
 import contextlib
 import itertools
@@ -161,7 +161,7 @@ def test_triton_by_name_says_why_it_cannot():
 
 
 class OnGPU:
-    """What the predicate asks of a tensor on a GPU."""
+    """A tensor on a GPU, as far as the predicate asks."""
 
     is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)

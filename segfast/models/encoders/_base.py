@@ -1,4 +1,4 @@
-"""What a decoder asks of an encoder, output strides, and reading other code bases' checkpoints."""
+"""The interface of an encoder to a decoder, output strides, and reading other code bases' checkpoints."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -25,7 +25,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
 class _Ready(NamedTuple):
-    """What a pyramid's call needs of its parameters.
+    """The parameters of an ASPP, prepared for its calls.
 
     `weights`, `scale` and `shift` are the branches' ([C_i, C_in, k, k], [sum C_i]), no weights where they run
     one by one; `pool_weight` [C_pool, C_in] and `pool_shift` have the norm in them; so has `constant_weight`
@@ -55,7 +55,7 @@ class FusedASPP(NamedTuple):
     pool_first: bool = False
 
     def is_eligible(self, input: Any) -> bool:
-        """Whether the layers, as they stand now, and the input are ones that `run` is right for."""
+        """True if the layers, as they stand now, and the input are ones that `run` is right for."""
         return (
             isinstance(input, Tensor)
             and input.dim() == 4
@@ -111,7 +111,7 @@ class FusedASPP(NamedTuple):
         return y
 
     def _constant(self, ready: _Ready, input: Tensor) -> Tensor:
-        """What the pooled branch adds to the projection: [N, C_out, 1, 1], or of the image's size.
+        """The pooled branch's part of the projection: [N, C_out, 1, 1], or of the image's size.
 
         A projection of more than one tap meets padding at the edges, where it adds less.
         """
@@ -156,7 +156,7 @@ class FusedASPP(NamedTuple):
         )
 
     def _columns(self) -> tuple[int, int]:
-        """Which of the projection's input channels are the pooled branch's."""
+        """The slice of the projection's input channels that is the pooled branch's."""
         all_of_them, pooled = self.project.conv.in_channels, self.pool.conv.out_channels
         return (0, pooled) if self.pool_first else (all_of_them - pooled, all_of_them)
 
@@ -305,7 +305,7 @@ def _read(
 
 
 def _keeps_size(fused: FusedLayer) -> bool:
-    """Whether the form is not transposed and its result, zeros around the image, has the image's size."""
+    """True if the layer is not transposed and its result, zeros around the image, has the image's size."""
     conv = _geometry(fused)
     if conv.transposed or conv.padding_mode != "zeros" or (isinstance(fused, FusedConv) and conv.groups != 1):
         return False
@@ -316,7 +316,7 @@ def _keeps_size(fused: FusedLayer) -> bool:
 
 
 def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """What `module` calls one after the other: a Sequential's, or mmcv's ConvModule's, else itself."""
+    """The layers that `module` calls in a row: a Sequential's, a ConvModule's (mmcv), or itself."""
     forward = getattr(own_class(module), "forward", None)
     sequential = forward in (nn.Sequential.forward, ConvBNAct.forward)
     if (sequential or _is_conv_module(module)) and only_forward(module):

@@ -27,12 +27,12 @@ _KNOWN = {
 
 
 def is_aspp(module: nn.Module) -> bool:
-    """Whether the module's parts are those of an ASPP, as torchvision and smp, or mmseg, name them."""
+    """True if the module's parts are those of an ASPP, as torchvision and smp, or mmseg, name them."""
     return _parts(module) is not None
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether the module's forward is known to be that of an ASPP: its class is a published one."""
+    """True if the module's forward is known to be that of an ASPP: its class is a published one."""
     parts = _parts(module)
     return parts is not None and _KNOWN.get(_name(module)) == _name(parts[1])
 
@@ -54,7 +54,7 @@ def fuse_aspp(module: nn.Module) -> None:
 
 
 def is_fused_aspp(module: nn.Module) -> bool:
-    """Whether `fuse_aspp` has been here."""
+    """True if `fuse_aspp` has been here."""
     return _POOL in vars(module)
 
 

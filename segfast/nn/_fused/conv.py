@@ -13,7 +13,7 @@ from .separable import is_convolution, padded
 
 
 def _trains_in_16_bits(conv: Any) -> bool:
-    """Whether autograd would keep an epilogue's fp32 intermediates, where the layers keep 16 bits."""
+    """True if autograd would keep an epilogue's fp32 intermediates, where the layers keep 16 bits."""
     weight = conv.weight
     if not (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
         return False
@@ -32,7 +32,7 @@ class FusedConv(NamedTuple):
     negative_slope: float = 0.01
 
     def plain(self) -> bool:
-        """Whether there is no norm, which would have to be in eval."""
+        """True if there is no norm, which would have to be in eval."""
         return self.norm is None
 
     def growth(self) -> float:
@@ -48,7 +48,7 @@ class FusedConv(NamedTuple):
         return conv.out_channels / conv.in_channels * (area if conv.transposed else 1 / area) / 4
 
     def is_eligible(self) -> bool:
-        """Whether the layers, as they stand now, compute what one operator can."""
+        """True if the layers, as they stand now, compute what one operator can."""
         return (
             is_convolution(self.conv)
             and folds(self.norm)
@@ -59,7 +59,7 @@ class FusedConv(NamedTuple):
         )
 
     def ready(self, input: Any, residual: Tensor | None = None) -> Ready | None:
-        """What computes the layers on a CPU, if it is known and the layers still `is_eligible`."""
+        """The computation of the layers on a CPU, if it is known and the layers are still eligible."""
         if self.conv.transposed:
             return None
         return ready(((self.conv, self.norm, self.activation),), input, residual, self.negative_slope)

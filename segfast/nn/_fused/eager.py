@@ -1,4 +1,4 @@
-"""Whether layers may be computed together: nobody looks in between, and nothing is lost by it."""
+"""Layers that may be computed together: nobody looks in between, and nothing is lost by it."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ global_hooks = torch.nn.modules.module._has_any_global_hook
 
 
 def only_forward(module: nn.Module) -> bool:
-    """Whether calling `module` is no more than its class's forward: no hooks, no forward of its own."""
+    """True if calling `module` is no more than its class's forward: no hooks, no forward of its own."""
     ours = CALLER in vars(module)  # one hook before its forward, one after it
     return not (
         len(module._forward_hooks) > ours
@@ -25,7 +25,7 @@ def only_forward(module: nn.Module) -> bool:
 
 
 def folds_filters(input: Tensor, conv: nn.Module) -> bool:
-    """Whether ATen may have the norms in the filters: where nothing is lost, or differentiated."""
+    """True if ATen may have the norms in the filters: where nothing is lost, or differentiated."""
     return (
         input.is_cpu
         and not _INTERPRETING

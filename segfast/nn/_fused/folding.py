@@ -22,7 +22,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Affine(NamedTuple):
-    """What a norm does to each channel, [C] each, float32 or float64; (None, None) where there is no norm."""
+    """A norm's scale and shift of each channel, [C], float32 or float64; (None, None) without a norm."""
 
     scale: Tensor | None
     shift: Tensor | None
@@ -37,7 +37,7 @@ class _Entry:
     captured: bool  # a CUDA graph reads `result`
 
     def describes(self, tensors: tuple[Tensor | None, ...], key: Any) -> bool:
-        """Whether `result` was computed from these very tensors, not written to since."""
+        """True if `result` was computed from these very tensors, not written to since."""
         same = len(self.tensors) == len(tensors) and all(
             [a is b for a, b in zip(self.tensors, tensors, strict=True)]
         )
@@ -60,7 +60,7 @@ def runs_eagerly() -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a sequence may take `module` for a batch norm: torch's, OpenMMLab's, timm's with activation."""
+    """True if a sequence may take `module` for a batch norm: torch's, OpenMMLab's, timm's with activation."""
     torchs = own_class(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, PooledBatchNorm2d)
     known = torchs or _name(module) in (_WITH_ACTIVATION, _OPENMMLAB)
     return known and getattr(module, "running_var", None) is not None
@@ -76,7 +76,7 @@ def _name(module: nn.Module) -> str:
 
 
 def folds(norm: nn.Module | None) -> bool:
-    """Whether `norm` is None or, as it stands, a fixed scale and shift of each channel."""
+    """True if `norm` is None or, as it stands, a fixed scale and shift of each channel."""
     if norm is None:
         return True
     forwards = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, PooledBatchNorm2d.forward)
@@ -108,7 +108,7 @@ def folded(norm: Any) -> Affine:
 
 
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether autograd is to see what is computed from these."""
+    """True if autograd is to see what is computed from these."""
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
@@ -142,7 +142,7 @@ def _scaled(conv: Any, scale: Tensor) -> Tensor:
 
 
 def norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
-    """What the scale and shift of a norm that `folds` come from; nothing where there is none.
+    """The tensors that the scale and shift of a norm that `folds` come from; none without a norm.
 
     And its counter of batches: a training step writes the running statistics without marking them as written.
     """
@@ -154,7 +154,7 @@ def norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
 def remembered(
     module: nn.Module, tensors: tuple[Tensor | None, ...], key: Any, compute: Callable[[], Any]
 ) -> Any:
-    """What `compute()` returned for this module, these very tensors as they are now, and `key`."""
+    """The result of `compute()` for this module, these very tensors as they are now, and `key`."""
     entry = _known.get(module)
     capturing = is_captured(tensors)
     if entry is not None and entry.describes(tensors, key):

@@ -1,4 +1,4 @@
-"""What a convolution and the layers after it come to on a CPU, kept while nothing about them changes.
+"""A convolution and the layers after it, prepared for a CPU and kept while nothing about them changes.
 
 Working out the operands and the choice takes Python as long as a small layer takes to compute. Here it is
 done once for a shape; a call then only makes sure that everything is as it was.
@@ -84,7 +84,7 @@ class Ready:
         return steps
 
     def stands(self) -> bool:
-        """Whether nothing about the stages of which this was made has changed."""
+        """True if nothing about the stages of which this was made has changed."""
         for made, get, settings in self._modules:
             module = made()
             if module is None or get(module) != settings:
@@ -98,7 +98,7 @@ class Ready:
         return True
 
     def possible(self) -> bool:
-        """Whether the layers can run so; else it is only known that they cannot."""
+        """True if the layers can run so; else it is only known that they cannot."""
         return self._steps is not None
 
     def run(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -134,7 +134,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _is_torchs(stages: Sequence[Stage], input: Tensor) -> bool:
-    """Whether it is one convolution, of an image that fits it, which the operator leaves to torch's function.
+    """True if it is one convolution, of an image that fits it, which the operator leaves to torch's function.
 
     Not a dilated one, whose taps the operator looks at.
     """
@@ -154,12 +154,12 @@ def _is_torchs(stages: Sequence[Stage], input: Tensor) -> bool:
 
 
 def _is_plain(call: Call, candidate: Candidate, *_: Any) -> bool:
-    """Whether ATen was chosen, for images as it takes them."""
+    """True if ATen was chosen, for images as it takes them."""
     return candidate is CANDIDATES[call.operation][ATEN] and call.channels_last
 
 
 def _is_channelwise(conv: Any, input: Tensor, weight: Tensor) -> bool:
-    """Whether the operator enlarges each channel by itself."""
+    """True if the operator enlarges each channel by itself."""
     return channelwise_factors(input, weight, conv.stride, conv.groups, conv.dilation) is not None
 
 
@@ -170,7 +170,7 @@ _MOST_KINDS = 8  # of inputs, for each convolution
 
 
 def ready(stages: Sequence[Stage], input: Any, residual: Tensor | None, slope: float) -> Ready | None:
-    """What computes these stages of `input`, or None where the layers are to be asked one by one."""
+    """The computation of these stages of `input`, or None where the layers are to be asked one by one."""
     choice = standing()
     if choice is None or choice == ATEN or global_hooks():
         return None
@@ -184,7 +184,7 @@ def ready(stages: Sequence[Stage], input: Any, residual: Tensor | None, slope: f
 
 
 def convolved(conv: Any, input: Any) -> Tensor | None:
-    """What the layer `conv`, ours, computes of `input` on a CPU; None where its operator is to be asked."""
+    """The result of `conv`, a layer of ours, on a CPU; None where its operator is to be asked."""
     choice = standing()
     if choice is None:
         return None
@@ -206,7 +206,7 @@ def convolved(conv: Any, input: Any) -> Tensor | None:
 def _found(
     stages: Sequence[Stage], input: Any, residual: Tensor | None, slope: float, choice: int | str
 ) -> Ready | None:
-    """What was made of the stages for such an input, or is now, and still stands."""
+    """The computation prepared for such an input, or prepared now, if it still stands."""
     if type(input) is not Tensor or not input.is_cpu or not (residual is None or type(residual) in PLAIN):
         return None
     what = [(id(conv), id(norm), activation) for conv, norm, activation in stages]

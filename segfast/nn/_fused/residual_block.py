@@ -37,7 +37,7 @@ class Block(NamedTuple):
     shortcut: FusedConv | None
 
     def is_eligible(self) -> bool:
-        """Whether the layers, as they stand now, compute what `run` does."""
+        """True if the layers, as they stand now, compute what `run` does."""
         return all([fused.is_eligible() for fused in self.convs]) and (
             self.shortcut is None or self.shortcut.is_eligible()
         )
@@ -53,12 +53,12 @@ class Block(NamedTuple):
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether the module is a residual block of a class whose forward is known."""
+    """True if the module is a residual block of a class whose forward is known."""
     return _name(module) in _KINDS
 
 
 def can_fuse(module: nn.Module) -> bool:
-    """Whether the block's layers are of known kinds, and nobody looks at what happens between them."""
+    """True if the block's layers are of known kinds, and nobody looks at what happens between them."""
     unseen = "forward" not in vars(module) and all(
         [only_forward(m) for m in module.modules() if m is not module]
     )
@@ -73,7 +73,7 @@ def fuse_block(module: nn.Module) -> None:
 
 
 def is_fused_block(module: nn.Module) -> bool:
-    """Whether `fuse_block` has been here."""
+    """True if `fuse_block` has been here."""
     return isinstance(module, _Block)
 
 
@@ -86,7 +86,7 @@ def unfuse_blocks(model: nn.Module) -> None:
 
 
 def contents(module: nn.Module) -> str:
-    """What each of a block's operators computes, by its children's names."""
+    """The layers that each of a block's operators computes, by the names of its children."""
     count = _KINDS[_name(module)][0]
     groups = [f"conv{i} + bn{i} + relu" for i in range(1, count)]
     if module._modules.get("downsample") is not None:

@@ -17,7 +17,7 @@ _PAYS_ON_CPU = 2**15
 
 
 def pays(input: Any, growth: float = 1) -> bool:
-    """Whether one operator is worth asking for: ATen is done with small images before it is put together.
+    """True if one operator is worth asking for: ATen is done with small images before it is put together.
 
     It is where something of ours, of cuDNN's or of oneDNN's could compute it. `growth` is how many times
     larger the images are that count. False for what is no tensor: `torch.fx` traces the layers one by one.
@@ -30,7 +30,7 @@ def pays(input: Any, growth: float = 1) -> bool:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether `module` is a `Conv2d` or `ConvTranspose2d`, torch's own or ours without an activation."""
+    """True if `module` is a `Conv2d` or `ConvTranspose2d`, torch's own or ours without an activation."""
     kind = own_class(module)
     if kind in (nn.Conv2d, nn.ConvTranspose2d):
         return True
@@ -75,7 +75,7 @@ class FusedSeparable(NamedTuple):
     negative_slope: float = 0.01
 
     def plain(self) -> bool:
-        """Whether there is no norm, which would have to be in eval."""
+        """True if there is no norm, which would have to be in eval."""
         return self.norm is None and self.pointwise_norm is None
 
     def growth(self) -> float:
@@ -83,7 +83,7 @@ class FusedSeparable(NamedTuple):
         return 1
 
     def is_eligible(self) -> bool:
-        """Whether the layers, as they stand now, compute what one operator can."""
+        """True if the layers, as they stand now, compute what one operator can."""
         layers = (self.depthwise, self.norm, self.pointwise, self.pointwise_norm)
         return (
             folds(self.norm)
@@ -95,7 +95,7 @@ class FusedSeparable(NamedTuple):
         )
 
     def ready(self, input: Any, residual: Tensor | None = None) -> Ready | None:
-        """What computes the layers on a CPU, if it is known and the layers still `is_eligible`."""
+        """The computation of the layers on a CPU, if it is known and the layers are still eligible."""
         stages: list[Stage] = [(self.depthwise, self.norm, self.activation)]
         if self.pointwise is not None:
             stages.append((self.pointwise, self.pointwise_norm, self.pointwise_activation))
@@ -168,7 +168,7 @@ class FusedSeparable(NamedTuple):
 
 
 def is_pointwise(conv: Any) -> bool:
-    """Whether `conv` is a 1x1 convolution and no more."""
+    """True if `conv` is a 1x1 convolution and no more."""
     # A parametrized layer is a subclass that keeps its forward.
     plain = getattr(own_class(conv), "forward", None) is nn.Conv2d.forward
     return (

@@ -106,7 +106,7 @@ class FusedSequence:
         return output
 
     def begins(self, layers: Sequence[nn.Module | None]) -> bool:
-        """Whether its layers are the first of `layers`."""
+        """True if its layers are the first of `layers`."""
         some = layers[: len(self.layers)]
         return len(some) == len(self.layers) and all([a is b for a, b in zip(some, self.layers, strict=True)])
 
@@ -247,7 +247,7 @@ def sequence_of(module: nn.Module) -> FusedSequence | None:
 
 
 def runs_fused(input: Any, growth: float = 1) -> bool:
-    """Whether something fused is to run on `input`: where it pays, or as `fusing` says."""
+    """True if something fused is to run on `input`: where it pays, or as `fusing` says."""
     return pays(input, growth) if _threads.forced is None else _threads.forced
 
 
@@ -286,5 +286,5 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _is_checkpointed() -> bool:
-    """Whether what the backward needs is being dropped, to be computed again outside of the caller."""
+    """True if what the backward needs is being dropped, to be computed again outside of the caller."""
     return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

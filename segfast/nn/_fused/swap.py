@@ -49,7 +49,7 @@ def fused_class(mixin: Any, kind: Any) -> Any:
 
 
 def runs_in_eval(module: Any) -> bool:
-    """Whether `module` is in eval, no DataParallel replica, and only eager code runs."""
+    """True if `module` is in eval, no DataParallel replica, and only eager code runs."""
     if torch.compiler.is_compiling() or module.training or getattr(module, "_is_replica", False):
         return False
     return runs_eagerly()

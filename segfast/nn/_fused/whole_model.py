@@ -79,7 +79,7 @@ class _Enlarging(TorchFunctionMode):
 
 
 class _Wanted(threading.local):
-    """Whether the model that runs in this thread is to return contiguous images, and how it comes to them."""
+    """State of a thread: if the model that runs is to return contiguous images, and how it comes to them."""
 
     contiguous = False
     # How many modes there were when the model was called, and ours if there is one now.
@@ -167,7 +167,7 @@ def lay_out_scores(last: nn.Module) -> None:
 
 
 def lays_out_scores(module: nn.Module) -> bool:
-    """Whether `lay_out_scores` was called for it."""
+    """True if `lay_out_scores` was called for it."""
     return isinstance(module, _Last)
 
 
@@ -187,5 +187,5 @@ def compute_as_given(model: nn.Module) -> None:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """What `compute_in` was given."""
+    """The dtype given to `compute_in`, or None."""
     return vars(model).get(_DTYPE)

@@ -1,4 +1,4 @@
-"""What users call: `torch.nn.functional.conv2d` with a fused epilogue, on our kernels, cuDNN's or ATen's."""
+"""`torch.nn.functional.conv2d` with a fused epilogue, on our kernels, cuDNN's or ATen's."""
 
 from collections.abc import Sequence
 
@@ -181,7 +181,7 @@ def prefers_virtual_concat(
     padding: Pair = (1, 1),
     dilation: Pair = (1, 1),
 ) -> bool:
-    """Whether conv2d of a list of images reads them where they lie.
+    """True if conv2d of a list of images reads them where they lie.
 
     It does where that was chosen. Where cuDNN or ATen compute it, there must be a concatenation, and
     `up_concat` writes it in one launch.

@@ -1,4 +1,4 @@
-"""What users call: `torch.nn.functional.conv_transpose2d` with a fused epilogue, on our kernels or ATen."""
+"""`torch.nn.functional.conv_transpose2d` with a fused epilogue, on our kernels or ATen."""
 
 import torch
 import torch.nn.functional as F

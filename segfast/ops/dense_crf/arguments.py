@@ -1,4 +1,4 @@
-"""What the functions and classes of the dense CRF ask of their arguments, one clear error a mistake."""
+"""Checks of the arguments of the dense CRF's functions and classes, one clear error a mistake."""
 
 import math
 import warnings
@@ -38,7 +38,7 @@ def check_sizes(other: Tensor, values: Tensor, name: str, axis: str = "D") -> No
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a check may look at values: on a GPU it would wait for them, tracing has none."""
+    """True if a check may look at values: on a GPU it would wait for them, tracing has none."""
     return tensor.is_cpu and not is_traced() and not is_fake(tensor)
 
 
@@ -86,7 +86,7 @@ _FAR = 2.0**12
 
 
 def far_offset(features: Tensor, points: tuple[int, ...], theta: float | Tensor = 1.0) -> Tensor:
-    """What to subtract from features before they become float32, which holds few digits of large numbers.
+    """The offset to take from features before they become float32, which has few digits for large numbers.
 
     Their mean over the dimensions that count points where they are float64 and far from zero; else zero, so
     that the places of ordinary features in a lattice stay what they are. Nothing waits for a device.

@@ -1,4 +1,4 @@
-"""Whether our kernels serve a call, and which filter they then run."""
+"""The reasons why our kernels do not serve a call, and the filter they run where they do."""
 
 import math
 
@@ -28,7 +28,7 @@ _MOST_IMAGES = 65535  # of a grid's second axis
 
 
 def can_use_kernels(operation: str, tensor: Tensor, labels: int, dim: int) -> bool:
-    """Whether `operation` runs our kernels, on values of so many labels and features of `dim` dimensions.
+    """True if `operation` runs our kernels, on values of so many labels and features of `dim` dimensions.
 
     Under "auto" it is enough that they are proven on this GPU. No library has these operations to be measured
     against: what runs otherwise is PyTorch's, which either computes every pair of points or sorts, searches

@@ -71,7 +71,7 @@ _FLOAT16_SPAN = 100
 
 
 class Crf(NamedTuple):
-    """What mean field computes with, beside the unaries."""
+    """A dense CRF beside its unaries: what mean field computes with."""
 
     features: Tensor | None  # [B, H W, D] of the bilateral term
     bilateral: Compatibility | None  # the terms' energies, None for no such term
@@ -85,7 +85,7 @@ class Crf(NamedTuple):
     thetas: Thetas | None  # theta_alpha and theta_beta, if numbers
 
     def is_bounded(self, size: tuple[int, int]) -> bool:
-        """Whether the features are known, without a look at them, to span little enough for float16."""
+        """True if the features are known, without a look at them, to span little enough for float16."""
         if not self.eight_bit or self.thetas is None:
             return False
         alpha, beta = self.thetas
@@ -129,7 +129,7 @@ def mean_field(unary: Tensor, crf: Crf) -> Tensor:
 
 
 def chosen_methods(unary: Tensor, channels: int, thetas: Thetas | None = None) -> tuple[str, str]:
-    """What "auto" is for the term of an image of so many channels, and for the spatial term."""
+    """The methods that "auto" takes for an image of so many channels, and for the spatial term."""
     labels, height, width = unary.shape[-3:]
     choice, dim = get_backend(), channels + 2
     if choice == "aten" or reason_not(choice, unary, labels, dim) is not None:

@@ -97,7 +97,7 @@ def filter_evidence(
 
 
 def skipping_evidence(device: torch.device, tolerance: float, points: int) -> Evidence:
-    """What of its normaliser every point of many tight clusters keeps: at most `tolerance` less than all.
+    """The share of its normalizer that a point of tight clusters keeps: at most `tolerance` less than 1.
 
     `aten` is off by half the tolerance, which the rule allows twice.
     """

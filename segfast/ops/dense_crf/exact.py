@@ -73,7 +73,7 @@ class AllPairsFilter:
         return out
 
     def _products(self, values: Tensor, out: Tensor) -> list[Task]:
-        """What is to be done for K times the values to be in `out`."""
+        """The tasks after which K times the values is in `out`."""
 
         def write(rows: slice) -> None:
             for some, kernel in self._chunks(rows):

@@ -1,4 +1,4 @@
-"""Which filter serves a term, and its normalisation."""
+"""The filter that serves a term, and its normalization."""
 
 from typing import Protocol
 
@@ -69,7 +69,7 @@ def normalized(plain: Filter, like: Tensor, normalization: str | None) -> Filter
 
 
 def normalizers(sums: Tensor, normalization: str | None) -> tuple[Tensor | None, Tensor | None]:
-    """What values are multiplied by before and after a filter with these row sums.
+    """The factors of values before and after a filter with these row sums.
 
     "symmetric" scales by n^-1/2 on both sides, "before" and "after" by 1/n on one side, None not at all.
     """

@@ -1,4 +1,4 @@
-"""What users call: Gaussian filtering of points with features, and mean field of a dense CRF on images."""
+"""Gaussian filtering of points with features, and mean field of a dense CRF on images: the functions."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -109,7 +109,7 @@ class _Remainder:
 
 
 class Bags:
-    """Which rows of a table each row of a result sums: b sums rows[ends[b]] up to rows[ends[b + 1]]."""
+    """The rows of a table that each row of a result sums: b sums rows[ends[b]] up to rows[ends[b + 1]]."""
 
     def __init__(self, rows: Tensor, ends: Tensor):
         self.rows, self.count = rows, ends.numel() - 1
@@ -125,7 +125,7 @@ class Bags:
         return self._chunks
 
     def parts(self, table: Tensor, weights: Tensor, out: Tensor) -> list[Task]:
-        """What is to be done for all weighted sums to be in `out`."""
+        """The tasks after which all weighted sums are in `out`."""
         return [functools.partial(self._write, chunk, table, weights, out) for chunk in self.chunks()]
 
     def sum(self, table: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:

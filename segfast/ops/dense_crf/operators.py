@@ -49,7 +49,7 @@ def _like(tensor, *_) -> Tensor:
 
 
 def _nothing(tensor: Tensor) -> Tensor:
-    """What stands for a gradient that is not asked for."""
+    """A stand-in for a gradient that is not asked for."""
     return tensor.new_empty((tensor.shape[0], 0))
 
 

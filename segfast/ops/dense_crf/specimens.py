@@ -100,7 +100,7 @@ def _setup() -> Iterator[tuple[str, Callable[[], object], int]]:
 
 
 def _recorded(build: Callable):
-    """What `build` returns, launching nothing."""
+    """The result of `build`, launching nothing."""
     from segfast.kernels import record_launches  # which needs triton
 
     with record_launches():

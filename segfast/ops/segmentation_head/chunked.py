@@ -27,7 +27,7 @@ LOW_COLUMNS = 16  # of a tile: a product costs as many multiply-adds a logit, an
 
 
 def pays(operation: str, logits: Tensor, size: tuple[int, int]) -> bool:
-    """Whether tiles are worth it beside torch's functions one by one, on full-size logits."""
+    """True if tiles are worth it beside torch's functions one by one, on full-size logits."""
     batch, classes = logits.shape[:2]
     if operation == "upsample_cross_entropy" and classes < LEAST_CLASSES:
         return False
@@ -108,7 +108,7 @@ def _positions(size: int, out_size: int, mode: str, align_corners: bool, scale: 
 
 @functools.cache
 def _fuses() -> bool:
-    """Whether this CPU's ATen computes positions with fused multiply-adds: 1.5 / 3 - 0.5 is not 0 then."""
+    """True if this CPU's ATen computes positions with fused multiply-adds: 1.5 / 3 - 0.5 is not 0 then."""
     ramp = torch.arange(2, dtype=torch.float32, device="cpu").view(1, 1, 2, 1)
     return torch.ops.aten.upsample_bilinear2d(ramp, [6, 1], False)[0, 0, 1, 0].item() != 0
 

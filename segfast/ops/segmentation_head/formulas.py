@@ -21,7 +21,7 @@ def _labels(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 def cross_entropy(logits, target, weight, size, mode, align_corners, scales, ignore_index, smoothing,
                   per_pixel) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the operator returns."""
+    """The operator's results, in plain torch."""
     z = upsample(wide(logits), size, mode, align_corners, scales)
     weight = None if weight is None else weight.to(z.dtype)
     options = {"ignore_index": ignore_index, "label_smoothing": smoothing}
@@ -78,7 +78,7 @@ def cross_entropy_second(u, grad, logits, target, weight, size, mode, align_corn
 
 
 def argmax(logits, size, mode, align_corners, scales, confidence) -> tuple[Tensor, Tensor]:
-    """What the operator returns."""
+    """The operator's results, in plain torch."""
     z = upsample(wide(logits), size, mode, align_corners, scales)
     if not confidence:
         return z.argmax(1), z.new_empty((z.shape[0], 0, 0), dtype=torch.float32)
@@ -87,7 +87,7 @@ def argmax(logits, size, mode, align_corners, scales, confidence) -> tuple[Tenso
 
 
 def dice_sums(logits, target, size, mode, align_corners, scales, ignore_index) -> tuple[Tensor, Tensor]:
-    """What the operator returns."""
+    """The operator's results, in plain torch."""
     z = upsample(wide(logits), size, mode, align_corners, scales)
     return dice_sums_of(z, target, ignore_index), torch.logsumexp(z, 1)
 

@@ -1,4 +1,4 @@
-"""What users call: a loss or labels of logits at a lower resolution than the target's."""
+"""A loss or labels of logits at a lower resolution than the target's: the functions."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def can_use_triton(choice: str, logits: Tensor, name: str, chosen: str | None) -
 def _uses_operator(
     name: str, logits: Tensor, resampling: Resampling, differentiates: bool, *options: Any
 ) -> bool:
-    """Whether our operators run: kernels, or "aten"'s tiles. Else PyTorch's functions run one by one.
+    """True if our operators run: kernels, or "aten"'s tiles. Else PyTorch's functions run one by one.
 
     `options` are what a choice may depend on beside sizes and resampling.
     """

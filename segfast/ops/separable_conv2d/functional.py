@@ -1,4 +1,4 @@
-"""What users call: depthwise and separable convolution with fused epilogues, on our kernels or ATen."""
+"""Depthwise and separable convolution with fused epilogues, on our kernels or ATen: the functions."""
 
 import torch
 from torch import Tensor
@@ -228,7 +228,7 @@ def _by_parts(input, weights, first, second, geometry, ending) -> Tensor:
 
 
 def _well_formed(input: Tensor, weight: Tensor) -> bool:
-    """Whether one may ask which backend: torch's or our error says what is wrong otherwise."""
+    """True if one may ask which backend: torch's or our error says what is wrong otherwise."""
     return input.dim() == 4 and weight.dim() == 4
 
 

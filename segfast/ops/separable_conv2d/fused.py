@@ -31,7 +31,7 @@ def result_shape(*args) -> tuple[int, ...]:
 
 
 def _format(input: Tensor, depthwise_weight: Tensor, weight: Tensor) -> torch.memory_format:
-    """What two convolutions one after the other return: channels_last if any of the three is."""
+    """The layout of two convolutions one after the other: channels_last if any of the three is."""
     if output_format(input, depthwise_weight) == torch.channels_last:
         return torch.channels_last
     return output_format(input, weight)
