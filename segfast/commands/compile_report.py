@@ -345,25 +345,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _without_interpreter(args: argparse.Namespace) -> int:
     """Run the same command in a process that compiles: under TRITON_INTERPRET=1 this one cannot."""
-    command = [sys.executable, "-m", "segfast.commands.compile_report", "--processes", str(args.processes)]
+    command = [sys.executable, "-m", "segfast", "compile-report", "--processes", str(args.processes)]
     for name in ("arch", "family", "dtype", "specimen"):
         command += [f"--{name}", *getattr(args, name)]
     command += ["--all-candidates"] * args.all_candidates
     command += [] if args.out is None else ["--out", str(args.out)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, env=environment).returncode
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m segfast.commands.compile_report`."""
-    parser = argparse.ArgumentParser(prog="python -m segfast.commands.compile_report", description=__doc__)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"segfast: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -44,7 +44,7 @@ MISTAKES = [
     ],
     ("train", ["--negative-slope", "nan"], "--negative-slope must be finite, got nan"),
     *[("train", ["--holdout", value], "--holdout") for value in ("0", "1", "-1", "nan", "0.999")],
-    *[("train", ["--seed", value], "--seed must be from 0 to 2**63 - 1") for value in ("-1", str(2**64))],
+    *[("train", ["--seed", value], "--seed must be from 0 to 2**63 - 1") for value in ("-1", str(2**63))],
     *[("train", ["--classes", value], "--classes must be from 2 to 255") for value in ("0", "-1", "256")],
     ("train", ["--data", "seven", "--classes", "5"], "--classes 5: the masks have class 7, expected 0 to 4"),
     ("train", ["--data", "seven"], "the masks have class 7 and none of 1, 2, 3, 4, 5, ...: --classes 8 if"),
@@ -64,6 +64,7 @@ MISTAKES = [
         for command in ("train", "predict", "segment", "crf-fit", "check", "demo")
         for value in ("tpu", "meta")
     ],
+    ("train --steps 1", ["--channels", "3"], "--channels 3: the nuclei image has 1"),
     ("train", ["--data", "absent"], "absent/images: no such folder"),
     ("train", ["--data", "photo.png"], "photo.png/images: no such folder"),
     ("train", ["--data", "empty"], "empty/images: no file ending in"),
@@ -82,8 +83,12 @@ MISTAKES = [
     ("predict", ["--output", f"{UNWRITABLE}/a.png"], f"{UNWRITABLE}/a.png: "),
     ("predict", ["--output", "data/a.tif"], "--output data/a.tif: expected a name ending in .png"),
     ("predict", ["--output", f"{LONG}.png"], "cannot be written (File name too long)"),
+    ("predict", ["--output", "text.png/a.png"], "text.png is not a folder"),
     ("predict", ["--device", "cuda:99"], "--device cuda:99: there are"),
     ("predict absent.png", ["--checkpoint", "good.safetensors"], "absent.png: no such file"),
+    ("predict photo.png", [], "out/unet.safetensors: no such checkpoint"),
+    ("predict photo.png text.png", ["--output", "a.png"], "--output names one file, there are 2 images"),
+    ("predict photo.png ./photo.png", [], "would both be written to out/photo.mask.png"),
     ("predict data", ["--checkpoint", "good.safetensors"], "data: not a file"),
     ("segment", ["absent.png"], "absent.png: no such file"),
     ("segment", ["data"], "data: not a file"),
@@ -114,6 +119,7 @@ MISTAKES = [
         "text.safetensors: not a readable safetensors file",
     ),
     ("crf-fit", ["-o", f"{UNWRITABLE}/a.json"], f"{UNWRITABLE}/a.json: "),
+    ("crf-fit", ["-o", "out/crf.txt"], "--output out/crf.txt: expected a name ending in .json"),
     ("crf-fit", ["-o", "text.json"], "text.json: exists and is not a file that segfast wrote"),
     *[
         ("check", ["--seconds", value], f"--seconds must be positive and finite, got {float(value)}")

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from segfast import cli
 from segfast.commands import compile_report as compile_report_module
 from segfast.commands._machine_code import from_sass
 from segfast.commands.compile_report import (
@@ -19,7 +20,6 @@ from segfast.commands.compile_report import (
     compile_launch,
     compile_report,
     compile_task,
-    main,
     tasks,
 )
 from segfast.kernels import Tile, _launch, override_tile, pretend_architecture, record_launches
@@ -163,7 +163,7 @@ def test_what_does_not_compile_is_a_row_and_ends_nothing(monkeypatch, capsys):
     assert re.fullmatch(r"does not compile: \w+Error: .*\w.*", broken)
     assert (good, refused) == ("", "cannot be launched: ValueError: own fault")
     monkeypatch.setattr(compile_report_module, "compile_report", lambda *_: rows)
-    assert main(["--arch", "sm_90"]) == 1
+    assert cli.main(["compile-report", "--arch", "sm_90"]) == 1
     assert "3 kernels, 2 with a problem" in capsys.readouterr().out
 
 
@@ -226,23 +226,8 @@ def test_exit_code_follows_the_problems(monkeypatch, capsys):
     good, bad = judged("unet_up4 forward"), judged("fcn8s_up8 grad_input")
     for rows, code in ([good], 0), ([good, bad], 1):
         monkeypatch.setattr(compile_report_module, "compile_report", lambda *_, rows=rows: rows)
-        assert main(["--arch", "sm_90"]) == code
+        assert cli.main(["compile-report", "--arch", "sm_90"]) == code
     assert "2-byte store" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--arch", "sm_70"], "--arch must be among sm_80"),
-        (["--family", "conv3d"], "--family must be among conv_transpose2d"),
-        (["--dtype", "int8"], "--dtype must be one of bf16"),
-        (["--processes", "0"], "--processes must be positive"),
-        (["--specimen", "alexnet"], "no specimen's name starts with 'alexnet'"),
-    ],
-)
-def test_bad_arguments(arguments, message, capsys):
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -269,25 +269,6 @@ def test_a_file_of_the_user_stays_without_force(folder, capsys):
     assert read_parameters("out/crf.json", 3) == (TEXTBOOK, "auto")
 
 
-MISTAKES = {
-    "--trials must be at least 2 (no CRF and the textbook's), got 1": ["--trials", "1"],
-    "--seed must be from 0 to 2**63 - 1, got 9223372036854775808": ["--seed", str(2**63)],
-    "--seconds must be above 0, got nan": ["--seconds", "nan"],
-    "--output out/crf.txt: expected a name ending in .json": ["-o", "out/crf.txt"],
-    "--holdout 1.5: expected a fraction between 0 and 1": ["--holdout", "1.5"],
-    "--unseen 0.0: expected a share above 0": ["--unseen", "0"],
-    "absent: no such folder": ["--probabilities", "absent"],
-    "images: no such folder": ["--data", "network"],
-}
-
-
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes(folder, capsys, message):
-    assert main([*ARRAYS, *MISTAKES[message]]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("segfast: ") and message in error and not Path("out").exists()
-
-
 def test_mistakes_about_the_source(folder, capsys):
     for arguments, message in (
         (["--probabilities", "data/network"], "--probabilities needs --data"),

@@ -125,13 +125,3 @@ def test_training_is_seeded():
     train, [test] = nuclei_samples()
     scores = [demo.trained_model(train, 2, seed)(test.image[None, :, :32]).detach() for seed in (0, 0, 1)]
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
-
-
-def test_a_file_of_the_user_stops_it_before_training(elsewhere, capsys):
-    Path("out").mkdir()
-    Path("out/demo.png").write_text("mine")
-    assert main(["demo"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "segfast: out/demo.png: exists and is not a file that segfast wrote"
-    )
-    assert Path("out/demo.png").read_text() == "mine"

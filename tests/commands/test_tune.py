@@ -79,32 +79,6 @@ class TestTune:
         assert asked.pop() == ((3, 2, 16, 20), torch.bfloat16, torch.bfloat16, options, _gpu_call.ALL)
         assert measure._most == _gpu_call.FEW
 
-    @pytest.mark.parametrize(
-        ("arguments", "said"),
-        [
-            (["--channels", "3"], "mine.py:net does not run on images [1, 3, 16, 20]: RuntimeError: "),
-            (["--size", "2x2"], "mine.py:net does not run on images [1, 2, 2, 2]: "),
-            (["--batch", "0"], "--batch must be positive and finite, got 0"),
-            (["--channels", "-1"], "--channels must be positive and finite, got -1"),
-            (["--budget", "0"], "--budget must be positive and finite, got 0.0"),
-            (["--budget", "nan"], "--budget must be positive and finite, got nan"),
-            (["--budget", "inf"], "--budget must be positive and finite, got inf"),
-            (["--size", "16"], "--size must be"),
-            (["--dtype", "int8"], "--dtype must be one of"),
-            (["--device", "nothing"], "--device"),
-        ],
-    )
-    def test_a_mistake_is_one_line(self, model, wins, capsys, arguments, said):
-        wins("onednn")
-        assert tune(model, *arguments) == 2
-        captured = capsys.readouterr()
-        assert captured.out == "" and len(captured.err.splitlines()) == 1 and said in captured.err
-
-
-def test_no_such_model_is_one_line(capsys):
-    assert cli.main(["tune", "nowhere.py:net"]) == 2
-    assert capsys.readouterr().err == "segfast: no file nowhere.py\n"
-
 
 OPERATION = "conv_transpose2d_forward"
 
@@ -155,19 +129,6 @@ class TestProve:
         dtypes = (torch.bfloat16, torch.float32)
         families = ("dense_crf", "conv2d")
         assert asked == [(families, *dtypes), *[(family, *dtypes) for family in families]]
-
-    @pytest.mark.parametrize(
-        ("arguments", "said"),
-        [
-            (["--device", "cuda:3"], "--device cuda:3: there are 1 CUDA GPUs"),
-            (["--device", "cpu"], "the kernels are proven on a GPU"),
-            (["--dtype", "float64"], "--dtype must be one of bfloat16, float16, float32; got 'float64'"),
-        ],
-    )
-    def test_a_mistake_is_one_line(self, proven, capsys, arguments, said):
-        assert cli.main(["prove", *arguments]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == "" and len(captured.err.splitlines()) == 1 and said in captured.err
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     @pytest.mark.parametrize("arguments", [[], ["--device", "cuda"], ["--dtype", "bf16"]])
