@@ -91,6 +91,14 @@ def boolean_masks():
 
 
 @pytest.fixture
+def fused_at_any_size(monkeypatch):
+    """On a CPU small images are computed layer by layer, but in a test that asks for this."""
+    from segfast.nn._fused import separable
+
+    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
+
+
+@pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty filled with NaN, so that an output the kernels leave unwritten shows."""
     empty = torch.empty

@@ -2,9 +2,7 @@
 
 import pytest
 
-from segfast.nn._fused import separable
-
 
 @pytest.fixture(autouse=True)
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
+def operators_of_large_images(fused_at_any_size):
+    """Of every test here."""

@@ -1,7 +1,6 @@
 """`segfast.optimize` fuses other people's ASPPs, and only what computes the same."""
 
 import copy
-import pickle
 from unittest import mock
 
 import pytest
@@ -17,13 +16,10 @@ from tests.fused_conv import draw
 from tests.optimize.separable_networks import reasons, same
 from tests.separable_conv2d.test_module import trained
 
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
+
 C = 6
 RATES = (2, 3, 5)
-
-
-@pytest.fixture(autouse=True)
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable_module, "_PAYS_ON_CPU", 0)
 
 
 @pytest.fixture
@@ -149,47 +145,6 @@ class TestKnown:
         assert {name: (type(m), set(vars(m))) for name, m in model.named_modules()} == kept
         assert not is_fused(model, x)
 
-    def test_gradients_and_training_are_the_layers_own(self, aspp, x):
-        for module in aspp.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        model = segfast.optimize(aspp)
-        same(model, x)
-        same(model.train(), x)
-        assert is_fused(model.eval(), x)
-
-    def test_copies_and_pickles(self, aspp, x):
-        model = segfast.optimize(aspp)
-        copies = [copy.deepcopy(model)]
-        if not isinstance(aspp[0], Images):  # its class is not where its name says
-            copies.append(pickle.loads(pickle.dumps(model)))
-        for twin in copies:
-            assert is_fused(twin, x)
-            with torch.no_grad():
-                next(twin.parameters()).mul_(2)
-                plain = segfast.restore(copy.deepcopy(twin))
-                torch.testing.assert_close(twin(x), plain(x), atol=1e-5, rtol=1e-5)
-
-    def test_compiled_and_exported_models_are_not_fused(self, aspp, x):
-        model = segfast.optimize(aspp)
-        with torch.no_grad():
-            for other in (
-                torch.compile(model, backend="aot_eager"),
-                torch.export.export(model, (x,), strict=False).module(),
-            ):
-                torch.testing.assert_close(other(x), aspp(x), atol=1e-5, rtol=1e-5)
-
-    def test_hooks_inside_are_called(self, aspp, x):
-        model, seen = segfast.optimize(aspp), []
-        norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-        handle = norm.register_forward_hook(lambda m, args, y: seen.append(y))
-        with torch.no_grad():
-            assert not is_fused(model, x)
-            torch.testing.assert_close(model(x), aspp(x), atol=1e-5, rtol=1e-5)
-            assert len(seen) == 2
-            handle.remove()
-            assert is_fused(model, x)
-
     def test_a_layer_put_in_afterwards(self, aspp, x):
         model = segfast.optimize(aspp)
         norm = next(name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
@@ -205,15 +160,6 @@ class TestKnown:
         model = segfast.optimize(aspp, filter_fn=lambda name, m: isinstance(m, nn.Conv2d))
         assert not is_fused(model, x)
         assert "not fused: left out by filter_fn" in reasons(model).values()
-
-    @pytest.mark.interpreter
-    def test_our_kernels(self, aspp, poisoned_empty, small_tiles):
-        x = draw(2, C, 5, 6, channels_last=True)
-        model = segfast.optimize(aspp)
-        with torch.no_grad(), segfast.backend("triton"):
-            y = model(x)
-            assert is_fused(model, x)
-        torch.testing.assert_close(y, aspp(x), atol=1e-5, rtol=1e-5)
 
 
 class Lookalike(nn.Module):

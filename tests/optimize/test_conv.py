@@ -8,7 +8,6 @@ from torch import nn
 
 import segfast
 from segfast.nn import Conv2d, ConvTranspose2d
-from segfast.nn._fused import separable
 from segfast.nn._fused.folding import folded_filter
 from tests.fused_conv import draw
 from tests.optimize.separable_networks import (
@@ -21,6 +20,8 @@ from tests.optimize.separable_networks import (
     same,
 )
 from tests.separable_conv2d.test_module import trained
+
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 
 C = 6
 CONVOLUTIONS = {
@@ -40,11 +41,6 @@ TRANSPOSED = {
     "ours": lambda: ConvTranspose2d(C, 4, 3),
 }
 ALL = {**CONVOLUTIONS, **{f"transposed {name}": make for name, make in TRANSPOSED.items()}}
-
-
-@pytest.fixture(autouse=True)
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
 
 
 @pytest.fixture
@@ -130,26 +126,6 @@ def test_someones_forward(x):
     same(model.train(), x)
 
 
-def test_restore_leaves_nothing_behind(x):
-    model = trained(Decoder()).eval()
-    kept = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
-    segfast.optimize(model, x, inplace=True)
-    assert isinstance(model.conv, nn.Conv2d) and type(model.conv) is not nn.Conv2d
-    segfast.restore(model)
-    assert {name: (type(m), set(vars(m))) for name, m in model.named_modules()} == kept
-
-
-def test_twice_is_once_and_a_copy_fuses_its_own(x):
-    model = optimized(block(nn.Conv2d(C, 4, 3), nn.ReLU()))
-    for again in (segfast.optimize(model), segfast.optimize(model, x), copy.deepcopy(model)):
-        assert segfast.report(again).fused == ["0"] and not segfast.report(again).replaced
-        with torch.no_grad():
-            again[0].weight.mul_(2)
-            again[1].running_mean.add_(1)
-        same(again, x)
-    same(model, x)
-
-
 def test_filter_fn_is_asked(x):
     asked = []
 
@@ -199,24 +175,6 @@ def test_a_broken_sequence_is_an_error(x):
         model(x)
 
 
-def test_compiled_and_exported_models_are_not_fused(x):
-    model = optimized(block(nn.Conv2d(C, 4, 3), nn.ReLU()), x)
-    plain = segfast.restore(copy.deepcopy(model))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for other in (compiled, torch.export.export(model, (x,)).module(), torch.jit.trace(model, x)):
-        torch.testing.assert_close(other(x), plain(x))
-
-
-def test_autocast_and_inference_mode(x):
-    model = optimized(block(nn.Conv2d(C, 4, 3), nn.ReLU()), x)
-    plain = segfast.restore(copy.deepcopy(model))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(model(x), plain(x), atol=0.1, rtol=0.05)
-    with torch.inference_mode():
-        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
-    same(model, x)
-
-
 @pytest.mark.interpreter
 def test_fused_alone_gets_the_kernels_layout(monkeypatch, x):
     monkeypatch.setattr(segfast._optimize.layouts, "_LAYOUT_DEVICES", ("cpu",))
@@ -245,19 +203,6 @@ class TestSmallImages:
         model = optimized(block(nn.Conv2d(16, 16, 1, stride=2), nn.ReLU()))
         assert operations(model, draw(1, 16, 91, 91)) == []
         assert operations(model, draw(1, 16, 182, 182)) == ["conv2d"]
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("make", [CONVOLUTIONS["dilated"], TRANSPOSED["groups"]], ids=["conv", "transposed"])
-def test_our_kernels(make, poisoned_empty):
-    x = draw(2, C, 5, 6, channels_last=True)
-    model = trained(block(make(), nn.ReLU())).eval()
-    expected = model(x)
-    segfast.optimize(model, inplace=True)
-    with segfast.backend("triton"):
-        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-        explanations = segfast.explain(model, x)
-    assert [d.backend for d in explanations] == ["triton"]
 
 
 def test_a_depthwise_layer_left_out_stays_by_itself(x):

@@ -6,16 +6,12 @@ import pytest
 import torch
 
 import segfast
-from segfast.nn._fused import separable
 from tests.optimize.coverage import HAS_SMP, MODELS, PAGE, SMPS, build, example, optimized, page, row
+
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 
 NEEDS_SMP = pytest.mark.skipif(not HAS_SMP, reason="segmentation-models-pytorch is not installed")
 EACH = [pytest.param(name, marks=NEEDS_SMP) if name in SMPS else name for name in MODELS]
-
-
-@pytest.fixture(autouse=True)
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
 
 
 def outputs(model, image):

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import segfast
-from segfast.nn._fused import separable
 from tests.fused_conv import draw
 from tests.optimize.separable_networks import (
     ACTIVATIONS,
@@ -26,10 +25,7 @@ from tests.optimize.separable_networks import (
 )
 from tests.separable_conv2d.test_module import trained
 
-
-@pytest.fixture(autouse=True)
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 
 
 @pytest.fixture
