@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.plain_models import plain_model
-from segfast.models import FCN, create, fcn8s, fcn16s, fcn32s, model_name, remap_state_dict
+from segfast.models import FCN, fcn8s, fcn16s, fcn32s, remap_state_dict
 from segfast.models.fcn import crop_offsets
 from segfast.nn import ConvTranspose2d
 from tests.models import peers
@@ -186,19 +186,6 @@ class TestVGG16:
         change(state)
         with pytest.raises(ValueError, match=message):
             remap_state_dict(state, model)
-
-
-def test_its_own_keys():
-    model = fcn32s(width=1)
-    state = model.state_dict()
-    found = remap_state_dict({"module." + key: value for key, value in state.items()} | {"epoch": 3}, model)
-    assert found.keys() == state.keys() and all(found[key] is state[key] for key in state)
-
-
-def test_names():
-    for name in ("fcn8s", "fcn16s", "fcn32s"):
-        model = create(name, width=1)
-        assert isinstance(model, FCN) and model_name(model) == name
 
 
 @pytest.mark.parametrize(

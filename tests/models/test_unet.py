@@ -346,11 +346,6 @@ def test_milesial_checkpoint_of_another_depth():
     model.load_state_dict(remap_state_dict(milesial(1, 3, 2, depth=2).state_dict(), model))
 
 
-def test_own_keys_pass_unchanged():
-    model = UNet(width=2, depth=1)
-    assert remap_state_dict(model.state_dict(), model).keys() == model.state_dict().keys()
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "options", "message"),
     [

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import segfast
-from segfast.models import SegmentationModel, create, list_models, remap_state_dict
+from segfast.models import SegmentationModel, create, list_models, model_name, remap_state_dict
 from segfast.models._base import main_scores
 from segfast.train import load_checkpoint, predict, save_checkpoint
 from segfast.train._loop import cross_entropy
@@ -60,6 +60,7 @@ class ModelTester:
     def test_is_listed_and_rebuilt_from_its_config(self):
         model = self.build()
         assert self.name in list_models()
+        assert model_name(model) == self.name
         twin = create(self.name, **model.config)
         assert {k: v.shape for k, v in twin.state_dict().items()} == {
             k: v.shape for k, v in model.state_dict().items()
@@ -145,13 +146,12 @@ class ModelTester:
     )
     @pytest.mark.parametrize("inside", [None, "state_dict", "model"])
     def test_own_weights_as_training_scripts_keep_them(self, prefix, inside):
-        model = self.build()
-        state = {prefix + name: value for name, value in model.state_dict().items()}
+        weights = self.build().state_dict()
+        state = {prefix + name: value for name, value in weights.items()}
         if inside is not None:
             state = {"epoch": 3, inside: state, "optimizer": {"state": {}}, "best": torch.tensor(0.5)}
         found = remap_state_dict(state, self.build())
-        assert found.keys() == model.state_dict().keys()
-        assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+        assert found.keys() == weights.keys() and all(found[name] is weights[name] for name in weights)
 
     def test_what_is_no_checkpoint_of_it_is_named(self):
         model = self.build()
