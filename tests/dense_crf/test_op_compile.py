@@ -90,22 +90,16 @@ def test_all_pairs_decompose_and_a_lattice_stays_whole(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_transforms(method):
+def test_jacobians(method):
     values, features = draw(3, 2, 20), draw(3, 4, 20, seed=1)
 
-    def loss(values, features):
-        return gaussian_filter(values, features, method=method, normalization="symmetric").square().sum()
+    def loss(values):
+        return (
+            gaussian_filter(values, features, method=method, normalization="symmetric").square().sum((1, 2))
+        )
 
-    def single(values, features):
-        return loss(values[None], features[None])
-
-    expected = torch.autograd.functional.jacobian(loss, (values, features))
-    torch.testing.assert_close(grad(loss, (0, 1))(values, features), expected)
-    torch.testing.assert_close(vmap(grad(single, (0, 1)))(values, features), expected)
-    torch.testing.assert_close(jacrev(loss)(values, features), expected[0])
-    shared = vmap(lambda v: gaussian_filter(v, features, method=method), in_dims=1)(values[:, :, None])
-    separate = torch.stack([gaussian_filter(values[:, i : i + 1], features, method=method) for i in range(2)])
-    torch.testing.assert_close(shared, separate)
+    expected = torch.autograd.functional.jacobian(loss, values)
+    torch.testing.assert_close(jacrev(loss)(values), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,17 +132,6 @@ def test_second_gradients_of_the_operators_are_an_error():
 
 
 def test_flops():
-    values, features = draw(2, 3, 50).requires_grad_(), draw(2, 4, 50, seed=1).requires_grad_()
-    counts = {}
-    for method in METHODS:
-        with FlopCounterMode(display=False) as counter:
-            result = gaussian_filter(values, features, method=method)
-        counts[method] = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            result = gaussian_filter(values, features, method=method)
-            result.sum().backward()
-        assert counter.get_total_flops() == 4 * counts[method]
-    assert counts == {"exact": 2 * 50**2 * (2 * 3 + 2 * 4 + 4), "lattice": 2 * 50 * 4 * 5 * 3}
     tensors = crf_inputs(learns=False)
     with FlopCounterMode(display=False) as counter:
         mean_field(tensors["unary"], method="lattice", iterations=2)

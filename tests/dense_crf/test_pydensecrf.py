@@ -412,6 +412,8 @@ def test_without_energies_all_labels_are_alike():
 NAN = float("nan")
 MISTAKES = {
     "nlabels must be an int of at least 1, got 0": lambda d: ours.DenseCRF(4, 0),
+    "nvar must be an int of at least 1, got 1.5": lambda d: ours.DenseCRF(1.5, 2),
+    "h must be an int of at least 1, got 0": lambda d: ours.DenseCRF2D(4, 0, 2),
     "w must be an int of at least 1, got 0": lambda d: ours.DenseCRF2D(0, 4, 2),
     "method must be one of": lambda d: ours.DenseCRF(4, 2, method="quick"),
     r"the unary energy must be \[2, 20\]": lambda d: d.setUnaryEnergy(np.zeros((20, 2))),
@@ -419,17 +421,25 @@ MISTAKES = {
     "the unary energy holds NaN": lambda d: d.setUnaryEnergy(np.full((2, 20), NAN)),
     r"L must be \[labels, K\]": lambda d: d.setUnaryEnergy(np.zeros((2, 3)), np.zeros((4, 20))),
     "sxy must be one positive number or 2 of them, got 0": lambda d: d.addPairwiseGaussian(0, 3),
+    "sxy must be .* got nan": lambda d: d.addPairwiseBilateral(NAN, 3, np.zeros((4, 5, 3)), 3),
     "srgb must be .* got -1": lambda d: d.addPairwiseBilateral(3, -1, np.zeros((4, 5, 3)), 3),
     r"rgbim must be \[4, 5, 3\].* got \[5, 4, 3\]": lambda d: d.addPairwiseBilateral(
         3, 3, np.zeros((5, 4, 3)), 3
     ),
+    r"rgbim must have 3 dimensions, got the shape \[4, 5\]": lambda d: d.addPairwiseBilateral(
+        3, 3, np.zeros((4, 5)), 3
+    ),
     "rgbim must be finite": lambda d: d.addPairwiseBilateral(3, 3, np.full((4, 5, 3), NAN), 3),
     r"features must be \[D, 20\]": lambda d: d.addPairwiseEnergy(np.zeros((2, 19)), 3),
+    "features must be finite": lambda d: d.addPairwiseEnergy(np.full((2, 20), -np.inf), 3),
     r"compat must be a number, \[2\] or \[2, 2\]": lambda d: d.addPairwiseGaussian(3, np.zeros(3)),
     "compat must be a finite number": lambda d: d.addPairwiseGaussian(3, NAN),
+    "is not a valid KernelType": lambda d: d.addPairwiseGaussian(3, 3, kernel=9),
     "is not a valid NormalizationType": lambda d: d.addPairwiseGaussian(3, 3, normalization=7),
     "iterations must be an int of at least 0, got -1": lambda d: d.inference(-1),
-    r"Q must be \[2, 20\]": lambda d: d.klDivergence(np.zeros((2, 21))),
+    "iterations must be an int of at least 0, got 1.5": lambda d: d.map(1.5),
+    r"Q must be \[2, 20\].* got \[2, 21\]": lambda d: d.klDivergence(np.zeros((2, 21))),
+    r"Q must be \[2, 20\].* got \[20, 2\]": lambda d: d.stepInference(np.zeros((20, 2))),
     "gt_prob must be between 0 and 1, got 1": lambda d: utils.unary_from_labels([0, 1], 2, 1),
     r"labels must be integers in 0\.\.2": lambda d: utils.unary_from_labels([0, 3], 2, 0.5),
     r"scale must be in \(0, 1\]": lambda d: utils.unary_from_softmax(np.ones((2, 3)), scale=2),
