@@ -1,4 +1,4 @@
-"""What every fusion of `segfast.optimize` owes the model: tested once, for each kind of layers it fuses."""
+"""Rules that every fusion of `segfast.optimize` keeps: tested once, for each kind of layers it fuses."""
 
 import copy
 import pickle
