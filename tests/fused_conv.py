@@ -140,7 +140,7 @@ def precisions_of(run: Callable[[], object]) -> list[set[str]]:
                 conv.fp32_precision = precision
                 launches.clear()
                 run()
-                found.append({plan.constants.get("PRECISION") for plan, _ in launches} - {None})
+                found.append({launch.constants.get("PRECISION") for launch, _ in launches} - {None})
     finally:
         conv.fp32_precision = before
     return found

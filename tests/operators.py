@@ -9,13 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import segfast
-from segfast.ops import FAMILIES, OPERATORS
-
-
-def operators_of(family: str) -> set[str]:
-    """The names of the operators that `segfast.ops.<family>` registers."""
-    return {name for name, op in OPERATORS.items() if f".{family}." in f"{op.reference.__module__}."}
-
+from segfast.ops import FAMILIES
 
 Samples = Callable[[], Iterator[Callable[[], Any]]]
 

@@ -209,10 +209,10 @@ EXAMPLES = [
     ),
     Example(
         "conv2d in groups", "conv2d", sf.conv2d, fused(F.conv2d),
-        lambda c: {"input": (1, 4, 4, 4), "weight": (2 * c, 2, 3, 3), **_vectors(2 * c),
-                   "residual": (1, 2 * c, 2, 2)},
+        lambda c: {"input": (2, 4, 4, 4), "weight": (2 * c, 2, 3, 3), **_vectors(2 * c),
+                   "residual": (2, 2 * c, 2, 2)},
         {"stride": 2, "padding": 2, "dilation": 2, "groups": 2},
-        flops=2 * (2 * 2) * 8 * 18,
+        flops=2 * (2 * 2 * 2) * 8 * 18,
     ),
     Example(
         "conv2d of images", "conv2d", conv2d_of_images, define_of_images,
@@ -238,10 +238,10 @@ EXAMPLES = [
     ),
     Example(
         "conv_transpose2d in groups", "conv_transpose2d", sf.conv_transpose2d, fused(F.conv_transpose2d),
-        lambda c: {"input": (1, 4, 2, 3), "weight": (4, c, 2, 2), **_vectors(2 * c),
-                   "residual": (1, 2 * c, 4, 7)},
+        lambda c: {"input": (2, 4, 2, 3), "weight": (4, c, 2, 2), **_vectors(2 * c),
+                   "residual": (2, 2 * c, 4, 7)},
         {"stride": 2, "groups": 2, "dilation": (1, 2)},
-        flops=2 * (2 * 3) * 4 * 4 * 4,
+        flops=2 * (2 * 2 * 3) * 4 * 4 * 4,
     ),
     Example(
         "up_concat", "conv_transpose2d", sf.up_concat, define_up_concat,

@@ -208,8 +208,8 @@ def test_func_grad_and_gradients_of_each_sample(example, route):
     expected = grad(lambda t: loss(t, example.reference))(wide)
     with on(route, example):
         assert_near(grad(loss)(tensors), expected, 5 * example.error)
-        if example.family == "segmentation_head" or tensors[example.batched[0]].shape[0] == 1:
-            return
+        if example.family == "segmentation_head":
+            return  # whose targets would have to be split as well
         apart = {n: t[:, None] if n in example.batched else t for n, t in tensors.items()}
         each = vmap(grad(loss), ({n: 0 if n in example.batched else None for n in tensors},))(apart)
     for i in range(2):

@@ -89,49 +89,6 @@ def test_other_dtypes_go_to_aten_under_auto(dtype):
     assert y.dtype == dtype
 
 
-def _layouts(*shape):
-    """The same size in every memory format there is, ambiguous ones included."""
-    base = draw(*shape)
-    yield "contiguous", base
-    yield "channels_last", base.contiguous(memory_format=torch.channels_last)
-    yield "permuted", base.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    yield "transposed", base.transpose(2, 3).contiguous().transpose(2, 3)
-    wide = torch.cat([base, base], 1).contiguous(memory_format=torch.channels_last)
-    yield "slice of channels_last", wide[:, : shape[1]]
-    yield "every other column", base.repeat_interleave(2, 3)[..., ::2]
-    yield "expanded", base[:1, :1].expand(shape)
-
-
-SHAPES = [(2, 4, 2, 3), (2, 1, 3, 2), (2, 4, 1, 1), (1, 1, 1, 1), (1, 4, 1, 3)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_memory_formats_are_torchs(shape, backend):
-    channels = shape[1]
-    weights = {
-        "contiguous": draw(3, channels, 2, 2),
-        "channels_last": draw(3, channels, 2, 2, channels_last=True),
-        "one filter": draw(1, channels, 3, 3, channels_last=True),
-        "1x1": draw(3, channels, 1, 1, channels_last=True),
-    }
-    for (layout, x), (weight_layout, w) in ((a, b) for a in _layouts(*shape) for b in weights.items()):
-        leaves, ours = ([t.detach().requires_grad_() for t in (x, w)] for _ in range(2))
-        expected = F.conv2d(*leaves, padding=1)
-        with segfast.backend(backend):
-            actual = conv2d(*ours, padding=1)
-        what = f"{layout} input, {weight_layout} weight"
-        assert actual.stride() == expected.stride(), what
-        assert torch.allclose(actual, expected, atol=1e-5), what
-        if weight_layout == "channels_last":
-            grads = torch.autograd.grad(actual.square().sum(), ours)
-            expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
-            for name, a, b in zip(("input", "weight"), grads, expected_grads, strict=True):
-                assert torch.allclose(a, b, atol=1e-3, rtol=1e-4), f"gradient of {name}, {what}"
-            # What AccumulateGrad keeps and DDP expects of a gradient.
-            assert backend == "aten" or grads[1].stride() == w.stride(), what
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape", [(0, 3, 3, 2), (2, 3, 3, 2), (3, 3, 2)], ids=["empty", "batch", "unbatched"]

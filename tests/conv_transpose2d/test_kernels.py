@@ -1,11 +1,7 @@
 """The transposed-convolution kernels in Triton's interpreter, against fp64."""
 
 import math
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ import torch.nn.functional as F
 import segfast
 from segfast.functional import conv_transpose2d
 from segfast.kernels import Tile, override_tile
+from tests import far_apart
 from tests.fused_conv import check_fused, draw
 
 pytestmark = pytest.mark.interpreter
@@ -198,67 +195,15 @@ def test_a_phase_without_taps_still_writes_the_epilogue(poisoned_empty):
     assert torch.allclose(y[0, :, 1::2, :], F.silu(z)[:, 1::2, :], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "form", ["rows apart", "batch apart", "channel slice", "spatial slice", "expanded", "nchw", "transposed"]
-)
-def test_inputs_and_gradients_of_any_strides(form, poisoned_empty):
-    x, g = _view(form, (2, 6, 4, 3)), _view(form, (2, 5, 8, 6))
-    weight = draw(6, 5, 2, 2)
-    leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    expected = F.conv_transpose2d(*leaves, stride=2)
-    expected_grads = torch.autograd.grad(expected, leaves, g)
-    x.requires_grad_(), weight.requires_grad_()
-    with segfast.backend("triton"):
-        actual = conv_transpose2d(x, weight, stride=2)
-        grads = torch.autograd.grad(actual, (x, weight), g)
-    for result, reference in zip((actual, *grads), (expected, *expected_grads), strict=True):
-        torch.testing.assert_close(result, reference, atol=2e-5, rtol=2e-5)
-
-
-def _view(form: str, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    n, c, h, w = shape
-    last = {"dtype": torch.float32, "channels_last": True}
-    return {
-        "rows apart": lambda: draw(n, c, 2 * h, w, **last)[:, :, ::2],
-        "batch apart": lambda: draw(2 * n, c, h, w, **last)[1::2],
-        "channel slice": lambda: draw(n, 2 * c, h, w, **last)[:, c:],
-        "spatial slice": lambda: draw(n, c, h + 3, w + 2, **last)[:, :, 1 : h + 1, 2:],
-        "expanded": lambda: draw(1, 1, 1, 1).expand(n, c, h, w),
-        "nchw": lambda: draw(n, 2 * c, h, w)[:, ::2],
-        "transposed": lambda: draw(n, c, w, h, **last).transpose(2, 3),
-    }[form]()
-
-
-# In a process of its own, where an offset that wraps kills nothing else. Linux gives memory only for pages
-# that are touched, so that these tensors of 4 to 7 GB cost a few kilobytes.
 _FAR_APART = textwrap.dedent("""
     import sys
     import torch
     import torch.nn.functional as F
     from segfast import kernels
+    from tests.far_apart import same
 
     kernel, axis = int(sys.argv[1]), int(sys.argv[2])
     options = ((2, 2), (0, 0), (1, 1), 1)
-
-    def far_apart(dense):
-        # The same values, neighbours along `axis` so far apart that the last begins past 2**31.
-        n, c, h, w = dense.shape
-        strides = [h * w * c, 1, w * c, c]
-        strides[axis] = 2**31 // (dense.shape[axis] - 1) + 64
-        numel = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, strides))
-        return torch.empty(numel, dtype=dense.dtype).as_strided(dense.shape, strides).copy_(dense)
-
-    def blank(like):
-        return torch.full(like.shape, torch.nan, dtype=like.dtype).to(memory_format=torch.channels_last)
-
-    def same(launcher, inputs, like):
-        near, far = blank(like), blank(like)
-        if launcher is not grad_weight:
-            far = far_apart(far)
-        launcher(*inputs, near)
-        launcher(*[t if t is None else far_apart(t) for t in inputs], far)
-        assert not near.isnan().any() and torch.equal(near, far), launcher
-        return near
 
     torch.manual_seed(0)
     last = {"memory_format": torch.channels_last}
@@ -278,10 +223,10 @@ _FAR_APART = textwrap.dedent("""
     def grad_weight(x, g, out):
         kernels.conv_transpose2d_grad_weight(x, g, out, *options)
 
-    assert torch.allclose(same(forward, (x, torch.zeros_like(g), None), y), y, atol=1e-2)
-    same(forward, (x, None, skip), torch.cat([skip, y], 1))
-    same(grad_input, (g,), x)
-    same(grad_weight, (x, g), w)
+    assert torch.allclose(same(axis, forward, (x, torch.zeros_like(g), None), y)[0], y, atol=1e-2)
+    same(axis, forward, (x, None, skip), torch.cat([skip, y], 1))
+    same(axis, grad_input, (g,), x)
+    same(axis, grad_weight, (x, g), w, spread=False)
     print("same")
 """)
 
@@ -289,11 +234,4 @@ _FAR_APART = textwrap.dedent("""
 @pytest.mark.parametrize("axis", [0, 2], ids=["images", "rows"])
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_offsets_past_two_to_the_31(kernel, axis):
-    result = subprocess.run(
-        [sys.executable, "-c", _FAR_APART, str(kernel), str(axis)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert "same" in result.stdout, f"exit code {result.returncode}: {result.stderr[-2000:]}"
+    far_apart.run_script(_FAR_APART, kernel, axis)

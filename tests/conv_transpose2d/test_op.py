@@ -77,57 +77,6 @@ def test_a_dtype_without_kernels_is_refused_by_name(dtype):
         conv_transpose2d(sample.input, *sample.args, **sample.kwargs)
 
 
-def _layouts(*shape):
-    """The same size in every memory format there is, ambiguous ones included."""
-    base = draw(*shape)
-    yield "contiguous", base
-    yield "channels_last", base.contiguous(memory_format=torch.channels_last)
-    yield "permuted", base.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    yield "transposed", base.transpose(2, 3).contiguous().transpose(2, 3)
-    yield (
-        "slice of channels_last",
-        torch.cat([base, base], 1).contiguous(memory_format=torch.channels_last)[:, : shape[1]],
-    )
-    yield "every other column", base.repeat_interleave(2, 3)[..., ::2]
-    yield "expanded", base[:1, :1].expand(shape)
-
-
-SHAPES = [
-    (2, 4, 3, 5),
-    (1, 4, 3, 3),
-    (2, 1, 3, 4),
-    (2, 4, 1, 1),
-    (1, 1, 1, 1),
-    (1, 4, 1, 5),
-    (1, 1, 3, 1),
-    (3, 2, 2, 1),
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_memory_formats_are_torchs(shape, backend):
-    weights = {
-        "contiguous": draw(shape[1], 3, 2, 2),
-        "channels_last": draw(shape[1], 3, 2, 2, channels_last=True),
-        "one channel": draw(shape[1], 1, 2, 2, channels_last=True),
-        "1x1": draw(shape[1], 3, 1, 1, channels_last=True),
-    }
-    for (layout, x), (weight_layout, w) in ((a, b) for a in _layouts(*shape) for b in weights.items()):
-        leaves, ours = ([t.detach().requires_grad_() for t in (x, w)] for _ in range(2))
-        expected = F.conv_transpose2d(*leaves, stride=2)
-        with segfast.backend(backend):
-            actual = conv_transpose2d(*ours, stride=2)
-        what = f"{layout} input, {weight_layout} weight"
-        assert actual.stride() == expected.stride(), what
-        assert torch.allclose(actual, expected, atol=1e-5), what
-        if weight_layout == "channels_last":
-            grads = torch.autograd.grad(actual.square().sum(), ours)
-            expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
-            for name, a, b in zip(("input", "weight"), grads, expected_grads, strict=True):
-                assert torch.allclose(a, b, atol=1e-3, rtol=1e-4), f"gradient of {name}, {what}"
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape", [(0, 3, 2, 2), (2, 3, 2, 2), (3, 2, 2)], ids=["empty", "batch", "unbatched"]

@@ -32,36 +32,6 @@ def refine(method="lattice", **tensors):
     return mean_field(**tensors, iterations=2, method=method)
 
 
-def with_gradients(function, tensors):
-    result = function(**tensors)
-    return result, *torch.autograd.grad(result.square().sum(), list(tensors.values()))
-
-
-@pytest.mark.compat
-def test_compiles_whole_and_trains():
-    torch._dynamo.reset()
-    compiled = torch.compile(refine, backend="aot_eager", fullgraph=True, dynamic=True)
-    for size in ((5, 7), (6, 9)):
-        tensors = crf_inputs(size=size)
-        with torch.compiler.set_stance("default" if size == (5, 7) else "fail_on_recompile"):
-            actual = with_gradients(compiled, tensors)
-        torch.testing.assert_close(actual, with_gradients(refine, tensors))
-    tensors = crf_inputs(learns=False)
-    torch.testing.assert_close(compiled(**tensors), refine(**tensors))
-
-
-@pytest.mark.compat
-def test_a_compiled_filter_is_the_filter():
-    torch._dynamo.reset()
-
-    def function(values, features):
-        return gaussian_filter(values, features, normalization="symmetric").sin()
-
-    tensors = {"values": draw(2, 3, 40).requires_grad_(), "features": draw(2, 4, 40, seed=1).requires_grad_()}
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(with_gradients(compiled, tensors), with_gradients(function, tensors))
-
-
 @pytest.mark.compat
 @pytest.mark.parametrize(
     "learn_thetas, dtype", [(False, torch.float32), (True, torch.float32), (False, torch.uint8)]
@@ -174,8 +144,3 @@ def test_the_operators_check_values_too():
         tensors[name] = tensors[name] * float("nan")
         with pytest.raises(ValueError, match=message):
             compiled(**tensors)
-
-
-def test_symbolic_tracing_keeps_the_call_whole():
-    traced = torch.fx.symbolic_trace(lambda x, y: segfast.functional.mean_field(x, y, iterations=2))
-    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [mean_field]

@@ -17,7 +17,7 @@ from segfast.ops.segmentation_head import (
     formulas,
 )
 from tests.conformance.test_operators import operator_calls
-from tests.fused_conv import BACKENDS, INTERPRETING_ONLY, draw
+from tests.fused_conv import BACKENDS, draw
 from tests.segmentation_head.reference import (
     GEOMETRIES,
     IGNORED,
@@ -193,15 +193,11 @@ def train_step(logits, target, weight):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize(
-    ("dynamic", "backend"),
-    [(False, "aten"), (True, "aten"), pytest.param(True, "triton", marks=INTERPRETING_ONLY)],
-)
-def test_compiles_whole_and_trains(dynamic, backend):
+def test_compiles_for_labels_of_any_size():
     torch._dynamo.reset()
-    with segfast.backend(backend):
-        compiled = torch.compile(forward_pass, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-        for height, width in ((4, 6), (5, 7)) if dynamic else ((4, 6),):
+    with segfast.backend("aten"):
+        compiled = torch.compile(forward_pass, backend="aot_eager", fullgraph=True, dynamic=True)
+        for height, width in ((4, 6), (5, 7)):
             logits, target = head((2, 3, height, width), {"size": (2 * height + 1, 17)})
             weight = torch.rand(3)
             results = []

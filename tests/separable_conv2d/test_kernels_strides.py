@@ -1,11 +1,7 @@
 """The depthwise and separable kernels on any strides: values, promises of alignment, wide offsets."""
 
 import math
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,8 @@ import torch.nn.functional as F
 
 import segfast
 from segfast.functional import depthwise_conv2d, separable_conv2d
+from tests import far_apart
+from tests.conformance.test_strides import view
 from tests.fused_conv import draw
 from tests.separable_conv2d.reference import (
     check_depthwise,
@@ -61,56 +59,14 @@ def test_alignment_of_the_separable_kernels(form, channels, checked_hints):
     assert checked_hints and max(checked_hints) >= math.gcd(*channels, 8)
 
 
-def _view(form: str, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    n, c, h, w = shape
-    last = {"dtype": torch.float32, "channels_last": True}
-    return {
-        "rows apart": lambda: draw(n, c, 2 * h, w, **last)[:, :, ::2],
-        "columns apart": lambda: draw(n, c, h, 3 * w, **last)[..., ::3],
-        "batch apart": lambda: draw(2 * n, c, h, w, **last)[1::2],
-        "channel slice": lambda: draw(n, 2 * c, h, w, **last)[:, c:],
-        "every other channel": lambda: draw(n, 2 * c, h, w, **last)[:, ::2],
-        "spatial slice": lambda: draw(n, c, h + 3, w + 2, **last)[:, :, 1 : h + 1, 2:],
-        "expanded": lambda: draw(1, 1, 1, 1).expand(n, c, h, w),
-        "expanded images": lambda: draw(1, c, h, w, **last).expand(n, c, h, w),
-        "expanded pixels": lambda: draw(n, c, 1, 1).expand(n, c, h, w),
-        "nchw": lambda: draw(n, 2 * c, h, w)[:, ::2],
-        "transposed": lambda: draw(n, c, w, h, **last).transpose(2, 3),
-    }[form]()
-
-
-VIEWS = [
-    *("rows apart", "columns apart", "batch apart", "channel slice", "every other channel", "spatial slice"),
-    *("expanded", "expanded images", "expanded pixels", "nchw", "transposed"),
-]
-
-
-# Of the kernels that go tap by tap, those that differ: pixels apart, no channel stride of 1, strides of zero.
-@pytest.mark.parametrize(
-    ("multiplier", "form"),
-    [*[(1, form) for form in VIEWS], *[(2, form) for form in ("columns apart", "nchw", "expanded pixels")]],
-)
-def test_inputs_and_gradients_of_any_strides(multiplier, form, checked_hints):
-    x, g = _view(form, (2, 6, 3, 2)), _view(form, (2, 6 * multiplier, 3, 2))
-    weight = draw(6 * multiplier, 1, 3, 3)
-    leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    expected = plain_depthwise(*leaves, padding=1)
-    expected_grads = torch.autograd.grad(expected, leaves, g)
-    x.requires_grad_(), weight.requires_grad_()
-    with segfast.backend("triton"):
-        actual = depthwise_conv2d(x, weight, padding=1)
-        grads = torch.autograd.grad(actual, (x, weight), g)
-    for result, reference in zip((actual, *grads), (expected, *expected_grads), strict=True):
-        torch.testing.assert_close(result, reference, atol=2e-5, rtol=2e-5)
-
-
 @pytest.mark.compat
-@pytest.mark.parametrize("form", ["fused", "two kernels"])
-@pytest.mark.parametrize("view", VIEWS)
-def test_separable_inputs_and_residuals_of_any_strides(view, form, checked_hints):
-    x, residual = _view(view, (2, 6, 4, 3)), _view(view, (2, 5, 4, 3))
+@pytest.mark.parametrize(
+    "form", ["columns apart", "every other channel", "spatial slice", "nchw", "expanded"]
+)
+def test_two_kernels_read_any_strides(form, checked_hints):
+    x, residual = view(form, (2, 6, 4, 3)), view(form, (2, 5, 4, 3))
     depthwise, pointwise = draw(6, 1, 3, 3), draw(5, 6, 1, 1)
-    with in_form(form), segfast.backend("triton"):
+    with in_form("two kernels"), segfast.backend("triton"):
         y = separable_conv2d(x, depthwise, pointwise, padding=1, residual=residual)
     expected = F.conv2d(plain_depthwise(x, depthwise, padding=1), pointwise) + residual
     torch.testing.assert_close(y, expected, atol=2e-5, rtol=2e-5)
@@ -172,13 +128,12 @@ def test_weights_of_any_strides(multiplier, layout, checked_hints):
     ],
     ids=["contiguous", "channels_last", "transposed", "slice", "expanded"],
 )
-@pytest.mark.parametrize("form", ["fused", "two kernels"])
-def test_pointwise_weights_of_any_strides(form, layout):
+def test_pointwise_weights_of_any_strides_for_two_kernels(layout):
     x, depthwise, pointwise = draw(1, 6, 3, 4), draw(6, 1, 3, 3), layout(draw(5, 6, 1, 1))
     leaves = [t.clone().requires_grad_() for t in (x, depthwise, pointwise)]
     expected = F.conv2d(plain_depthwise(*leaves[:2], padding=1), leaves[2])
     ours = [t.detach().requires_grad_() for t in (x, depthwise, pointwise)]
-    with in_form(form), segfast.backend("triton"):
+    with in_form("two kernels"), segfast.backend("triton"):
         actual = separable_conv2d(*ours, padding=1)
         grads = torch.autograd.grad(actual.square().sum(), ours)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
@@ -186,45 +141,14 @@ def test_pointwise_weights_of_any_strides(form, layout):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
-def test_vectors_may_be_strided():
-    tensors = separable_operands((1, 4, 3, 3), 6)
-    strided = {n: torch.stack([t, t], 1)[:, 0] if t.dim() == 1 else t for n, t in tensors.items()}
-    same = {n: t[:1].expand(t.shape) if t.dim() == 1 else t for n, t in tensors.items()}
-    with segfast.backend("triton"):
-        assert torch.equal(separable_conv2d(**strided), separable_conv2d(**tensors))
-        torch.testing.assert_close(
-            separable_conv2d(**same), separable_conv2d(**{n: t.contiguous() for n, t in same.items()})
-        )
-
-
-# In a process of its own, where an offset that wraps kills nothing else. Linux gives memory only for pages
-# that are touched, so that these tensors of 4 to 7 GB cost a few kilobytes.
 _FAR_APART = textwrap.dedent("""
     import sys
     import torch
     import torch.nn.functional as F
     from segfast import kernels
+    from tests.far_apart import same
 
     axis = int(sys.argv[1])
-
-    def far_apart(dense):
-        # The same values, neighbours along `axis` so far apart that the last begins past 2**31.
-        n, c, h, w = dense.shape
-        strides = [h * w * c, 1, w * c, c]
-        strides[axis] = 2**31 // max(dense.shape[axis] - 1, 1) + 64
-        numel = 1 + sum((size - 1) * step for size, step in zip(dense.shape, strides))
-        return torch.empty(numel, dtype=dense.dtype).as_strided(dense.shape, strides).copy_(dense)
-
-    def blank(like):
-        return torch.full(like.shape, torch.nan, dtype=like.dtype).to(memory_format=torch.channels_last)
-
-    def same(launch, inputs, like, spread=True):
-        near = blank(like)
-        far = far_apart(blank(like)) if spread else blank(like)
-        launch(*inputs, near)
-        launch(*[far_apart(t) for t in inputs], far)
-        assert not near.isnan().any() and torch.equal(near, far), launch
-        return near
 
     tile = kernels.Tile(4, 4, 4, 1, 1, 2)
     for operation in kernels._tiles.operations():
@@ -256,14 +180,14 @@ _FAR_APART = textwrap.dedent("""
                 x, w, None, None, None, p, None, None, None, residual, out, *geometry, None, None, 0.0
             )
 
-        assert torch.allclose(same(forward, (x,), y), y, atol=1e-2)
-        same(grad_input, (g,), x)
-        same(grad_weight, (x, g), w, spread=False)
+        assert torch.allclose(same(axis, forward, (x,), y)[0], y, atol=1e-2)
+        same(axis, grad_input, (g,), x)
+        same(axis, grad_weight, (x, g), w, spread=False)
         residual = torch.zeros_like(z).contiguous(**last)
         for form in ("fused", "two kernels"):
             tile = kernels.Tile(16, 16, 16, 4, 1, form=form)
             with kernels.override_tile("separable_conv2d_forward", tile):
-                assert torch.allclose(same(separable, (x, residual), z), z, atol=2e-2)
+                assert torch.allclose(same(axis, separable, (x, residual), z)[0], z, atol=2e-2)
 
     for multiplier, stride in ((1, 1), (1, 2), (2, 2)):
         print(multiplier, stride, flush=True)
@@ -274,11 +198,4 @@ _FAR_APART = textwrap.dedent("""
 
 @pytest.mark.parametrize("axis", [0, 2, 3], ids=["images", "rows", "columns"])
 def test_offsets_past_two_to_the_31(axis):
-    result = subprocess.run(
-        [sys.executable, "-c", _FAR_APART, str(axis)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert "same" in result.stdout, f"exit code {result.returncode}: {result.stdout} {result.stderr[-2000:]}"
+    far_apart.run_script(_FAR_APART, axis)

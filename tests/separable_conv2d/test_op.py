@@ -3,7 +3,6 @@
 torch's own samples, memory formats, gradients, grad modes, the ATen path.
 """
 
-import contextlib
 import itertools
 
 import pytest
@@ -121,68 +120,6 @@ def test_an_image_without_a_batch(backend):
     )
     pointwise = F.conv2d(F.conv2d(x, w, padding=1, groups=3), p) + residual
     torch.testing.assert_close(z, pointwise, atol=1e-5, rtol=1e-5)
-
-
-def _layouts(*shape):
-    """The same size in every memory format there is, ambiguous ones included."""
-    base = draw(*shape)
-    yield "contiguous", base
-    yield "channels_last", base.contiguous(memory_format=torch.channels_last)
-    yield "permuted", base.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    yield "transposed", base.transpose(2, 3).contiguous().transpose(2, 3)
-    yield (
-        "slice of channels_last",
-        draw(shape[0], 2 * shape[1], *shape[2:], channels_last=True)[:, : shape[1]],
-    )
-    yield "every other column", base.repeat_interleave(2, 3)[..., ::2]
-    yield "expanded", base[:1, :1].expand(shape)
-
-
-SHAPES = [(2, 4, 3, 5), (1, 4, 3, 3), (2, 1, 3, 4), (2, 4, 1, 1), (1, 1, 1, 1), (1, 4, 1, 5), (3, 2, 2, 1)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_memory_formats_are_torchs(shape, backend):
-    c = shape[1]
-    weights = {
-        "contiguous": draw(c, 1, 3, 3),
-        "channels_last": draw(c, 1, 3, 3, channels_last=True),
-        "taps-major": draw(3, 3, 1, c).permute(3, 2, 0, 1),
-        "two filters": draw(2 * c, 1, 3, 3, channels_last=True),
-        "1x1": draw(c, 1, 1, 1, channels_last=True),
-        "5x5, most of it outside": draw(c, 1, 5, 5, channels_last=True),
-    }
-    # The kernels' results are recorded, not computed: their values are tests/kernels' affair.
-    quick = segfast.kernels.record_launches if backend == "triton" else contextlib.nullcontext
-    for (layout, x), (weight_layout, w) in itertools.product(_layouts(*shape), weights.items()):
-        dilation = 2 if w.shape[2] == 5 else 1
-        padding = dilation * (w.shape[2] // 2)
-        expected = F.conv2d(x, w, None, 1, padding, dilation, c)
-        with segfast.backend(backend), torch.no_grad(), quick():
-            actual = depthwise_conv2d(x, w, None, 1, padding, dilation)
-            scaled = depthwise_conv2d(x, w, draw(w.shape[0]), 1, padding, dilation, scale=draw(w.shape[0]))
-            summed, *_ = depthwise_conv2d(x, w, None, 1, padding, dilation, return_statistics=True)
-        what = f"{layout} input, {weight_layout} weight"
-        assert actual.stride() == expected.stride(), what
-        assert scaled.stride() == summed.stride() == expected.stride(), what
-        assert backend == "triton" or torch.allclose(actual, expected, atol=1e-5), what
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_memory_formats_of_the_separable_operator_are_torchs(shape, backend):
-    c = shape[1]
-    depthwise = [draw(c, 1, 3, 3), draw(c, 1, 3, 3, channels_last=True)]
-    pointwise = [draw(o, c, 1, 1, channels_last=last) for o in (3, 1) for last in (False, True)]
-    quick = segfast.kernels.record_launches if backend == "triton" else contextlib.nullcontext
-    for (layout, x), w, p in itertools.product(_layouts(*shape), depthwise, pointwise):
-        expected = F.conv2d(F.conv2d(x, w, None, 1, 1, 1, c), p)
-        with segfast.backend(backend), torch.no_grad(), quick():
-            actual = separable_conv2d(x, w, p, padding=1)
-        what = f"{layout} input, weights {w.stride()} {p.stride()} of {p.shape[0]} outputs"
-        assert actual.stride() == expected.stride(), what
-        assert backend == "triton" or torch.allclose(actual, expected, atol=1e-5), what
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
