@@ -3,19 +3,21 @@
 `peers(problem)` yields a Candidate for each that exists on this machine, else a Skipped with the reason.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import crf_peers, cudnn_graph
-from benchmarks.case import PYRAMIDS
-from benchmarks.cases import is_crf, is_depthwise
+from benchmarks.cases import is_crf
 from benchmarks.environment import dry_run
-from benchmarks.problems import FORMULAS, Formula, Problem, Tensors, folded
+from benchmarks.problems import Formula, Problem, folded
 from benchmarks.timing import Candidate, Skipped
+from segfast.ops._case import Tensors
+from segfast.ops.conv2d.cases import Branches
+from segfast.ops.separable_conv2d.cases import DepthwiseConv2d
 
 Peer = Candidate | Skipped
 COMPILE_MODE = "max-autotune-no-cudagraphs"
@@ -29,12 +31,12 @@ def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
         return
     yield Candidate("aten_nchw", problem.bind(problem.formula, problem.contiguous()))
     yield Candidate("aten_nhwc", problem.bind(problem.formula))
-    if is_depthwise(case) or case.op == "separable_conv2d":
+    if isinstance(case, DepthwiseConv2d):
         yield from _depthwise_kernels(problem)
     if case.direction == "forward" and case.op in ("conv2d", "conv_transpose2d"):
         yield from _fused(problem)
     elif case.direction == "forward" and problem.device.type == "cuda":
-        if case.op in PYRAMIDS:
+        if isinstance(case, Branches):
             yield Candidate("cudnn_conv_relu", problem.bind(_fused_pyramid(problem)))
         elif case.op == "separable_conv2d":
             yield from _cudnn_graph(problem)
@@ -87,7 +89,7 @@ def _fused(problem: Problem) -> Iterator[Peer]:
     if "bn" in case.epilogue:
         tensors = folded(tensors)
         bare = case.replace(epilogue=tuple(name for name in case.epilogue if name != "bn"))
-        yield Candidate("aten_nhwc_folded", problem.bind(FORMULAS[case.op](bare), tensors))
+        yield Candidate("aten_nhwc_folded", problem.bind(bare.formula, tensors))
     if problem.device.type != "cuda":
         return
     if case.op == "conv2d" and case.activation == "relu":
@@ -110,25 +112,15 @@ def _fused(problem: Problem) -> Iterator[Peer]:
 def _fused_pyramid(problem: Problem) -> Formula:
     """An ASPP, or its branches, with every convolution, batch norm and relu one call of cuDNN's."""
     case, tensors = problem.case, problem.tensors
-    rates = {f"rate{i}": rate for i, rate in enumerate(case["rates"])}
-    names = ["weight", *rates, *(("pool", "project") if case.op == "aspp" else ())]
+    names = [name for name, value in tensors.items() if value.dim() == 4 and name != "x"]
     filters = {name: folded({**tensors, "weight": tensors[name]}) for name in names}
 
-    def convolution(x: torch.Tensor, name: str) -> torch.Tensor:
-        rate, (weight, bias) = rates.get(name, 1), (filters[name][part] for part in ("weight", "bias"))
-        padding = rate if name in rates else 0
-        return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [padding] * 2, [rate] * 2, 1)
+    def layer(x: torch.Tensor, t: Tensors, name: str, d: int = 1) -> torch.Tensor:
+        weight, bias = (filters[name][part] for part in ("weight", "bias"))
+        padding = d * (weight.shape[2] // 2)
+        return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [padding] * 2, [d] * 2, 1)
 
-    def formula(t: Tensors) -> torch.Tensor:
-        x = t["x"]
-        branches = [convolution(x, name) for name in ("weight", *rates)]
-        if case.op == "aspp_branches":
-            return torch.cat(branches, 1)
-        pooled = convolution(x.mean((2, 3), keepdim=True), "pool")
-        branches.append(F.interpolate(pooled, x.shape[2:], mode="bilinear", align_corners=False))
-        return convolution(torch.cat(branches, 1), "project")
-
-    return formula
+    return functools.partial(case.formula, layer=layer)
 
 
 def _cudnn_graph(problem: Problem) -> Iterator[Peer]:

@@ -14,12 +14,11 @@ import numpy
 import torch
 
 import segfast
-from benchmarks.case import Case
 from benchmarks.crf_cases import PHOTOS
-from benchmarks.crf_problems import Tensors
 from benchmarks.environment import dry_run
-from benchmarks.problems import FORMULAS, Formula, Problem
+from benchmarks.problems import Formula, Problem
 from benchmarks.timing import Candidate, Skipped
+from segfast.ops._case import Case, Tensors
 
 Peer = Candidate | Skipped
 MOST_EXPONENTIALS = 2e11  # of a timed peer that takes every pair: more would take it seconds a call
@@ -98,15 +97,15 @@ def _keops(problem: Problem) -> Iterator[Peer]:
         everything = _too_many(case)
     if missing is None and problem.device.type != "cuda":
         blocks = "the pairs of tiles are those that our kernels find on a GPU"
-    formula = FORMULAS[case.op]
+    keops = functools.partial(case.formula, make_filter=_keops_filter)
     if everything is not None:
         yield Skipped("keops", everything)
     else:
-        yield Candidate("keops", problem.bind(formula(case, _keops_filter)), note="all pairs, fp32")
+        yield Candidate("keops", problem.bind(keops), note="all pairs, fp32")
     if blocks is not None:
         yield Skipped("keops_blocks", blocks)
     else:
-        run = problem.bind(formula(case, _keops_blocks))
+        run = problem.bind(functools.partial(case.formula, make_filter=_keops_blocks))
         yield Candidate("keops_blocks", run, note="segfast's own pairs of tiles, fp32", tolerance=EXACT)
 
 

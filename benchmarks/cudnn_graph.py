@@ -4,9 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.cases import Case, output_size
-from benchmarks.problems import Problem, Tensors, affine
+from benchmarks.problems import Problem
+from segfast.ops._case import Tensors
+from segfast.ops._convolution_case import ConvolutionCase, affine
 from segfast.ops._cudnn_graph import fused_graph
+from segfast.ops.conv2d.cases import Conv2d
+from segfast.ops.separable_conv2d.cases import DepthwiseConv2d
 
 Term = tuple[str, torch.Tensor]
 
@@ -25,12 +28,12 @@ def layer(problem: Problem) -> Callable[[Tensors], torch.Tensor]:
             added = [("add", t["residual"])] if "add" in case.epilogue else []
             return _convolution(case, t["x"], t["weight"], [*terms, *added])
     else:
-        depthwise = case.replace(op="conv2d", params={**case.params, "co": case["ci"]})
+        depthwise = case.become(DepthwiseConv2d, params={**case.params, "co": case["ci"]})
         first = _channel_terms(case, problem.tensors, "depthwise_")
-        sizes = dict(zip(("h", "w"), output_size(case), strict=True))
+        sizes = dict(zip(("h", "w"), case.output_size, strict=True))
         plain = {"ci": case["ci"], "co": case["co"], "n": case["n"], "k": 1, "s": 1, "p": 0, "d": 1}
         linear = case.replace(epilogue=("bn",)) if "linear" in case.params else case
-        pointwise = linear.replace(op="conv2d", params={**plain, **sizes})
+        pointwise = linear.become(Conv2d, params={**plain, **sizes})
 
         def function(t: Tensors) -> torch.Tensor:
             between = _convolution(depthwise, t["x"], t["depthwise"], first)
@@ -40,14 +43,15 @@ def layer(problem: Problem) -> Callable[[Tensors], torch.Tensor]:
     return function
 
 
-def _convolution(case: Case, x: torch.Tensor, weight: torch.Tensor, terms: list[Term]) -> torch.Tensor:
-    shape = (case["n"], case["co"], *output_size(case))
-    geometry = [(case.params.get(name, default),) * 2 for name, default in (("s", 1), ("p", 0), ("d", 1))]
-    transposed = case.op == "conv_transpose2d"
-    return fused_graph(x, weight, terms, shape, *geometry, case.activation, transposed=transposed)
+def _convolution(
+    case: ConvolutionCase, x: torch.Tensor, weight: torch.Tensor, terms: list[Term]
+) -> torch.Tensor:
+    shape = (case["n"], case["co"], *case.output_size)
+    geometry = [(case.get(name),) * 2 for name in ("s", "p", "d")]
+    return fused_graph(x, weight, terms, shape, *geometry, case.activation, transposed=case.transposed)
 
 
-def _channel_terms(case: Case, t: Tensors, prefix: str = "") -> list[Term]:
+def _channel_terms(case: ConvolutionCase, t: Tensors, prefix: str = "") -> list[Term]:
     found: list[Term] = []
     if "bn" in case.epilogue:
         scale, shift = affine(t, prefix)

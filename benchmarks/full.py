@@ -28,11 +28,11 @@ from segfast.functional import (
 from segfast.ops._case import Proof
 from segfast.ops._convolution_case import ConvolutionCase
 from segfast.ops._prove import judge
-from segfast.ops.conv2d.evidence import convolution_evidence
+from segfast.ops.conv2d.cases import SplitConv2d
 from segfast.ops.conv_transpose2d.cases import ConvTranspose2d
-from segfast.ops.segmentation_head.evidence import head_evidence
+from segfast.ops.segmentation_head.cases import HeadKernels
 from segfast.ops.segmentation_head.geometry import Resampling
-from segfast.ops.separable_conv2d.evidence import depthwise_evidence, separable_evidence
+from segfast.ops.separable_conv2d.cases import DepthwiseConv2d, SeparableConv2d
 
 Size = tuple[int, int, int]  # images, height, width
 Comparison = Iterator[tuple[str, float, float]]  # name, error, what is allowed
@@ -87,74 +87,41 @@ def subjects(dtypes: Sequence[torch.dtype], few: bool = False) -> list[Subject]:
     return up + found + heads
 
 
-def _depthwise(draw: random.Random, dtype: torch.dtype, kernel: int) -> Subject:
+def _depthwise(draw: random.Random, dtype: torch.dtype, k: int) -> Subject:
     channels, filters = draw.choice([1, 3, 8, 21, 40, 72]), draw.choice([1, 1, 1, 2])
-    steps = stride, padding, dilation = (
-        draw.choice([1, 1, 2, 3]),
-        draw.randrange(kernel),
-        draw.choice([1, 1, 2]),
-    )
-
-    def compare(device: torch.device, size: Size) -> Comparison:
-        batch, height, width = size
-        if min(height, width) + 2 * padding > dilation * (kernel - 1):
-            sizes = (batch, channels, filters, height, width, kernel, *steps)
-            yield from _held(depthwise_evidence(device, dtype, "", *sizes))
-
-    label = f"depthwise c={channels} m={filters} k={kernel} s={stride} p={padding} d={dilation} {dtype}"
-    return Subject(label, compare)
+    sizes = {"ci": channels, "co": channels * filters, "g": channels, "k": k, "s": draw.choice([1, 1, 2, 3])}
+    sizes |= {"p": draw.randrange(k), "d": draw.choice([1, 1, 2])}
+    epilogue = ("bias", "affine", "relu6")
+    return _subject(DepthwiseConv2d("", "depthwise", sizes, epilogue=epilogue), dtype)
 
 
-def _conv(draw: random.Random, dtype: torch.dtype, kernel: int) -> Subject:
-    groups = draw.choice([1, 1, 1, 2])
-    channels, filters = (groups * draw.choice([1, 3, 8, 21, 40, 72]) for _ in range(2))
-    stride, dilation = draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 6, 12])
-    padding = draw.choice([0, 1, dilation * (kernel // 2)])
-    split = draw.choice([1, 1, 3])
-
-    def compare(device: torch.device, size: Size) -> Comparison:
-        batch, height, width = size
-        if min(height, width) + 2 * padding > dilation * (kernel - 1):
-            sizes = (
-                batch,
-                channels,
-                filters,
-                height,
-                width,
-                kernel,
-                stride,
-                padding,
-                dilation,
-                groups,
-                split,
-            )
-            yield from _held(convolution_evidence(device, dtype, "", *sizes))
-
-    label = f"conv2d c={channels} co={filters} k={kernel} s={stride} p={padding} d={dilation} g={groups}"
-    return Subject(f"{label} split={split} {dtype}", compare)
+def _conv(draw: random.Random, dtype: torch.dtype, k: int) -> Subject:
+    groups, d = draw.choice([1, 1, 1, 2]), draw.choice([1, 2, 6, 12])
+    sizes = {name: groups * draw.choice([1, 3, 8, 21, 40, 72]) for name in ("ci", "co")} | {"g": groups}
+    sizes |= {"k": k, "s": draw.choice([1, 1, 2, 3]), "p": draw.choice([0, 1, d * (k // 2)]), "d": d}
+    sizes["split"] = draw.choice([1, 1, 3])
+    epilogue = ("bias", "affine", "add", "relu")
+    return _subject(SplitConv2d("", "conv2d", sizes, epilogue=epilogue), dtype)
 
 
 def _separable(draw: random.Random, dtype: torch.dtype, form: str) -> Subject:
-    channels, outputs = (draw.choice([1, 8, 21, 40, 72, 136]) for _ in range(2))
-    stride = draw.choice([1, 2])
-
-    def compare(device: torch.device, size: Size) -> Comparison:
-        sizes = (size[0], channels, outputs, *size[1:], stride, form)
-        return _held(iter([separable_evidence(device, dtype, "", *sizes)]))
-
-    return Subject(f"separable, {form}, c={channels} co={outputs} s={stride} {dtype}", compare)
+    sizes = {name: draw.choice([1, 8, 21, 40, 72, 136]) for name in ("ci", "co")}
+    params = {**sizes, "k": 3, "s": draw.choice([1, 2]), "p": 1, "d": 1, "form": form, "between": "relu6"}
+    epilogue = ("bias", "affine", "add", "relu")
+    return _subject(SeparableConv2d("", "separable", params, epilogue=epilogue), dtype)
 
 
 def _head(draw: random.Random, dtype: torch.dtype, mode: str, corners: bool, scale: int) -> Subject:
-    classes, smoothing, weighted = draw.choice([2, 5, 19, 40]), draw.choice([0.0, 0.1]), draw.random() < 0.5
+    params = {"classes": draw.choice([2, 5, 19, 40]), "smoothing": draw.choice([0.0, 0.1])}
+    params["weighted"] = draw.random() < 0.5
 
     def compare(device: torch.device, size: Size) -> Comparison:
-        shape = (size[0], classes, *size[1:])
         resampling = Resampling((scale * size[1], scale * size[2]), mode, corners, None)
-        return _held(head_evidence(device, dtype, "", shape, resampling, weighted, smoothing))
+        sizes = {**params, **dict(zip(("n", "h", "w"), size, strict=True)), "resampling": resampling}
+        return _held(HeadKernels("", "", sizes).proofs(device, dtype))
 
-    label = f"head x{scale} {mode} corners={corners} c={classes} smoothing={smoothing} weighted={weighted}"
-    return Subject(f"{label} {dtype}", compare, 9)
+    label = " ".join(f"{name}={value}" for name, value in params.items())
+    return Subject(f"head x{scale} {mode} corners={corners} {label} {dtype}", compare, 9)
 
 
 def _held(found: Iterator[Proof]) -> Comparison:

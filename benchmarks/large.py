@@ -12,7 +12,7 @@ from segfast.functional import (
     separable_conv2d,
     upsample_cross_entropy,
 )
-from segfast.ops.separable_conv2d.evidence import config_of
+from segfast.ops.separable_conv2d.cases import config_of
 
 Outcome = tuple[str, bool, str]
 FORMS = ("fused", "two kernels")  # of separable convolution

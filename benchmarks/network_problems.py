@@ -10,10 +10,10 @@ from torch import nn
 
 import segfast
 from benchmarks.baselines import Peer
-from benchmarks.case import Case
 from benchmarks.networks import SIDES, build_network, draw_images
 from benchmarks.timing import Candidate, Skipped
 from segfast.models._base import main_scores
+from segfast.ops._case import Case
 from segfast.ops._gpu_measure import without_search
 
 # Of the largest error over the largest score. A GPU's convolutions may round fp32 to tf32.

@@ -1,20 +1,30 @@
 """Whole segmentation networks of several packages, as their users run them: the list, and random weights."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.case import Case
 from segfast.commands._load_model import import_torchvision
+from segfast.ops._case import Case
 
-OP = FAMILY = "networks"
+FAMILY = "networks"
 CLASSES = 21
 SIDES = (256, 512)
 THREADS = ("1", "all")
 TINY = 64  # the side of the images where only values are compared
+
+
+class NetworkCase(Case):
+    """Images for a whole network, whose FLOPs are not counted."""
+
+    family = op = FAMILY
+
+    def count_flops(self, useful: bool) -> float:
+        return math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +81,7 @@ NETWORKS = {
 }
 
 
-def network_cases(cores: int, on_gpu: bool = False) -> Iterator[Case]:
+def network_cases(cores: int, on_gpu: bool = False) -> Iterator[NetworkCase]:
     """Every network at both sizes: on a CPU with one thread and with one on each core, on a GPU once."""
     threads = ("1",) if on_gpu or cores == 1 else THREADS
     for side in SIDES:
@@ -80,7 +90,7 @@ def network_cases(cores: int, on_gpu: bool = False) -> Iterator[Case]:
                 yield network_case(network.name, side, "" if on_gpu else count)
 
 
-def network_case(name: str, side: int, threads: str = "1") -> Case:
+def network_case(name: str, side: int, threads: str = "1") -> NetworkCase:
     """One image of `side` by `side`; `threads` is "1", "all" or, on a GPU, empty."""
     network = NETWORKS[name]
     params = {"n": 1, "model": name, "h": side, "w": side, "threads": threads}
@@ -88,7 +98,7 @@ def network_case(name: str, side: int, threads: str = "1") -> Case:
     title = f"{network.title}, {side}x{side}{words}"
     ending = f"_{threads}t" if threads else ""
     size = "full" if side in SIDES else "tiny"
-    return Case(f"{name}_{side}{ending}", FAMILY, OP, title, params, {}, dtype="float32", size=size)
+    return NetworkCase(f"{name}_{side}{ending}", title, params, dtype="float32", size=size)
 
 
 def draw_images(count: int, side: int, seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks import plain_resnet
 from benchmarks.plain_deeplabv3plus import DeepLabV3Plus, set_batch_statistics
-from benchmarks.problems import crop_to
+from segfast.ops.conv_transpose2d.cases import crop_to
 
 DEEPLABV3PLUS = {"deeplabv3plus_mobilenetv2": "mobilenet_v2", "deeplabv3plus_xception65": "xception65"}
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import BLOCKS, MODELS, OPERATORS, is_crf
+from benchmarks.cases import CASES, MODELS, is_crf
 from benchmarks.environment import environment
 from benchmarks.rows import make_row
 from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
-from segfast.ops import FAMILIES
 
 SECONDS = 0.3  # of timing, each case
 
@@ -23,7 +22,7 @@ def quick_report(folder: Path, device: torch.device) -> Path:
     """
     threads, device = torch.get_num_threads(), timing_device(device)
     columns, rows = environment(device), []
-    cases = [case for case in OPERATORS + BLOCKS if case.family in FAMILIES]
+    cases = [case for case in CASES if "quick" in case.uses]
     if device.type == "cuda":
         # What a full-size CRF is held to takes seconds.
         cases = [case for case in cases if not is_crf(case)]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from benchmarks.cases import CASES, CONVOLUTIONS, directions, find
+from benchmarks.cases import CASES, directions, find
 
 FAMILY = [case for case in CASES if case.family == "conv2d"]
 # On a CPU all batches are the same case, and the gradients of a few stand for all.
 ON_GPU = torch.cuda.is_available()
-OTHER_BATCHES = {case.name for case in CONVOLUTIONS if case["n"] != 8}
+OTHER_BATCHES = {case.name for case in FAMILY if case["n"] != 8 and "quick" not in case.uses}
 FEW = ("resnet_layer3_d2_layer", "aspp_n8_33")
 
 

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 import segfast
-from benchmarks.case import Case
-from benchmarks.cases import CASES, LAYERS, directions, find
+from benchmarks.cases import CASES, directions, find
 from benchmarks.problems import Problem
 from segfast.commands._threads import one_thread
 from segfast.ops.separable_conv2d import separable
+from segfast.ops.separable_conv2d.cases import DepthwiseConv2d, SeparableConv2d
 
 CPU = torch.device("cpu")
 FAMILY = [case for case in CASES if case.family == "separable_conv2d"]
 # On a CPU all batches are the same case, and the gradients of a few stand for all.
 ON_GPU = torch.cuda.is_available()
-OTHER_BATCHES = {case.name for case in LAYERS if case["n"] != 8}
+OTHER_BATCHES = {case.name for case in FAMILY if case["n"] != 8}
 FEW = ("mobilenetv2_dw144", "xception_middle_dw_layer", "efficientnet_dw144_k5_s2", "decoder_sep_256")
 
 # Of modules on a CPU: channels, side, kernel, stride, padding, dilation.
@@ -99,9 +99,9 @@ def test_modules_on_a_cpu(compare, name, make):
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
     sizes = {"n": 1, "ci": channels, "co": channels, "h": side, "w": side, "k": kernel, "g": channels}
     sizes |= dict(zip("spd", geometry, strict=True))
-    op = "conv2d" if make is _layer else "separable_conv2d"
+    kind = DepthwiseConv2d if make is _layer else SeparableConv2d
     layer = f"{type(ours).__name__}, {name}"
-    case = Case(layer, "separable_conv2d", op, layer, sizes, {}, dtype="float32", size="cpu")
+    case = kind(layer, layer, sizes, dtype="float32", size="cpu")
     compare.side_by_side(case, {"segfast": partial(ours, x), "plain": partial(plain, x)})
 
 

@@ -95,13 +95,18 @@ def optimize():
     assert type(segfast.restore(fast)[1]) is torch.nn.PReLU
 
 def proofs():
-    from segfast.ops._prove import judge
+    from segfast.ops._prove import prove
+    rows = list(prove(x.device, (torch.float32, torch.float16), families=("prelu",)))
+    assert len(rows) == 4 and {row.operation for row in rows} == set(segfast.ops.prelu.OPERATIONS)
+    assert [str(row) for row in rows if not row.passed] == []
+
+def benchmark():
+    from benchmarks.cases import find
+    from benchmarks.suite import candidates, make_problem, measure_problem
+    problem = make_problem(find("enet_initial").cpu().replace(direction="train"), x.device)
     with segfast.backend("triton"):
-        evidence = [e for t in (torch.float32, torch.float16) for e in segfast.ops.prelu.proofs(x.device, t)]
-    assert len(evidence) == 4 and {e.operation for e in evidence} == set(segfast.ops.prelu.OPERATIONS)
-    for item in evidence:
-        error, allowed = judge(item)
-        assert error <= allowed, item.case
+        found = measure_problem(problem, candidates(problem), budget_s=0.0, min_rounds=1)
+    assert {m.candidate for m in found if m.status == "ok"} == {"segfast", "aten_nchw", "aten_nhwc"}
 
 def measured():
     from segfast.ops._gpu_call import GPU_OPERATIONS, Draw, GpuCall
@@ -134,8 +139,8 @@ def launches():
     (launch, pointers), = recorded
     assert launch.constants == {"CHANNELS": 3, "BLOCK": 1024} and len(pointers) == 3
 
-CHECKS = (registered, dispatch, values, autograd, opcheck, compiled, flops, optimize, proofs, measured,
-          launches, chosen)
+CHECKS = (registered, dispatch, values, autograd, opcheck, compiled, flops, optimize, proofs, benchmark,
+          measured, launches, chosen)
 for check in CHECKS:
     try:
         check()
@@ -149,13 +154,14 @@ for check in CHECKS:
 def tree(tmp_path_factory) -> Path:
     """A copy of the package with the page's files and its lines in the four lists."""
     root = tmp_path_factory.mktemp("tree")
-    for folder in ("kernels", "segfast"):
+    for folder in ("kernels", "segfast", "benchmarks"):
         shutil.copytree(
             ROOT / folder, root / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
     shutil.copy(ROOT / "pyproject.toml", root)
     for name, code in FILES.items():
         assert not (root / name).exists()
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(code)
     for name, (anchor, line, export) in LISTS.items():
         text = (root / name).read_text()
@@ -188,7 +194,12 @@ def test_it_compiles_for_a_gpu(tree):
 
 
 def test_the_page_has_a_file_for_every_layer():
-    assert list(FILES) == ["kernels/prelu.py", "segfast/ops/prelu.py", "segfast/nn/prelu.py"]
+    assert list(FILES) == [
+        "kernels/prelu.py",
+        "segfast/ops/prelu/__init__.py",
+        "segfast/ops/prelu/cases.py",
+        "segfast/nn/prelu.py",
+    ]
 
 
 @pytest.mark.parametrize("check", re.findall(r"^def (\w+)", CHECKS, re.MULTILINE))

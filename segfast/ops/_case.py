@@ -5,6 +5,7 @@ are in its `cases.py`, which importing segfast does not import.
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -65,7 +66,7 @@ class Case:
         raise NotImplementedError
 
     def formula(self, t: Tensors) -> Tensor:
-        """The result in plain torch: exact of float64, the size of its terms of absolute values."""
+        """The result in plain torch, exact of float64."""
         raise NotImplementedError
 
     def prepared(self, t: Tensors) -> Tensors:
@@ -76,9 +77,26 @@ class Case:
         """segfast's function of tensors that are `prepared`, on the backend in force."""
         raise NotImplementedError
 
+    def magnitude(self, t: Tensors) -> Tensor:
+        """The size of the terms that each result sums, in float64."""
+        return self.formula(changed(t, lambda value: value.double().abs()))
+
     def proofs(self, device: torch.device, dtype: torch.dtype) -> Iterator[Proof]:
         """Our kernels on `device` beside the formula in float64 on a CPU and in `dtype` on `device`."""
         raise NotImplementedError
+
+    def drawn(self, dtype: torch.dtype) -> Tensors:
+        """Inputs on the CPU, the same at each call."""
+        return self.inputs(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
+
+    def proof(
+        self, operation: str, name: str, function: Callable[[Tensors], Tensor], t: Tensors,
+        device: torch.device, depth: int, tf32: bool = False,
+    ) -> Proof:  # fmt: skip
+        """`function` of `t` on `device` beside the formula."""
+        reference, on_device = self.formula(changed(t, Tensor.double)), moved(t, device)
+        aten, run = self.formula(on_device), functools.partial(function, on_device)
+        return Proof(operation, name, run, reference, aten, self.magnitude(t), depth, tf32)
 
     def launches(self, dtype: torch.dtype) -> Iterator[Launch]:
         """Launches for the compile report, on meta tensors."""
@@ -162,20 +180,12 @@ def cases(family: str, use: str) -> list[Case]:
 
 def proofs(family: str, device: torch.device, dtype: torch.dtype) -> Iterator[Proof]:
     """Every proof of a family's kernels."""
-    module = importlib.import_module(f"{__package__}.{family}")
-    if hasattr(module, "proofs"):
-        yield from module.proofs(device, dtype)
-        return
     for case in cases(family, "prove"):
         yield from case.proofs(device, dtype)
 
 
 def launches(family: str, dtype: torch.dtype) -> Iterator[Launch]:
     """Every launch of a family's kernels that the compile report has."""
-    module = importlib.import_module(f"{__package__}.{family}")
-    if hasattr(module, "specimens"):
-        yield from module.specimens(dtype)
-        return
     for case in cases(family, "compile"):
         yield from case.launches(dtype)
 

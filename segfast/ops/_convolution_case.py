@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._case import Case, Proof, Tensors, changed, moved, normal
+from ._case import AnyCase, Case, Launch, Proof, Tensors, changed, moved, normal
 from ._epilogue import apply_epilogue
 from ._operands import Pair, load_kernels, pair
 
@@ -20,11 +20,13 @@ CPU = torch.device("cpu")
 class ConvolutionCase(Case):
     """A convolution of images: `n`, `ci`, `co`, `h`, `w`, kernel `k`, stride `s`, padding `p`, and further.
 
-    Of proofs, `operations` are the forward's and the gradients'.
+    `function` is ours, `plain` torch's; `name_of_kernels` is what the kernels' operations begin with.
     """
 
+    function: ClassVar[Callable[..., Any]]
+    plain: ClassVar[Callable[..., Tensor]]
+    name_of_kernels: ClassVar[str]
     transposed: ClassVar[bool] = False
-    operations: ClassVar[tuple[str, ...]]
     tf32: ClassVar[bool] = True  # products on matrix units
 
     def get(self, name: str) -> int:
@@ -43,9 +45,38 @@ class ConvolutionCase(Case):
             return (self[side] - 1) * s - 2 * p + reach + pair(self.get("extra"), "extra")[side == "w"]
         return (self[side] + 2 * p - reach) // s + 1
 
+    @property
+    def vectors(self) -> int:
+        """The length of a scale and a shift."""
+        return self["co"]
+
+    def steps(self) -> tuple[Any, ...]:
+        """The arguments of both functions behind input, weight and bias."""
+        raise NotImplementedError
+
+    def pairs(self) -> tuple[Any, ...]:
+        """The same as our operators take them."""
+        raise NotImplementedError
+
+    def geometry(self) -> tuple[Any, ...]:
+        """The same as the kernels' launchers take them."""
+        return self.pairs()
+
     def filters(self, draw: Callable[..., Tensor]) -> Tensors:
         """The filters, of a size that keeps that of what they sum."""
         raise NotImplementedError
+
+    def formula(self, t: Tensors) -> Tensor:
+        y = self.plain(t["x"], t["weight"], t.get("bias"), *self.steps())
+        return self.finish(y, t, activation=self.activation)
+
+    def ours(self, t: Tensors) -> Tensor:
+        return self.function(t["x"], t["weight"], t.get("bias"), *self.steps(), **self.operands(t))
+
+    def operands(self, t: Tensors) -> dict[str, Any]:
+        """Our function's epilogue."""
+        found: dict[str, Any] = {name: t[name] for name in ("scale", "shift", "residual") if name in t}
+        return {**found, "activation": self.activation}
 
     def inputs(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
         draw, co = normal(device, dtype, generator), self["co"]
@@ -53,7 +84,7 @@ class ConvolutionCase(Case):
         if "bias" in self.epilogue:
             t["bias"] = draw(co)
         if "affine" in self.epilogue:
-            t |= {"scale": draw(co), "shift": draw(co)}
+            t |= {"scale": draw(self.vectors), "shift": draw(self.vectors)}
         if "add" in self.epilogue:
             t["residual"] = draw(self["n"], co, *self.output_size)
         return t | (batch_norm(co, draw) if "bn" in self.epilogue else {})
@@ -80,17 +111,36 @@ class ConvolutionCase(Case):
         scale, shift = affine(t)
         return {**t, "scale": scale, "shift": shift}
 
+    def magnitude(self, t: Tensors) -> Tensor:
+        return self.linear().formula(absolute(t))
+
     def linear(self) -> "ConvolutionCase":
-        """Without its activation: of absolute values the size of the terms."""
+        """Without its activation."""
         return self.replace(epilogue=tuple(name for name in self.epilogue if name != self.activation))
+
+    def alone(self: AnyCase) -> AnyCase:
+        """The layer without batch norm and activation, which a plain model runs after it."""
+        bias = tuple(name for name in self.epilogue if name == "bias")
+        return self.replace(name=f"{self.name}_layer", epilogue=bias, uses=("benchmark",))
+
+    def at_batch(self: AnyCase, n: int) -> AnyCase:
+        """The same layer of so many images."""
+        params = {**self.params, "n": n}
+        return self.replace(name=f"{self.name}_n{n}", params=params, uses=("benchmark",))
 
     def grad_input(self, t: Tensors, grad: Tensor) -> Tensor:
         """Our operator."""
-        raise NotImplementedError
+        operator = getattr(torch.ops.segfast, f"{self.name_of_kernels}_grad_input")
+        return operator(grad, t["weight"], *self.sizes(), *self.pairs())
+
+    def sizes(self) -> tuple[int, ...]:
+        """What the gradient of the input is told of the input."""
+        return self["h"], self["w"]
 
     def grad_weight(self, t: Tensors, grad: Tensor) -> Tensor:
         """Our operator."""
-        raise NotImplementedError
+        operator = getattr(torch.ops.segfast, f"{self.name_of_kernels}_grad_weight")
+        return operator(grad, t["x"], t["weight"], *self.pairs())
 
     def depths(self) -> tuple[int, int, int]:
         """Terms of a sum in the forward and in either gradient."""
@@ -107,30 +157,42 @@ class ConvolutionCase(Case):
         """The forward with its whole epilogue, and both gradients."""
         t, tf32 = self.drawn(dtype), self.tf32 and load_kernels().multiplies_in_tf32(dtype)
         depths = self.depths()
-        yield self.proof(self.operations[0], self.name, self.ours, t, device, depths[0], tf32)
+        yield self.proof(f"{self.name_of_kernels}_forward", self.name, self.ours, t, device, depths[0], tf32)
 
         grad = normal(CPU, dtype, torch.Generator().manual_seed(1))(*self.formula(t).shape)
         bare = {name: t[name] for name in ("x", "weight")} | {"grad": grad}
         on_device = moved(bare, device)
         found = (self._gradients(each) for each in (changed(bare, Tensor.double), on_device, absolute(bare)))
-        for i, (reference, aten, magnitude) in enumerate(zip(*found, strict=True), start=1):
-            operator = self.grad_input if i == 1 else self.grad_weight
-            run = partial(operator, on_device, on_device["grad"])
-            yield Proof(self.operations[i], self.name, run, reference, aten, magnitude, depths[i], tf32)
+        for i, values in enumerate(zip(*found, strict=True)):
+            name, operator = (("grad_input", self.grad_input), ("grad_weight", self.grad_weight))[i]
+            operation, run = f"{self.name_of_kernels}_{name}", partial(operator, on_device, on_device["grad"])
+            reference, aten, magnitude = values
+            yield Proof(operation, self.name, run, reference, aten, magnitude, depths[1 + i], tf32)
 
-    def drawn(self, dtype: torch.dtype) -> Tensors:
-        """Inputs on the CPU, always the same."""
-        return self.inputs(CPU, dtype, torch.Generator().manual_seed(0))
+    def launches(self, dtype: torch.dtype) -> Iterator[Launch]:
+        n, kernels = self["n"], load_kernels()
+        x, y = meta(dtype, n, self["ci"], self["h"], self["w"]), meta(dtype, n, self["co"], *self.output_size)
+        weight = self.laid_out(self.filters(lambda *shape, scale=1.0: meta(dtype, *shape))["weight"])
+        for name, call, width in self.forwards(x, weight, y):
+            yield f"{self.name} {name}", call, width
+        operands = {"grad_input": (y, weight, x), "grad_weight": (x, y, weight)}
+        for (name, tensors), width in zip(operands.items(), self.gradient_widths(dtype), strict=True):
+            launcher = getattr(kernels, f"{self.name_of_kernels}_{name}")
+            yield f"{self.name} {name}", partial(launcher, *tensors, *self.geometry()), width
 
-    def proof(
-        self, operation: str, name: str, function: Callable[[Tensors], Tensor], t: Tensors,
-        device: torch.device, depth: int, tf32: bool = False,
-    ) -> Proof:  # fmt: skip
-        """`function` of `t` on `device`, beside the formula."""
-        on_device, formula = moved(t, device), self.formula
-        reference, magnitude = formula(changed(t, Tensor.double)), self.linear().formula(absolute(t))
-        run = partial(function, on_device)
-        return Proof(operation, name, run, reference, formula(on_device), magnitude, depth, tf32)
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """The filters as `segfast.optimize` lays them out on a GPU."""
+        return weight
+
+    def forwards(self, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[Launch]:
+        """Launches of the forward."""
+        raise NotImplementedError
+
+    def gradient_widths(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of a store of either gradient; the weight's is in fp32 parts, whose rows hold all taps."""
+        groups, taps = self.get("g"), self["k"] ** 2
+        inner = (self["co"] if self.transposed else self["ci"]) // groups
+        return widest(dtype.itemsize * self["ci"] // groups), widest(dtype.itemsize * inner * taps)
 
     def _gradients(self, t: Tensors) -> tuple[Tensor, ...]:
         """Those of the convolution alone, of its input and its weight."""
@@ -180,6 +242,11 @@ class ConvolutionCase(Case):
     def gemm_width(self) -> int:
         """Columns of the matrix product behind the case; 0 where there is none."""
         return self["co"] if self.get("g") == 1 else 0
+
+
+def sizes(n: int, ci: int, co: int, h: int, w: int, k=1, s=1, p=0, d=1, g=1, **more: Any) -> dict[str, Any]:
+    """The sizes of a case, as `params`."""
+    return {"n": n, "ci": ci, "co": co, "h": h, "w": w, "k": k, "s": s, "p": p, "d": d, "g": g, **more}
 
 
 def valid_taps(positions: int, limit: int, k: int, s: int, p: int, d: int) -> int:

@@ -9,19 +9,8 @@ import pytest
 import torch
 
 from benchmarks import baselines, cudnn_graph, rows, suite, timing
-from benchmarks.cases import (
-    ALONE,
-    BLOCKS,
-    CASES,
-    CONVOLUTIONS,
-    LAYERS,
-    MODELS,
-    OPERATORS,
-    directions,
-    find,
-    headline,
-)
-from benchmarks.crf_problems import mean_field
+from benchmarks.cases import ALONE, CASES, MODELS, directions, find, headline
+from benchmarks.crf_cases import mean_field
 from benchmarks.plain_models import plain_model
 from benchmarks.problems import Problem
 from segfast import _timing
@@ -61,7 +50,7 @@ TABLE = [
 
 
 def test_every_row_of_the_tables_is_there():
-    assert [case.name for case in OPERATORS] == [name for name, *_ in TABLE]
+    assert {name for name, *_ in TABLE} <= {case.name for case in CASES if "quick" in case.uses}
     assert {case["gflop"] for case in MODELS} == {301, 363, 337, 751, 108, 54, 285}
     assert {(case["model"], case["h"], case["n"]) for case in MODELS} == {
         (case["model"], case["h"], n) for case in MODELS for n in (1, 8)
@@ -74,8 +63,9 @@ def test_every_row_of_the_tables_is_there():
 
 
 def test_convolutions_of_the_networks_are_there_at_both_batches():
-    names = {case.name for case in CONVOLUTIONS}
-    for case in CONVOLUTIONS:
+    convolutions = [case for case in CASES if case.family == "conv2d" and case.direction == "forward"]
+    names = {case.name for case in convolutions}
+    for case in convolutions:
         if case["n"] == 8 and case.op == "conv2d" and not case.name.endswith("_layer"):
             one = find(f"{case.name}_n1")
             assert one.params == case.params | {"n": 1}
@@ -98,7 +88,7 @@ def test_depthwise_layers_come_alone_and_with_what_follows_them():
         block, layer = find(block), find(layer)
         assert block.params == layer.params
         assert block.activation is not None and not {"bn", layer.activation} & set(layer.epilogue)
-    depthwise = [c for c in OPERATORS + LAYERS if c.op == "conv2d" and c["g"] == c["ci"]]
+    depthwise = [c for c in CASES if c.family == "separable_conv2d" and c.op == "conv2d"]
     unpaired = {c.name for c in depthwise} - set(ALONE) - set(ALONE.values())
     # ConvNeXt's is followed by a layer norm; the weight gradient has no block.
     assert {name.partition("_n")[0] for name in unpaired} == {"convnext_dw96_k7", "xception_middle_dw_wgrad"}
@@ -147,7 +137,7 @@ def test_floor_names_its_ceiling():
     [
         c
         for c in [
-            *OPERATORS,
+            *(case for case in CASES if "quick" in case.uses),
             *map(find, ("mobilenetv2_dw96_s2", "efficientnet_dw144_k5_s2", "resnet_stem", "vgg16_conv6")),
         ]
         if c.op in ("conv2d", "conv_transpose2d")
@@ -405,7 +395,7 @@ def test_peers_are_the_layer_itself():
         "aspp_branches_n1_33",
         "resnet_layer3_expand",
     )
-    for case in (*map(find, names), BLOCKS[-1]):
+    for case in (*map(find, names), find("ade20k_upsample_loss")):
         problem = Problem(case.cpu(), CPU)
         reference = problem.reference()
         names = []

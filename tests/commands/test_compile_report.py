@@ -43,10 +43,10 @@ ON_HOPPER = (
 # What is compiled under every version of Triton that is supported: a specimen or two of each kernel.
 SAMPLE = {
     "conv_transpose2d": ("unet_up4 up_concat", "unet_up4 grad", "fcn8s_up8 forward"),
-    "conv2d": ("aspp_r12 scale+relu", "aspp_33_n8 parallel", "resnet_layer3_d2"),
-    "separable_conv2d": ("xception_middle forward", "xception_middle stat", "xception_middle grad",
-                         "mobilenet_96_s2 grad_input", "entry_128", "multiplier_2"),
-    "segmentation_head": ("ade20k x4",),
+    "conv2d": ("aspp_r12 scale+relu", "aspp_branches_n8_33 parallel", "resnet_layer3_d2"),
+    "separable_conv2d": ("xception_middle_dw forward", "xception_middle_dw stat", "xception_middle_dw grad",
+                         "mobilenetv2_dw96_s2 grad_input", "entry_sep_128", "multiplier_2"),
+    "segmentation_head": ("ade20k_upsample ",),
     "dense_crf": ("21 labels exact", "21 labels lattice", "21 labels spatial", "21 labels update", "build"),
 }  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_21_classes_are_not_stored_one_by_one(rows):
 def test_a_sample_of_every_family_has_no_problem(family):
     work = tasks([family], ["sm_90"], ["fp32" if family == "dense_crf" else "bf16"], SAMPLE[family])
     rows = [row for task in work for row in compile_task(task)]
-    assert len(rows) >= len(SAMPLE[family])
+    assert all(any(row.specimen.startswith(name) for row in rows) for name in SAMPLE[family])
     assert [row for row in rows if row.problems] == []
 
 

@@ -6,14 +6,14 @@ from segfast.commands.compile_report import compile_report, compile_task, tasks
 from tests.commands.test_compile_report import ARCHS
 
 FAMILY = "conv2d"
-EVERYWHERE = ("resnet_layer3_d2 scale+relu", "aspp_r12", "aspp_33_n1")
+EVERYWHERE = ("resnet_layer3_d2 scale+relu", "aspp_r12", "aspp_branches_n1_33")
 ON_HOPPER = (
     *EVERYWHERE,
-    "aspp_33_n8",
-    "aspp_65_n8",
+    "aspp_branches_n8_33",
+    "aspp_branches_n8_65",
     "aspp_r18_n1 grad",
     "classifier_21",
-    "resnet_1x1 residual",
+    "resnet_layer3_reduce residual",
     "resnet_down grad_input",
     "resnet_stem",
     "unet_decoder",
@@ -29,7 +29,7 @@ def rows():
     work = []
     for arch in ARCHS:
         work += tasks([FAMILY], [arch], ["bf16"], ON_HOPPER if arch == "sm_90" else EVERYWHERE)
-    work += tasks([FAMILY], ["sm_90"], ["fp32"], ("resnet_layer3_d2 scale+relu", "aspp_33_n8"))
+    work += tasks([FAMILY], ["sm_90"], ["fp32"], ("resnet_layer3_d2 scale+relu", "aspp_branches_n8_33"))
     return compile_report(work, processes=2, progress=False)
 
 
@@ -60,21 +60,26 @@ def test_matrix_units_no_spills_wide_accesses(rows, arch):
 
 
 def test_large_dilations_take_the_zones(rows):
-    for specimen in ("aspp_r12 forward", "aspp_r12 grad_input", "aspp_33_n8 parallel", "aspp_33_n1 parallel"):
+    for specimen in (
+        "aspp_r12 forward",
+        "aspp_r12 grad_input",
+        "aspp_branches_n8_33 parallel",
+        "aspp_branches_n1_33 parallel",
+    ):
         assert find(rows, specimen).kernel == "conv2d_zoned"
     assert find(rows, "resnet_layer3_d2 scale+relu").kernel == "conv2d_forward"
 
 
 def test_one_image_is_cut_into_parts_of_the_depth(rows):
-    kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_33_n1 parallel")]
+    kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_branches_n1_33 parallel")]
     assert sorted(kernels) == ["conv2d_finish", "conv2d_zoned"]
     # A batch fills the processors as it is.
-    kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_65_n8 parallel")]
+    kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_branches_n8_65 parallel")]
     assert kernels == ["conv2d_zoned"]
 
 
 def test_fp32_runs_on_matrix_units_too(rows):
-    for specimen in ("resnet_layer3_d2 scale+relu", "aspp_33_n8 parallel"):
+    for specimen in ("resnet_layer3_d2 scale+relu", "aspp_branches_n8_33 parallel"):
         row = find(rows, specimen, dtype="fp32")
         assert (row.matrix, row.spills) == ("HGMMA", 0)
 

@@ -341,15 +341,15 @@ def test_the_modelled_pairs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_proofs_hold_in_the_interpreter(dtype, poisoned_empty):
     from segfast.ops._prove import judge
-    from segfast.ops.dense_crf import evidence
+    from segfast.ops.dense_crf.cases import Grid, Points, Skipping, Update
 
-    cpu = torch.device("cpu")
-    items = [
-        *evidence.filter_evidence(cpu, dtype, "small", 3, 70, 3, 4.0),
-        evidence.skipping_evidence(cpu, 1e-2, 300),
-        evidence._grid_evidence(cpu, dtype, "grid", (5, 9), 2, (2.0, 1.0)),
-        *evidence._update_evidence(cpu, dtype, 2),
+    small = [
+        Points("small", "", {"dim": 3, "points": 70, "channels": 3, "spread": 4.0}),
+        Skipping("skipping", "", {"tolerance": 1e-2, "points": 300}),
+        Grid("grid", "", {"size": (5, 9), "channels": 2, "theta": (2.0, 1.0)}),
+        Update("", "", {"labels": 2}),
     ]
+    items = [item for case in small for item in case.proofs(torch.device("cpu"), dtype)]
     assert {item.operation for item in items} == set(backend.OPERATIONS)
     for item in items:
         assert item.actual().shape == item.reference.shape == item.aten.shape

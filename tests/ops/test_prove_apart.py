@@ -47,9 +47,11 @@ def proofs(device, dtype):
             yield _prove.Proof(operation, case, call, one.double(), one, one.double(), 1)
 
 module = types.ModuleType("segfast.ops.stand_in")
-module.proofs = proofs
 module.OPERATIONS = ("right", "wrong", "raises", "dies", "faults", "after")
 sys.modules["segfast.ops.stand_in"] = module
+cases = types.ModuleType("segfast.ops.stand_in.cases")
+cases.CASES = [types.SimpleNamespace(uses=("prove",), proofs=proofs)]
+sys.modules["segfast.ops.stand_in.cases"] = cases
 """
 
 
@@ -60,7 +62,8 @@ ENDED = "the process ended with code 1: ModuleNotFoundError: No module named 'se
 def stand_in(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    monkeypatch.setitem(sys.modules, "segfast.ops.stand_in", None)
+    for name in ("segfast.ops.stand_in", "segfast.ops.stand_in.cases"):
+        monkeypatch.setitem(sys.modules, name, None)
     exec(STAND_IN)
     return "stand_in"
 

@@ -2,11 +2,9 @@
 
 from . import calls
 from .concat import CONCAT
-from .evidence import proofs
 from .functional import OPERATIONS, conv2d, prefers_virtual_concat
 from .operators import CONV2D
 from .parallel import PARALLEL, parallel_conv2d
-from .specimens import specimens
 
 __all__ = [
     "CONCAT",
@@ -17,6 +15,4 @@ __all__ = [
     "conv2d",
     "parallel_conv2d",
     "prefers_virtual_concat",
-    "proofs",
-    "specimens",
 ]

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._case import Launch, Proof, Tensors, normal
-from .._convolution_case import ConvolutionCase, meta, widest
+from .._convolution_case import ConvolutionCase, meta, sizes, widest
 from .._operands import load_kernels
 from .functional import OPERATIONS, conv_transpose2d
 from .up_concat import up_concat
@@ -19,9 +20,9 @@ _WITH_EPILOGUE = ("unet_up3", "decoder_up4x4", "up3x3")
 
 
 class ConvTranspose2d(ConvolutionCase):
-    family = op = "conv_transpose2d"
+    family = op = name_of_kernels = "conv_transpose2d"
+    function, plain = staticmethod(conv_transpose2d), staticmethod(F.conv_transpose2d)
     transposed = True
-    operations = OPERATIONS
 
     def filters(self, draw: Callable[..., Tensor]) -> Tensors:
         ci, co, k, groups = self["ci"], self["co"], self["k"], self.get("g")
@@ -30,59 +31,37 @@ class ConvTranspose2d(ConvolutionCase):
             return {"weight": like.copy_(bilinear_weight(ci, k))}
         return {"weight": draw(ci, co // groups, k, k, scale=self["s"] / (ci * k * k / groups) ** 0.5)}
 
-    def formula(self, t: Tensors) -> Tensor:
-        y = F.conv_transpose2d(t["x"], t["weight"], t.get("bias"), *self._steps())
-        return self.finish(y, t, activation=self.activation)
-
-    def _steps(self) -> tuple:
+    def steps(self) -> tuple[Any, ...]:
         return self["s"], self["p"], self.get("extra"), self.get("g"), self.get("d")
 
-    def ours(self, t: Tensors) -> Tensor:
-        return conv_transpose2d(
-            t["x"], t["weight"], t.get("bias"), *self._steps(), scale=t.get("scale"), shift=t.get("shift"),
-            residual=t.get("residual"), activation=self.activation,
-        )  # fmt: skip
-
-    def grad_input(self, t: Tensors, grad: Tensor) -> Tensor:
-        size = self["h"], self["w"]
-        return torch.ops.segfast.conv_transpose2d_grad_input(grad, t["weight"], *size, *self._options())
-
-    def grad_weight(self, t: Tensors, grad: Tensor) -> Tensor:
-        return torch.ops.segfast.conv_transpose2d_grad_weight(grad, t["x"], t["weight"], *self._options())
-
-    def _options(self) -> tuple:
+    def pairs(self) -> tuple[Any, ...]:
         return (self["s"],) * 2, (self["p"],) * 2, self.get("g"), (self.get("d"),) * 2
+
+    def geometry(self) -> tuple[Any, ...]:
+        stride, padding, groups, dilation = self.pairs()
+        return stride, padding, dilation, groups
 
     def gemm_width(self) -> int:
         dense_phase = self["k"] == self["s"]
         return self["co"] * (self["k"] ** 2 if dense_phase else 1)
 
-    def launches(self, dtype: torch.dtype) -> Iterator[Launch]:
-        kernels, item, groups = load_kernels(), dtype.itemsize, self.get("g")
-        n, ci, co, k, size = self["n"], self["ci"], self["co"], self["k"], self.output_size
-        x, weight = meta(dtype, n, ci, self["h"], self["w"]), meta(dtype, ci, co // groups, k, k)
-        y, vector = meta(dtype, n, co, *size), meta(dtype, co)
-        strides, paddings, _, dilations = self._options()
-        geometry, pixel = (strides, paddings, dilations, groups), widest(item * co // groups)
+    def forwards(self, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[Launch]:
+        n, channels, height, width = y.shape
+        vector, least = meta(y.dtype, channels), widest(y.itemsize * channels // self.get("g"))
 
         def forward(affine=None, residual=None, skip=None, activation=None) -> None:
-            out = meta(dtype, n, co + (0 if skip is None else skip.shape[1]), *size)
+            out = meta(y.dtype, n, channels + (0 if skip is None else skip.shape[1]), height, width)
             crop = (0, 0) if skip is None else (4, 4)
             operands = (x, weight, vector, affine, affine, residual, skip, out)
-            kernels.conv_transpose2d_forward(*operands, *geometry, crop, activation, 0.01)
+            load_kernels().conv_transpose2d_forward(*operands, *self.geometry(), crop, activation, 0.01)
 
-        yield f"{self.name} forward", forward, pixel
+        yield "forward", forward, least
         if self.name in _WITH_SKIP:
-            skip = meta(dtype, n, co, size[0] + 8, size[1] + 8)
-            yield f"{self.name} up_concat", partial(forward, skip=skip, activation="relu"), pixel
+            skip = meta(y.dtype, n, channels, height + 8, width + 8)
+            yield "up_concat", partial(forward, skip=skip, activation="relu"), least
         if self.name in _WITH_EPILOGUE:
             fused = partial(forward, affine=vector, residual=y, activation="gelu")
-            yield f"{self.name} scale+residual+gelu", fused, pixel
-        grad_input = partial(kernels.conv_transpose2d_grad_input, y, weight, x, *geometry)
-        yield f"{self.name} grad_input", grad_input, widest(item * ci // groups)
-        # Written in fp32 parts, whose rows hold all taps, then summed.
-        grad_weight = partial(kernels.conv_transpose2d_grad_weight, x, y, weight, *geometry)
-        yield f"{self.name} grad_weight", grad_weight, widest(item * co // groups * k**2)
+            yield "scale+residual+gelu", fused, least
 
 
 class UpConcat(ConvTranspose2d):
@@ -140,12 +119,10 @@ def bilinear_weight(channels: int, k: int) -> Tensor:
     return weight
 
 
-def _proven(name, n, ci, co, h, w, k, s, p=0, extra=0, g=1, d=1) -> ConvTranspose2d:
+def _proven(name, *given, extra=0) -> ConvTranspose2d:
     """Odd sizes that leave no tile full."""
-    sizes = {"n": n, "ci": ci, "co": co, "h": h, "w": w, "k": k, "s": s, "p": p}
     epilogue = ("bias", "affine", "add", "relu")
-    more = {"extra": extra, "g": g, "d": d}
-    return ConvTranspose2d(name, "", {**sizes, **more}, epilogue=epilogue, uses=("prove",))
+    return ConvTranspose2d(name, "", sizes(*given, extra=extra), epilogue=epilogue, uses=("prove",))
 
 
 def _up(name, layer, n, ci, co, size, k, s, p=0, *, small, epilogue=("bias",)) -> ConvTranspose2d:
@@ -155,9 +132,8 @@ def _up(name, layer, n, ci, co, size, k, s, p=0, *, small, epilogue=("bias",)) -
     return ConvTranspose2d(name, layer, params, small, epilogue, uses)
 
 
-def _compiled(name, n, ci, co, h, w, k, s, p=0, g=1, d=1) -> ConvTranspose2d:
-    sizes = {"n": n, "ci": ci, "co": co, "h": h, "w": w, "k": k, "s": s, "p": p, "g": g, "d": d}
-    return ConvTranspose2d(name, "", sizes, uses=("compile",))
+def _compiled(name, *given) -> ConvTranspose2d:
+    return ConvTranspose2d(name, "", sizes(*given), uses=("compile",))
 
 
 def _bilinear(case: ConvTranspose2d, side: int) -> ConvTranspose2d:
@@ -189,7 +165,7 @@ CASES = [
     _proven("k2s2 output_padding", 1, 72, 136, 9, 7, 2, 2, extra=1),
     _proven("k4s2p1", 2, 64, 128, 9, 17, 4, 2, 1),
     _proven("k16s8 21 classes", 1, 21, 21, 7, 5, 16, 8, 4),
-    _proven("k3s2 groups dilation", 2, 24, 48, 8, 9, 3, 2, 1, 1, g=3, d=2),
+    _proven("k3s2 groups dilation", 2, 24, 48, 8, 9, 3, 2, 1, 2, 3, extra=1),
     UpConcat("up_concat", "", {"n": 2, "ci": 24, "co": 48, "h": 9, "w": 7, "k": 2, "s": 2, "p": 0,
                                "extra": (0, 1), "cs": 40, "hs": 25, "ws": 15}, uses=("prove",)),
     *_UPS,
@@ -197,7 +173,7 @@ CASES = [
     *(_concat(case, skip) for case, skip in zip(_UPS, (64, 136, 280), strict=False)),
     _concat(_UPS[3], 568, "headline"),
     _compiled("up3x3", 16, 256, 128, 64, 64, 3, 2, 1),
-    _compiled("up3x3_groups", 16, 96, 48, 64, 64, 3, 2, 1, g=2, d=2),
+    _compiled("up3x3_groups", 16, 96, 48, 64, 64, 3, 2, 1, 2, 2),
     _compiled("up24", 16, 48, 24, 99, 101, 2, 2),
     _compiled("past_int32", 64, 128, 64, 400, 400, 2, 2),
 ]  # fmt: skip

@@ -2,11 +2,9 @@
 
 from .backend import OPERATIONS
 from .compute import chosen_methods
-from .evidence import proofs
 from .filters import choose_grid_method, choose_method, feature_filter, grid_features, grid_filter
 from .functional import gaussian_filter, mean_field, skipped_share
 from .inference import Term, infer, kl_divergence, start, step
-from .specimens import specimens
 
 __all__ = [
     "OPERATIONS",
@@ -21,9 +19,7 @@ __all__ = [
     "infer",
     "kl_divergence",
     "mean_field",
-    "proofs",
     "skipped_share",
-    "specimens",
     "start",
     "step",
 ]

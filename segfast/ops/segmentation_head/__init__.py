@@ -1,7 +1,6 @@
 """The segmentation head: cross-entropy, dice loss and labels of logits that are upsampled on the way."""
 
 from . import calls
-from .evidence import proofs
 from .functional import (
     OPERATIONS,
     upsample_argmax,
@@ -9,7 +8,6 @@ from .functional import (
     upsample_dice,
 )
 from .operators import ARGMAX, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, DICE_SUMS, DICE_SUMS_BACKWARD
-from .specimens import specimens
 
 __all__ = [
     "ARGMAX",
@@ -19,8 +17,6 @@ __all__ = [
     "DICE_SUMS_BACKWARD",
     "OPERATIONS",
     "calls",
-    "proofs",
-    "specimens",
     "upsample_argmax",
     "upsample_cross_entropy",
     "upsample_dice",

@@ -1,11 +1,9 @@
 """Depthwise and separable convolution: operators, autograd, and the functionals."""
 
 from . import calls
-from .evidence import proofs
 from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
 from .fused import SEPARABLE, separable
 from .operators import DEPTHWISE_CONV2D, STATISTICS, forward_with_statistics
-from .specimens import specimens
 
 __all__ = [
     "DEPTHWISE_CONV2D",
@@ -15,8 +13,6 @@ __all__ = [
     "calls",
     "depthwise_conv2d",
     "forward_with_statistics",
-    "proofs",
     "separable",
     "separable_conv2d",
-    "specimens",
 ]
