@@ -186,7 +186,7 @@ class SeparableConv2d(DepthwiseConv2d):
 
 def config_of(form: str, x: Tensor, channels_out: int) -> Any:
     """The first tile of that form that fits the device."""
-    from segfast.kernels import _device, _tiles
+    from segfast.kernels import _device, _tiles  # which needs triton
 
     problem = _tiles.Problem(
         "separable_conv2d_forward", x.shape[1], channels_out, 9, 1, x.dtype, x.numel() // x.shape[1],
