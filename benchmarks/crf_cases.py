@@ -187,7 +187,7 @@ def _crf(
 
 
 def _cases() -> Iterator[DenseCrf]:
-    """What matters most first, what takes longest last: a GPU run's time may end in between."""
+    """The most important first, the longest last: a GPU run's time may end in between."""
     both = (_DEEPLAB, _MANUAL)
     for thetas in both:
         yield _named("512", thetas)

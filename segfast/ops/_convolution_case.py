@@ -134,7 +134,7 @@ class ConvolutionCase(Case):
         return operator(grad, t["weight"], *self.sizes(), *self.pairs())
 
     def sizes(self) -> tuple[int, ...]:
-        """What the gradient of the input is told of the input."""
+        """Sizes of the input, for the gradient with respect to it."""
         return self["h"], self["w"]
 
     def grad_weight(self, t: Tensors, grad: Tensor) -> Tensor:

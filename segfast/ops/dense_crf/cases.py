@@ -78,7 +78,7 @@ class Points(CrfCase):
 
 
 class Skipping(CrfCase):
-    """What of its normalizer every point of many tight clusters keeps: at most `tolerance` less than all."""
+    """The share of its normalizer that every point of many tight clusters keeps: at most `tolerance` less than all."""
 
     op = "gaussian_filter"
 
@@ -325,7 +325,7 @@ def _store(labels: int) -> int:
 
 
 def _recorded(build: Callable):
-    """What `build` returns, launching nothing."""
+    """The result of `build`, which launches nothing here."""
     from segfast.kernels import record_launches  # which needs triton
 
     with record_launches():
