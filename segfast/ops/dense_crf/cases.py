@@ -78,7 +78,7 @@ class Points(CrfCase):
 
 
 class Skipping(CrfCase):
-    """The share of its normalizer that each point of tight clusters keeps: at most `tolerance` less than all."""
+    """The share of its normalizer that a point of tight clusters keeps: at most `tolerance` less than all."""
 
     op = "gaussian_filter"
 
