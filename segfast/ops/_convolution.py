@@ -210,13 +210,9 @@ class Convolution:
             return result
         shape, (_, weight, *operands) = self.result_shape(*args), tensors
         fitted = (channels_innermost(input), self.fit_weight(weight), *fit_epilogue(*operands))
+        memory_format = output_format(input, weight)
         return launch_first(
-            key,
-            shape,
-            output_format(input, weight),
-            tensors,
-            fitted,
-            lambda out: self.launch(*fitted, out, *options),
+            key, shape, memory_format, tensors, fitted, lambda out: self.launch(*fitted, out, *options)
         )
 
     def _reference(self, *args):

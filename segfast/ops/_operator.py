@@ -62,7 +62,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         # Behind the dispatcher waits nothing but our implementation, unless one of these listens.
         plain = type(args[0]) in _PLAIN and (type(args[1]) in _PLAIN or _are_plain(args[1]))
-        if plain and _nobody_listens() and args[0].is_cuda | _INTERPRETING:
+        if plain and not (is_traced() or _profiling()) and args[0].is_cuda | _INTERPRETING:
             # As `_run`, without a call for it.
             try:
                 return self._kernels(*args)
@@ -173,25 +173,19 @@ def _are_plain(values: Any) -> bool:
     )
 
 
+# By names of this module: they are looked up in every call.
+_compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
 
 
 def is_traced() -> bool:
     """True if a compiler, a transform, a tensor mode or a tracer is to see the operators that are called."""
-    return (
-        torch.compiler.is_compiling()
-        or _functorch_active()
-        or _dispatch_modes() > 0
-        or _tracing() is not None
-    )
-
-
-def _nobody_listens() -> bool:
-    """No transform, tensor mode, compiler, tracer or profiler would miss seeing the operator."""
-    return not (is_traced() or _profiling())
+    return _compiling() or _functorch_active() or _dispatch_modes() > 0 or _tracing() is not None
 
 
 def _distinct(args: Sequence[Any]) -> list[Any]:
@@ -233,9 +227,9 @@ class Differentiable(torch.autograd.Function):
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """True if a gradient, a transform or forward-mode AD asks for the autograd Function."""
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if _functorch_active() or _forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    return _grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def cast_operands(dtype: torch.dtype, *tensors: Tensor | None) -> list:

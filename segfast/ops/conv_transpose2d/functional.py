@@ -67,48 +67,44 @@ def conv_transpose2d(
         >>> segfast.functional.conv_transpose2d(x, w, stride=2, activation="relu").shape
         torch.Size([1, 4, 10, 10])
     """
+    if input.dim() == 3:
+        return conv_transpose2d(
+            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation, scale=scale,
+            shift=shift, residual=None if residual is None else residual.unsqueeze(0), activation=activation,
+            negative_slope=negative_slope,
+        ).squeeze(0)  # fmt: skip
     check_activation(activation)
-    steps = pair(stride, "stride"), pair(padding, "padding"), pair(output_padding, "output_padding")
-    options = (*steps, groups, pair(dilation, "dilation"))
-    operands = (bias, scale, shift, residual)
-    if input.dim() != 3:
-        return _of_batch(input, weight, operands, options, activation, negative_slope)
-    if residual is not None:
-        operands = (bias, scale, shift, residual.unsqueeze(0))
-    return _of_batch(input.unsqueeze(0), weight, operands, options, activation, negative_slope).squeeze(0)
-
-
-def _of_batch(input, weight, operands, options, activation, slope) -> Tensor:
+    steps, pads = pair(stride, "stride"), pair(padding, "padding")
+    extra, rates = pair(output_padding, "output_padding"), pair(dilation, "dilation")
     dtype = autocast_dtype(input)
     name, chosen = "conv_transpose2d", None
     if input.is_cuda:
+        operands = (bias, scale, shift, residual)
+        options = (steps, pads, extra, groups, rates, *[t is not None for t in operands], activation)
         differentiates = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        call = (*options, *[t is not None for t in operands], activation)
-        chosen = choose(name, (input,), (weight,), call, differentiates, dtype, operands=operands)
-    if not use_triton(name, can_use_triton, input, weight, dtype, name, chosen):
-        return _aten(input, weight, operands, options, activation, slope)
-    bias, scale, shift, residual = operands
-    if dtype is not None:
-        input, bias, residual = cast_operands(dtype, input, bias, residual)
-        weight = cast(weight, dtype)
-    return CONV_TRANSPOSE2D.forward(input, weight, bias, scale, shift, residual, *options, activation, slope)
-
-
-def _aten(input, weight, operands, options, activation, slope) -> Tensor:
-    bias, scale, shift, residual = operands
-    stride, padding, output_padding, groups, dilation = options
+        chosen = choose(name, (input,), (weight,), options, differentiates, dtype, operands=operands)
+    if use_triton(name, can_use_triton, input, weight, dtype, name, chosen):
+        if dtype is not None:
+            input, bias, residual = cast_operands(dtype, input, bias, residual)
+            weight = cast(weight, dtype)
+        return CONV_TRANSPOSE2D.forward(
+            input, weight, bias, scale, shift, residual, steps, pads, extra, groups, rates, activation,
+            negative_slope,
+        )  # fmt: skip
     factors = channelwise_factors(input, weight, stride, groups, dilation)
     if factors is None and input.is_cpu and scale is None and shift is None:
-        geometry = (stride, padding, output_padding, dilation, groups)
-        y = conv_transpose2d_chosen(input, weight, bias, *geometry, residual, activation, slope)
+        y = conv_transpose2d_chosen(
+            input, weight, bias, steps, pads, extra, rates, groups, residual, activation, negative_slope
+        )
         if y is not None:
             return y
     if factors is None:
-        y = F.conv_transpose2d(input, weight, bias, *options)
+        # As they came: torch makes less work of numbers than of pairs.
+        y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     else:
-        check_conv_transpose2d(input, weight, bias, stride, padding, output_padding, 1, (1, 1))
-        y = upsample_separable(input, factors, stride, padding, output_padding, bias)
+        check_conv_transpose2d(input, weight, bias, steps, pads, extra, groups, rates)
+        y = upsample_separable(input, factors, steps, pads, extra, bias)
     if activation is not None or scale is not None or shift is not None or residual is not None:
         check_epilogue(y.shape, input.device, scale, shift, residual)
-        y = apply_epilogue(y, scale, shift, residual, activation, slope)
+        y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)
     return y
