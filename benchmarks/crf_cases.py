@@ -66,7 +66,7 @@ def _line(count: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
 
 
 def bilateral_features(image: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
-    """[N, 5] of an image [3, H, W] in 0..255: x, y over alpha, colours over beta."""
+    """[N, 5] of an image [3, H, W] in 0..255: x, y over alpha, colors over beta."""
     places = [torch.arange(n, device=image.device, dtype=image.dtype) / alpha for n in image.shape[1:]]
     y, x = torch.meshgrid(*places, indexing="ij")
     return torch.cat([x[None], y[None], image / beta]).flatten(1).T
@@ -81,7 +81,7 @@ def mean_field(
     spatial: tuple[float, float],
     make_filter: MakeFilter = all_pairs,
 ) -> torch.Tensor:
-    """Dense-CRF mean field with pydensecrf's symmetric normalisation and Potts weights; exact by default.
+    """Dense-CRF mean field with pydensecrf's symmetric normalization and Potts weights; exact by default.
 
     `unary` [labels, H, W] are negative log probabilities, `image` [3, H, W] in 0..255; bilateral (alpha,
     beta, weight), spatial (gamma, weight). Kraehenbuehl and Koltun, 2011.
@@ -163,7 +163,7 @@ def photograph(name: str, size: tuple[int, int]) -> torch.Tensor:
     """[1, 3, H, W] in 0..255, whole numbers: one of scikit-image's, resized, or a synthetic one."""
     if name.startswith("synthetic"):
         generator = torch.Generator().manual_seed(int(name.removeprefix("synthetic")))
-        # Smooth blobs of colour with noise: about as many similar pixels as a photograph has.
+        # Smooth blobs of color with noise: about as many similar pixels as a photograph has.
         coarse = 255 * torch.rand(1, 3, 12, 12, generator=generator)
         noise = 4 * torch.randn(1, 3, *size, generator=generator)
         return (F.interpolate(coarse, size, mode="bicubic") + noise).clamp(0, 255).round()

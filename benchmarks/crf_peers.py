@@ -139,7 +139,7 @@ def _keops_blocks(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
 def block_ranges(pairs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One image's lists as KeOps takes them, int32: row tiles, the end of each one's runs, runs of columns.
 
-    Neighbouring column tiles are one run: a list of tiles each for itself would be slower.
+    Neighboring column tiles are one run: a list of tiles each for itself would be slower.
     """
     row_tiles, column_tiles = pairs.lists.shape
     height, width = pairs.padded // row_tiles, pairs.padded // column_tiles

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 well &= _run_step(step, budget, args, log)
                 _tell(log, f"== {step} ended after {time.monotonic() - start:.0f} s")
-            _summarise(args.out)
+            _summarize(args.out)
     return 0 if well else 1
 
 
@@ -187,7 +187,7 @@ def _record_death(step: str, begun: str, code: int, out: Path) -> None:
         append_rows(out / "rows.csv", [{**names, "tier": step, "status": "failed", "note": note}])
 
 
-def _summarise(out: Path) -> None:
+def _summarize(out: Path) -> None:
     from benchmarks.report import summary, write_report
 
     path = out / "rows.csv"

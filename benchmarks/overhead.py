@@ -47,7 +47,7 @@ def measure(rounds: int = ROUNDS) -> tuple[dict[str, dict[str, Quantiles]], int]
         for t in (torch.randn(1, 8, 2, 2), torch.randn(8, 8, 2, 2))
     )
     bias = torch.randn(8)
-    learnt = weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    learned = weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     ours = segfast.functional.conv_transpose2d
 
     def call(function: Callable[..., object], w: torch.Tensor) -> Callable[[], object]:
@@ -56,7 +56,7 @@ def measure(rounds: int = ROUNDS) -> tuple[dict[str, dict[str, Quantiles]], int]
     segfast.backend("triton" if interpreting() else "auto")
     found = {}
     with record_launches() as launches:
-        for name, w in (("plain", weight), ("grad", learnt)):
+        for name, w in (("plain", weight), ("grad", learned)):
             runs = {"aten": call(F.conv_transpose2d, w), "segfast": call(ours, w)}
             with torch.set_grad_enabled(name == "grad"):
                 found[name] = blocks(runs, rounds, launches.clear)

@@ -24,7 +24,7 @@ NO_GPU = "no GPU figure was taken"
 # Ours made to run one way whichever is chosen: in the tables, but no ratio's numerator or denominator.
 FORMS = ("segfast_fused", "segfast_two_kernels")
 FORCED = (*FORMS, "segfast_lattice", "segfast_exact")
-COLOURS = {"ours": "#1b6ca8", "peer": "#b8b8b8", "floor": "#d1495b"}
+COLORS = {"ours": "#1b6ca8", "peer": "#b8b8b8", "floor": "#d1495b"}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em}img{max-width:100%}
@@ -259,15 +259,15 @@ def plot(groups: Mapping[tuple, Sequence[Row]], family: str) -> bytes:
     for y, _, row in bars:
         clock = "gpu" if row["gpu_us"] > 0 else "wall"
         low, high, floor = row[f"{clock}_p20"], row[f"{clock}_p80"], row["floor_us"]
-        axes.barh(y, time_us(row), color=COLOURS["ours" if row["ours"] else "peer"])
+        axes.barh(y, time_us(row), color=COLORS["ours" if row["ours"] else "peer"])
         if not math.isnan(low):
             axes.plot([low, high], [y, y], color="#444", linewidth=1)
         if not math.isnan(floor):
-            axes.plot([floor, floor], [y - 0.45, y + 0.45], color=COLOURS["floor"], linewidth=2)
+            axes.plot([floor, floor], [y - 0.45, y + 0.45], color=COLORS["floor"], linewidth=2)
     axes.set_yticks([y for y, *_ in bars], [label for _, label, _ in bars], fontsize=8)
     axes.set_ylim(place, -1)
     axes.set_xscale("log")
-    axes.set_xlabel("microseconds, log scale (blue: segfast, grey: peers, line: p20 to p80, red: floor)")
+    axes.set_xlabel("microseconds, log scale (blue: segfast, gray: peers, line: p20 to p80, red: floor)")
     axes.set_title(family)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

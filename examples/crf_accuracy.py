@@ -2,7 +2,7 @@
 
 python examples/crf_accuracy.py [SIZE [PHOTO ...]]
 
-On crops of scikit-image's photographs. The labels are segments of the photograph by its colours; the
+On crops of scikit-image's photographs. The labels are segments of the photograph by its colors; the
 network's logits are made up: the labels averaged over 8 x 8 pixels, noise added, and interpolated. Needs
 scikit-image and pydensecrf2.
 """

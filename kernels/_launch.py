@@ -194,7 +194,7 @@ def compile_offline(
 ) -> "triton.compiler.CompiledKernel":
     """Compile a recorded launch for `target` (a `triton.backends.compiler.GPUTarget`), without a GPU.
 
-    The signature and the specialisation (integers equal to 1 or divisible by 16, aligned pointers) are those
+    The signature and the specialization (integers equal to 1 or divisible by 16, aligned pointers) are those
     the launch itself would have.
     """
     from triton.compiler import ASTSource

@@ -12,7 +12,7 @@ import torch
 
 
 def far_apart(dense, axis):
-    """The same values, neighbours along `axis` so far apart that the last begins past 2**31."""
+    """The same values, neighbors along `axis` so far apart that the last begins past 2**31."""
     _n, c, h, w = dense.shape
     strides = [h * w * c, 1, w * c, c]
     strides[axis] = 2**31 // max(dense.shape[axis] - 1, 1) + 64

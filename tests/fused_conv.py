@@ -82,7 +82,7 @@ def check_layer(
     """`function(**tensors, **activations, **geometry)` against `definition`, in fp64 and the tensors' dtype.
 
     `depth` is the number of terms in the sums behind "output" and behind each tensor's gradient; where it has
-    none, all pixels of the output. The scale of cancelling terms is taken from the same layer on absolute
+    none, all pixels of the output. The scale of canceling terms is taken from the same layer on absolute
     values, without its activations (whose slope is about one at most). Returns what `function` gave.
     """
     dtype, activations = tensors["input"].dtype, activations or {}

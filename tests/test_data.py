@@ -58,22 +58,22 @@ def test_normalize_stretches_each_channel():
     assert image[0].flatten()[500].item() == pytest.approx((500 - 9.99) / (997.002 - 9.99))
 
 
-GREY = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
-COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], -1)
+GRAY = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
+COLOR = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], -1)
 
 
 @pytest.mark.parametrize(
     ("name", "array", "mode"),
     [
-        ("a.png", GREY, None),
-        ("a.tif", GREY.astype(np.uint16) * 200, None),
-        ("a.tiff", GREY.astype(np.float32) / 7, None),
-        ("a.png", GREY > 90, None),
-        ("a.png", GREY, "LA"),
-        ("a.png", COLOUR, None),
-        ("a.PNG", COLOUR, "RGBA"),
-        ("a.png", COLOUR, "P"),
-        ("a.jpg", COLOUR, "CMYK"),
+        ("a.png", GRAY, None),
+        ("a.tif", GRAY.astype(np.uint16) * 200, None),
+        ("a.tiff", GRAY.astype(np.float32) / 7, None),
+        ("a.png", GRAY > 90, None),
+        ("a.png", GRAY, "LA"),
+        ("a.png", COLOR, None),
+        ("a.PNG", COLOR, "RGBA"),
+        ("a.png", COLOR, "P"),
+        ("a.jpg", COLOR, "CMYK"),
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
@@ -83,20 +83,20 @@ def test_read_image(tmp_path, name, array, mode, channels):
     image = read_image(tmp_path / name, channels)
     assert image.shape == (channels, 12, 16) and image.dtype is torch.float32
     assert image.min() == 0 and image.max() == 1
-    if array is GREY:
-        torch.testing.assert_close(image, normalize(np.repeat(GREY[None], channels, 0)))
+    if array is GRAY:
+        torch.testing.assert_close(image, normalize(np.repeat(GRAY[None], channels, 0)))
 
 
 def test_read_image_of_npz(tmp_path):
-    np.savez(tmp_path / "one.npz", GREY)
-    np.savez(tmp_path / "two.npz", image=COLOUR.transpose(2, 0, 1), labels=GREY)
+    np.savez(tmp_path / "one.npz", GRAY)
+    np.savez(tmp_path / "two.npz", image=COLOR.transpose(2, 0, 1), labels=GRAY)
     assert read_image(tmp_path / "one.npz").shape == (1, 12, 16)
     assert read_image(tmp_path / "two.npz", 3).shape == (3, 12, 16)
-    assert (read_mask(tmp_path / "two.npz") == torch.from_numpy(GREY)).all()
+    assert (read_mask(tmp_path / "two.npz") == torch.from_numpy(GRAY)).all()
 
 
 def test_every_class_survives_a_mask(tmp_path):
-    """Pillow writes 4 bits for a palette of 16 colours: class 16 came back as 0."""
+    """Pillow writes 4 bits for a palette of 16 colors: class 16 came back as 0."""
     for labels in (torch.arange(256).reshape(16, 16), torch.full((2, 3), 20)):
         write_mask(tmp_path / "mask.png", labels)
         assert torch.equal(read_mask(tmp_path / "mask.png"), labels)
@@ -107,13 +107,13 @@ def test_mask_round_trip(tmp_path):
     write_mask(tmp_path / "m.png", labels)
     assert (read_mask(tmp_path / "m.png") == labels).all()
     with Image.open(tmp_path / "m.png") as shown:
-        colours = np.array(shown.convert("RGB"))
-    assert len(np.unique(colours.reshape(-1, 3), axis=0)) > 2
+        colors = np.array(shown.convert("RGB"))
+    assert len(np.unique(colors.reshape(-1, 3), axis=0)) > 2
 
 
 def test_mask_foreground(tmp_path):
-    Image.fromarray(GREY.astype(np.uint16) * 300).save(tmp_path / "instances.tif")
-    assert (read_mask(tmp_path / "instances.tif", foreground=True) == torch.from_numpy(GREY > 0)).all()
+    Image.fromarray(GRAY.astype(np.uint16) * 300).save(tmp_path / "instances.tif")
+    assert (read_mask(tmp_path / "instances.tif", foreground=True) == torch.from_numpy(GRAY > 0)).all()
 
 
 def save_npz(path, **arrays):
@@ -121,7 +121,7 @@ def save_npz(path, **arrays):
 
 
 def save_pages(path):
-    page = Image.fromarray(GREY)
+    page = Image.fromarray(GRAY)
     page.save(path, save_all=True, append_images=[page, page])
 
 
@@ -137,7 +137,7 @@ BAD_IMAGES = {
     "line.npz": (lambda p: save_npz(p, image=np.zeros(4)), r"got shape \[4\]"),
     "complex.npz": (lambda p: save_npz(p, image=np.zeros((4, 4), complex)), "got complex128"),
     "names.npz": (
-        lambda p: save_npz(p, a=GREY, b=GREY),
+        lambda p: save_npz(p, a=GRAY, b=GRAY),
         r"no array named 'image', the file has \['a', 'b'\]",
     ),
     "object.npz": (lambda p: save_npz(p, image=np.array([{}])), "not a readable .npz"),
@@ -167,10 +167,10 @@ def test_truncated_image(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (COLOUR, r"expected a mask \[H, W\]"),
-        (GREY.astype(np.float32), "expected integer class indices, got float32"),
-        (GREY.astype(np.uint16) * 30, "got 0 to 5730; --foreground"),
-        ((GREY > 90).astype(np.uint8) * 255, "only 0 and 255.*--foreground"),
+        (COLOR, r"expected a mask \[H, W\]"),
+        (GRAY.astype(np.float32), "expected integer class indices, got float32"),
+        (GRAY.astype(np.uint16) * 30, "got 0 to 5730; --foreground"),
+        ((GRAY > 90).astype(np.uint8) * 255, "only 0 and 255.*--foreground"),
     ],
 )
 def test_bad_mask(tmp_path, array, message):

@@ -5,6 +5,7 @@ A masked load without `other=` returns 0 in the interpreter and garbage on a GPU
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,6 +196,29 @@ def test_no_docstring_asks():
     assert len(files) > 100
     asking = [f"{path.relative_to(ROOT)}:{n}" for path in files for n in docstring_that_asks(_parsed(path))]
     assert asking == []
+
+
+BRITISH = re.compile(
+    r"colour|centre|neighbour|behaviour|\bgrey|labelled|modelled|cancelling|learnt|judgement|licence"
+    r"|(normal|special|initial|summar|optim|recogn|quant|real)is(e|ed|es|er|ing|ation)\b",
+    re.IGNORECASE,
+)
+
+
+def test_spelling_is_american():
+    """As in torch, so that a name can be guessed."""
+    folders = ("segfast", "kernels", "benchmarks", "tests", "docs", "examples")
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")
+    ]
+    assert BRITISH.search("a normaliser") and not BRITISH.search("a normalizer, precise, realism")
+    found = {
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in [*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+        if path != Path(__file__)
+        for match in BRITISH.finditer(path.read_text())
+    }
+    assert sorted(found) == []
 
 
 def _parsed(path: Path) -> ast.AST:

@@ -103,7 +103,7 @@ def work_table(
                     # Channels fastest: tiles of the same pixels run side by side.
                     for n in range(tiles_n):
                         items.append((cost, [index, tile, n, part, first, last, *zone, *geometry]))
-    # `sorted` keeps the order of equals, so neighbours stay together.
+    # `sorted` keeps the order of equals, so neighbors stay together.
     items = sorted(items, key=lambda item: -item[0])
     programs = min(programs, len(items))
     load = [(0, program) for program in range(programs)]

@@ -50,7 +50,7 @@ def build_exact(features: torch.Tensor, tolerance: float, bounded: bool = False)
 
     Args:
         features: fp32 [B, N, D], dense, D at most 8: k_ij = exp(-|f_i - f_j|^2 / 2).
-        tolerance: the share of its normaliser sum_j k_ij that any point may lose; 0 for every pair.
+        tolerance: the share of its normalizer sum_j k_ij that any point may lose; 0 for every pair.
         bounded: no feature is farther than 100 from its image's mean: the direct form is not needed.
     """
     batch, points, dim = features.shape

@@ -3,13 +3,13 @@
 A point of D features lies in a simplex of D + 1 vertices, one of each remainder 0..D modulo D + 1. A vertex
 is known by one int64 key: image, remainder and coordinates packed by the ranges they have in the batch, in
 that order. No hash table: one stable sort of the keys of all points finds the vertices, numbers them and
-lists what each receives, one binary search an axis finds neighbours, and every sum has a fixed order. No
+lists what each receives, one binary search an axis finds neighbors, and every sum has a fixed order. No
 size but the number of vertices is read back, and under CUDA-graph capture not even that one.
 
 Values are rows of C channels, tables one row a vertex. The filter's kernels give a lane (a thread's place in
 a tile) one channel of one row, so that any C loads whole cache lines and leaves few lanes idle.
 
-Here: which vertices the points of a batch touch, with which weights, and which are neighbours.
+Here: which vertices the points of a batch touch, with which weights, and which are neighbors.
 """
 
 import math
@@ -51,7 +51,7 @@ class Permutohedral(NamedTuple):
     point: torch.Tensor  # int32 [B N (D + 1)]: the point it comes from, in 0..B N
     share: torch.Tensor  # fp32 [B N (D + 1)]: its barycentric weight
     first: torch.Tensor  # int32 [B N (D + 1)]: a vertex's first contribution
-    neighbours: tuple[torch.Tensor, ...]  # D + 1 times int32 [capacity, 2]: along an axis; -1 where none is
+    neighbors: tuple[torch.Tensor, ...]  # D + 1 times int32 [capacity, 2]: along an axis; -1 where none is
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _permutohedral_keys_kernel(
     N, SCALES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # origin [B, D + 1]: least coordinates, and whether an image can be filtered. spans [D + 1]: keys of a
-    # remainder, then how far apart the keys of neighbouring coordinates are.
+    # remainder, then how far apart the keys of neighboring coordinates are.
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image = tl.program_id(1).to(tl.int64)
     ok = n < N
@@ -145,7 +145,7 @@ def _permutohedral_keys_kernel(
     cells = tl.load(spans_ptr)
     key = tl.zeros((BLOCK,), tl.int64) + image * (D + 1) * cells
     for i in tl.static_range(D):
-        # Room for a neighbour of a vertex on either side. What cannot be filtered gets keys all the same.
+        # Room for a neighbor of a vertex on either side. What cannot be filtered gets keys all the same.
         coordinate = tl.where(usable, floor[i].to(tl.int64) - tl.load(origin_ptr + i) + 2, 2)
         key += coordinate * tl.load(spans_ptr + 1 + i)
     out = (image * N + n) * (D + 1)
@@ -178,13 +178,13 @@ def _permutohedral_rows_kernel(
 
 
 @triton.jit
-def _permutohedral_neighbours_kernel(
-    unique_ptr, count_ptr, spans_ptr, neighbours_ptr,
+def _permutohedral_neighbors_kernel(
+    unique_ptr, count_ptr, spans_ptr, neighbors_ptr,
     capacity, steps, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # neighbours [D + 1, capacity, 2], full of -1. Whoever is found has found who looked.
+    # neighbors [D + 1, capacity, 2], full of -1. Whoever is found has found who looked.
     axis = tl.program_id(1)
-    neighbours_ptr += axis.to(tl.int64) * capacity * 2
+    neighbors_ptr += axis.to(tl.int64) * capacity * 2
     count = tl.load(count_ptr)
     cells = tl.load(spans_ptr)
     rise = tl.load(spans_ptr + 1 + axis, mask=axis < D, other=0)
@@ -206,8 +206,8 @@ def _permutohedral_neighbours_kernel(
             high = tl.where((low < high) & ~less, middle, high)
         found = ok & (low < count)
         found &= tl.load(unique_ptr + low, mask=found, other=0) == wanted
-        tl.store(neighbours_ptr + row.to(tl.int64) * 2, low, mask=found)
-        tl.store(neighbours_ptr + low.to(tl.int64) * 2 + 1, row, mask=found)
+        tl.store(neighbors_ptr + row.to(tl.int64) * 2, low, mask=found)
+        tl.store(neighbors_ptr + low.to(tl.int64) * 2 + 1, row, mask=found)
 
 
 def _scales(dim: int) -> tuple[float, ...]:
@@ -279,21 +279,21 @@ def _rows(keys, order, row, weights, vertex, point, share, unique, first) -> Non
     launch_for(("permutohedral_rows", row.device, layout_key(vertex)), make)(*pointers)
 
 
-def _neighbours(unique: torch.Tensor, count: torch.Tensor, spans: torch.Tensor, capacity: int):
+def _neighbors(unique: torch.Tensor, count: torch.Tensor, spans: torch.Tensor, capacity: int):
     """int32 [D + 1, capacity, 2]; `unique` are the vertices' keys, ascending."""
     dim = spans.numel() - 1
-    neighbours = torch.full((dim + 1, capacity, 2), -1, dtype=torch.int32, device=unique.device)
+    neighbors = torch.full((dim + 1, capacity, 2), -1, dtype=torch.int32, device=unique.device)
 
     def make() -> Launch:
         grid = (min(triton.cdiv(capacity, _TILE.block_m), 1024), dim + 1)
         # Not from the capacity, which capture changes: so would what is compiled in.
         scalars = (capacity, _SEARCH_STEPS)
         constants = {"D": dim, "BLOCK": _TILE.block_m}
-        return Launch(_permutohedral_neighbours_kernel, grid, scalars, constants, _TILE)
+        return Launch(_permutohedral_neighbors_kernel, grid, scalars, constants, _TILE)
 
-    key = ("permutohedral_neighbours", unique.device, layout_key(neighbours))
-    launch_for(key, make)(unique, count, spans, neighbours)
-    return neighbours
+    key = ("permutohedral_neighbors", unique.device, layout_key(neighbors))
+    launch_for(key, make)(unique, count, spans, neighbors)
+    return neighbors
 
 
 def _room(count: torch.Tensor, bound: int) -> int:
@@ -336,8 +336,8 @@ def build_permutohedral(features: torch.Tensor) -> Permutohedral:
     _rows(keys, order, row, weights, vertex, point, share, unique, first)
     count = row[-1:] + 1
     capacity = _room(count, bound)
-    neighbours = _neighbours(unique, count, spans, capacity)
+    neighbors = _neighbors(unique, count, spans, capacity)
     weights *= 1 / (1 + 2.0**-dim)
     return Permutohedral(
-        batch, points, dim, capacity, vertex, weights, count, row, point, share, first, neighbours.unbind(0)
+        batch, points, dim, capacity, vertex, weights, count, row, point, share, first, neighbors.unbind(0)
     )

@@ -102,7 +102,7 @@ def _permutohedral_join_kernel(
 
 @triton.jit
 def _permutohedral_blur_kernel(
-    table_ptr, neighbours_ptr, count_ptr, out_ptr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    table_ptr, neighbors_ptr, count_ptr, out_ptr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     lane = tl.arange(0, BLOCK)
     c = lane % C
@@ -110,8 +110,8 @@ def _permutohedral_blur_kernel(
     for start in tl.range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS, num_stages=1):
         row = (start + lane // C).to(tl.int64)
         ok = (lane < ROWS * C) & (row < count)
-        after = tl.load(neighbours_ptr + row * 2, mask=ok, other=-1)
-        before = tl.load(neighbours_ptr + row * 2 + 1, mask=ok, other=-1)
+        after = tl.load(neighbors_ptr + row * 2, mask=ok, other=-1)
+        before = tl.load(neighbors_ptr + row * 2 + 1, mask=ok, other=-1)
         total = tl.load(table_ptr + row * C + c, mask=ok, other=0.0)
         total += 0.5 * tl.load(table_ptr + after.to(tl.int64) * C + c, mask=after >= 0, other=0.0)
         total += 0.5 * tl.load(table_ptr + before.to(tl.int64) * C + c, mask=before >= 0, other=0.0)
@@ -202,8 +202,8 @@ def permutohedral_blur(
 
     key = ("permutohedral_blur", values.device, lattice.batch * lattice.points, layout_key(table))
     blur = launch_for(key, make)
-    for neighbours in reversed(lattice.neighbours) if reverse else lattice.neighbours:
-        blur(table, neighbours, lattice.count, spare)
+    for neighbors in reversed(lattice.neighbors) if reverse else lattice.neighbors:
+        blur(table, neighbors, lattice.count, spare)
         table, spare = spare, table
     return table
 

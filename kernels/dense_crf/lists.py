@@ -1,7 +1,7 @@
 """Lists of the tiles of pairs that the exact filter computes; no point loses more than a share of its mass.
 
 For a tile of rows, the columns' tiles are left out from the farthest inwards while
-B = sum |J| exp2(-d_min(I, J)^2 / 2) stays within tolerance times a lower bound of every row's normaliser
+B = sum |J| exp2(-d_min(I, J)^2 / 2) stays within tolerance times a lower bound of every row's normalizer
 n_i = sum_j k_ij: then each loses at most B <= tolerance n_i. d_min is the larger of the gaps between the
 tiles' boxes and between their balls. The lower bound is Jensen's: the mean of exp2 over a tile is at least
 exp2 of the mean, n_i >= sum_J |J| exp2(-(|g_i - mean_J|^2 + spread_J) / 2).
@@ -27,17 +27,17 @@ _BLOCK = 32
 def _least_exponents(bounds_ptr, tile, ok, ALL_TILES, low, high, middle, radius, D: tl.constexpr):
     """Half the least squared distance between the rows' tile and each column tile, a little less."""
     box = tl.zeros(tile.shape, tl.float32)
-    centres = tl.zeros(tile.shape, tl.float32)
+    centers = tl.zeros(tile.shape, tl.float32)
     for d in tl.static_range(D):
         other_low = tl.load(bounds_ptr + d * ALL_TILES + tile, mask=ok, other=0.0)
         other_high = tl.load(bounds_ptr + (D + d) * ALL_TILES + tile, mask=ok, other=0.0)
         other_middle = tl.load(bounds_ptr + (2 * D + d) * ALL_TILES + tile, mask=ok, other=0.0)
         gap = tl.maximum(tl.maximum(other_low - high[d], low[d] - other_high), 0.0)
         box += gap * gap
-        centres += (other_middle - middle[d]) * (other_middle - middle[d])
+        centers += (other_middle - middle[d]) * (other_middle - middle[d])
     other_radius = tl.load(bounds_ptr + (3 * D + 1) * ALL_TILES + tile, mask=ok, other=0.0)
     # Rounding, which grows with the distance: less than the margins here and below.
-    ball = tl.maximum(tl.sqrt(centres) * 0.99999 - radius - other_radius, 0.0)
+    ball = tl.maximum(tl.sqrt(centers) * 0.99999 - radius - other_radius, 0.0)
     return tl.maximum(box, ball * ball) * 0.49999
 
 
@@ -69,15 +69,15 @@ def _lists_kernel(
     radius = tl.sqrt(tl.max(deviation, 0)) * 1.00001
     t = tl.arange(0, BLOCK_T)
 
-    # What every row's normaliser is at least.
+    # What every row's normalizer is at least.
     mass = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, TILES, BLOCK_T):
         there = start + t < TILES
         tile = first + start + t
         exponent = tl.load(bounds_ptr + 3 * D * ALL_TILES + tile, mask=there, other=0.0)[None, :]
         for d in tl.static_range(D):
-            centre = tl.load(bounds_ptr + (2 * D + d) * ALL_TILES + tile, mask=there, other=0.0)
-            exponent += (g[d][:, None] - centre[None, :]) * (g[d][:, None] - centre[None, :])
+            center = tl.load(bounds_ptr + (2 * D + d) * ALL_TILES + tile, mask=there, other=0.0)
+            exponent += (g[d][:, None] - center[None, :]) * (g[d][:, None] - center[None, :])
         points = tl.load(bounds_ptr + (3 * D + 2) * ALL_TILES + tile, mask=there, other=0.0)
         mass += tl.sum(points[None, :] * tl.exp2(-0.5 * exponent), 1)
     # Of NaN nothing is left out: every result is to carry it on.

@@ -1,4 +1,4 @@
-"""Points in the order of a Hilbert curve through their features, so that a tile of neighbours is small there.
+"""Points in the order of a Hilbert curve through their features, so that a tile of neighbors is small there.
 
 Skilling, "Programming the Hilbert curve" (2004). One 64-bit key a point, and one sort an image.
 """

@@ -1,6 +1,6 @@
 """The Gaussian filter of an image's pixels by their places: along rows, then along columns.
 
-K_ij = exp(-dx^2 / 2 theta_x^2 - dy^2 / 2 theta_y^2) is a product, and so is its normalisation. An axis is a
+K_ij = exp(-dx^2 / 2 theta_x^2 - dy^2 / 2 theta_y^2) is a product, and so is its normalization. An axis is a
 band matrix times the image on the matrix units; the band is computed where it is needed and never stored.
 """
 
@@ -27,7 +27,7 @@ def _spatial_gaussian_kernel(
 ):  # fmt: skip
     # values and out are [columns / inner, length, inner]; a column is a pair of outer and inner index.
     pid = tl.program_id(0)
-    # Programs side by side take neighbouring stretches of the same columns, whose values they share.
+    # Programs side by side take neighboring stretches of the same columns, whose values they share.
     first = pid % blocks * BLOCK_M
     column = (pid // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = (column < columns)[None, :]

@@ -1,6 +1,6 @@
 """The sorted points as the exact filter's operands, and what each tile of them spans.
 
-With g the features, centred and in units that make the kernel exp2(-|g_i - g_j|^2 / 2), a row of `a` times a
+With g the features, centered and in units that make the kernel exp2(-|g_i - g_j|^2 / 2), a row of `a` times a
 row of `b` is the exponent itself: g is split into two halves of fp16 each, -|g|^2 / 2 into three.
 a = [hi, hi, lo, lo, n1, n2, n3, 1, 1, 1], b = [hi, lo, hi, lo, 1, 1, 1, n1, n2, n3], zeros to the next 32.
 """

@@ -228,7 +228,7 @@ def mean_field_update(
         )  # fmt: skip
         tile = choose_tile(problem, unary.device)
         strides = [_line(t, width) for t in (unary, output)]
-        # Where rows follow each other without a gap, an image is one long row: neighbours are seen as such.
+        # Where rows follow each other without a gap, an image is one long row: neighbors are seen as such.
         if all(lined for lined, _ in strides):
             width = max(1, pixels)
         blocks = triton.cdiv(pixels, tile.block_m)

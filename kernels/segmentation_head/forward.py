@@ -128,7 +128,7 @@ def pixel_tile(operation: str, x: torch.Tensor, out_size: tuple[int, int], slots
 def lanes_of(x: torch.Tensor, out_size: tuple[int, int], kind: str, most: int) -> tuple[int, int, int]:
     """(stretches of a cell, outputs of a stretch, lanes of an output row).
 
-    No stretches where an output has a lane of its own: without neighbours in its cell, and for "nearest".
+    No stretches where an output has a lane of its own: without neighbors in its cell, and for "nearest".
     """
     if kind == "nearest" or most == 1:
         return 0, 1, out_size[1]

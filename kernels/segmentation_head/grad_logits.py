@@ -2,7 +2,7 @@
 
 A lane belongs to one column of cells and walks down ROWS of them with a block of classes. It keeps what the
 cell above has given to the row of pixels between them, adds its own half, and the pixel gets what its left
-neighbour lane holds for it. So outputs are visited once, but for the row of cells above each strip, and lane
+neighbor lane holds for it. So outputs are visited once, but for the row of cells above each strip, and lane
 zero of a tile, which repeats the last one of the tile before. The order of every sum is fixed.
 """
 

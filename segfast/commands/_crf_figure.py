@@ -16,7 +16,7 @@ LONGEST = 700
 
 
 class Refined(NamedTuple):
-    """A row of the picture: image `[C, H, W]` in 0..255 (grey or RGB), masks `[H, W]` in [0, 1], titles."""
+    """A row of the picture: image `[C, H, W]` in 0..255 (gray or RGB), masks `[H, W]` in [0, 1], titles."""
 
     image: Tensor
     before: Tensor
@@ -47,13 +47,13 @@ def crf_figure(rows: Sequence[Refined], title: str) -> Any:
 
 
 def difference_rgb(image: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """The image in dim grey, the more covered by a colour the more the mask changes there: `[H, W, 3]`."""
+    """The image in dim gray, the more covered by a color the more the mask changes there: `[H, W, 3]`."""
     from matplotlib.colors import to_rgb
 
     shown = (0.5 / 255 * image.float().mean(0))[..., None].expand(-1, -1, 3)
     change = (after - before)[..., None]
-    colour = torch.where(change > 0, torch.tensor(to_rgb(ADDED)), torch.tensor(to_rgb(REMOVED)))
-    return shown + change.abs() * (colour - shown)
+    color = torch.where(change > 0, torch.tensor(to_rgb(ADDED)), torch.tensor(to_rgb(REMOVED)))
+    return shown + change.abs() * (color - shown)
 
 
 def _shrunk(row: Refined) -> Refined:

@@ -1,4 +1,4 @@
-"""The search for a dense CRF's parameters on labelled images, and what it says of its result.
+"""The search for a dense CRF's parameters on labeled images, and what it says of its result.
 
 At random, then along one coordinate at a time.
 Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials" (2011),
@@ -37,7 +37,7 @@ STEP, LAST_STEP = 1.6, 1.03
 FAR_BETTER = 0.25
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """A network's probabilities, float32 `[K, H, W]`, the image `[C, H, W]` in 0..255, the truth `[H, W]`."""
 
     probabilities: Tensor
@@ -52,16 +52,14 @@ class Accuracy(NamedTuple):
     pixel_accuracy: float
 
 
-def labelled(model: nn.Module, sample: Sample) -> Labelled:
+def labeled(model: nn.Module, sample: Sample) -> Labeled:
     """With the model's probabilities, on the model's device; the image's [0, 1] becomes 0..255."""
     device = next(model.parameters()).device
     probabilities = predict_scores(model, sample.image).softmax(0)
-    return Labelled(probabilities.to(device), 255 * sample.image.to(device), sample.target)
+    return Labeled(probabilities.to(device), 255 * sample.image.to(device), sample.target)
 
 
-def split(
-    samples: Sequence[Labelled], holdout: float, seed: int = 0
-) -> tuple[list[Labelled], list[Labelled]]:
+def split(samples: Sequence[Labeled], holdout: float, seed: int = 0) -> tuple[list[Labeled], list[Labeled]]:
     """A part to fit and a part held out: whole images drawn by `seed`, or the last rows of a single one.
 
     Raises:
@@ -76,7 +74,7 @@ def split(
         if not 0 < row < height:
             raise UserError(f"--holdout {holdout}: an image {height} rows high cannot be split so")
         top, bottom = (
-            Labelled(*(tensor[..., rows, :] for tensor in sample))
+            Labeled(*(tensor[..., rows, :] for tensor in sample))
             for rows in (slice(None, row), slice(row, None))
         )
         return [top], [bottom]
@@ -85,7 +83,7 @@ def split(
     return [s for i, s in enumerate(samples) if i not in held], [samples[i] for i in sorted(held)]
 
 
-def accuracy(samples: Sequence[Labelled], parameters: Parameters, method: str = "auto") -> Accuracy:
+def accuracy(samples: Sequence[Labeled], parameters: Parameters, method: str = "auto") -> Accuracy:
     """Of the most probable classes after the CRF."""
     classes = samples[0].probabilities.shape[0]
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
@@ -95,7 +93,7 @@ def accuracy(samples: Sequence[Labelled], parameters: Parameters, method: str = 
     return Accuracy(scores(confusion).miou, (confusion.diagonal().sum() / confusion.sum()).item())
 
 
-def permutation_note(samples: Sequence[Labelled]) -> str | None:
+def permutation_note(samples: Sequence[Labeled]) -> str | None:
     """One line if the probabilities' classes, taken in another order, would fit the masks far better."""
     classes = samples[0].probabilities.shape[0]
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
@@ -120,7 +118,7 @@ def permutation_note(samples: Sequence[Labelled]) -> str | None:
 
 
 def search(
-    samples: Sequence[Labelled],
+    samples: Sequence[Labeled],
     trials: int = 100,
     seed: int = 0,
     seconds: float = math.inf,
@@ -166,7 +164,7 @@ def search(
     while step > LAST_STEP:
         # Steps from "no CRF" lead nowhere.
         start = max((p for p in tried if p != NO_CRF), key=tried.__getitem__, default=NO_CRF)
-        if not all(attempt(neighbour) for neighbour in _neighbours(start, step)):
+        if not all(attempt(neighbor) for neighbor in _neighbors(start, step)):
             break
         if not any(tried[p] > tried[start] for p in tried if p != NO_CRF):
             step = math.sqrt(step)
@@ -223,7 +221,7 @@ def _draw(generator: torch.Generator) -> Parameters:
     return Parameters(**values, iterations=ITERATIONS[int(uniform() * len(ITERATIONS))])
 
 
-def _neighbours(parameters: Parameters, step: float) -> Iterator[Parameters]:
+def _neighbors(parameters: Parameters, step: float) -> Iterator[Parameters]:
     """One coordinate changed, up or down, each."""
     for name in RANGES:
         for factor in (step, 1 / step):

@@ -184,7 +184,7 @@ def _factory(module: Any, source: str, name: str) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Let the file import its neighbours, and write no bytecode beside it."""
+    """Let the file import its neighbors, and write no bytecode beside it."""
     written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     sys.path.insert(0, str(folder))
     try:

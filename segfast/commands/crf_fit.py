@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._errors import UserError
-from ..data import IGNORE_INDEX, image_and_mask_paths, read_colours, read_image, read_mask
+from ..data import IGNORE_INDEX, image_and_mask_paths, read_colors, read_image, read_mask
 from ..models import SegmentationModel
 from ..ops.dense_crf.filters import METHODS
 from ..train import load_checkpoint, predict_scores
@@ -25,11 +25,11 @@ from ..train._progress import load_tqdm
 from ._crf_parameters import NO_CRF, TEXTBOOK, write_parameters
 from ._crf_search import (
     Accuracy,
-    Labelled,
+    Labeled,
     accuracy,
     accuracy_table,
     describe,
-    labelled,
+    labeled,
     permutation_note,
     search,
     split,
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--probabilities",
         metavar="FOLDER",
-        help="of NAME.npy or NAME.npz, [classes, H, W], or [H, W] of class 1; the images are taken as colour",
+        help="of NAME.npy or NAME.npz, [classes, H, W], or [H, W] of class 1; the images are taken as color",
     )
     fit = parser.add_argument_group("search")
     fit.add_argument("--trials", type=int, default=100, help="parameter sets to try (100)")
@@ -141,13 +141,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _samples(args: argparse.Namespace, device: torch.device) -> list[Labelled]:
+def _samples(args: argparse.Namespace, device: torch.device) -> list[Labeled]:
     if args.data is None:
         if args.probabilities is not None:
             raise UserError("--probabilities needs --data, the images and masks they belong to")
         if args.foreground or args.unseen != 1:
             raise UserError("--foreground and --unseen need --data")
-        return [labelled(_nuclei_network(args.checkpoint, device), nuclei_samples()[1][0])]
+        return [labeled(_nuclei_network(args.checkpoint, device), nuclei_samples()[1][0])]
     if not 0 < args.unseen <= 1:
         raise UserError(f"--unseen {args.unseen}: expected a share above 0, at most 1")
     paths = image_and_mask_paths(args.data)
@@ -157,17 +157,17 @@ def _samples(args: argparse.Namespace, device: torch.device) -> list[Labelled]:
         found = _from_arrays(paths, Path(args.probabilities))
     else:
         raise UserError("--data needs the network: --checkpoint or --probabilities")
-    samples: list[Labelled] = []
-    for (path, probabilities, colours), (image_path, mask_path) in zip(
+    samples: list[Labeled] = []
+    for (path, probabilities, colors), (image_path, mask_path) in zip(
         _bar(found, len(paths)), paths, strict=True
     ):
         target = read_mask(mask_path, args.foreground)
-        sizes = {path: probabilities.shape[1:], image_path: colours.shape[1:], mask_path: target.shape}
+        sizes = {path: probabilities.shape[1:], image_path: colors.shape[1:], mask_path: target.shape}
         _check_sizes(sizes)
         _check_classes(path, probabilities, mask_path, target, samples)
         start = target.shape[1] - max(1, round(target.shape[1] * args.unseen))
-        cut = (tensor[..., start:] for tensor in (probabilities.to(device), colours.to(device), target))
-        samples.append(Labelled(*cut))
+        cut = (tensor[..., start:] for tensor in (probabilities.to(device), colors.to(device), target))
+        samples.append(Labeled(*cut))
     return samples
 
 
@@ -192,7 +192,7 @@ def _from_network(paths: Pairs, model: SegmentationModel) -> Found:
     """The name of what the probabilities are of, these, and the image's colors."""
     for path, _ in paths:
         scores = predict_scores(model, read_image(path, model.in_channels))
-        yield path, scores.softmax(0), read_colours(path, model.in_channels)
+        yield path, scores.softmax(0), read_colors(path, model.in_channels)
 
 
 def _from_arrays(paths: Pairs, folder: Path) -> Found:
@@ -204,7 +204,7 @@ def _from_arrays(paths: Pairs, folder: Path) -> Found:
         )
         if source is None:
             raise UserError(f"{path}: no probabilities named {path.stem}.npy or .npz in {folder}")
-        yield source, _read_probabilities(source), read_colours(path, 3)
+        yield source, _read_probabilities(source), read_colors(path, 3)
 
 
 def _read_probabilities(path: Path) -> Tensor:
@@ -245,7 +245,7 @@ def _check_sizes(sizes: dict[Path, torch.Size]) -> None:
 
 
 def _check_classes(
-    path: Path, probabilities: Tensor, mask_path: Path, target: Tensor, earlier: list[Labelled]
+    path: Path, probabilities: Tensor, mask_path: Path, target: Tensor, earlier: list[Labeled]
 ) -> None:
     """As many in all images, and no mask with others."""
     classes = earlier[0].probabilities.shape[0] if earlier else max(2, len(probabilities))

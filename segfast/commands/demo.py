@@ -24,11 +24,11 @@ from ._crf_figure import Refined, crf_figure
 from ._crf_parameters import NO_CRF, TEXTBOOK, refine
 from ._crf_search import (
     Accuracy,
-    Labelled,
+    Labeled,
     accuracy,
     accuracy_table,
     describe,
-    labelled,
+    labeled,
     search,
     split,
     verdict,
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     save_figure(comparison_figure(test, (prediction, iou), (baseline, baseline_iou)), picture)
     print(f"wrote {picture} and {checkpoint}\n")
     mask = segment_portrait(portrait, device)
-    refine_masks(refined, labelled(model, test), mask, device)
+    refine_masks(refined, labeled(model, test), mask, device)
     write_quick_report(out, device)
     # Last, and its last line says what was gained here.
     checked = check_model(model, test.image[None].to(device), budget_s=2)
@@ -117,7 +117,7 @@ def trained_model(
 
 
 def best_threshold(sample: Sample) -> float:
-    """The grey value that, as a threshold over the whole sample, gives the highest foreground IoU."""
+    """The gray value that, as a threshold over the whole sample, gives the highest foreground IoU."""
     values = sample.image[0].flatten()
     order = values.argsort(descending=True, stable=True)
     hits = sample.target.flatten()[order].cumsum(0)
@@ -184,7 +184,7 @@ def segment_portrait(path: Path, device: torch.device | str = "cpu") -> Tensor:
     return mask
 
 
-def refine_masks(path: Path, nuclei: Labelled, portrait: Tensor, device: torch.device | str = "cpu") -> None:
+def refine_masks(path: Path, nuclei: Labeled, portrait: Tensor, device: torch.device | str = "cpu") -> None:
     """Mean field in a dense CRF on both masks, measured where there is a truth, and drawn.
 
     The upper half of the nuclei is for fitting the parameters, the lower for measuring.
@@ -212,7 +212,7 @@ def refine_masks(path: Path, nuclei: Labelled, portrait: Tensor, device: torch.d
     save_figure(crf_figure(rows, "Mean field in a dense CRF"), path)
 
 
-def _nuclei_row(sample: Labelled, refined: Tensor, *scores: dict[str, Accuracy]) -> Refined:
+def _nuclei_row(sample: Labeled, refined: Tensor, *scores: dict[str, Accuracy]) -> Refined:
     """On its side, for the nuclei's region is tall."""
     image = (sample.image.cpu() / 255) ** 0.5 * 255  # dim nuclei show
     names = [f"{100 * found.mean_iou:.2f} %" for part in scores for found in part.values()]

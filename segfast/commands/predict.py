@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write one palette PNG for each image: class indices to a reader, colours to a viewer."""
+    """Write one palette PNG for each image: class indices to a reader, colors to a viewer."""
     if args.tile < 1:
         raise UserError(f"--tile must be at least 1, got {args.tile}")
     images = [Path(image) for image in args.images]

@@ -28,9 +28,9 @@ from ._threads import one_thread
 # The network's own: it has seen every photo squeezed to this.
 SIZE = (256, 256)
 # Of an overlay's background: Okabe and Ito's green, and how much of it there is.
-COLOUR = (0, 158, 115)
+COLOR = (0, 158, 115)
 STRENGTH = 0.65
-# Of --crf without a file, for a photo whose longer side is 512. Chosen by eye: the package has no labelled
+# Of --crf without a file, for a photo whose longer side is 512. Chosen by eye: the package has no labeled
 # portraits to fit them to.
 UNFITTED = Parameters(40.0, 8.0, 3.0, 3.0, 3.0, 5)
 # Mean field of larger photos runs on this many pixels, for time and memory.
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @one_thread()
 def run(args: argparse.Namespace) -> int:
-    """Write two PNGs of each photo's size: the mask in grey, and the photo with its background tinted."""
+    """Write two PNGs of each photo's size: the mask in gray, and the photo with its background tinted."""
     if args.threshold is not None and not 0 < args.threshold < 1:
         raise UserError(f"--threshold must be between 0 and 1, got {args.threshold}")
     fitted = read_parameters(args.crf, channels=3) if args.crf else None
@@ -146,25 +146,25 @@ def refined_mask(
     parameters, method = fitted or (UNFITTED.scaled(max(height, width) / 512), "auto")
     factor = min(1.0, (MAX_PIXELS / (height * width)) ** 0.5)
     size = [max(1, int(side * factor)) for side in (height, width)]
-    small_mask, colours = (
+    small_mask, colors = (
         F.interpolate(tensor[None].float(), size, mode="bilinear", antialias=True)[0]
         for tensor in (mask[None], photo)
     )
     person = small_mask[0].clamp(0, 1).to(device)
     probabilities = torch.stack([1 - person, person])
-    refined = refine(probabilities, colours, parameters.scaled(factor), method)[1].cpu()
+    refined = refine(probabilities, colors, parameters.scaled(factor), method)[1].cpu()
     return F.interpolate(refined[None, None], (height, width), mode="bilinear", antialias=True)[0, 0].clamp(
         0, 1
     )
 
 
 def overlay(photo: Tensor, mask: Tensor) -> Tensor:
-    """The photo, uint8 `[3, H, W]`, with its background (mask 0, of `[H, W]`) in shades of one colour."""
+    """The photo, uint8 `[3, H, W]`, with its background (mask 0, of `[H, W]`) in shades of one color."""
     from PIL import Image
 
     image = Image.fromarray(photo.movedim(0, -1).contiguous().numpy())
-    grey = image.convert("L").convert("RGB")
-    background = Image.blend(grey, Image.new("RGB", image.size, COLOUR), STRENGTH)
+    gray = image.convert("L").convert("RGB")
+    background = Image.blend(gray, Image.new("RGB", image.size, COLOR), STRENGTH)
     person = Image.fromarray((255 * mask).round().byte().numpy())
     return torch.from_numpy(np.array(Image.composite(image, background, person))).movedim(-1, 0)
 

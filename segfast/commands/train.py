@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data", metavar="FOLDER", help="holds images/ and masks/, same names (the nuclei shipped)"
     )
-    data.add_argument("--channels", type=int, default=1, help="of the images: 1 grey, 3 colour (1)")
+    data.add_argument("--channels", type=int, default=1, help="of the images: 1 gray, 3 color (1)")
     data.add_argument("--foreground", action="store_true", help="any mask value above 0 is class 1")
     data.add_argument(
         "--classes", type=int, metavar="N", help="of the masks, 0 to N-1 (up to the largest, if all occur)"

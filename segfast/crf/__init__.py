@@ -92,7 +92,7 @@ class DenseCRF:
         nvar: the number of points.
         nlabels: the number of labels.
         method: "lattice", pydensecrf's own approximation and numbers; "exact", all pairs; "auto", for each
-            term the one of less modelled cost. The repr says which.
+            term the one of less modeled cost. The repr says which.
         tolerance: for "exact" on our kernels, the share of a point's weights that may be skipped, in pairs
             too far apart to matter: `segfast.functional.gaussian_filter`.
 
@@ -239,7 +239,7 @@ class DenseCRF:
     def _options(
         self, compat: float | ArrayLike, kernel: int, normalization: int
     ) -> tuple[str | None, float | Tensor]:
-        """The name of the normalisation and the energies of a term."""
+        """The name of the normalization and the energies of a term."""
         KernelType(kernel)
         name = _NAMES[NormalizationType(normalization)]
         value: float | Tensor
@@ -301,7 +301,7 @@ class DenseCRF2D(DenseCRF):
         kernel: int = DIAG_KERNEL,
         normalization: int = NORMALIZE_SYMMETRIC,
     ) -> None:
-        """Adds a term of the places and the colours.
+        """Adds a term of the places and the colors.
 
         Args:
             sxy: standard deviation in pixels, one or (along x, along y).
@@ -317,8 +317,8 @@ class DenseCRF2D(DenseCRF):
         shift = far_offset(image, (0, 1), min(thetas[1]))
         image = (image - shift).float()
         places = dense_crf.grid_features((self._h, self._w), thetas[0], image)
-        colours = image.reshape(-1, 3) / image.new_tensor(thetas[1])
-        points = torch.cat([places, colours], 1)
+        colors = image.reshape(-1, 3) / image.new_tensor(thetas[1])
+        points = torch.cat([places, colors], 1)
         self._add(points, "rgbim", compat, kernel, normalization, thetas, moved=bool(shift.any()))
 
     def _sizes(self) -> str:

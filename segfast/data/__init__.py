@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._folder import Sample, image_and_mask_paths, read_folder, split_columns
-from ._images import IGNORE_INDEX, normalize, read_colours, read_image, read_mask, write_mask
+from ._images import IGNORE_INDEX, normalize, read_colors, read_image, read_mask, write_mask
 from ._photo import read_photo, write_image
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "image_and_mask_paths",
     "normalize",
     "nuclei",
-    "read_colours",
+    "read_colors",
     "read_folder",
     "read_image",
     "read_mask",

@@ -16,7 +16,7 @@ from segfast._files import atomic_write
 IGNORE_INDEX = 255
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npz")
 
-# What a viewer shows for class 0, 1, 2, ... of a mask: black, white, then the colours of Okabe and Ito; for
+# What a viewer shows for class 0, 1, 2, ... of a mask: black, white, then the colors of Okabe and Ito; for
 # class 8 and on the same again.
 PALETTE = [
     0,
@@ -64,7 +64,7 @@ def normalize(image: np.ndarray) -> Tensor:
 def read_image(path: str | os.PathLike, channels: int = 1) -> Tensor:
     """Read an image as `[channels, H, W]` float32 in [0, 1] (see `normalize`).
 
-    Grey images are repeated to three channels, colour images are averaged (ITU-R 601 luma) to one;
+    Gray images are repeated to three channels, color images are averaged (ITU-R 601 luma) to one;
     an alpha channel is dropped. Of an `.npz` the array named `image`, or the only one, is taken, `[H, W]`
     or `[C, H, W]`.
 
@@ -75,7 +75,7 @@ def read_image(path: str | os.PathLike, channels: int = 1) -> Tensor:
     return normalize(_read_channels(path, channels)[0])
 
 
-def read_colours(path: str | os.PathLike, channels: int = 3) -> Tensor:
+def read_colors(path: str | os.PathLike, channels: int = 3) -> Tensor:
     """Read an image as `[channels, H, W]` float32 in 0..255, whose differences a dense CRF looks at.
 
     8-bit images as they are, others normalized; else as `read_image`.
@@ -115,7 +115,7 @@ def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
         foreground: take the mask as instances, or as 0/255: every value above 0 is class 1.
 
     Raises:
-        UserError: as `read_image`; also for colour images, negative or fractional values, values above 255.
+        UserError: as `read_image`; also for color images, negative or fractional values, values above 255.
     """
     array = _read_array(path, "labels", mask=True)
     if array.ndim == 3 and len(array) == 1:
@@ -142,11 +142,11 @@ def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
 
 
 def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
-    """Write class indices `[H, W]` (0 to 255) as a palette PNG: colours to a viewer, indices to a reader."""
+    """Write class indices `[H, W]` (0 to 255) as a palette PNG: colors to a viewer, indices to a reader."""
     from PIL import Image
 
     image = Image.fromarray(labels.to(torch.uint8).cpu().numpy())
-    # With fewer colours than values pillow would write as few bits as the colours need.
+    # With fewer colors than values pillow would write as few bits as the colors need.
     image.putpalette((PALETTE * 32)[: 3 * 256])
     save_png(image, path)
 
@@ -204,10 +204,10 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _plain_mode(mode: str, mask: bool) -> str:
-    """The pillow mode to read an image of mode `mode` as: grey or RGB, of any depth."""
+    """The pillow mode to read an image of mode `mode` as: gray or RGB, of any depth."""
     if mode == "LA":
         return "L"
-    # A palette's indices are the classes of a mask, its colours an image.
+    # A palette's indices are the classes of a mask, its colors an image.
     if mode in ("PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV") or (mode == "P" and not mask):
         return "RGB"
     return mode

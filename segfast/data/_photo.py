@@ -16,7 +16,7 @@ def read_photo(path: str | os.PathLike) -> Tensor:
     """Read any image that pillow opens, as a viewer shows it: uint8 RGB `[3, H, W]`.
 
     Turned as its EXIF orientation says; transparent pixels over white; of several frames the first. 16-bit
-    grey keeps its scale (65535 is white); 32-bit and floating-point grey, which have none, are stretched from
+    gray keeps its scale (65535 is white); 32-bit and floating-point gray, which have none, are stretched from
     their least to their largest value.
 
     Raises:
@@ -31,7 +31,7 @@ def read_photo(path: str | os.PathLike) -> Tensor:
 
 
 def write_image(path: str | os.PathLike, image: Tensor) -> None:
-    """Write uint8 `[H, W]` (grey) or `[3, H, W]` (RGB) as PNG."""
+    """Write uint8 `[H, W]` (gray) or `[3, H, W]` (RGB) as PNG."""
     from PIL import Image
 
     array = image if image.dim() == 2 else image.movedim(0, -1)
@@ -48,8 +48,8 @@ def _to_rgb(image: Any, path: os.PathLike) -> Any:
         if not np.isfinite(values).all():
             raise UserError(f"{path}: the image has pixels that are not finite (NaN or infinity)")
         low, high = values.min(), values.max()
-        grey = (values - low) * (255 / (high - low) if high > low else 0)
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+        gray = (values - low) * (255 / (high - low) if high > low else 0)
+        return Image.fromarray(gray.round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

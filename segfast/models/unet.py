@@ -103,7 +103,7 @@ class UNet(SegmentationModel):
 
     Padded, the output has the input's height and width, odd or even: an up-convolution whose output is one
     short of its skip is made skip-sized, and an input with a side below `2**depth` is zero-padded to that
-    and the output cut back. Unpadded (the paper's: 572x572 -> 388x388), skips are centre-cropped and the
+    and the output cut back. Unpadded (the paper's: 572x572 -> 388x388), skips are center-cropped and the
     output is `margin` smaller on each side where every pooling halves an even size.
 
     Args:

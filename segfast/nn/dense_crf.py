@@ -24,7 +24,7 @@ class DenseCRF(Unscriptable, torch.nn.Module):
 
     logits [B, L, H, W] and image [B, C, H, W] to refined logits [B, L, H, W], the logarithm of the
     probabilities, for a cross-entropy loss or an argmax. The image in 0..255: `theta_beta` is in its units,
-    and of an image in 0..1 the default sees one colour. Learned are the labels' mixing by either kernel,
+    and of an image in 0..1 the default sees one color. Learned are the labels' mixing by either kernel,
     `bilateral_weight` and `spatial_weight` [L, L], and `compatibility` [L, L], the energy that label i pays
     for label j; with `learn_thetas` also the standard deviations. Computes in float32 (float64 for float64),
     under autocast too; gradients go to logits and image as well.

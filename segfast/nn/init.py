@@ -7,15 +7,15 @@ from torch import Tensor
 def bilinear_kernel(
     size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Tensor:
-    """The 1-D kernel [size] of bilinear interpolation, as FCN initialises its upsampling (Long et al. 2015).
+    """The 1-D kernel [size] of bilinear interpolation, as FCN initializes its upsampling (Long et al. 2015).
 
     Example:
         >>> bilinear_kernel(4).tolist()
         [0.25, 0.75, 0.75, 0.25]
     """
     factor = (size + 1) // 2
-    centre = factor - 1 if size % 2 else factor - 0.5
-    return 1 - (torch.arange(size, dtype=dtype, device=device) - centre).abs() / factor
+    center = factor - 1 if size % 2 else factor - 0.5
+    return 1 - (torch.arange(size, dtype=dtype, device=device) - center).abs() / factor
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def icnr_(weight: Tensor, stride: int, init=torch.nn.init.kaiming_normal_) -> Te
 
     k must be a multiple of the stride.
 
-    Every sub-pixel phase gets the same filter, so that at the start the layer is a nearest-neighbour
+    Every sub-pixel phase gets the same filter, so that at the start the layer is a nearest-neighbor
     upsampling of a convolution. `init` fills the small weight [C_in, C_out, k/stride, k/stride].
 
     Raises:

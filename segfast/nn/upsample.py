@@ -1,4 +1,4 @@
-"""Upsampling without learnt transposed kernels: FCN's fixed bilinear one, and upsample-then-convolve."""
+"""Upsampling without learned transposed kernels: FCN's fixed bilinear one, and upsample-then-convolve."""
 
 import torch
 from torch import Tensor

@@ -17,7 +17,7 @@ ELASTIC_SPACING = 32
 class PatchSampler:
     """Draws augmented batches from a list of samples; equal seeds draw equal batches.
 
-    A patch is read through a grid: a random centre, a rotation by any angle, a flip, a scale of 0.8 to 1.25,
+    A patch is read through a grid: a random center, a rotation by any angle, a flip, a scale of 0.8 to 1.25,
     and smooth displacements interpolated from a coarse grid (Ronneberger et al. 2015, section 3.1). The
     image is read bilinearly, the classes to the nearest pixel, beyond the border by reflection. Then gain,
     offset and gamma of the intensities are changed and noise is added.
@@ -79,12 +79,12 @@ class PatchSampler:
             x, y = flip * x + displacement[0], y + displacement[1]
             cos, sin = scale * math.cos(angle), scale * math.sin(angle)
             x, y = cos * x - sin * y, sin * x + cos * y
-        x = x + self._centre(width)
-        y = y + self._centre(height)
+        x = x + self._center(width)
+        y = y + self._center(height)
         return torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
 
-    def _centre(self, length: int) -> float:
-        """A centre that keeps an unrotated patch inside, on whole pixels; the middle if it does not fit."""
+    def _center(self, length: int) -> float:
+        """A center that keeps an unrotated patch inside, on whole pixels; the middle if it does not fit."""
         half = (self.size - 1) / 2
         room = length - self.size
         if room <= 0:
@@ -110,7 +110,7 @@ def _read(image: Tensor, grid: Tensor, mode: str) -> Tensor:
     return F.grid_sample(image[None], grid, mode=mode, padding_mode="reflection", align_corners=False)[0]
 
 
-def centre_crop(target: Tensor, size: Sequence[int]) -> Tensor:
+def center_crop(target: Tensor, size: Sequence[int]) -> Tensor:
     """The middle `size` of the last two dimensions: the classes of an unpadded network's output."""
     top, left = ((have - want) // 2 for have, want in zip(target.shape[-2:], size, strict=True))
     return target[..., top : top + size[0], left : left + size[1]]

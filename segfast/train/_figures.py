@@ -10,7 +10,7 @@ from torch import Tensor
 from segfast._errors import UserError
 from segfast._files import atomic_write
 
-# Colour-blind safe (Okabe and Ito).
+# Color-blind safe (Okabe and Ito).
 FALSE_NEGATIVE, FALSE_POSITIVE = "#56b4e9", "#e69f00"
 
 
@@ -49,10 +49,10 @@ def loss_figure(losses: Sequence[float], title: str) -> Any:
 
 
 def errors_rgb(image: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
-    """The image in grey with wrong pixels coloured, float32 `[H, W, 3]`."""
+    """The image in gray with wrong pixels colored, float32 `[H, W, 3]`."""
     from matplotlib.colors import to_rgb
 
     shown = (0.6 * image)[..., None].repeat(1, 1, 3)
-    for mask, colour in (((prediction < target), FALSE_NEGATIVE), ((prediction > target), FALSE_POSITIVE)):
-        shown[mask] = torch.tensor(to_rgb(colour))
+    for mask, color in (((prediction < target), FALSE_NEGATIVE), ((prediction > target), FALSE_POSITIVE)):
+        shown[mask] = torch.tensor(to_rgb(color))
     return shown

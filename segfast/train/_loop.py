@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segfast.data import IGNORE_INDEX, Sample
 
-from ._augment import centre_crop
+from ._augment import center_crop
 from ._metrics import Scores, confusion_matrix, scores
 from ._predict import predict
 
@@ -69,14 +69,14 @@ def cross_entropy(
 ) -> Tensor:
     """The mean cross-entropy of class scores, of either form that a `SegmentationModel` returns.
 
-    To the loss of "out" half that of "aux" is added, if there is one. Targets are centre-cropped to smaller
+    To the loss of "out" half that of "aux" is added, if there is one. Targets are center-cropped to smaller
     scores.
     """
     if not isinstance(output, Tensor):
         loss = cross_entropy(output["out"], targets, weight)
         return loss + AUX_WEIGHT * cross_entropy(output["aux"], targets, weight) if "aux" in output else loss
     return F.cross_entropy(
-        output, centre_crop(targets, output.shape[-2:]), weight=weight, ignore_index=IGNORE_INDEX
+        output, center_crop(targets, output.shape[-2:]), weight=weight, ignore_index=IGNORE_INDEX
     )
 
 

@@ -288,8 +288,8 @@ def test_mean_field_is_the_sum_over_all_pairs():
         (y, x), (v, u) = points[i], points[j]
         if kind == "spatial":
             return math.exp(-((y - v) ** 2 + (x - u) ** 2) / (2 * 2.0**2))
-        colour = (image[:, y, x] - image[:, v, u]).square().sum().item()
-        return math.exp(-((y - v) ** 2 + (x - u) ** 2) / (2 * 5.0**2) - colour / (2 * 40.0**2))
+        color = (image[:, y, x] - image[:, v, u]).square().sum().item()
+        return math.exp(-((y - v) ** 2 + (x - u) ** 2) / (2 * 5.0**2) - color / (2 * 40.0**2))
 
     q = torch.softmax(-unary.flatten(1), 0)
     message = torch.zeros_like(q)

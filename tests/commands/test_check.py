@@ -296,11 +296,11 @@ def test_an_output_that_does_not_depend_on_the_parameters():
 class TestCommand:
     @pytest.fixture
     def file(self, tmp_path):
-        (tmp_path / "neighbour.py").write_text("CHANNELS = 3\n")
+        (tmp_path / "neighbor.py").write_text("CHANNELS = 3\n")
         path = tmp_path / "mine.py"
         path.write_text(
             "from torch import nn\n"
-            "from neighbour import CHANNELS\n"
+            "from neighbor import CHANNELS\n"
             "def net():\n"
             "    return nn.Sequential(nn.Conv2d(CHANNELS, 4, 1), nn.ConvTranspose2d(4, 2, 2, 2))\n"
             "def up_only():\n"
@@ -321,7 +321,7 @@ class TestCommand:
         assert self.check(f"{file}:net", "--size", "8x6", "--batch", 2) == 0
         out = capsys.readouterr().out
         assert "input [2, 3, 8, 6]" in out and "1 of 1 layers replaced" in out and "orth it" in out
-        assert sorted(p.name for p in file.parent.iterdir()) == ["mine.py", "neighbour.py"]
+        assert sorted(p.name for p in file.parent.iterdir()) == ["mine.py", "neighbor.py"]
         assert str(file.parent) not in sys.path
 
     def test_a_module_in_a_file_training_in_double(self, file, capsys):

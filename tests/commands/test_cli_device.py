@@ -102,7 +102,7 @@ def test_demo(files, a_gpu, capsys, monkeypatch, device, used):
 
         monkeypatch.setattr(demo, name, noted)
 
-    for name in ("trained_model", "predict", "segment_portrait", "labelled", "search", "refined_mask"):
+    for name in ("trained_model", "predict", "segment_portrait", "labeled", "search", "refined_mask"):
         noting(name)
     monkeypatch.setattr(demo, "CRF_TRIALS", 2)
     monkeypatch.setattr(demo, "WIDTH", 4)
@@ -119,7 +119,7 @@ def test_demo(files, a_gpu, capsys, monkeypatch, device, used):
         "trained_model": TRAINING,
         "predict": CONVOLUTION,
         "segment_portrait": PORTRAIT,
-        "labelled": CONVOLUTION,
+        "labeled": CONVOLUTION,
         "search": CRF,
         "refined_mask": CRF,
     }

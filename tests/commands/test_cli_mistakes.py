@@ -103,7 +103,7 @@ MISTAKES = [
     ("segment", ["--crf", "text.json"], "text.json: not a readable JSON"),
     ("segment", ["--crf", "list.json"], 'list.json: expected "parameters" with'),
     ("segment", ["--crf", "folder.json"], "folder.json: not a readable JSON"),
-    ("segment", ["--crf", "grey.json"], "grey.json: fitted to images with channels=1, these have 3"),
+    ("segment", ["--crf", "gray.json"], "gray.json: fitted to images with channels=1, these have 3"),
     *[("crf-fit", ["--trials", value], "--trials must be at least 2") for value in ("1", "0", "-1")],
     *[("crf-fit", ["--seconds", value], "--seconds must be above 0") for value in ("0", "-1", "nan")],
     *[("crf-fit", ["--holdout", value], "--holdout") for value in ("0", "1", "-1", "nan")],
@@ -239,7 +239,7 @@ def files(tmp_path_factory) -> Path:
         (root / name).mkdir()
     (root / "theirs" / "demo.png").write_text("theirs")
     (root / "list.json").write_text("[]")
-    write_parameters(root / "grey.json", TEXTBOOK, "auto", channels=1)
+    write_parameters(root / "gray.json", TEXTBOOK, "auto", channels=1)
     image.convert("RGB").save(root / "photo.png")
     probabilities = np.full((2, 16, 20), 0.5, np.float32)
     np.save(root / "arrays" / "a.npy", probabilities)

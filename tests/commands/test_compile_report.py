@@ -68,7 +68,7 @@ def test_no_row_has_a_problem(rows):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_rows_of_an_architecture(rows, arch):
-    """The same, asserted figure by figure, so that it does not rest on the report's own judgement."""
+    """The same, asserted figure by figure, so that it does not rest on the report's own judgment."""
     matrix = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}.get(arch, "HMMA")
     limit = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}.get(arch, 101376)
     here = [row for row in rows if row.arch == arch and row.dtype == "bf16"]

@@ -23,9 +23,9 @@ from segfast.commands._crf_parameters import (
     refine,
     write_parameters,
 )
-from segfast.commands._crf_search import Accuracy, Labelled, accuracy, search, split, verdict
+from segfast.commands._crf_search import Accuracy, Labeled, accuracy, search, split, verdict
 from segfast.commands.train import nuclei_samples
-from segfast.data import normalize, nuclei, read_colours
+from segfast.data import normalize, nuclei, read_colors
 from segfast.functional import mean_field
 from segfast.models import UNet
 from segfast.train import save_checkpoint
@@ -33,22 +33,22 @@ from segfast.train import save_checkpoint
 SIZE = 24, 32
 
 
-def noisy(seed: int, wrong: float = 0.3) -> Labelled:
-    """A disc of another colour than its background, and a network that guesses it pixel by pixel."""
+def noisy(seed: int, wrong: float = 0.3) -> Labeled:
+    """A disc of another color than its background, and a network that guesses it pixel by pixel."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(*(torch.arange(n) for n in SIZE), indexing="ij")
     target = ((y - 12).square() + (x - 14 - seed).square() < 60).long()
     image = 60 + 120 * target + 8 * torch.randn(3, *SIZE, generator=generator)
     flipped = torch.where(torch.rand(SIZE, generator=generator) < wrong, 1 - target, target)
     foreground = 0.2 + 0.6 * flipped
-    return Labelled(torch.stack([1 - foreground, foreground]), image.clamp(0, 255).round(), target)
+    return Labeled(torch.stack([1 - foreground, foreground]), image.clamp(0, 255).round(), target)
 
 
-def fine() -> Labelled:
+def fine() -> Labeled:
     """A network that is right about lines of one pixel, which the image does not show."""
     target = (torch.arange(SIZE[1]) % 2).expand(SIZE)
     foreground = 0.3 + 0.4 * target
-    return Labelled(torch.stack([1 - foreground, foreground]), torch.full((3, *SIZE), 90.0), target)
+    return Labeled(torch.stack([1 - foreground, foreground]), torch.full((3, *SIZE), 90.0), target)
 
 
 def test_search_finds_what_helps_elsewhere_too():
@@ -73,8 +73,8 @@ def test_search_keeps_no_crf_where_nothing_is_better():
 def test_accuracy_is_over_all_pixels_that_are_scored():
     probabilities = torch.tensor([[[0.9, 0.9, 0.1, 0.1]], [[0.1, 0.1, 0.9, 0.9]]])
     samples = [
-        Labelled(probabilities, torch.zeros(1, 1, 4), torch.tensor([[0, 1, 1, 255]])),
-        Labelled(probabilities[..., :1], torch.zeros(1, 1, 1), torch.tensor([[0]])),
+        Labeled(probabilities, torch.zeros(1, 1, 4), torch.tensor([[0, 1, 1, 255]])),
+        Labeled(probabilities[..., :1], torch.zeros(1, 1, 1), torch.tensor([[0]])),
     ]
     # Right: 0, 1, 0; class 0 has 2 of 3, class 1 has 1 of 2.
     assert accuracy(samples, NO_CRF) == pytest.approx(((2 / 3 + 1 / 2) / 2, 3 / 4))
@@ -159,7 +159,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def write(name: str, sample: Labelled) -> None:
+def write(name: str, sample: Labeled) -> None:
     for part in ("images", "masks", "network"):
         Path("data", part).mkdir(parents=True, exist_ok=True)
     Image.fromarray(sample.image.byte().movedim(0, -1).numpy()).save(f"data/images/{name}.png")
@@ -205,7 +205,7 @@ def test_a_fall_on_the_held_out_part_is_told(folder, capsys):
         for part, suffix in (("images", "png"), ("masks", "png"), ("network", "npy")):
             Path(f"data/{part}/{i}.{suffix}").unlink()
     # For fitting, where a CRF helps; for measuring, where it harms.
-    write("both", Labelled(*(torch.cat(pair, -2) for pair in zip(noisy(0), fine(), strict=True))))
+    write("both", Labeled(*(torch.cat(pair, -2) for pair in zip(noisy(0), fine(), strict=True))))
     assert main(ARRAYS) == 0
     output = capsys.readouterr().out
     assert re.search(r"fitted CRF\s+\S+ \(\+", output)
@@ -386,14 +386,14 @@ def test_files_that_are_no_parameters(tmp_path, message):
         read_parameters(tmp_path / "absent.json", 3)
 
 
-def test_colours_are_the_file_s_where_it_has_8_bits(tmp_path):
+def test_colors_are_the_file_s_where_it_has_8_bits(tmp_path):
     pixels = np.random.default_rng(0).integers(20, 90, (5, 6, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "colour.png")
-    colour = read_colours(tmp_path / "colour.png")
-    assert colour.dtype == torch.float32 and np.array_equal(colour.movedim(0, -1), pixels)
-    grey = pixels[..., 0]
-    Image.fromarray(grey).save(tmp_path / "8.png")
-    assert torch.equal(read_colours(tmp_path / "8.png", 1)[0], torch.from_numpy(grey).float())
-    assert torch.equal(read_colours(tmp_path / "8.png", 3)[2], torch.from_numpy(grey).float())
-    Image.fromarray(grey.astype(np.uint16) * 11).save(tmp_path / "16.png")
-    assert torch.equal(read_colours(tmp_path / "16.png", 1), 255 * normalize(grey[None]))
+    Image.fromarray(pixels).save(tmp_path / "color.png")
+    color = read_colors(tmp_path / "color.png")
+    assert color.dtype == torch.float32 and np.array_equal(color.movedim(0, -1), pixels)
+    gray = pixels[..., 0]
+    Image.fromarray(gray).save(tmp_path / "8.png")
+    assert torch.equal(read_colors(tmp_path / "8.png", 1)[0], torch.from_numpy(gray).float())
+    assert torch.equal(read_colors(tmp_path / "8.png", 3)[2], torch.from_numpy(gray).float())
+    Image.fromarray(gray.astype(np.uint16) * 11).save(tmp_path / "16.png")
+    assert torch.equal(read_colors(tmp_path / "16.png", 1), 255 * normalize(gray[None]))

@@ -11,7 +11,7 @@ from PIL import Image
 from segfast.cli import main
 from segfast.commands import demo
 from segfast.commands._crf_parameters import TEXTBOOK, refine
-from segfast.commands._crf_search import Labelled
+from segfast.commands._crf_search import Labeled
 from segfast.commands._load_model import default_device
 from segfast.commands.train import nuclei_samples
 from segfast.data import Sample, astronaut
@@ -86,7 +86,7 @@ def test_the_crf_is_fitted_to_one_half_and_measured_on_the_other(elsewhere, caps
     # A network that knows the lower half, and of the upper that most of it is background.
     foreground = torch.full((512, 128), 0.1)
     foreground[256:] = 0.01 + 0.98 * test.target[256:]
-    nuclei = Labelled(torch.stack([1 - foreground, foreground]), 255 * test.image, test.target)
+    nuclei = Labeled(torch.stack([1 - foreground, foreground]), 255 * test.image, test.target)
     fitted, panels = [], []
     best = TEXTBOOK._replace(iterations=1)
     monkeypatch.setattr(demo, "search", lambda part, trials: fitted.extend(part) or (best, trials))

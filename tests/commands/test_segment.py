@@ -56,7 +56,7 @@ def test_mask_has_soft_edges_at_the_photos_size(model):
     mask = segment.person_mask(model, large)
     assert mask.shape == (1024, 768)
     assert ((mask > 0.1) & (mask < 0.9)).double().mean() > 0.005
-    # Interpolated, not enlarged pixel by pixel: along an edge, neighbours differ.
+    # Interpolated, not enlarged pixel by pixel: along an edge, neighbors differ.
     edge = (mask[:, 1:] > 0.1) & (mask[:, 1:] < 0.9)
     assert (mask[:, 1:] != mask[:, :-1])[edge].double().mean() > 0.99
 
@@ -66,10 +66,10 @@ def test_overlay_keeps_the_person_and_tints_the_rest():
     mask = torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0, 1.0]).expand(4, 6)
     result = segment.overlay(photo, mask).int()
     assert torch.equal(result[..., 4:], photo[..., 4:].int())
-    grey = 0.299 * photo[0] + 0.587 * photo[1] + 0.114 * photo[2]
-    for channel, colour in enumerate(segment.COLOUR):
+    gray = 0.299 * photo[0] + 0.587 * photo[1] + 0.114 * photo[2]
+    for channel, color in enumerate(segment.COLOR):
         # Within what 8 bits lose, step by step.
-        background = (1 - segment.STRENGTH) * grey + segment.STRENGTH * colour
+        background = (1 - segment.STRENGTH) * gray + segment.STRENGTH * color
         assert (result[channel, :, :2] - background[:, :2]).abs().max() <= 2
         assert (result[channel, :, 2:4] - (background + photo[channel])[:, 2:4] / 2).abs().max() <= 2
 
@@ -175,11 +175,11 @@ def test_any_size(photo, portrait, size):
 
 
 KINDS = {
-    "grey": ("L", "png"),
+    "gray": ("L", "png"),
     "bilevel": ("1", "png"),
     "palette": ("P", "png"),
     "gif": ("P", "gif"),
-    "grey and alpha": ("LA", "png"),
+    "gray and alpha": ("LA", "png"),
     "alpha": ("RGBA", "png"),
     "print": ("CMYK", "jpg"),
     "jpeg": ("RGB", "jpg"),
@@ -200,14 +200,14 @@ def test_any_mode(tmp_path, portrait, model, mode, suffix):
     assert (segment.person_mask(model, photo) - expected).abs().mean() < 0.1
 
 
-def test_16_bit_and_floating_point_grey(tmp_path, portrait):
-    grey = np.asarray(portrait.convert("L"))
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    stretched = (grey - grey.min()) * (255 / np.ptp(grey))
-    for name, values in {"16.png": grey, "32.tif": stretched, "float.tif": stretched}.items():
+def test_16_bit_and_floating_point_gray(tmp_path, portrait):
+    gray = np.asarray(portrait.convert("L"))
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    stretched = (gray - gray.min()) * (255 / np.ptp(gray))
+    for name, values in {"16.png": gray, "32.tif": stretched, "float.tif": stretched}.items():
         if name != "16.png":
             dtype = np.int32 if name == "32.tif" else np.float32
-            Image.fromarray(grey.astype(dtype) * 3 - 7).save(tmp_path / name)
+            Image.fromarray(gray.astype(dtype) * 3 - 7).save(tmp_path / name)
         photo = read_photo(tmp_path / name)
         assert torch.equal(photo[0], photo[2])
         assert np.abs(photo[1].numpy() - values).max() <= 0.51, name
@@ -247,12 +247,12 @@ def test_first_of_several_frames(tmp_path):
 
 
 def test_write_image_round_trip(tmp_path):
-    grey = torch.arange(12, dtype=torch.uint8).reshape(3, 4)
-    colour = torch.stack((grey, 2 * grey, 3 * grey))
-    write_image(tmp_path / "grey.png", grey)
-    write_image(tmp_path / "colour.png", colour)
-    assert torch.equal(pixels(tmp_path / "grey.png"), grey)
-    assert torch.equal(read_photo(tmp_path / "colour.png"), colour)
+    gray = torch.arange(12, dtype=torch.uint8).reshape(3, 4)
+    color = torch.stack((gray, 2 * gray, 3 * gray))
+    write_image(tmp_path / "gray.png", gray)
+    write_image(tmp_path / "color.png", color)
+    assert torch.equal(pixels(tmp_path / "gray.png"), gray)
+    assert torch.equal(read_photo(tmp_path / "color.png"), color)
 
 
 def disc(side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -334,10 +334,10 @@ def test_the_picture_s_panels(photo, monkeypatch):
     image, before, after, difference = panels
     assert torch.equal(image, read_photo(photo).movedim(0, -1)) and not torch.equal(before, after)
     assert torch.equal(after.byte() * 255, pixels("out/photo.mask.png"))
-    for changed, colour in ((after > before, "#e69f00"), (after < before, "#56b4e9")):
-        assert changed.any() and (difference[changed] - torch.tensor(to_rgb(colour))).abs().max() < 1e-6
-    grey = image.double().mean(-1, keepdim=True) / 510
-    assert (difference - grey)[after == before].abs().max() < 1e-6
+    for changed, color in ((after > before, "#e69f00"), (after < before, "#56b4e9")):
+        assert changed.any() and (difference[changed] - torch.tensor(to_rgb(color))).abs().max() < 1e-6
+    gray = image.double().mean(-1, keepdim=True) / 510
+    assert (difference - gray)[after == before].abs().max() < 1e-6
 
 
 def test_the_picture_of_a_large_photo_is_small():

@@ -31,7 +31,7 @@ from segfast.train import (
     save_checkpoint,
     scores,
 )
-from segfast.train._augment import centre_crop
+from segfast.train._augment import center_crop
 from segfast.train._loop import cross_entropy
 
 
@@ -84,9 +84,9 @@ def test_patch_larger_than_the_image():
     )
 
 
-def test_centre_crop():
+def test_center_crop():
     target = torch.arange(30).reshape(1, 5, 6)
-    assert centre_crop(target, (3, 2)).tolist() == [[[8, 9], [14, 15], [20, 21]]]
+    assert center_crop(target, (3, 2)).tolist() == [[[8, 9], [14, 15], [20, 21]]]
 
 
 def test_metrics_by_hand():
@@ -221,7 +221,7 @@ BAD_CHECKPOINTS = {
     "empty": (lambda p: p.touch(), "not a readable safetensors file"),
     "foreign": (lambda p: save_header(p, {}), "no segfast model in the file's header"),
     "model": (lambda p: save_changed(p, "model", "vnet"), "do not fit.*no model named 'vnet'"),
-    "config": (lambda p: save_changed(p, "config", {"colour": 1}), "do not fit.*colour"),
+    "config": (lambda p: save_changed(p, "config", {"color": 1}), "do not fit.*color"),
     "json": (lambda p: save_header(p, {"__metadata__": {"segfast": "{"}}), "do not fit"),
     "width": (lambda p: save_changed(p, "config", {"width": 8, "depth": 2}), "do not fit"),
 }
@@ -305,7 +305,7 @@ def test_train_then_predict(folder, capsys):
     ]
 
 
-def test_train_on_a_folder_of_colour_images(folder, capsys):
+def test_train_on_a_folder_of_color_images(folder, capsys):
     generator = np.random.default_rng(0)
     for kind in ("images", "masks"):
         Path("data", kind).mkdir(parents=True)

@@ -113,7 +113,7 @@ def with_hardsigmoid(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define_up_concat(x, skip, weight, bias=None, stride=2, padding=0, activation=None) -> Tensor:
-    """By torch's own layers: grow up to the skip by less than a stride, else crop the skip's centre."""
+    """By torch's own layers: grow up to the skip by less than a stride, else crop the skip's center."""
     layer = torch.nn.ConvTranspose2d(*weight.shape[:2], weight.shape[2:], stride, padding, device="meta")
     strides = layer.stride
     smallest = F.conv_transpose2d(x, weight, None, stride, padding).shape[2:]

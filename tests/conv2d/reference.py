@@ -76,11 +76,11 @@ def check_conv2d(tensors: dict[str, Tensor], activation=None, **geometry) -> dic
 def concatenated(images) -> Tensor:
     """The image that a list of images stands for: their centers side by side."""
     height, width = (min(t.shape[axis] for t in images) for axis in (2, 3))
-    centres = []
+    centers = []
     for t in images:
         top, left = (t.shape[2] - height) // 2, (t.shape[3] - width) // 2
-        centres.append(t[:, :, top : top + height, left : left + width])
-    return torch.cat(centres, 1)
+        centers.append(t[:, :, top : top + height, left : left + width])
+    return torch.cat(centers, 1)
 
 
 def split_images(tensors: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

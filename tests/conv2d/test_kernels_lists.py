@@ -88,7 +88,7 @@ def test_a_list_reads_its_images_where_they_lie():
     assert pointers[1].data_ptr() == tensors["input1"].data_ptr()
 
 
-def test_a_remembered_list_is_told_apart_by_the_alignment_of_its_centres(checked_launches):
+def test_a_remembered_list_is_told_apart_by_the_alignment_of_its_centers(checked_launches):
     # A crop 72 bytes into an image: whether it is aligned to 16 does not follow from the image's not being.
     store, w, second = draw(300), draw(4, 4, 1, 1, channels_last=True), draw(1, 1, 3, 3)
     with tiles(), segfast.backend("triton"):

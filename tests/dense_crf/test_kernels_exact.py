@@ -53,13 +53,13 @@ def filtered(features, values, tolerance=0.0, **options):
 
 
 def photo(size=40, theta=(14.0, 13.0)):
-    """Something like one: smooth colours, an edge, noise."""
+    """Something like one: smooth colors, an edge, noise."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    colours = torch.stack([100 + 60 * torch.sin(x / 9), 90 + 50 * torch.cos(y / 7), 40 + 120.0 * (x > y)], 2)
-    colours += 6 * torch.randn(colours.shape, generator=generator)
+    colors = torch.stack([100 + 60 * torch.sin(x / 9), 90 + 50 * torch.cos(y / 7), 40 + 120.0 * (x > y)], 2)
+    colors += 6 * torch.randn(colors.shape, generator=generator)
     places = torch.stack([x, y], 2) / theta[0]
-    return torch.cat([places, colours / theta[1]], 2).reshape(1, -1, 5)
+    return torch.cat([places, colors / theta[1]], 2).reshape(1, -1, 5)
 
 
 @inside
@@ -266,7 +266,7 @@ def test_points_that_are_all_alike():
     assert ((filtered(features, values, 1e-2) - reference).abs() <= ROUNDING * reference).all()
 
 
-def test_the_curve_visits_neighbours_one_after_the_other():
+def test_the_curve_visits_neighbors_one_after_the_other():
     for dim, side in ((2, 16), (3, 8)):
         axes = [torch.arange(float(side))] * dim
         cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim).reshape(1, -1, dim)
@@ -294,19 +294,19 @@ def test_gradient_of_the_features(count, dim, channels, spread):
     # What half precision costs is the same everywhere. On top of it, each place is the difference of two sums
     # of large terms that cancel: of features in two halves, each term rounded by 2**-22 of itself, and summed
     # in fp32 in the matrix product's own order, n terms by at most n * 2**-24 of their magnitudes' sum.
-    allowed = 5e-4 * wide.grad.abs().max() + (2**-22 + count * 2**-24) * cancelling(features, values, grad)
+    allowed = 5e-4 * wide.grad.abs().max() + (2**-22 + count * 2**-24) * canceling(features, values, grad)
     assert ((actual - wide.grad).abs() <= allowed).all()
 
 
-def cancelling(features, values, grad):
+def canceling(features, values, grad):
     """The sum of the magnitudes of the terms of both sums that a feature's gradient is the difference of."""
-    values, grad, centred = (
+    values, grad, centered = (
         values.double(),
         grad.double(),
         (features - features.mean(1, keepdim=True)).double(),
     )
     weights = kernel_matrix(features) * (grad @ values.mT + values @ grad.mT).abs()
-    return weights @ centred.abs() + weights.sum(2, keepdim=True) * centred.abs()
+    return weights @ centered.abs() + weights.sum(2, keepdim=True) * centered.abs()
 
 
 def test_the_lists_integers_hold_their_tiles():

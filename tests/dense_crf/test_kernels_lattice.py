@@ -41,12 +41,12 @@ def check(actual, expected):
 
 
 def check_vertices(lattice, expected):
-    """One image's: rows, weights and neighbours are the very numbers, and every contribution is listed."""
+    """One image's: rows, weights and neighbors are the very numbers, and every contribution is listed."""
     vertices, dim = expected.vertices, expected.dim
     assert lattice.count.tolist() == [vertices] and lattice.capacity >= vertices
     assert torch.equal(lattice.vertex.flatten().long(), expected.slice.rows.long())
     assert torch.equal(lattice.weights[0], expected.weights * alpha(dim))
-    for ours, bags in zip(lattice.neighbours, expected.blurs, strict=True):
+    for ours, bags in zip(lattice.neighbors, expected.blurs, strict=True):
         rows = bags.rows.view(-1, 3)[:vertices, 1:].long()
         assert torch.equal(ours[:vertices].long(), rows.masked_fill(rows == vertices, -1))
     assert torch.equal(lattice.row, lattice.vertex.flatten()[expected.order])
@@ -61,7 +61,7 @@ def check_vertices(lattice, expected):
     [(1, 300, 3.0), (2, 300, 2.0), (3, 130, 0.3), (4, 60, 30.0), (5, 300, 0.7), (6, 40, 1.0), (7, 40, 0.1),
      (8, 90, 0.5)],
 )  # fmt: skip
-def test_vertices_weights_and_neighbours_are_the_cpus(dim, points, scale, poisoned_empty):
+def test_vertices_weights_and_neighbors_are_the_cpus(dim, points, scale, poisoned_empty):
     x = features(points, dim, scale)
     check_vertices(build_permutohedral(x[None]), Lattice(x))
 
@@ -215,5 +215,5 @@ def test_launches_are_recorded_of_tensors_without_data():
         table = permutohedral_blur(lattice, torch.empty(2, 300, 21, device="meta"))
         permutohedral_slice(lattice, table)
     names = [launch.kernel.__name__.removeprefix("_permutohedral_") for launch, _ in recorded]
-    built = ["bounds_kernel", "keys_kernel", "rows_kernel", "neighbours_kernel"]
+    built = ["bounds_kernel", "keys_kernel", "rows_kernel", "neighbors_kernel"]
     assert names == [*built, "splat_kernel", "join_kernel", *["blur_kernel"] * 6, "slice_kernel"]

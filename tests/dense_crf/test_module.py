@@ -33,7 +33,7 @@ def test_it_starts_as_potts_with_other_iterations_in_evaluation(example):
 def test_it_learns(example):
     logits, image = example
     logits.requires_grad_()
-    # Labels that follow the image: the colour term pays off.
+    # Labels that follow the image: the color term pays off.
     target = (image.mean(1) > 128).long()
     crf = segfast.nn.DenseCRF(4, 3)
     optimizer = torch.optim.Adam(crf.parameters(), lr=0.1)
@@ -78,7 +78,7 @@ def test_state_copies_and_repr(example):
 
 
 def test_it_learns_thetas(example):
-    """From colours too coarse for it, the layer finds those that tell the labels apart."""
+    """From colors too coarse for it, the layer finds those that tell the labels apart."""
     logits, image = example
     target = (image.mean(1) > 128).long()
     crf = segfast.nn.DenseCRF(4, 2, theta_beta=300, learn_thetas=True)

@@ -52,9 +52,9 @@ def brute_force(
     labels, height, width = unary.shape
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     xy = torch.stack([x, y], -1).reshape(-1, 2).double()
-    colours = image.flatten(1).T.double() / torch.tensor(beta, dtype=torch.float64)
+    colors = image.flatten(1).T.double() / torch.tensor(beta, dtype=torch.float64)
     kernels = [
-        (normalized_matrix(torch.cat([xy / torch.tensor(alpha), colours], 1), normalization), bilateral),
+        (normalized_matrix(torch.cat([xy / torch.tensor(alpha), colors], 1), normalization), bilateral),
         (normalized_matrix(xy / torch.tensor(gamma), normalization), spatial),
     ]
     energy = unary.flatten(1).double()
@@ -104,7 +104,7 @@ def test_lattice_is_near_the_matrix(dim):
 
 
 def test_lattice_weights_and_vertices():
-    """Every point is the weighted mean of its vertices, and neighbours are mutual."""
+    """Every point is the weighted mean of its vertices, and neighbors are mutual."""
     features = torch.randn(300, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     lattice = Lattice(features)
     assert lattice.weights.min() > -1e-12

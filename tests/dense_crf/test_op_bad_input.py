@@ -23,7 +23,7 @@ def scene(labels=3, size=(6, 7), batch=1):
 
 
 def gaussian(features):
-    """The symmetrically normalised kernel of features [N, D], all pairs in float64."""
+    """The symmetrically normalized kernel of features [N, D], all pairs in float64."""
     kernel = torch.exp(-(features[:, None] - features).double().square().sum(2) / 2)
     sums = kernel.sum(1)
     return kernel / (sums[:, None] * sums).sqrt()
@@ -122,14 +122,14 @@ def check_one_label_and_no_iterations(method):
 
 
 def check_one_pixel(method):
-    """Each of the normalised kernels is the number 1."""
+    """Each of the normalized kernels is the number 1."""
     unary, image = scene(size=(1, 1), batch=2)
     actual = mean_field(unary, image, method=method, iterations=3, bilateral_weight=1.5, spatial_weight=0.5)
     for found, energy in zip(actual, unary, strict=True):
         close(found, refine(energy, torch.full((1, 1), 2.0).double(), 3), 1e-3)
 
 
-def check_one_colour(method):
+def check_one_color(method):
     """The bilateral kernel is one of the places; of the lattice, which is some percent off, loosely so."""
     size = (6, 7)
     unary, _ = scene(size=size)
@@ -148,7 +148,7 @@ def check_one_colour(method):
     assert difference.max() < 1e-3 if method == "exact" else difference.mean() < 0.2 * change.mean()
 
 
-CHECKS = [check_one_label_and_no_iterations, check_one_pixel, check_one_colour]
+CHECKS = [check_one_label_and_no_iterations, check_one_pixel, check_one_color]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -180,8 +180,8 @@ def test_more_labels_than_the_kernels_take():
     unary[:, :5] -= 4
     thetas = {"theta_alpha": 4.0, "theta_beta": 90.0, "theta_gamma": 2.0}
     actual = mean_field(unary, image, method="exact", iterations=2, **thetas)
-    colours = torch.cat([places((4, 5), 4.0), image[0].flatten(1).T / 90.0], 1)
-    expected = refine(unary[0], 10 * gaussian(colours) + 3 * gaussian(places((4, 5), 2.0)), 2)
+    colors = torch.cat([places((4, 5), 4.0), image[0].flatten(1).T / 90.0], 1)
+    expected = refine(unary[0], 10 * gaussian(colors) + 3 * gaussian(places((4, 5), 2.0)), 2)
     close(actual[0], expected, 1e-5)
     assert (expected - (-unary[0].double()).softmax(0)).abs().max() > 0.05
 

@@ -163,7 +163,7 @@ def test_tolerance_is_a_small_change_only():
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize("learns", [False, True])
-def test_colours_that_outgrow_half_precision(learns):
+def test_colors_that_outgrow_half_precision(learns):
     """Far from each other for one image of the batch, and a broken pixel in it."""
     given = arguments(thetas="numbers")
     noise = given["image"][0] / 10

@@ -204,10 +204,10 @@ def test_the_kernels_way_has_the_same_gradients(method, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_odd_images(method):
-    """One colour, where all points lie on a seam; one label; one pixel; nothing."""
-    for shape, colour in (((1, 3, 4, 5), 9.0), ((1, 1, 4, 5), 0.0), ((2, 2, 1, 1), 1.0), ((0, 2, 4, 5), 1.0)):
+    """One color, where all points lie on a seam; one label; one pixel; nothing."""
+    for shape, color in (((1, 3, 4, 5), 9.0), ((1, 1, 4, 5), 0.0), ((2, 2, 1, 1), 1.0), ((0, 2, 4, 5), 1.0)):
         unary = torch.rand(shape).requires_grad_()
-        image = torch.full((shape[0], 3, *shape[2:]), colour).requires_grad_()
+        image = torch.full((shape[0], 3, *shape[2:]), color).requires_grad_()
         theta = torch.tensor(13.0).requires_grad_()
         q = mean_field(unary, image, theta_beta=theta, iterations=2, method=method)
         gradients = torch.autograd.grad(q[:, :1].square().sum(), (unary, image, theta), allow_unused=True)

@@ -125,7 +125,7 @@ def test_it_is_deterministic_and_images_do_not_mix(method):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_one_colour_and_nan():
+def test_one_color_and_nan():
     unary, image = scene(batch=2, size=(5, 6))
     image = image.float()
     image[0], image[1, 0, 2, 3] = 100.0, float("nan")
@@ -313,7 +313,7 @@ def test_auto_asks_for_proofs_alone(monkeypatch):
     assert collected.unproven == {("dense_crf", torch.float32), ("dense_crf", torch.bfloat16)}
 
 
-def test_the_modelled_pairs():
+def test_the_modeled_pairs():
     choose = backend.choose_kernels_method
     assert [choose(m, 10**9) for m in ("exact", "lattice")] == ["exact", "lattice"]
     with pytest.raises(ValueError, match="method must be one of"):
@@ -329,11 +329,11 @@ def test_the_modelled_pairs():
     }
     for (alpha, beta, side), share in measured.items():
         thetas = ((alpha, alpha), (beta, beta, beta))
-        modelled = backend.kept_share(side**2, *thetas)
-        assert 0.7 < modelled / share < 1.4
+        modeled = backend.kept_share(side**2, *thetas)
+        assert 0.7 < modeled / share < 1.4
         assert choose("auto", side**2, thetas) == ("lattice" if side == 1024 else "exact")
         unit = ((alpha, alpha), (beta / 255, beta / 255, beta / 255))
-        assert math.isclose(backend.kept_share(side**2, *unit), modelled) or beta > 254
+        assert math.isclose(backend.kept_share(side**2, *unit), modeled) or beta > 254
     assert choose("auto", 512**2, ((160.0, 160.0), (20.0,) * 3)) == "lattice"
     assert 0 < backend.kept_share(1, (1.0, 1.0), (1e6,)) <= 1
 

@@ -70,7 +70,7 @@ def both(theirs, width=30, height=22, labels=4, **terms):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("form", COMPATIBILITIES)
-def test_normalisations_compatibilities_steps_and_divergence(theirs, normalization, form):
+def test_normalizations_compatibilities_steps_and_divergence(theirs, normalization, form):
     image = photo("coffee", 22, 30)
     pair, steps, divergences = both(theirs), [], []
     for d, dcrf in zip(pair, (theirs, ours), strict=True):

@@ -28,17 +28,17 @@ class _Launchable:
 
     def __init__(self, simulate, kernel, arguments, options):
         self._simulate, self._kernel, self._options = simulate, kernel, options
-        self._compiled_for = _specialisation(kernel, arguments)
+        self._compiled_for = _specialization(kernel, arguments)
 
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        given = _specialisation(self._kernel, arguments)
+        given = _specialization(self._kernel, arguments)
         assert given == self._compiled_for, (
             f"{self._kernel.fn.__name__}: compiled for {self._compiled_for}, launched again with {given}"
         )
         self._simulate(self._kernel, *arguments, grid=(x, y, z), warmup=False, **self._options)
 
 
-def _specialisation(kernel, arguments) -> list:
+def _specialization(kernel, arguments) -> list:
     """All of the arguments that Triton builds into the machine code."""
     kinds = []
     for parameter, value in zip(kernel.params, arguments, strict=True):

@@ -113,7 +113,7 @@ def test_pixel_alignment_of_views():
     assert _launch.pixel_alignment(wide, None, draw(1, 12, 2, 2, channels_last=True)) == 4
     assert (
         _launch.pixel_alignment(draw(1, 21, 1, 1, channels_last=True)) == 16
-    )  # a single pixel has no neighbour
+    )  # a single pixel has no neighbor
     assert _launch.pixel_alignment(draw(1, 1, 1, 1).expand(2, 1, 4, 4)) == 16  # strides of zero
 
 

@@ -62,7 +62,7 @@ def photos() -> dict[str, torch.Tensor]:
         "Hopper": hopper,
         "Hopper, lower half": hopper[:, 300:],
         "Hopper, overexposed": (2 * hopper).clamp(max=1),
-        "Hopper, grey": hopper.mean(0, keepdim=True).expand(3, -1, -1),
+        "Hopper, gray": hopper.mean(0, keepdim=True).expand(3, -1, -1),
     }
 
 

@@ -69,7 +69,7 @@ def test_an_even_kernel_interpolates(stride):
 
 @pytest.mark.parametrize("stride", [2, 3, 5])
 def test_an_odd_kernel_interpolates_between_the_pixels(stride):
-    # With its centre on a pixel: the corners stay where they are.
+    # With its center on a pixel: the corners stay where they are.
     x = draw(1, 2, 4, 5, dtype=torch.float64)
     weight = bilinear_(torch.empty(2, 2, 2 * stride - 1, 2 * stride - 1, dtype=torch.float64))
     y = F.conv_transpose2d(x, weight, stride=stride, padding=stride - 1)
@@ -107,7 +107,7 @@ def test_icnr_of_a_larger_kernel_is_nearest_upsampling_too(size, stride):
     torch.testing.assert_close(F.conv_transpose2d(x, weight, stride=stride), expected)
 
 
-def test_icnr_fills_in_place_with_the_initialisation_given():
+def test_icnr_fills_in_place_with_the_initialization_given():
     shapes = []
 
     def count(small):

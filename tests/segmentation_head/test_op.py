@@ -297,7 +297,7 @@ def test_where_much_is_saved_tiles_run(own_choice):
     assert counter.get_total_flops() == 4 * 8 * 16 * 128 * 128
 
 
-def test_a_few_pixels_are_labelled_as_many_are(own_choice):
+def test_a_few_pixels_are_labeled_as_many_are(own_choice):
     logits, target, geometry = small()
     labels, confidence = upsample_argmax(logits, return_confidence=True, **geometry)
     scores = interpolate(logits, **geometry)

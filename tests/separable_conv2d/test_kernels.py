@@ -117,7 +117,7 @@ def test_any_selection_of_vectors(vectors):
 
 
 def test_the_worked_example():
-    # Ones all round: each pixel counts its neighbours, itself included; twice that in the second channel.
+    # Ones all round: each pixel counts its neighbors, itself included; twice that in the second channel.
     image, weight = torch.ones(1, 2, 3, 3), torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 1, 3, 3)
     with segfast.backend("triton"):
         y = depthwise_conv2d(image, weight, padding=1)

@@ -201,7 +201,7 @@ class Remembers(Unscriptable, nn.Module):
 class PooledBatchNorm2d(nn.BatchNorm2d):
     """Batch norm of `[N, C, 1, 1]`, the features of whole images.
 
-    One image has no variance over its batch; it is normalised with the running statistics, in train too, and
+    One image has no variance over its batch; it is normalized with the running statistics, in train too, and
     leaves them alone.
     """
 

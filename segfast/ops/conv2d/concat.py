@@ -132,7 +132,7 @@ class _Concat(Differentiable):
 
 
 def _uncropped(grad: Tensor, image: Tensor) -> Tensor:
-    """The gradient of an image from that of its centre: zero around it."""
+    """The gradient of an image from that of its center: zero around it."""
     height, width = grad.shape[2:]
     if image.shape[2:] == grad.shape[2:]:
         return grad

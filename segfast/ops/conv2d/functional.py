@@ -52,7 +52,7 @@ def conv2d(
     Args:
         input: [N, C_in, H, W] or [C_in, H, W]; float16, bfloat16 or float32 on our kernels, any dtype on
             ATen. A list of images [N, C_i, H_i, W_i] stands for their concatenation along the channels, each
-            cropped at the centre, at `(H_i - H) // 2`, to the smallest height and width; our kernels read
+            cropped at the center, at `(H_i - H) // 2`, to the smallest height and width; our kernels read
             the images where they lie (up to four of them).
         weight: [C_out, C_in/groups, kH, kW]. Free of a copy on our kernels if channels_last.
         bias: [C_out].

@@ -67,7 +67,7 @@ def check_images(inputs: Sequence[Tensor]) -> None:
 
 
 def cropped(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the images, each cut at the centre to the smallest height and the smallest width."""
+    """Views of the images, each cut at the center to the smallest height and the smallest width."""
     heights, widths = [t.shape[2] for t in inputs], [t.shape[3] for t in inputs]
     if all([h == heights[0] for h in heights]) and all([w == widths[0] for w in widths]):
         return list(inputs)

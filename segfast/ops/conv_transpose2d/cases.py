@@ -104,7 +104,7 @@ class UpConcat(ConvTranspose2d):
 
 
 def crop_to(skip: Tensor, height: int, width: int) -> Tensor:
-    """The centre of `skip`."""
+    """The center of `skip`."""
     top, left = (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
     return skip[:, :, top : top + height, left : left + width]
 

@@ -232,7 +232,7 @@ def up_concat(
 
     Where up is smaller than the skip by less than the stride, it is made as large as the skip, as
     `output_size=` of `torch.nn.ConvTranspose2d` would (odd sizes: 7 -> 3 -> 7). Where it is smaller by more,
-    the skip is cropped at the centre, at `(H_skip - H_up) // 2`. Height and width are treated each by itself.
+    the skip is cropped at the center, at `(H_skip - H_up) // 2`. Height and width are treated each by itself.
 
     Args:
         x: [N, C_in, H, W].

@@ -93,12 +93,12 @@ def choose_kernels_method(method: str, points: int, thetas: Thetas | None = None
 
 
 def kept_share(points: int, theta_alpha: tuple[float, ...], theta_beta: tuple[float, ...]) -> float:
-    """The share of all pairs in an RGB photograph that the exact filter computes at tolerance 1e-2, modelled.
+    """The share of all pairs in an RGB photograph that the exact filter computes at tolerance 1e-2, modeled.
 
-    Fitted to means over a few colour photographs each of 321^2 (theta_alpha 49 to 160, theta_beta 3 to 20),
+    Fitted to means over a few color photographs each of 321^2 (theta_alpha 49 to 160, theta_beta 3 to 20),
     512^2 and 1024^2 pixels, in tiles of 128 x 64; a single photograph may be far from it. With r the ratio of
     theta_alpha to the side, 1 - exp(-57 theta_beta^0.9 (r / (1 + 4 r))^0.45 / side^1.1): a wider kernel keeps
-    more, but past half the side the colours alone decide; more pixels fill the tiles more densely. Colours
+    more, but past half the side the colors alone decide; more pixels fill the tiles more densely. Colors
     are taken for 0..255, or for 0..1 where a theta_beta is below 1, which no image of 0..255 has.
     """
     side = math.sqrt(points)

@@ -81,7 +81,7 @@ class Crf(NamedTuple):
     normalization: str | None
     method: str
     tolerance: float
-    eight_bit: bool  # the image's colours are integers in 0..255
+    eight_bit: bool  # the image's colors are integers in 0..255
     thetas: Thetas | None  # theta_alpha and theta_beta, if numbers
 
     def is_bounded(self, size: tuple[int, int]) -> bool:
@@ -181,7 +181,7 @@ def _on_kernels(energies: Tensor, size: tuple[int, int], crf: Crf, unrolls: bool
 
 @falls_back(FAMILY)
 def skipped_share(features: Tensor, tolerance: float) -> Tensor:
-    """[B, ...] of features [B, D, ...]: of each point's normaliser, the share that `tolerance` skips."""
+    """[B, ...] of features [B, D, ...]: of each point's normalizer, the share that `tolerance` skips."""
     check_finite(features, "features must be finite")
     share = features.new_zeros(features.shape[:1] + features.shape[2:], dtype=compute_dtype(features))
     points = features.to(share.dtype).flatten(2).transpose(1, 2).contiguous()

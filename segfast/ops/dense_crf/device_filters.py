@@ -1,6 +1,6 @@
 """The Gaussian filters on our kernels as differentiable functions: values [B, N, C] to [B, N, C], fp32.
 
-A kernel computes K v for values v; normalisers, and the factors before and after that they become, are
+A kernel computes K v for values v; normalizers, and the factors before and after that they become, are
 PyTorch's operations on its results, and autograd's to differentiate. K is symmetric; the lattice's
 transpose blurs in the other order.
 """

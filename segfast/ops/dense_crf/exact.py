@@ -37,16 +37,16 @@ class AllPairsFilter:
         # In float64, where there is such a thing: far from the mean, half norms cancel in the exponent.
         self._dtype = features.dtype
         places = features.detach().to(self._dtype if features.device.type == "mps" else torch.float64)
-        self._centred = places - places.mean(0)
-        half_norm = self._centred.square().sum(1, keepdim=True) / 2
+        self._centered = places - places.mean(0)
+        half_norm = self._centered.square().sum(1, keepdim=True) / 2
         # Where one is too large, and asking does not wait for a device: points whose distances are taken.
         self._far: Tensor | None = None
         if places.is_cpu and not is_traced() and not half_norm.amax() <= _LARGEST_HALF_NORM:
             self._far = places
         one = torch.ones_like(half_norm)
         # Their product is the exponent, -|f_i|^2 / 2 + f_i f_j - |f_j|^2 / 2.
-        self._rows = torch.cat([self._centred, -half_norm, one], 1)
-        self._columns = torch.cat([self._centred, one, -half_norm], 1).T.contiguous()
+        self._rows = torch.cat([self._centered, -half_norm, one], 1)
+        self._columns = torch.cat([self._centered, one, -half_norm], 1).T.contiguous()
 
     def scaled(self, before: Tensor | None, after: Tensor | None) -> "AllPairsFilter":
         other = copy.copy(self)
@@ -86,7 +86,7 @@ class AllPairsFilter:
 
         -sum_j s_ij K_ij (f_i - f_j) with s_ij = <grad_i, values_j> + <values_i, grad_j>.
         """
-        out = torch.empty_like(self._centred)
+        out = torch.empty_like(self._centered)
         left, right = torch.cat([grad, values], 1), torch.cat([values, grad], 1).T
 
         def write(some: slice) -> None:
@@ -95,8 +95,8 @@ class AllPairsFilter:
                 share = shares[: kernel.shape[0]]
                 torch.matmul(left[rows], right, out=share)
                 share = share.mul_(kernel).to(out.dtype)
-                torch.matmul(share, self._centred, out=out[rows])
-                out[rows] -= self._centred[rows] * share.sum(1, keepdim=True)
+                torch.matmul(share, self._centered, out=out[rows])
+                out[rows] -= self._centered[rows] * share.sum(1, keepdim=True)
 
         pieces = pieces_of(grad.shape[0])
         on_threads(grad, lambda: each(functools.partial(write, some) for some in pieces))

@@ -83,7 +83,7 @@ def normalizers(sums: Tensor, normalization: str | None) -> tuple[Tensor | None,
 
 
 def choose_method(method: str, points: int, dim: int) -> str:
-    """ "lattice" or "exact": as asked for, or with "auto" the cheaper one by the modelled cost."""
+    """ "lattice" or "exact": as asked for, or with "auto" the cheaper one by the modeled cost."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if method != "auto":

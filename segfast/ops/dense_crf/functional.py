@@ -48,8 +48,8 @@ def gaussian_filter(
             Differentiable, also through n. For the lattice that is the derivative of what it computes,
             which is smooth but for the seams of its cells.
         method: "exact" takes every pair of points. "lattice" approximates on the permutohedral lattice in
-            time linear in the points; its scale is its own, so that only normalised results of the two
-            compare. "auto" takes the one of less modelled cost.
+            time linear in the points; its scale is its own, so that only normalized results of the two
+            compare. "auto" takes the one of less modeled cost.
         normalization: with n the filtered ones, None for the plain sum; "after" divides the result by n (a
             weighted mean), "before" the values, "symmetric" both by the root of n.
         tolerance: for the exact method on our kernels, the share of its n that may be skipped of any point,
@@ -89,7 +89,7 @@ def gaussian_filter(
 
 
 def skipped_share(features: Tensor, tolerance: float = 1e-2) -> Tensor:
-    """The share of each point's normaliser that `tolerance` makes the exact filter skip, measured.
+    """The share of each point's normalizer that `tolerance` makes the exact filter skip, measured.
 
     With n the sum of a point's weights over all pairs, `1 - (the sum over those computed) / n`. At most
     `tolerance`, and mostly far less. Zero on a CPU, where every pair is computed.
@@ -134,7 +134,7 @@ def mean_field(
     """Mean field in a CRF that connects every pixel with every other: the label probabilities.
 
     Each iteration is `Q = softmax(-unary - compatibility (bilateral_weight K_b Q + spatial_weight K_s Q))`,
-    from `Q = softmax(-unary)`. K_b and K_s are normalised Gaussian kernels over (x / theta_alpha,
+    from `Q = softmax(-unary)`. K_b and K_s are normalized Gaussian kernels over (x / theta_alpha,
     y / theta_alpha, image / theta_beta) and (x / theta_gamma, y / theta_gamma), a pixel's message to itself
     included. In float32 (float64 for float64), under autocast too; memory is `gaussian_filter`'s. The
     defaults are those of pydensecrf's manual.
@@ -154,7 +154,7 @@ def mean_field(
             whole matrix of energies, row i what label i pays. Differentiable; a matrix need not be symmetric.
         normalization, tolerance: `gaussian_filter`'s.
         method: "lattice", pydensecrf's own approximation; "exact", all pairs, and for the spatial term rows
-            then columns, uncut; "auto", for each term the one of less modelled cost.
+            then columns, uncut; "auto", for each term the one of less modeled cost.
 
     Returns:
         The shape and dtype of unary; channels_last if it is.
@@ -233,16 +233,16 @@ def mean_field(
 
 
 def _features(image: Tensor, size: tuple[int, int], alpha: Theta, beta: Theta, like: Tensor) -> Tensor:
-    """[B, H W, 2 + C]: places over alpha beside colours over beta."""
+    """[B, H W, 2 + C]: places over alpha beside colors over beta."""
     least = beta.detach().amin() if isinstance(beta, Tensor) else min(beta)
-    colours = rounded(image, like.dtype, least).flatten(2).transpose(1, 2)
+    colors = rounded(image, like.dtype, least).flatten(2).transpose(1, 2)
     if isinstance(beta, Tensor) or len(set(beta)) == 1:
-        colours = colours / (beta if isinstance(beta, Tensor) else beta[0])
+        colors = colors / (beta if isinstance(beta, Tensor) else beta[0])
     else:
         # Not by a new tensor of numbers: while a CUDA graph is captured, none comes from the host.
-        colours = torch.stack([c / b for c, b in zip(colours.unbind(2), beta, strict=True)], 2)
+        colors = torch.stack([c / b for c, b in zip(colors.unbind(2), beta, strict=True)], 2)
     places = grid_features(size, alpha, like)
-    return torch.cat([places.expand(image.shape[0], -1, -1), colours], 2)
+    return torch.cat([places.expand(image.shape[0], -1, -1), colors], 2)
 
 
 def _as_operator(tensor: Tensor) -> bool:

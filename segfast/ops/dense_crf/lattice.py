@@ -4,8 +4,8 @@ Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral 
 arithmetic follows Kraehenbuehl's densecrf step by step, so that every point lies in the simplex it has there.
 
 A point of D features lies in a simplex of D + 1 vertices, one of each remainder 0..D: all coordinates of a
-vertex are congruent modulo D + 1. A vertex is known by one packed integer, and a step to a neighbour adds a
-constant to it, so that one sort finds the vertices and one binary search an axis their neighbours. Every pass
+vertex are congruent modulo D + 1. A vertex is known by one packed integer, and a step to a neighbor adds a
+constant to it, so that one sort finds the vertices and one binary search an axis their neighbors. Every pass
 is then a weighted sum of rows in a fixed order, which `embedding_bag` computes.
 """
 
@@ -62,11 +62,11 @@ class Lattice:
         self.order = torch.empty(dim + 1, points, device=keys.device, dtype=torch.int64)
         splat = torch.empty(dim + 1, points, device=keys.device, dtype=index_type)
         vertex = torch.empty(points, dim + 1, device=keys.device, dtype=index_type)
-        neighbours = [
+        neighbors = [
             torch.empty(self.vertices + 1, 3, device=keys.device, dtype=index_type) for _ in range(dim + 1)
         ]
         each(
-            [functools.partial(packing.neighbours, keys, i, out) for i, out in enumerate(neighbours)]
+            [functools.partial(packing.neighbors, keys, i, out) for i, out in enumerate(neighbors)]
             + [
                 functools.partial(remainder.place, i, of, splat[i], self.order[i], vertex[:, i])
                 for i, (remainder, of) in enumerate(zip(remainders, moved.split(firsts), strict=True))
@@ -79,7 +79,7 @@ class Lattice:
         counting = torch.arange(max(points, self.vertices + 1) + 1, device=keys.device, dtype=index_type)
         self.slice = EqualBags(vertex.flatten(), counting[: points + 1] * (dim + 1))
         ends = counting[: self.vertices + 2] * 3
-        self.blurs = [EqualBags(rows.flatten(), ends) for rows in neighbours]
+        self.blurs = [EqualBags(rows.flatten(), ends) for rows in neighbors]
         self.blur_weights = features.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1)
 
 
@@ -175,7 +175,7 @@ class _Packing:
     """Vertices as integers: key = remainder * cells + sum of (coordinate - lowest) * stride.
 
     Coordinates are in units of D + 1, the remainder apart. The last one follows from the others and has
-    stride 0. There is room for one neighbour on either side.
+    stride 0. There is room for one neighbor on either side.
     """
 
     def __init__(self, floor: Tensor, with_origin: bool):
@@ -213,8 +213,8 @@ class _Packing:
         self.vertices(floor, torch.arange(self.dim + 1, device=floor.device)[:, None], keys, slice(0, 1))
         return keys.flatten()
 
-    def neighbours(self, keys: Tensor, axis: int, rows: Tensor) -> None:
-        """Writes [V + 1, 3]: each vertex and its two neighbours along an axis; where none is, V: zeros."""
+    def neighbors(self, keys: Tensor, axis: int, rows: Tensor) -> None:
+        """Writes [V + 1, 3]: each vertex and its two neighbors along an axis; where none is, V: zeros."""
         count = keys.numel()
         # One axis grows by D, the others fall by 1: from remainder r to r - 1, and from 0 to D.
         wanted = keys + (self.strides[axis] - self.cells)
@@ -227,7 +227,7 @@ class _Packing:
         rows[:-1, 0] = own
         rows[:-1, 1] = position
         rows[:, 2].scatter_(0, position, own)
-        # Those without a neighbour wrote here.
+        # Those without a neighbor wrote here.
         rows[-1, 2] = count
 
 

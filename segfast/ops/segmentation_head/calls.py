@@ -10,7 +10,7 @@ from .functional import OPERATIONS, upsample_argmax, upsample_cross_entropy, ups
 _SPREAD = 3.0  # of logits: probabilities near 0 and 1 among them
 
 
-def _labelled(call: GpuCall, draw: Draw) -> tuple[Tensor, Tensor, int]:
+def _labeled(call: GpuCall, draw: Draw) -> tuple[Tensor, Tensor, int]:
     """Logits, labels at full size, and how many terms a sum over them may have."""
     logits, (batch, _, height, width) = call.images
     return draw(*logits, scale=_SPREAD), draw.labels(logits[1], batch, height, width), batch * height * width
@@ -18,7 +18,7 @@ def _labelled(call: GpuCall, draw: Draw) -> tuple[Tensor, Tensor, int]:
 
 def _cross_entropy(call: GpuCall, draw: Draw) -> Bound:
     mode, align_corners, weighted, smoothed, reduction = call.options
-    logits, target, pixels = _labelled(call, draw)
+    logits, target, pixels = _labeled(call, draw)
     # No gradient is asked for the classes' weights: they are not among the tensors.
     weight = (draw(logits.shape[1]).float().abs() + 0.5) if weighted else None
 
@@ -38,7 +38,7 @@ def _cross_entropy(call: GpuCall, draw: Draw) -> Bound:
 
 def _dice(call: GpuCall, draw: Draw) -> Bound:
     mode, align_corners = call.options
-    logits, target, pixels = _labelled(call, draw)
+    logits, target, pixels = _labeled(call, draw)
     return Bound((logits, target), partial(upsample_dice, mode=mode, align_corners=align_corners), pixels)
 
 

@@ -120,7 +120,7 @@ def upsample_adjoint(grad: Tensor, shape, mode: str, align_corners: bool, scales
 def planar(logits: Tensor) -> Tensor:
     """`logits` itself if pixels of a row lie side by side, else a copy, class plane after class plane.
 
-    The kernels' threads own neighbouring cells of a row. Low-resolution logits are small beside what is
+    The kernels' threads own neighboring cells of a row. Low-resolution logits are small beside what is
     computed from them: a copy costs less than gathering a class from all over channels_last memory. Written
     once, a gradient needs no such copy.
     """
