@@ -246,8 +246,10 @@ def _described(t: Tensor) -> str:
 
 
 def digest_of_values(t: Tensor) -> str:
-    """Of the bytes of a tensor on a CPU."""
-    return hashlib.sha256(t.detach().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    """Of the values of a tensor on a CPU."""
+    values = t.detach().resolve_conj().resolve_neg().reshape(-1)
+    values = values if values.stride() == (1,) else values.clone(memory_format=torch.contiguous_format)
+    return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segfast._optimize import graph as graph_module
-from segfast._optimize.graph import Graph
+from segfast._optimize.graph import Graph, digest_of_values
 
 
 class Net(nn.Module):
@@ -155,3 +155,24 @@ def test_the_random_state_and_buffers_stay(no_export):
     Graph(net, (torch.zeros(1, 3, 8, 8),), True)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(net.bn.running_mean, before) and not net.bn.num_batches_tracked
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(4),
+        torch.arange(8.0)[::2],
+        torch.arange(8)[::8],
+        torch.arange(12.0).view(3, 4).t(),
+        torch.arange(4).to(torch.complex64).conj(),
+        torch.arange(4).to(torch.complex64).conj().imag,
+        torch.tensor(True),
+        torch.zeros(0, 3),
+        torch.arange(4).bfloat16(),
+    ],
+)
+def test_a_digest_is_of_the_values_however_they_lie(tensor):
+    same = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    assert digest_of_values(tensor) == digest_of_values(same)
+    if tensor.numel():
+        assert digest_of_values(tensor) != digest_of_values(same.logical_not().to(tensor.dtype))
