@@ -96,10 +96,12 @@ def _ask_worker(call: GpuCall, device: torch.device) -> Choice | str:
         worker = _workers.get(device)
         if worker is None:
             worker = _workers[device] = _measure_apart.Worker(device, FEW)
-        answer = worker.measure(call, _MOST_SECONDS)
-        if answer is None:
-            return _workers.pop(device).why()
-        return answer
+        try:
+            answer = worker.measure(call, _MOST_SECONDS)
+        except BaseException:  # an interrupt: its answer must not be the next call's
+            _workers.pop(device).close()
+            raise
+        return _workers.pop(device).why() if answer is None else answer
 
 
 def close_workers() -> None:

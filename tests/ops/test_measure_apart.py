@@ -296,3 +296,21 @@ def test_autotune_asks_one_process_again_and_again_and_ends_it(log, monkeypatch)
         assert _gpu_tune.measure_now(of(18), DEVICE).name == "triton"
     assert not _gpu_tune._workers
     assert log("measure") == [16, 17, 3, 18]
+
+
+def test_an_interrupted_answer_is_not_the_next_calls(log, monkeypatch):
+    monkeypatch.setattr(_gpu_tune, "APART", True)
+    monkeypatch.setattr(_gpu_tune, "prove_missing", lambda calls, device: None)
+    ask = _measure_apart.Worker._ask
+
+    def interrupted(worker, line):
+        ask(worker, line)
+        if "call" in line:
+            raise KeyboardInterrupt
+
+    with segfast.autotune():
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(_measure_apart.Worker, "_ask", interrupted)
+            _gpu_tune.measure_now(of(6), DEVICE)
+        assert not _gpu_tune._workers
+        assert _gpu_tune.measure_now(of(16), DEVICE).name == "triton"
