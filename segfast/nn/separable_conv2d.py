@@ -314,9 +314,11 @@ class InvertedResidual(Remembers):
         return input + x if self.adds_input else x
 
 
-def _expanded(layers: nn.Sequential, input: Tensor) -> Tensor:
-    """The result of the layers: computed as one operator, but under hooks on them."""
-    return run_layers(list(layers), input) if only_forward(layers) else layers(input)
+def _expanded(expansion: nn.Module, input: Tensor) -> Tensor:
+    """The expansion's result: of its layers as one operator, but under hooks on them or if it was replaced."""
+    if type(expansion) is nn.Sequential and only_forward(expansion):
+        return run_layers(list(expansion), input)
+    return expansion(input)
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -417,6 +417,20 @@ class TestInvertedResidual:
             block.conv[1][2] = activation
             torch.testing.assert_close(block(draw(1, 6, 5, 5)), block.conv(draw(1, 6, 5, 5)))
 
+    @pytest.mark.parametrize("kind", [nn.Identity, "twice"])
+    def test_an_expansion_put_in_afterwards_is_used(self, kind):
+        class Twice(nn.Sequential):
+            def forward(self, input):
+                return 2 * super().forward(input)
+
+        block = trained(InvertedResidual(6, 10, expand_ratio=1 if kind is nn.Identity else 2)).eval()
+        x = draw(1, 6, 5, 5)
+        if kind is nn.Identity:
+            block.conv.insert(0, nn.Identity())
+        else:
+            block.conv[0] = Twice(*block.conv[0])
+        torch.testing.assert_close(block(x), block.conv(x))
+
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_every_activation(self, activation):
         block = trained(InvertedResidual(4, 4, expand_ratio=2, activation=activation)).eval()
