@@ -52,7 +52,9 @@ class DeepLabV3(ResNetSegmentation):
     """
 
 
-def _build(depth: int, **config) -> DeepLabV3:
+def _build(depth: int, weights: None, weights_backbone: None, **config) -> DeepLabV3:
+    """The network of the arguments that its function was called with."""
+    refuse_weights(weights, weights_backbone)
     num_classes, output_stride = config["num_classes"], config["output_stride"]
     check_options(num_classes, output_stride)
     backbone = ResNetEncoder(config["in_channels"], output_stride, config["width_mult"], depth)
@@ -103,16 +105,7 @@ def deeplabv3_resnet50(
     >>> {name: list(scores.shape) for name, scores in model(torch.zeros(1, 3, 65, 50)).items()}
     {'out': [1, 21, 65, 50], 'aux': [1, 21, 65, 50]}
     """
-    refuse_weights(weights, weights_backbone)
-    return _build(
-        50,
-        num_classes=num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        in_channels=in_channels,
-        width_mult=width_mult,
-        dropout=dropout,
-    )
+    return _build(50, **locals())
 
 
 def deeplabv3_resnet101(
@@ -134,13 +127,4 @@ def deeplabv3_resnet101(
     >>> deeplabv3_resnet101(width_mult=0.125).eval()(torch.zeros(1, 3, 33, 33))["out"].shape
     torch.Size([1, 21, 33, 33])
     """
-    refuse_weights(weights, weights_backbone)
-    return _build(
-        101,
-        num_classes=num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        in_channels=in_channels,
-        width_mult=width_mult,
-        dropout=dropout,
-    )
+    return _build(101, **locals())

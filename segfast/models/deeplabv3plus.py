@@ -196,6 +196,12 @@ class DeepLabV3Plus(SegmentationModel):
         return own | {f"encoder.{key}": value for key, value in encoder.items()}
 
 
+def _build(name: str, config: dict[str, Any], encoder: Encoder) -> DeepLabV3Plus:
+    """The network of the arguments that the function of that name was called with."""
+    decoder = {option: config[option] for option in ("separable", "decoder_channels", "dropout")}
+    return DeepLabV3Plus(name, config, encoder, config["num_classes"], **decoder)
+
+
 def deeplabv3plus_mobilenet_v2(
     num_classes: int = 21,
     output_stride: int = 16,
@@ -229,23 +235,9 @@ def deeplabv3plus_mobilenet_v2(
     >>> model(torch.zeros(1, 3, 65, 50), upsample=False).shape
     torch.Size([1, 21, 17, 13])
     """
-    config = {
-        "num_classes": num_classes,
-        "output_stride": output_stride,
-        "in_channels": in_channels,
-        "width_mult": width_mult,
-        "separable": separable,
-        "decoder_channels": decoder_channels,
-        "dropout": dropout,
-    }
-    return DeepLabV3Plus(
-        "deeplabv3plus_mobilenet_v2",
-        config,
-        MobileNetV2Encoder(in_channels, output_stride, width_mult),
-        num_classes,
-        separable=separable,
-        decoder_channels=decoder_channels,
-        dropout=dropout,
+    config = dict(locals())
+    return _build(
+        "deeplabv3plus_mobilenet_v2", config, MobileNetV2Encoder(in_channels, output_stride, width_mult)
     )
 
 
@@ -272,22 +264,9 @@ def deeplabv3plus_xception65(
     >>> model(torch.zeros(1, 3, 65, 50)).shape
     torch.Size([1, 21, 65, 50])
     """
-    config = {
-        "num_classes": num_classes,
-        "output_stride": output_stride,
-        "in_channels": in_channels,
-        "width_mult": width_mult,
-        "middle_blocks": middle_blocks,
-        "separable": separable,
-        "decoder_channels": decoder_channels,
-        "dropout": dropout,
-    }
-    return DeepLabV3Plus(
+    config = dict(locals())
+    return _build(
         "deeplabv3plus_xception65",
         config,
         Xception65Encoder(in_channels, output_stride, width_mult, middle_blocks),
-        num_classes,
-        separable=separable,
-        decoder_channels=decoder_channels,
-        dropout=dropout,
     )

@@ -12,7 +12,9 @@ class FCNResNet(ResNetSegmentation):
     """FCN on a ResNet; see `fcn_resnet50` and `fcn_resnet101`."""
 
 
-def _build(depth: int, **config) -> FCNResNet:
+def _build(depth: int, weights: None, weights_backbone: None, **config) -> FCNResNet:
+    """The network of the arguments that its function was called with."""
+    refuse_weights(weights, weights_backbone)
     num_classes, dropout = config["num_classes"], config["dropout"]
     check_options(num_classes, config["output_stride"])
     backbone = ResNetEncoder(config["in_channels"], config["output_stride"], config["width_mult"], depth)
@@ -61,16 +63,7 @@ def fcn_resnet50(
     >>> {name: list(scores.shape) for name, scores in model(torch.zeros(1, 3, 65, 50)).items()}
     {'out': [1, 21, 65, 50], 'aux': [1, 21, 65, 50]}
     """
-    refuse_weights(weights, weights_backbone)
-    return _build(
-        50,
-        num_classes=num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        in_channels=in_channels,
-        width_mult=width_mult,
-        dropout=dropout,
-    )
+    return _build(50, **locals())
 
 
 def fcn_resnet101(
@@ -92,13 +85,4 @@ def fcn_resnet101(
     >>> fcn_resnet101(width_mult=0.125).eval()(torch.zeros(1, 3, 33, 33))["out"].shape
     torch.Size([1, 21, 33, 33])
     """
-    refuse_weights(weights, weights_backbone)
-    return _build(
-        101,
-        num_classes=num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        in_channels=in_channels,
-        width_mult=width_mult,
-        dropout=dropout,
-    )
+    return _build(101, **locals())
