@@ -18,32 +18,7 @@ SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npz")
 
 # What a viewer shows for class 0, 1, 2, ... of a mask: black, white, then the colors of Okabe and Ito; for
 # class 8 and on the same again.
-PALETTE = [
-    0,
-    0,
-    0,
-    255,
-    255,
-    255,
-    230,
-    159,
-    0,
-    86,
-    180,
-    233,
-    0,
-    158,
-    115,
-    240,
-    228,
-    66,
-    0,
-    114,
-    178,
-    213,
-    94,
-    0,
-]
+PALETTE = [*bytes.fromhex("000000 ffffff e69f00 56b4e9 009e73 f0e442 0072b2 d55e00")]
 
 
 def normalize(image: np.ndarray) -> Tensor:

@@ -38,7 +38,7 @@ A test compares this page with what happens; `python -m tests.optimize.coverage`
 
 
 def build(name: str) -> nn.Module:
-    """The network, in eval, its statistics near enough to one that the signal passes through all layers."""
+    """The network, `pretrained`."""
     import_torchvision()
     torch.manual_seed(0)
     if name in TORCHVISIONS:
@@ -49,6 +49,11 @@ def build(name: str) -> nn.Module:
         import segmentation_models_pytorch as smp
 
         model = getattr(smp, name)("resnet18", encoder_weights=None, classes=3)
+    return pretrained(model)
+
+
+def pretrained(model: nn.Module) -> nn.Module:
+    """In eval, its statistics near enough to one that the signal passes through all layers."""
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_mean.normal_(0, 0.2)

@@ -13,6 +13,8 @@ import segfast
 from segfast.nn import DepthwiseConv2d
 from segfast.nn._fused import separable
 from tests.fused_conv import draw
+from tests.models import peers
+from tests.optimize.coverage import pretrained
 from tests.optimize.separable_networks import (
     Block,
     C,
@@ -275,28 +277,6 @@ def test_depthwise_weights_get_the_kernels_layout(monkeypatch, x):
     assert torch.equal(model(x), expected)
 
 
-@pytest.fixture(scope="session")
-def torchvision():
-    """torchvision, whose CPU wheel wants two operators' schemas beside another torch."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torchvision._library = library
-    return pytest.importorskip("torchvision", exc_type=ImportError)
-
-
-def pretrained(model):
-    """Statistics near enough to one that the signal passes through all layers."""
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean.normal_(0, 0.2)
-            norm.running_var.uniform_(0.7, 1.5)
-            nn.init.uniform_(norm.weight, 0.7, 1.3)
-            nn.init.normal_(norm.bias, 0, 0.2)
-    return model.eval()
-
-
 def check_published(model, fused, replaced):
     torch.manual_seed(0)
     image = draw(1, 3, 64, 64)
@@ -309,7 +289,8 @@ def check_published(model, fused, replaced):
     return ours
 
 
-def test_torchvisions_mobilenet_v2(torchvision):
+def test_torchvisions_mobilenet_v2():
+    torchvision = peers.torchvision()
     model = torchvision.models.mobilenet_v2(num_classes=10)
     check_published(model, 17, 17)
     # The stem, the expansions but for the first block's, which has none, and the last layer.
@@ -326,8 +307,8 @@ def test_torchvisions_mobilenet_v2(torchvision):
         ("xception65", 63, 63),
     ],
 )
-def test_timms_models(torchvision, name, fused, replaced):
-    timm = pytest.importorskip("timm")
+def test_timms_models(name, fused, replaced):
+    timm = peers.timm()
     ours = check_published(timm.create_model(name, num_classes=10), fused, replaced)
     if name == "efficientnet_b0":
         depthwise = [r for r in reasons(ours).values() if r.startswith("replaced")]
