@@ -315,7 +315,7 @@ class InvertedResidual(Remembers):
 
 
 def _expanded(expansion: nn.Module, input: Tensor) -> Tensor:
-    """The expansion's result: of its layers as one operator, but under hooks on them or if it was replaced."""
+    """The expansion's result: its layers as one operator, but under hooks on them or if it was replaced."""
     if type(expansion) is nn.Sequential and only_forward(expansion):
         return run_layers(list(expansion), input)
     return expansion(input)
