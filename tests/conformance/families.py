@@ -245,7 +245,7 @@ EXAMPLES = [
     ),
     Example(
         "up_concat", "conv_transpose2d", sf.up_concat, define_up_concat,
-        lambda c: {"x": (2, 4, 3, 3), "skip": (2, 3, 7, 10), "weight": (4, c, 2, 2), "bias": (c,)},
+        lambda c: {"x": (2, 4, 3, 3), "skip": (2, 3, 7, 11), "weight": (4, c, 2, 2), "bias": (c,)},
         required=3, batched=("x", "skip"), others=({"stride": 1}, {"padding": 1}),
         flops=2 * (2 * 3 * 3) * 4 * 4 * 4,
     ),
