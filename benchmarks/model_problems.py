@@ -12,10 +12,10 @@ from torch import nn
 
 import segfast
 from benchmarks import plain_resnet
-from benchmarks.baselines import Peer, compile_note
 from benchmarks.cases import Case
 from benchmarks.environment import dry_run
 from benchmarks.fused_models import fused_with_cudnn
+from benchmarks.peers import Peer, compile_note
 from benchmarks.plain_models import DEEPLABV3PLUS, plain_model
 from benchmarks.timing import Candidate, Skipped
 from segfast._optimize.measure import thoroughly

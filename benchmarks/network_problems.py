@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import segfast
-from benchmarks.baselines import Peer
 from benchmarks.networks import SIDES, build_network, draw_images
+from benchmarks.peers import Peer
 from benchmarks.timing import Candidate, Skipped
 from segfast.models._base import main_scores
 from segfast.ops._case import Case

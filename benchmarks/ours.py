@@ -9,8 +9,8 @@ import torch
 
 import segfast
 from benchmarks import crf_peers
-from benchmarks.baselines import Peer
 from benchmarks.cases import is_crf
+from benchmarks.peers import Peer
 from benchmarks.problems import Formula, Problem, Tensors
 from benchmarks.timing import Candidate
 from segfast.nn import BilinearUpsample

@@ -14,9 +14,9 @@ import torch
 
 import segfast
 from benchmarks import peaks
-from benchmarks.baselines import Peer
 from benchmarks.cases import Case
 from benchmarks.environment import dry_run, environment
+from benchmarks.peers import Peer
 from benchmarks.rows import append_rows, make_row
 from benchmarks.suite import AnyProblem, candidates, make_problem, measure_problem
 from benchmarks.timing import Measurement

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import segfast
-from benchmarks.baselines import Peer
 from benchmarks.cases import CASES, DIRECTIONS, Case, directions, find, headline
 from benchmarks.model_problems import ModelProblem
 from benchmarks.ours import ours
+from benchmarks.peers import Peer
 from benchmarks.session import WRONG, Session, fp32_precision, log, say
 from benchmarks.suite import AnyProblem, candidates, make_problem
 from benchmarks.timing import Candidate

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from benchmarks import baselines
-from benchmarks.baselines import Peer
 from benchmarks.cases import Case
 from benchmarks.model_problems import ModelProblem
 from benchmarks.ours import ours
+from benchmarks.peers import Peer, peers
 from benchmarks.problems import Problem
 from benchmarks.rows import NAMES, append_rows, read_rows
 from benchmarks.timing import TOLERANCE, Measurement, measure, relative_error
@@ -52,7 +51,7 @@ def make_problem(case: Case, device: torch.device) -> Problem | ModelProblem:
 def candidates(problem: AnyProblem, *, compiled: bool = False) -> list[Peer]:
     """The peers of a problem, and ours on the backend in force."""
     if isinstance(problem, Problem):
-        return [*baselines.peers(problem, compiled=compiled), *ours(problem)]
+        return [*peers(problem, compiled=compiled), *ours(problem)]
     return [*problem.peers(compiled), *problem.ours()]
 
 

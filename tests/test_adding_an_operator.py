@@ -128,10 +128,10 @@ def chosen():
     prelu.kernel_reason_not = lambda *args: None
     torch.Tensor.is_cuda = True
     try:
-        (decision,) = segfast.explain(segfast.functional.prelu, x, w)
+        (explanation,) = segfast.explain(segfast.functional.prelu, x, w)
     finally:
         del torch.Tensor.is_cuda
-    assert asked == [("prelu", (x,), (w,), (), False)] and decision.backend == "triton"
+    assert asked == [("prelu", (x,), (w,), (), False)] and explanation.backend == "triton"
 
 def launches():
     with segfast.backend("triton"), segfast.kernels.record_launches() as recorded:

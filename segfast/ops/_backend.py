@@ -44,7 +44,7 @@ class _Notes(list[Explanation]):
 
 
 class _Choice:
-    """A backend, and the list that decisions are noted in; None where there is none."""
+    """A backend, and the list that explanations are noted in; None where there is none."""
 
     backend: str | None = None
     explanations: "_Notes | None" = None
@@ -117,7 +117,7 @@ def get_backend() -> str:
 
 
 def _noted() -> _Notes | None:
-    """The list in which decisions of the calling thread are noted, if somebody asked."""
+    """The list in which explanations of the calling thread's calls are noted, if somebody asked."""
     return _main.explanations if _thread.explanations is None else _thread.explanations
 
 
@@ -142,7 +142,7 @@ def use_triton(
     """True if `operation` runs our kernels for these arguments.
 
     `reason_not(backend, *args)` is the family's predicate: None, or why its kernels do not serve the call:
-    they cannot, or something else was chosen. `because` says in the decision why they do, if no figures do.
+    they cannot, or something else was chosen. `because` explains why they do, if no figures do.
 
     Raises:
         NotImplementedError: "triton" was asked for by name and the kernels cannot serve the call.
@@ -171,7 +171,7 @@ def _decided(operation: str, chosen: str, reason: str, answer: bool) -> bool:
 
 
 def change_explanation(chosen: str, reason: str) -> None:
-    """Say of the last decision that `chosen` runs instead, and why if its reason does not say so."""
+    """Say of the last call explained that `chosen` runs instead, and why if its reason does not say so."""
     noted = _noted()
     if noted:
         reasons = [each for each in (noted[-1].reason, reason) if each]

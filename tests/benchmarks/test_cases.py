@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import baselines, cudnn_graph, rows, suite, timing
+from benchmarks import cudnn_graph, peers, rows, suite, timing
 from benchmarks.cases import ALONE, CASES, MODELS, directions, find, headline
 from benchmarks.crf_cases import mean_field
 from benchmarks.plain_models import plain_model
@@ -399,7 +399,7 @@ def test_peers_are_the_layer_itself():
         problem = Problem(case.cpu(), CPU)
         reference = problem.reference()
         names = []
-        for peer in baselines.peers(problem):
+        for peer in peers.peers(problem):
             if isinstance(peer, timing.Candidate):
                 error = timing.relative_error(problem.sample(peer.run()), reference)
                 assert error < 1e-5, (case.name, peer.name)
@@ -423,7 +423,7 @@ def test_depthwise_rows_have_both_of_torchs_kernels(monkeypatch, name):
         return output
 
     problem.formula = watched
-    for peer in baselines.peers(problem):
+    for peer in peers.peers(problem):
         assert timing.relative_error(peer.run(), reference) < 1e-5
     assert {"aten_nhwc_native", "aten_nchw_native", "aten_nhwc_cudnn", "aten_nchw_cudnn"} <= set(seen)
     for peer_name, values in seen.items():

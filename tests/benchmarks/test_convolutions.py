@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import segfast
-from benchmarks import baselines, timing
+from benchmarks import peers, timing
 from benchmarks.cases import find
 from benchmarks.fused_models import fused_with_cudnn
 from benchmarks.ours import on_auto, ours
@@ -102,7 +102,7 @@ def test_every_chain_of_the_networks_is_fused(fused_calls, name, relu, add_relu)
 @pytest.mark.parametrize("name", ["aspp_n8_33", "aspp_branches_n8_33"])
 def test_a_pyramid_on_fused_calls_is_the_pyramid(fused_calls, name):
     problem = Problem(find(name).cpu(), CPU)
-    output = problem.bind(baselines._fused_pyramid(problem))()
+    output = problem.bind(peers._fused_pyramid(problem))()
     assert timing.relative_error(problem.sample(output), problem.reference()) < 1e-5
     assert fused_calls["relu"] == (6 if name == "aspp_n8_33" else 4)
 
@@ -111,7 +111,7 @@ def test_a_pyramid_on_fused_calls_is_the_pyramid(fused_calls, name):
 def test_a_layer_on_fused_calls_is_the_layer(fused_calls, monkeypatch, name):
     problem = Problem(find(name).cpu(), CPU)
     monkeypatch.setattr(problem, "device", torch.device("cuda"))
-    found = {peer.name: peer for peer in baselines._fused(problem)}
+    found = {peer.name: peer for peer in peers._fused(problem)}
     call = "cudnn_conv_add_relu" if "add" in problem.case.epilogue else "cudnn_conv_relu"
     monkeypatch.setattr(problem, "device", CPU)
     assert timing.relative_error(problem.sample(found[call].run()), problem.reference()) < 1e-5

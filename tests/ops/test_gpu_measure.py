@@ -208,7 +208,7 @@ class TestRunning:
 
         x = torch.tensor([1.0, 2.0, 3.0])
         other = torch.arange(3)
-        return Bound((x, other), function, 1, {"rival": lambda x, labels: (x + 1, labels)})
+        return Bound((x, other), function, 1, {"other": lambda x, labels: (x + 1, labels)})
 
     def test_outputs_then_gradients(self):
         y, labels, grad = _gpu_measure._runner(CALL._replace(gradients=True), self.bound(), ATEN)()
@@ -220,7 +220,7 @@ class TestRunning:
     def test_without_gradients(self):
         y, _ = _gpu_measure._runner(CALL, self.bound(), ATEN)()
         assert not y.requires_grad
-        y, _ = _gpu_measure._runner(CALL, self.bound(), "rival")()
+        y, _ = _gpu_measure._runner(CALL, self.bound(), "other")()
         assert torch.equal(y, torch.tensor([2.0, 3.0, 4.0]))
 
     def test_each_under_the_backend_that_it_is_of(self):
@@ -232,7 +232,7 @@ class TestRunning:
             return x
 
         seen = []
-        for name in (ATEN, TRITON, PARTS, "rival"):
+        for name in (ATEN, TRITON, PARTS, "other"):
             _gpu_measure._runner(CALL, self.bound()._replace(function=function, candidates={}), name)()
         assert seen == [("aten", False), ("triton", False), ("auto", True), ("auto", False)]
 
