@@ -156,16 +156,11 @@ def test_what_is_not_a_sequence_is_left_alone(layers, x):
     same(model, x)
 
 
-def test_a_shared_norm_or_a_hook_keeps_layers_apart(x):
+def test_a_shared_norm_keeps_layers_apart(x):
     norm = nn.BatchNorm2d(C)
     model = optimized(nn.Sequential(nn.Conv2d(C, C, 1), norm, nn.Conv2d(C, C, 1), norm), x)
     assert segfast.report(model).fused == []
     same(model, x)
-    model, seen = optimized(block(nn.Conv2d(C, 4, 3), nn.ReLU())), []
-    expected = model[1](segfast.restore(copy.deepcopy(model))[0](x))
-    model[1].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
-    model(x)
-    torch.testing.assert_close(seen, [expected])
 
 
 def test_a_broken_sequence_is_an_error(x):
