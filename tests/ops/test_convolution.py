@@ -1,4 +1,4 @@
-"""The convolutions' remembered launch where it is easily wrong: what it writes is not what is returned."""
+"""The convolutions where layouts are easily wrong: what is written is not what is returned, or not dense."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 import segfast.functional as sf
 from segfast import backend
+from segfast.ops import OPERATORS
+from tests.operators import check_fake
 
 pytestmark = pytest.mark.interpreter
 
@@ -38,3 +40,12 @@ def test_a_call_whose_result_is_copied_is_right_the_second_time(name, poisoned_e
             y = ours(x, weight, **options)
         torch.testing.assert_close(y, plain(x, weight, **options))
         assert y.is_contiguous()
+
+
+def test_a_depthwise_gradient_is_laid_out_as_its_weight():
+    # With the channels innermost, as `segfast.optimize` lays filters out on a GPU: that is neither format.
+    weight = torch.randn(3, 3, 1, 8).permute(3, 2, 0, 1)
+    args = (torch.randn(2, 8, 5, 4), torch.randn(2, 8, 7, 6), weight, [1, 1], [0, 0], [1, 1])
+    operator = OPERATORS["depthwise_conv2d_grad_weight"].overload
+    assert operator(*args).stride() == weight.stride()
+    check_fake(operator, args)
