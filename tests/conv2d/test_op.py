@@ -72,15 +72,6 @@ def test_torchs_samples_on_our_kernels(dtype, poisoned_empty):
     assert DENSE in ran
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64, torch.bfloat16], ids=str)
-def test_a_dtype_without_kernels_is_refused_by_name(dtype):
-    x, w = torch.ones(1, 3, 4, 4).to(dtype), torch.ones(2, 3, 3, 3).to(dtype)
-    name = str(dtype).removeprefix("torch.")
-    with segfast.backend("triton"), pytest.raises(NotImplementedError, match=f"conv2d: .*{name}"):
-        conv2d(x, w)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
 def test_other_dtypes_go_to_aten_under_auto(dtype):
     x, w = torch.randn(1, 3, 4, 4, dtype=dtype), torch.randn(2, 3, 3, 3, dtype=dtype)
@@ -124,24 +115,6 @@ def test_padding_by_name(kernel, dilation, backend):
         torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
         results = [torch.autograd.grad(t.square().sum(), w) for t, w in ((y, ours), (expected, leaves))]
         torch.testing.assert_close(*results, atol=1e-3, rtol=1e-4)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_casts_as_torch_does(backend):
-    # fp16, which the interpreter computes rightly.
-    x, w, bias = (draw(*s).requires_grad_() for s in ((1, 4, 3, 3), (3, 4, 2, 2), (3,)))
-    scale, residual = draw(3).requires_grad_(), draw(1, 3, 2, 2)
-    with torch.autocast("cpu", torch.float16), segfast.backend(backend):
-        expected = F.conv2d(x, w, bias)
-        y = conv2d(x, w, bias)
-        z = conv2d(x, w, bias, scale=scale, residual=residual, activation="silu")
-        assert y.dtype == z.dtype == expected.dtype == torch.float16
-        assert conv2d(x.half(), w.half(), None).dtype == torch.float16
-        grads = torch.autograd.grad(z.float().sum(), (x, w, bias, scale))
-    assert [g.dtype for g in grads] == [torch.float32] * 4
-    torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-3)
-    with torch.autocast("cpu", enabled=False), segfast.backend(backend):
-        assert conv2d(x, w, bias).dtype == torch.float32
 
 
 @pytest.mark.interpreter

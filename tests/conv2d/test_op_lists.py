@@ -99,23 +99,6 @@ def test_one_image_twice(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_of_a_list_and_of_branches(backend):
-    tensors = images_of()
-    images, mixed = [tensors["input"], tensors["input1"]], [tensors["input"].half(), tensors["input1"]]
-    branches = aspp((1, 3, 3, 3), (2, 2), (1, 3))
-    with torch.autocast("cpu", torch.float16), segfast.backend(backend):
-        y = conv2d(images, tensors["weight"], scale=tensors["scale"], activation="relu")
-        other = conv2d(mixed, tensors["weight"], scale=tensors["scale"], activation="relu")
-        z = parallel_of_named(**branches, dilations=(1, 2))
-    assert y.dtype == other.dtype == z.dtype == torch.float16
-    options = {"scale": tensors["scale"], "activation": "relu"}
-    expected = define_of_images(**{n: tensors[n] for n in ("input", "input1", "weight")}, **options)
-    for result in (y, other):
-        torch.testing.assert_close(result.float(), expected, atol=2e-2, rtol=5e-3)
-    torch.testing.assert_close(z.float(), define_parallel(**branches, dilations=(1, 2)), atol=2e-2, rtol=5e-3)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_parallel_is_its_branches_side_by_side(channels_last, backend, poisoned_empty):
     tensors = aspp((2, 3, 4, 5), (2, 3, 2, 2, 2, 2), (1, 3, (3, 1), 1, 1, 1), channels_last=channels_last)
@@ -223,16 +206,6 @@ def test_bad_input_and_activation_of_parallel(backend):
             parallel_conv2d(torch.ones(3, 4, 4), weights, [1])
         with pytest.raises(ValueError, match=r"'relu', .*'swish'"):
             parallel_conv2d(torch.ones(1, 3, 4, 4), weights, [1], activation="swish")
-
-
-@pytest.mark.interpreter
-def test_parallel_in_a_dtype_without_kernels_is_refused_by_name():
-    x, weights = torch.ones(1, 3, 4, 4).double(), [torch.ones(2, 3, 3, 3).double()]
-    with segfast.backend("triton"):
-        with pytest.raises(NotImplementedError, match=r"parallel_conv2d: .*float64"):
-            parallel_conv2d(x, weights, [1])
-        with pytest.raises(NotImplementedError, match=r"conv2d: .*float64"):
-            conv2d([x, x], torch.ones(2, 6, 3, 3).double())
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -68,15 +68,6 @@ def test_torchs_samples_on_our_kernels(dtype, poisoned_empty):
                 assert torch.equal(unbatched, result[0])
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64, torch.bfloat16], ids=str)
-def test_a_dtype_without_kernels_is_refused_by_name(dtype):
-    sample = samples(dtype)[-1]
-    name = str(dtype).removeprefix("torch.")
-    with segfast.backend("triton"), pytest.raises(NotImplementedError, match=name):
-        conv_transpose2d(sample.input, *sample.args, **sample.kwargs)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape", [(0, 3, 2, 2), (2, 3, 2, 2), (3, 2, 2)], ids=["empty", "batch", "unbatched"]
@@ -96,21 +87,3 @@ def test_batch_sizes(shape, backend):
     torch.testing.assert_close(
         bias.grad, (expected > 0).sum(tuple(i for i in range(y.dim()) if i != y.dim() - 3)).float()
     )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_casts_as_torch_does(backend):
-    # fp16, which the interpreter computes rightly.
-    x, w, bias = (draw(*s).requires_grad_() for s in ((1, 4, 3, 3), (4, 3, 2, 2), (3,)))
-    scale = draw(3).requires_grad_()
-    with torch.autocast("cpu", torch.float16), segfast.backend(backend):
-        expected = F.conv_transpose2d(x, w, bias, 2)
-        y = conv_transpose2d(x, w, bias, 2)
-        z = conv_transpose2d(x, w, bias, 2, scale=scale, activation="silu")
-        assert y.dtype == z.dtype == expected.dtype == torch.float16
-        assert conv_transpose2d(x.half(), w.half(), None, 2).dtype == torch.float16
-        grads = torch.autograd.grad(z.float().sum(), (x, w, bias, scale))
-    assert [g.dtype for g in grads] == [torch.float32] * 4
-    torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-3)
-    with torch.autocast("cpu", enabled=False), segfast.backend(backend):
-        assert conv_transpose2d(x, w, bias, 2).dtype == torch.float32

@@ -13,7 +13,7 @@ import segfast
 from segfast.functional import depthwise_conv2d, separable_conv2d
 from segfast.kernels import Tile, override_tile
 from tests.fused_conv import BACKENDS, draw, precisions_of
-from tests.separable_conv2d.reference import check_depthwise, define_separable, in_form, separable_operands
+from tests.separable_conv2d.reference import check_depthwise, in_form, separable_operands
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -135,38 +135,6 @@ def test_an_empty_batch(backend):
     assert total.shape == squares.shape == (0, 6) and x.grad.shape == x.shape
     for t in (w, b, p):
         assert t.grad.shape == t.shape and not t.grad.any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, id="bf16")])
-def test_autocast_casts_as_torch_does(dtype, backend):
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter computes bfloat16 wrongly")
-    x, w, b, p = (draw(*s).requires_grad_() for s in ((1, 4, 3, 3), (4, 1, 3, 3), (4,), (3, 4, 1, 1)))
-    scale, residual = draw(4).requires_grad_(), draw(1, 3, 3, 3)
-    with torch.autocast("cpu", dtype), segfast.backend(backend):
-        expected = F.conv2d(x, w, b, padding=1, groups=4)
-        y = depthwise_conv2d(x, w, b, padding=1)
-        z, total, _ = depthwise_conv2d(
-            x, w, b, padding=1, scale=scale, activation="silu", return_statistics=True
-        )
-        both = separable_conv2d(x, w, p, b, padding=1, depthwise_scale=scale, residual=residual)
-        no_grad = [t.detach() for t in (x, w, p, b)]
-        again = separable_conv2d(*no_grad, padding=1, depthwise_scale=scale.detach(), residual=residual)
-        assert y.dtype == z.dtype == both.dtype == again.dtype == expected.dtype == dtype
-        assert total.dtype == torch.float32
-        assert depthwise_conv2d(x.half(), w, None).dtype == dtype
-        grads = torch.autograd.grad(z.float().sum() + both.float().sum(), (x, w, b, scale, p))
-    assert [g.dtype for g in grads] == [torch.float32] * 5
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(y, expected, atol=4 * eps, rtol=4 * eps)
-    wide = define_separable(
-        *[t.double() for t in no_grad], padding=1, depthwise_scale=scale.double(), residual=residual
-    )
-    for actual in (both, again):
-        torch.testing.assert_close(actual.double(), wide, atol=8 * eps * wide.abs().max().item(), rtol=0)
-    with torch.autocast("cpu", enabled=False), segfast.backend(backend):
-        assert depthwise_conv2d(x, w, b).dtype == torch.float32
 
 
 @pytest.mark.interpreter

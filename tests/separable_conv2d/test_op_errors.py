@@ -59,15 +59,3 @@ def test_bad_epilogues_are_named(options, error, word, backend):
 def test_bad_pointwise_operands_are_named(pointwise, options, word, backend):
     with segfast.backend(backend), pytest.raises(RuntimeError, match=word):
         separable_conv2d(_x(), _w(), pointwise, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64, torch.bfloat16], ids=str)
-@pytest.mark.interpreter
-def test_a_dtype_without_kernels_is_refused_by_name(dtype):
-    name = str(dtype).removeprefix("torch.")
-    x, w, p = (t.to(dtype) for t in (_x(), _w(), torch.ones(2, 4, 1, 1)))
-    with segfast.backend("triton"):
-        with pytest.raises(NotImplementedError, match=f"depthwise_conv2d: .*{name}"):
-            depthwise_conv2d(x, w)
-        with pytest.raises(NotImplementedError, match=f"separable_conv2d: .*{name}"):
-            separable_conv2d(x, w, p)
