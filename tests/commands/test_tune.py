@@ -39,7 +39,7 @@ class TestTune:
         model_takes(3, 2, 1)
         assert tune(model, "--batch", "2") == 0
         out = capsys.readouterr().out
-        assert "2.00 times as fast on this CPU" in out and "onednn: 1 us (aten 2" in out
+        assert "2.00 times as fast on this CPU" in out and "onednn: 1000 us (aten 2000" in out
         calls = sorted(choices().measured, key=lambda call: call.weight)
         assert [(call.input, call.weight) for call in calls] == [
             ((2, 8, 14, 18), (3, 8, 1, 1)),

@@ -112,6 +112,14 @@ class TestMeasuring:
         monkeypatch.setitem(CANDIDATES["conv2d"], "matmul", matmul._replace(run=run))
         assert _measure.measure(CALLS["1x1"]).us["matmul"] == pytest.approx(2e3)
 
+    @pytest.mark.parametrize(
+        "aten, matmul, name", [(8.0, 5.0, ATEN), (18.0, 5.0, "matmul"), (4.0, 5.0, ATEN)]
+    )
+    def test_what_saves_less_than_asking_for_it_takes_is_not_chosen(self, aten, matmul, name, monkeypatch):
+        us = {ATEN: aten, "matmul": matmul, "onednn": 99.0}
+        monkeypatch.setattr(_measure, "_times", lambda runs, input: us)
+        assert _measure.measure(CALLS["1x1"]) == Choice(name, us)
+
     def test_random_state_threads_and_default_dtype_stay(self, cache):
         before, threads = torch.get_rng_state(), torch.get_num_threads()
         torch.set_default_dtype(torch.float64)
