@@ -44,7 +44,7 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "MEASURES", True)
     monkeypatch.setattr(timing, "_peak_mb", lambda run, device: float("nan"))
     generator = torch.Generator
-    monkeypatch.setattr(problems.torch, "Generator", lambda device: generator("cpu"))
+    monkeypatch.setattr(problems.torch, "Generator", lambda device="cpu": generator("cpu"))
     searching = torch.backends.cudnn.benchmark
     begin_anew()
     yield
