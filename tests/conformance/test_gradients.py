@@ -71,12 +71,14 @@ def test_gradcheck_and_gradgradcheck(example, activation, route):
     def run(*leaves):
         return example.run(dict(zip(tensors, leaves, strict=True)), activation)
 
+    # Along a random direction; of a loss, whose second gradients are small, in every one.
+    fast = example.family != "segmentation_head"
     with on(route, example):
-        assert torch.autograd.gradcheck(run, list(tensors.values()), fast_mode=True)
+        assert torch.autograd.gradcheck(run, list(tensors.values()), fast_mode=fast)
         # torch's hardsigmoid has no second derivative; of our mean field as an operator see its own tests.
         twice = example.family != "dense_crf" or (route == "aten" and "filter" in example.name)
         if twice and (activation != "hardsigmoid" or route == "registered"):
-            assert torch.autograd.gradgradcheck(run, list(tensors.values()), fast_mode=True)
+            assert torch.autograd.gradgradcheck(run, list(tensors.values()), fast_mode=fast)
 
 
 def first_and_second(run, tensors, activation):
