@@ -137,7 +137,10 @@ def candidates(problem: Problem, arch: str, shared_limit: int | None = None) -> 
 
 
 def choose_tile(problem: Problem, device: torch.device) -> Tile:
-    """The tile to run `problem` with on `device`: one measured near it, else the first guess."""
+    """The tile to run `problem` with on `device`: one measured near it, else the first guess.
+
+    A launcher may narrow it (`fit_registers`) for what a problem does not say: alignment, a residual, gelu.
+    """
     if _asked is not None:
         _asked.append(problem)
     if problem.operation in _overrides:

@@ -21,7 +21,7 @@ ON_HOPPER = (
 )
 MATRIX = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
 # Kernels that add up what others wrote.
-SUMS = ("conv2d_finish", "reduce_partials")
+SUMS = ("finish", "reduce_partials")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_no_row_has_a_problem(rows):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_matrix_units_no_spills_wide_accesses(rows, arch):
     here = [row for row in rows if row.arch == arch and row.dtype == "bf16"]
-    assert {row.kernel for row in here} >= {"conv2d_forward", "conv2d_zoned", "conv_transpose2d_grad_weight"}
+    assert {row.kernel for row in here} >= {"forward", "zoned", "conv_transpose2d_grad_weight"}
     for row in here:
         assert row.spills == 0, row
         if row.kernel not in SUMS and "classifier" not in row.specimen:
@@ -66,16 +66,16 @@ def test_large_dilations_take_the_zones(rows):
         "aspp_branches_n8_33 parallel",
         "aspp_branches_n1_33 parallel",
     ):
-        assert find(rows, specimen).kernel == "conv2d_zoned"
-    assert find(rows, "resnet_layer3_d2 scale+relu").kernel == "conv2d_forward"
+        assert find(rows, specimen).kernel == "zoned"
+    assert find(rows, "resnet_layer3_d2 scale+relu").kernel == "forward"
 
 
 def test_one_image_is_cut_into_parts_of_the_depth(rows):
     kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_branches_n1_33 parallel")]
-    assert sorted(kernels) == ["conv2d_finish", "conv2d_zoned"]
+    assert sorted(kernels) == ["finish", "zoned"]
     # A batch fills the processors as it is.
     kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_branches_n8_65 parallel")]
-    assert kernels == ["conv2d_zoned"]
+    assert kernels == ["zoned"]
 
 
 def test_fp32_runs_on_matrix_units_too(rows):

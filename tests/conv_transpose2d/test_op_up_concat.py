@@ -1,4 +1,7 @@
-"""`segfast.functional.up_concat`: a U-Net decoder's step against crop, `output_size` and `torch.cat`."""
+"""`segfast.functional.up_concat`: a U-Net decoder's step against crop, `output_size` and `torch.cat`.
+
+What holds of every function (strides of operands and gradients, gradcheck) is in `tests/conformance/`.
+"""
 
 import pytest
 import torch
