@@ -91,7 +91,8 @@ class Graph:
 
 def _listed(model: nn.Module, inputs: Any, training: bool) -> tuple[list[Node], str | None]:
     """The operations of a forward and their digest, by running a copy without values."""
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(()), backend("aten"):
+    # A hook may know the caller's own model, which is no copy.
+    with undisturbed(model), torch.inference_mode(False), torch.no_grad(), backend("aten"):
         memo: dict[int, Any] = {id(t): _without_values(t) for t in (*model.parameters(), *model.buffers())}
         bare = copy.deepcopy(model, memo).train(training)
         given = _pytree.tree_map_only(Tensor, _without_values, inputs)
@@ -154,15 +155,15 @@ class _Listing(TorchFunctionMode):
         self.unseen.calls += 1
         try:
             result = function(*args, **kwargs)
-        finally:
+            made = _tensors(result)
+            written = [t for t, version in zip(read, before, strict=True) if t._version != version]
+            if made or written:
+                name = getattr(function, "__name__", str(function)).strip("_")
+                inputs = [node for node in map(self._origin, read) if node is not None]
+                self._describe(f"{getattr(function, '__module__', '')}.{name}", args, kwargs, before)
+                self._add(Node(name, inputs, tuple(self._stack)), made, written)
+        finally:  # a digest is made by functions of torch too
             self.unseen.calls -= 1
-        made = _tensors(result)
-        written = [t for t, version in zip(read, before, strict=True) if t._version != version]
-        if made or written:
-            name = getattr(function, "__name__", str(function)).strip("_")
-            inputs = [node for node in map(self._origin, read) if node is not None]
-            self._describe(f"{getattr(function, '__module__', '')}.{name}", args, kwargs, before)
-            self._add(Node(name, inputs, tuple(self._stack)), made, written)
         return result
 
     def _add(self, node: Node, made: Iterable[Tensor], written: Iterable[Tensor] = ()) -> None:

@@ -102,27 +102,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, mode in modes:
                 module.training = mode
             with torch.no_grad():
-                for module, name, buffer, value, version in buffers:
-                    module._buffers[name] = _put_back(buffer, value, version)
-                for parameter, requires_grad, grad, value, version in parameters:
+                for module, name, buffer, value in buffers:
+                    module._buffers[name] = _put_back(buffer, value)
+                for parameter, requires_grad, grad, value in parameters:
                     if parameter.requires_grad != requires_grad:
                         parameter.requires_grad_(requires_grad)
-                    parameter.grad = _put_back(grad, value, version)
+                    parameter.grad = _put_back(grad, value)
 
 
-def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
-    """A tensor, its values, and how often it was written."""
-    if tensor is None:
-        return None, None, None
-    return tensor, tensor.detach().clone(), None if tensor.is_inference() else tensor._version
+def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A tensor and its values."""
+    return tensor, None if tensor is None else tensor.detach().clone()
 
 
-def _put_back(tensor: Tensor | None, values: Tensor | None, version: int | None) -> Tensor | None:
-    """The tensor with its values, written only if somebody else wrote it."""
-    if tensor is None or values is None:
-        return tensor
-    # A batch norm in training writes its statistics without counting it.
-    if version is None or tensor._version != version or not torch.equal(tensor, values):
+def _put_back(tensor: Tensor | None, values: Tensor | None) -> Tensor | None:
+    """The tensor with its values, written only if somebody changed them."""
+    # Not by its version: a batch norm in training writes its statistics without counting it.
+    if tensor is not None and values is not None and not torch.equal(tensor, values):
         tensor.copy_(values)
     return tensor
 

@@ -157,6 +157,27 @@ def test_the_random_state_and_buffers_stay(no_export):
     assert torch.equal(net.bn.running_mean, before) and not net.bn.num_batches_tracked
 
 
+def test_a_constant_is_told_by_its_value(no_export):
+    digests = []
+    for value in (2.0, 2.0, 3.0):
+        net = Net(lambda net, y: y * net.factor)
+        net.factor = torch.tensor(value)
+        digests.append(Graph(net, (torch.zeros(1, 3, 8, 8),), False).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_a_hook_writes_to_the_callers_own_model_is_put_back(no_export):
+    net = Net(lambda net, y: y)
+    net.register_buffer("count", torch.zeros(()))
+
+    def count(*_):
+        net.count += 1
+
+    net.conv.register_forward_hook(count)
+    Graph(net, (torch.zeros(1, 3, 8, 8),), False)
+    assert net.count == 0
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import segfast
-from segfast._optimize.verify import leaves
+from segfast._optimize.verify import leaves, undisturbed
 from segfast.commands.check import check_model
 from segfast.nn._fused import sequence
 
@@ -28,6 +28,14 @@ class InPlace(nn.Module):
         self.calls += 1
         self.replaced = self.replaced + 1
         return self.relu(self.norm(self.conv(x))) + torch.rand(())
+
+
+def test_a_model_made_in_inference_mode_stays_as_it_was():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with undisturbed(model), torch.no_grad():
+        model(torch.zeros(1, 3, 8, 8))
+    assert not model[1].num_batches_tracked
 
 
 def undone(model):
