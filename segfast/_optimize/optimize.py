@@ -248,10 +248,11 @@ def _choose(
         end = time.perf_counter() + budget
         was_quiet = _measure.watch()
         found = known or _measured(model, plain, inputs, dtype, end, progress, train, fused)
+        calls = vars(model).get(RECORD, {}).pop("calls", ())
         if outcome is not None and known is not None:
             outcome.note(model)
         elif outcome is not None and found is not None and was_quiet():
-            outcome.keep(model, found)
+            outcome.keep(model, found, calls)
     except BaseException as error:
         _leave(model, "as given")
         if not isinstance(error, RuntimeError):

@@ -4,6 +4,7 @@ It holds for the same operations on the same weights, which a listing of the mod
 its weights tell, with the same layers fused and the same implementations chosen for its calls.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -20,12 +21,16 @@ from torch import nn
 from .._files import temporary_beside
 from ..nn._fused.whole_model import keep_contiguous
 from ..ops._backend import get_backend
+from ..ops._call import AnyCall
 from ..ops._choice import choices
-from ..ops._choice_files import cache_folder, call_row, choice_row, machine, parsed_call, warn_unwritable
+from ..ops._choice_files import cache_folder, call_row, choice_row, machine, parsed, warn_unwritable
 from .eligible import RECORD, qualified, record_of
 from .fuse import Fusions
 from .graph import digest_of_values
 from .measure import Gain, measures_anew
+
+# Files in the cache, a few tens of kilobytes each. Those written the longest ago go first.
+_MOST = 256
 
 
 class Outcome:
@@ -66,14 +71,13 @@ class Outcome:
             record_of(model)["last"] = self._last
             keep_contiguous(model, *map(model.get_submodule, self._last))
 
-    def keep(self, model: nn.Module, gain: Gain) -> None:
-        """Remember what was gained; a cache that cannot be written is a warning, once."""
-        calls = record_of(model).pop("calls", ())
-        if (
-            gain.unmeasured
-            or gain.error > gain.allowed
-            or not all(call in choices().measured for call in calls)
-        ):
+    def keep(self, model: nn.Module, gain: Gain, calls: Sequence[AnyCall]) -> None:
+        """Remember what was gained by the choices of `calls`.
+
+        A cache that cannot be written is a warning, once.
+        """
+        measured = choices().measured
+        if gain.unmeasured or gain.error > gain.allowed or not all(call in measured for call in calls):
             return
         records = {name: vars(module).get(RECORD, {}) for name, module in model.named_modules()}
         found = {
@@ -81,13 +85,14 @@ class Outcome:
             "date": datetime.date.today().isoformat(),
             "weights": _digest_of_weights(model),
             "gain": dataclasses.asdict(gain),
-            "calls": [{**call_row(call), **choice_row(choices().measured[call])} for call in calls],
+            "calls": [{**call_row(call), **choice_row(measured[call])} for call in calls],
             "layers": {name: record["choices"] for name, record in records.items() if "choices" in record},
             "last": record_of(model).get("last"),
         }
         try:
             with temporary_beside(self._file) as temporary:
                 temporary.write_text(json.dumps(found))
+            _drop_oldest(self._file.parent)
         except OSError as error:
             warn_unwritable(error)
 
@@ -115,10 +120,19 @@ def outcome_of(
 
 def _still_chosen(row: dict[str, Any]) -> bool:
     """True if a call runs what it ran."""
-    chosen = ("choice", "us", "configs", "unproven")
-    choice = choices().measured.get(parsed_call({k: v for k, v in row.items() if k not in chosen}, None))
-    now = {} if choice is None else choice_row(choice)
-    return now == {key: value for key, value in row.items() if key in chosen}
+    call, choice = parsed(row, machine())
+    now = choices().measured.get(call)
+    return now is not None and choice_row(now) == choice_row(choice)
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Leave the newest files in `folder`."""
+    written = []
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            written.append((file.stat().st_mtime, file))
+    for _, file in sorted(written)[:-_MOST]:
+        file.unlink(missing_ok=True)
 
 
 def _digest_of_weights(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import segfast
 from segfast._optimize import measure, outcome
+from segfast._optimize.eligible import RECORD
 from segfast.ops import _choice, _measure
 from segfast.ops._choice import ATEN, Choice, choices
 from tests.optimize.measured_network import Net, image, net, ran
@@ -206,7 +208,7 @@ def _keep(file, gain):
     kept = outcome.Outcome({})
     kept._file = file
     for _ in range(50):
-        kept.keep(nn.Conv2d(1, 1, 1), gain)
+        kept.keep(nn.Conv2d(1, 1, 1), gain, ())
 
 
 def test_processes_that_write_at_once_leave_a_whole_file(cache):
@@ -223,9 +225,24 @@ def test_processes_that_write_at_once_leave_a_whole_file(cache):
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_the_files_written_the_longest_ago_go(timed, cache, monkeypatch):
+    monkeypatch.setattr(outcome, "_MOST", 2)
+    folder, kept = cache / "models", []
+    for batch in (1, 2, 3):
+        assert timed(net(), torch.zeros(batch, 3, 32, 32))[1]
+        (file,) = set(folder.iterdir()) - set(kept)
+        os.utime(file, (batch, batch))
+        kept.append(file)
+    assert set(folder.iterdir()) == set(kept[1:])
+    assert timed(net(), torch.zeros(1, 3, 32, 32))[1]
+    assert not timed(net(), torch.zeros(3, 3, 32, 32))[1]
+
+
 def test_of_a_busy_machine_nothing_is_remembered(timed, monkeypatch):
     monkeypatch.setattr(_measure, "watch", lambda: lambda: False)
-    assert timed(net(), image())[1]
+    fast, was_timed = timed(net(), image())
+    assert was_timed
+    assert "calls" not in vars(fast)[RECORD]  # only for what is remembered
     monkeypatch.setattr(_measure, "watch", lambda: lambda: True)
     assert timed(net(), image())[1]
     assert not timed(net(), image())[1]
