@@ -195,6 +195,19 @@ def test_nothing_is_kept_of_layers_that_are_gone(fused):
     assert len(ready._made[key]) == 1
 
 
+def test_what_other_threads_may_be_looking_through_stays(fused):
+    fused, layers = fused
+    key = id(layers[3] if isinstance(fused, FusedConv) else layers[0])
+    first, second = torch.randn(2, 8, 9, 7), torch.randn(1, 8, 9, 7)
+    for x in (first, second):
+        _check(fused, layers, x)
+    seen = ready._made[key]
+    before = list(seen)
+    _check(fused, layers, first)
+    assert ready._made[key] == before[::-1]
+    assert seen == before
+
+
 def test_a_model_that_is_gone_leaves_nothing():
     def make():
         layers = _layers()

@@ -227,8 +227,8 @@ def _found(
             if not found.stands():
                 break
             if found is not kinds[0]:
-                kinds.remove(found)
-                kinds.insert(0, found)
+                # Another list: other threads may be looking through this one.
+                _made[id(stages[0][0])] = [found, *[other for other in kinds if other is not found]]
             return found
     return _make(stages, input, residual is not None, slope, key)
 
