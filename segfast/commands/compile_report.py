@@ -1,9 +1,9 @@
 """`segfast compile-report`: compile every kernel for GPUs that need not be here and judge the machine code.
 
-A row is one kernel with one tile tile, element type and architecture. It fails where the kernel does
-not compile, registers spill, shared memory does not fit, the matrix instruction expected is missing, a store
-is narrower than the channels allow, or a loop over pairs of points has too many instructions. What is
-compiled are the launches of the families' cases (`segfast/ops/_case.py`), by the names of specimens.
+A row is one kernel with one tile, element type and architecture. It fails where the kernel does not compile,
+registers spill, shared memory does not fit, the matrix instruction expected is missing, a store is narrower
+than the channels allow, or a loop over pairs of points has too many instructions. A specimen is a launch of a
+family's case, by its name (`launches` in `segfast/ops/_case.py`).
 """
 
 import argparse

@@ -66,7 +66,7 @@ class FusedASPP(NamedTuple):
         )
 
     def run(self, owner: nn.Module, input: Tensor) -> Tensor:
-        """The pyramid of `input`; what follows from the parameters alone is remembered for `owner`."""
+        """The ASPP of `input`; what follows from the parameters alone is remembered for `owner`."""
         folds = folds_filters(input, self.project.conv)
         if runs_eagerly():
             key = (folds, self.pool_first, *[norm.eps for norm in self._norms()])
@@ -197,7 +197,7 @@ def _geometry(fused: FusedLayer) -> Any:
 
 
 def _folded(fused: Any, folds: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The form's filter, scale and shift; bias and norm in the shift, the scale in the filter if it `folds`.
+    """The layer's filter, scale and shift; bias and norm in the shift, the scale in the filter if it `folds`.
 
     A folded filter is float32 at least.
     """
@@ -220,7 +220,7 @@ def _format(weight: Tensor) -> torch.memory_format:
 
 
 class _Reading:
-    """A pyramid that was found in some modules, and what of them it depends on."""
+    """An ASPP that was found in some modules, and what of them it depends on."""
 
     def __init__(self, roots: Sequence[nn.Module], aspp: FusedASPP):
         self.roots, self.aspp = list(roots), aspp
@@ -254,7 +254,7 @@ def aspp_in(
     *,
     pool_first: bool = False,
 ) -> FusedASPP | None:
-    """The pyramid that these modules of `owner` are the parts of, or None where one is something else.
+    """The ASPP that these modules of `owner` are the parts of, or None where one is something else.
 
     `pool`, called by whoever knows its forward, holds the mean over the image and what follows it.
     """

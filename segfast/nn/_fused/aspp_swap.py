@@ -67,7 +67,7 @@ def unfuse_aspps(model: nn.Module) -> None:
 
 
 class _ASPP(FusedModule):
-    """Mixed into the class of an ASPP whose forward is the pyramid."""
+    """Mixed into the class of an ASPP whose forward is one `FusedASPP`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -90,7 +90,7 @@ class _Head(FusedModule):
 
 
 def _ready(module: Any) -> FusedASPP | None:
-    """The module's pyramid if nothing about its state speaks against running it."""
+    """The module's ASPP if nothing about its state speaks against running it."""
     if not runs_in_eval(module):
         return None
     parts = _parts(module)

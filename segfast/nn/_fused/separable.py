@@ -60,10 +60,10 @@ def padded(conv: Any, input: Tensor) -> tuple[Tensor, Any]:
 
 
 class FusedSeparable(NamedTuple):
-    """The layers of one pair, in their order; None for what it lacks.
+    """A depthwise and a 1x1 convolution with what follows each, in their order; None for what is lacking.
 
     `depthwise` is a `Conv2d` with filters of its own for each channel, `pointwise` a 1x1 `torch.nn.Conv2d`;
-    without one, the pair is only the depthwise convolution with what follows it.
+    without one, it is only the depthwise convolution with what follows it.
     """
 
     depthwise: Any
@@ -102,7 +102,7 @@ class FusedSeparable(NamedTuple):
         return ready(stages, input, residual, self.negative_slope)
 
     def run(self, input: Tensor, residual: Tensor | None = None, ask: bool = True) -> Tensor:
-        """The pair in one operator. `residual` is added before the last activation.
+        """All in one operator. `residual` is added before the last activation.
 
         With `ask` false `ready` is known to be None.
         """

@@ -85,7 +85,7 @@ class FusedSequence:
         self.options, self.in_train = list(options), in_train
         self.growth = self.options[0][1].growth()
         asked = {id(part) for part in self.options[0][1] if isinstance(part, nn.Module)}
-        # Whose hooks must see what they would see unfused, beside those that the fused form itself asks for.
+        # Whose hooks must see what they would see unfused, beside those that the fused layer itself asks for.
         self.others = [m for m in (*layers, *wrappers) if id(m) not in asked]
         self.caller: _Caller | None = None
 
