@@ -261,6 +261,8 @@ def _choose(
         record_of(model)["not_fused"] = f"undone: {first_line(error)}"
         return None
     for module in dense:
+        if module is model:
+            continue  # what was asked of it as a whole would be undone too
         chosen = vars(module).get(RECORD, {}).get("choices", ())
         if own_class(module) is Conv2d and all(name.startswith("aten") for name in chosen):
             last = lays_out_scores(module)

@@ -64,6 +64,18 @@ class TestBFloat16:
         with torch.no_grad():
             assert torch.equal(plain(x), net(x))
 
+    def test_of_a_model_that_is_one_convolution_of_atens(self, wins, model_takes):
+        wins("aten")
+        model_takes(3, 2, 1)
+        net, x = torch.nn.Conv2d(3, 4, 3).eval(), _image()
+        fast = segfast.optimize(net, x, dtype=torch.bfloat16)
+        with torch.no_grad():
+            expected, actual = net(x), fast(x)
+        assert actual.dtype == torch.float32 and not torch.equal(actual, expected)
+        assert torch.equal(actual, actual.bfloat16().float())
+        assert segfast.report(fast).gain.dtype == "bfloat16"
+        assert type(segfast.restore(fast)) is torch.nn.Conv2d
+
     def test_dicts_and_other_outputs(self, wins, model_takes):
         wins("onednn")
         model_takes(3, 2, 1)
