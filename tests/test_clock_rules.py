@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("test_*.py")])
 CLOCKS = {
-    *("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "elapsed_time"),
+    *("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "elapsed_time"),
+    *("process_time", "process_time_ns", "thread_time", "thread_time_ns"),
     # Ours, which return times.
     *("interleave", "blocks", "graph_us"),
 }

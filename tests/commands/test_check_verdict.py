@@ -189,9 +189,9 @@ class TestAdvice:
 
 
 @pytest.fixture
-def whole_model(monkeypatch, tmp_path):
+def whole_model(monkeypatch, wins):
     """`whole_model(kept, ...)`: whether `optimize` finds the model faster, for each time it is asked."""
-    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
+    wins("aten")
     asked = []
 
     def answer(*kept):
