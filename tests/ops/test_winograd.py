@@ -224,6 +224,21 @@ def test_on_several_threads_the_number_stays(channels, size, openmp, monkeypatch
     hold(y, x, weight, bias)
 
 
+@pytest.mark.parametrize(("size", "on_the_team"), [(16, False), (40, True)])
+@pytest.mark.parametrize("channels", [(32, 64), (192, 192)])
+def test_strips_are_computed_by_the_team_but_few_tiles_are_divided_by_torch(
+    channels, size, on_the_team, monkeypatch
+):
+    """A third of 16 tiles is less than a strip of its own, a third of 100 is one."""
+    monkeypatch.setattr(winograd, "team_size", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    strips = []
+    monkeypatch.setattr(winograd, "each_on_team", lambda tasks: [strips.append(task(0)) for task in tasks])
+    x, (weight, bias) = numbers(1, channels[0], size, size), layer(*channels)
+    hold(ours(x, weight, bias), x, weight, bias)
+    assert (len(strips) >= 3) == on_the_team == bool(strips)
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_as_a_candidate(dilation):
     """For all that a layer's call says."""
