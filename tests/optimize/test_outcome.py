@@ -1,6 +1,7 @@
 """The results of `optimize` for a model are remembered, and hold only for that model as it was."""
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -244,5 +245,19 @@ def test_of_a_busy_machine_nothing_is_remembered(timed, monkeypatch):
     assert was_timed
     assert "calls" not in vars(fast)[RECORD]  # only for what is remembered
     monkeypatch.setattr(_measure, "watch", lambda: lambda: True)
+    assert timed(net(), image())[1]
+    assert not timed(net(), image())[1]
+
+
+def test_of_a_model_timed_while_the_machine_was_busy_nothing_is_remembered(timed, monkeypatch):
+    """Though each of its calls was timed in quiet: the first to watch is who times all."""
+    answers = itertools.chain([False], itertools.repeat(True))
+
+    def watch():
+        was_quiet = next(answers)
+        return lambda: was_quiet
+
+    monkeypatch.setattr(_measure, "watch", watch)
+    assert timed(net(), image())[1]
     assert timed(net(), image())[1]
     assert not timed(net(), image())[1]
