@@ -1,12 +1,12 @@
-"""conv2d, of images and in branches, under torch.compile, export, symbolic tracing and DDP."""
+"""conv2d, of images and in branches, exported."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import segfast
 from segfast.functional import conv2d, parallel_conv2d
 from tests.conv2d.reference import define_parallel
+from tests.exporting import assert_exports_with_dynamic_sizes, image
 from tests.fused_conv import BACKENDS, draw
 
 
@@ -27,19 +27,9 @@ class Block(torch.nn.Module):
         return conv2d([z, F.pad(y, (1, 1, 1, 1))], self.last, stride=2, padding=1, activation="hardswish")
 
 
-def block(channels_last=False):
-    model = Block()
-    return model.to(memory_format=torch.channels_last) if channels_last else model
-
-
-def image(height=5, width=7, batch=2, channels_last=False):
-    # No size equals another, or the channels: equal numbers would have to stay equal.
-    return draw(batch, 4, height, width, channels_last=channels_last)
-
-
 def test_the_block_is_what_torch_computes():
     # So that the tests below compare with something right.
-    model, x = block(), image()
+    model, x = Block(), image()
     with torch.no_grad():
         y = F.silu(F.conv2d(x, model.first, padding=2, dilation=2) * model.scale[:, None, None] + x)
         z = define_parallel(
@@ -52,19 +42,4 @@ def test_the_block_is_what_torch_computes():
 @pytest.mark.compat
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exports_with_dynamic_sizes(backend):
-    model = block().eval()
-    # At stride 2 a row of two would leave one: a size of its own to torch.
-    least = {"batch": 2, "height": 3, "width": 3}
-    batch, height, width = (torch.export.Dim(n, min=k, max=64) for n, k in least.items())
-    sizes = {"x": {0: batch, 2: height, 3: width}}
-    with segfast.backend(backend), torch.no_grad():
-        program = torch.export.export(model, (image(),), dynamic_shapes=sizes)
-        ours = {str(n.target) for n in program.graph.nodes if "segfast" in str(n.target)}
-        wanted = {f"segfast.{name}.default" for name in ("conv2d", "conv2d_concat", "parallel_conv2d")}
-        assert ours == (wanted if backend == "triton" else set())
-        for size in ((5, 7), (6, 9)):
-            x = image(*size, batch=3)
-            torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-5)
-        decomposed = program.run_decompositions(segfast.decompositions())
-        assert not [n for n in decomposed.graph.nodes if "segfast" in str(n.target)]
-        torch.testing.assert_close(decomposed.module()(image(3, 4)), model(image(3, 4)), atol=1e-5, rtol=1e-5)
+    assert_exports_with_dynamic_sizes(Block().eval(), backend, "conv2d", "conv2d_concat", "parallel_conv2d")
