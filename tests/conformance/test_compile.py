@@ -92,6 +92,17 @@ def test_compiles_whole_and_trains(example, route):
                 torch.testing.assert_close(a, b, atol=1e-4 * (1 + b.abs().max().item()), rtol=1e-4)
 
 
+@over(lambda example: example.differentiates)
+def test_compiles_whole_with_weights_of_any_size(example):
+    """Where they are inputs: the sizes of a module's own are numbers to the compiler."""
+    torch._dynamo.reset()
+    tensors = grown(example, 8, 17)
+    compiled = torch.compile(lambda **t: example.run(t), backend="eager", fullgraph=True, dynamic=True)
+    with on("aten", example), torch.no_grad():
+        for a, b in zip(compiled(**tensors), example.run(tensors), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4 * (1 + b.abs().max().item()), rtol=1e-4)
+
+
 @over(lambda example: bool(example.activations))
 def test_the_compiled_graph_holds_our_operators_and_no_layout_copies(example):
     graphs = []

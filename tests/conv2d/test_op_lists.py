@@ -180,6 +180,8 @@ PARALLEL_ERRORS = {
     "more dilations": (_weights((2, 3, 3, 3)), [1, 2], {}, "as many"),
     "channels": (_weights((2, 3, 1, 1), (2, 4, 3, 3)), [1, 1], {}, r"weights\[1\] .*\[2, 4, 3, 3\]"),
     "weight ndim": (_weights((2, 3)), [1], {}, r"weights\[0\]"),
+    "no filters": (_weights((0, 3, 1, 1), (2, 3, 3, 3)), [1, 1], {}, r"weights\[0\] has no filters"),
+    "no filters, last": (_weights((2, 3, 3, 3), (0, 3, 1, 1)), [1, 1], {}, r"weights\[1\] has no filters"),
     "even kernel": (_weights((2, 3, 3, 2)), [1], {}, r"weights\[0\] .*odd"),
     "dilation": (_weights((2, 3, 3, 3)), [0], {}, r"dilations\[0\] must be positive"),
     "dilation length": (_weights((2, 3, 3, 3)), [(1, 2, 3)], {}, "dilations"),

@@ -41,6 +41,8 @@ def _check(input: Tensor, weights: Sequence[Tensor], dilations: Sequence[Pair]) 
                 f"parallel_conv2d: weights[{index}] must be [C_out, {input.shape[1]}, kH, kW], "
                 f"got {list(weight.shape)}"
             )
+        if weight.shape[0] == 0:
+            raise RuntimeError(f"parallel_conv2d: weights[{index}] has no filters: {list(weight.shape)}")
         if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
             raise RuntimeError(
                 f"parallel_conv2d: weights[{index}] must have an odd height and width, which keep the "
@@ -198,18 +200,14 @@ def parallel_conv2d(
         _check(input, weights, pairs)  # raises
     ending = (scale, shift, activation, negative_slope)
     differentiates = needs_autograd(input, scale, shift, *weights)
-    # Not by a `key`, which torch.compile does not follow.
-    sizes = [(weight.shape[2:].numel(), pairs[i], i) for i, weight in enumerate(weights)]
-    *_, largest = max(sizes)
     options = (tuple(pairs), scale is not None, shift is not None, activation)
     name = "parallel_conv2d"
     chosen = None
     if not differentiates:
         chosen = choose(name, (input,), weights, options, False, dtype, operands=(scale, shift))
-    reasons = (input, weights[largest], dtype, name, chosen)
-    kernels = use_triton(name, can_use_triton, *reasons)
+    kernels = use_triton(name, can_use_triton, input, weights[0], dtype, name, chosen)
     if kernels:
-        note_taken("parallel_conv2d", weights)
+        note_taken(name, weights)
     if kernels and not differentiates and not _functorch_active():
         rates = tuple([d for p in pairs for d in p])
         return PARALLEL(input, list(weights), scale, shift, rates, activation, negative_slope)
