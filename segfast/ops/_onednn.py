@@ -132,7 +132,8 @@ def _answers(operation: str, dtype: torch.dtype) -> bool:
 
 
 def _serves(call: Call) -> bool:
-    return call.dtype in (torch.float32, torch.bfloat16) and _answers(call.operation, call.dtype)
+    known = call.dtype in (torch.float32, torch.bfloat16) and call.activation in _ACTIVATIONS
+    return known and _answers(call.operation, call.dtype)
 
 
 CONV2D = Candidate(_serves, _pack_conv2d, _run_conv2d)

@@ -149,6 +149,10 @@ class TestCandidates:
         assert not CANDIDATES["conv2d"]["onednn"].serves(CONV2D)
         _onednn._answers.cache_clear()
 
+    @pytest.mark.parametrize("call", [CONV2D, TRANSPOSED])
+    def test_an_activation_onednn_does_not_know_is_not_served(self, call):
+        assert not CANDIDATES[call.operation]["onednn"].serves(call._replace(activation="softplus"))
+
 
 def test_a_candidate_is_three_functions():
     assert Candidate._fields == ("serves", "prepare", "run")
