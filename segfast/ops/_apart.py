@@ -35,19 +35,28 @@ class Child(subprocess.Popen):
         stream, self.stderr = self.stderr, None
         self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
         self._reader.start()
+        self._timed_out = False
 
     def _read(self, stream) -> None:
         with stream:
             self._said.extend(stream)
+
+    def time_out(self) -> None:
+        """End the process, which took too long, as `why` then says."""
+        self._timed_out = True
+        self.kill()
 
     def why(self) -> str:
         """In a line, how the process ended; all it said goes to the log."""
         code = self.wait()
         self._reader.join(1.0)
         lines = [line.rstrip() for line in list(self._said) if line.strip()]
+        if lines:
+            log.info("a process ended with code %s:\n%s", code, "\n".join(lines))
+        if self._timed_out:
+            return "it took too long"
         if not lines:
             return f"the process ended with code {code}"
-        log.info("a process ended with code %s:\n%s", code, "\n".join(lines))
         last = next((line for line in reversed(lines) if _EXCEPTION.match(line)), lines[-1])
         return f"the process ended with code {code}: {last[:200]}"
 

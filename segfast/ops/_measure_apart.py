@@ -46,12 +46,11 @@ class Worker:
         self._device = device
         self._process = Child([*COMMAND, "measure", str(device), str(most)])
         self.began = False  # it has answered
-        self._late = False
         self._ask(_settings())
 
     def measure(self, call: GpuCall, seconds: float) -> Choice | str | None:
         """The choice, or why there is none; None if the process ends, as it does after `seconds`."""
-        timer = threading.Timer(min(max(0.0, seconds), threading.TIMEOUT_MAX), self._end)
+        timer = threading.Timer(min(max(0.0, seconds), threading.TIMEOUT_MAX), self._process.time_out)
         timer.start()
         try:
             self._ask(_line(call, unproven(call, self._device)))
@@ -74,16 +73,12 @@ class Worker:
             self._process.stdin.write(line)
             self._process.stdin.flush()
 
-    def _end(self) -> None:
-        self._late = True
-        self._process.kill()
-
     def why(self) -> str:
         """How the process ended that answers no more."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         self.close()
-        return "it took too long" if self._late else self._process.why()
+        return self._process.why()
 
     def close(self) -> None:
         """End the process."""

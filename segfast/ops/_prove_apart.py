@@ -81,7 +81,7 @@ def _lines(device, dtypes, most, family: str, judged: set[Key]) -> Iterator[list
     command = [*COMMAND, "prove", str(device), ",".join(map(_name, dtypes)), str(most or 0), family]
     with Child(command) as process:
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(_MOST_SECONDS, process.kill)
+        timer = threading.Timer(_MOST_SECONDS, process.time_out)
         timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,19 @@ def test_a_process_that_does_not_even_begin_proves_nothing(stand_in, tmp_path, c
     assert len(rows) == 6 and not any(row.passed for row in rows)
     assert all(math.isnan(row.error) and row.note.startswith(ENDED) for row in rows)
     assert capfd.readouterr() == ("", "") and "Traceback" in caplog.text
+
+
+def test_a_process_that_takes_too_long_is_ended_and_says_so(stand_in, monkeypatch):
+    class AtOnce:
+        def __init__(self, seconds, function):
+            self.start = function
+
+        def cancel(self):
+            pass
+
+    monkeypatch.setattr(_prove_apart, "threading", types.SimpleNamespace(Timer=AtOnce))
+    rows = list(prove_apart(torch.device("cpu"), (torch.float32,), None, (stand_in,)))
+    assert len(rows) == 6 and {row.note for row in rows} == {"it took too long"}
 
 
 @pytest.mark.interpreter
