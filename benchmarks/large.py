@@ -12,7 +12,7 @@ from segfast.functional import (
     separable_conv2d,
     upsample_cross_entropy,
 )
-from segfast.ops.separable_conv2d.cases import config_of
+from segfast.ops.separable_conv2d.cases import tile_of
 
 Outcome = tuple[str, bool, str]
 FORMS = ("fused", "two kernels")  # of separable convolution
@@ -31,7 +31,7 @@ def in_form(form: str, x: torch.Tensor, outputs: int):
     """Separable convolution to so many channels in one of its forms."""
     from segfast.kernels import override_tile
 
-    return override_tile("separable_conv2d_forward", config_of(form, x, outputs), _LAUNCHES[form])
+    return override_tile("separable_conv2d_forward", tile_of(form, x, outputs), _LAUNCHES[form])
 
 
 def large(device: torch.device, dtype: torch.dtype, height: int, batch: int) -> Iterator[Outcome]:

@@ -76,9 +76,14 @@ def _forms(problem: Problem, function: Formula, tensors: Tensors) -> Iterator[Pe
     """A separable convolution in each of its forms, whichever is chosen; none where ATen serves the call."""
     if importlib.util.find_spec("triton") is None:
         return
-    from segfast.kernels import architecture, candidates, override_tile, record_launches
-    from segfast.kernels._device import shared_memory_limit
-    from segfast.kernels._tiles import record_problems
+    from segfast.kernels import (
+        architecture,
+        candidates,
+        override_tile,
+        record_launches,
+        record_problems,
+        shared_memory_limit,
+    )
 
     with record_problems() as asked, record_launches():
         problem.bind(function, tensors)()

@@ -8,6 +8,7 @@ ever read, are left out, and deleted where they were filed before; those of othe
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -122,8 +123,6 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _csv(rows: Sequence[dict[str, str]]) -> str:
-    import io
-
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()

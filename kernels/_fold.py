@@ -10,7 +10,7 @@ import torch
 
 
 def can_fold(channels: int, groups: int, dilation, *images: torch.Tensor | None) -> bool:
-    """True if to fold images [N, channels, H, W]: their channels alone do not allow 16-byte accesses."""
+    """True if images [N, channels, H, W] can be folded, and their channels allow no 16-byte accesses."""
     if groups != 1 or dilation[1] != 1:
         return False
     present = [t for t in images if t is not None]

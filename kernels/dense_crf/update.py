@@ -281,7 +281,7 @@ def _constants(message: Message, labels: int, which: str) -> dict[str, object]:
 
 
 def _line(t: torch.Tensor | None, width: int) -> tuple[bool, tuple[int, ...]]:
-    """True if the pixels of an image [B, L, H, W] are evenly apart, and its strides."""
+    """(True if the pixels of an image [B, L, H, W] are evenly apart, its strides)."""
     if t is None:
         return True, (0, 0, 0, 0)
     return t.shape[2] == 1 or t.stride(2) == width * t.stride(3), t.stride()

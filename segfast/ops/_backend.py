@@ -238,7 +238,7 @@ _gpu_reasons: dict[int | None, str | None] = {}
 
 
 def kernel_reason_not(choice: str, input: Tensor, autocast: torch.dtype | None = None) -> str | None:
-    """The reason why no kernel runs on `tensor`, of any family: device, architecture, dtype (autocast's)."""
+    """The reason why no kernel runs on `input`, of any family: device, architecture, dtype (autocast's)."""
     dtype = autocast or input.dtype
     if input.is_cuda:
         reason = _gpu_reason_not(input.device.index)

@@ -79,7 +79,7 @@ class Case:
 
     def magnitude(self, t: Tensors) -> Tensor:
         """The size of the terms that each result sums, in float64."""
-        return self.formula(changed(t, lambda value: value.double().abs()))
+        return self.formula(absolute(t))
 
     def proofs(self, device: torch.device, dtype: torch.dtype) -> Iterator[Proof]:
         """Our kernels on `device` beside the formula in float64 on a CPU and in `dtype` on `device`."""
@@ -203,6 +203,11 @@ def normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator)
 def changed(t: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
     """Tensors of numbers `change`d, others as they are."""
     return {name: change(value) if value.is_floating_point() else value for name, value in t.items()}
+
+
+def absolute(t: Tensors) -> Tensors:
+    """The absolute values, in float64."""
+    return changed(t, lambda value: value.double().abs())
 
 
 def moved(t: Tensors, device: torch.device) -> Tensors:

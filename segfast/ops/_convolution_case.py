@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._case import AnyCase, Case, Launch, Proof, Tensors, changed, moved, normal
+from ._case import AnyCase, Case, Launch, Proof, Tensors, absolute, changed, moved, normal
 from ._epilogue import apply_epilogue
 from ._operands import Pair, load_kernels, pair
 
@@ -252,11 +252,6 @@ def sizes(n: int, ci: int, co: int, h: int, w: int, k=1, s=1, p=0, d=1, g=1, **m
 def valid_taps(positions: int, limit: int, k: int, s: int, p: int, d: int) -> int:
     """Pairs (position, tap) along one axis whose product is kept: inside the input, or inside the output."""
     return sum(0 <= i * s - p + t * d < limit for i in range(positions) for t in range(k))
-
-
-def absolute(t: Tensors) -> Tensors:
-    """The absolute values, in float64."""
-    return changed(t, lambda value: value.double().abs())
 
 
 def batch_norm(channels: int, draw: Callable[..., Tensor], prefix: str = "") -> Tensors:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._case import Launch, Proof, Tensors
+from .._case import Launch, Proof, Tensors, moved
 from .._convolution_case import ConvolutionCase, affine, batch_norm, meta, sizes
 from .._operands import load_kernels
 from .functional import OPERATIONS, depthwise_conv2d, separable_conv2d
@@ -57,7 +57,7 @@ class DepthwiseConv2d(ConvolutionCase):
             return depthwise_conv2d(t["x"], t["weight"], t["bias"], *self.steps(), **options)
 
         first, *gradients = super().proofs(device, dtype)
-        on_device = {name: value.to(device) for name, value in self.drawn(dtype).items()}
+        on_device = moved(self.drawn(dtype), device)
         yield first._replace(actual=lambda: statistics(on_device)[0])
         values = [y.cpu().double() for y in (first.reference, first.aten)]
         reference, aten = (torch.stack([y.sum((2, 3)), y.square().sum((2, 3))]) for y in values)
@@ -152,7 +152,7 @@ class SeparableConv2d(DepthwiseConv2d):
         kernels = load_kernels()
 
         def function(t: Tensors) -> Tensor:
-            tile = config_of(self["form"], t["x"], self["co"])
+            tile = tile_of(self["form"], t["x"], self["co"])
             with kernels.override_tile("separable_conv2d_forward", tile):
                 return self.ours(t)
 
@@ -184,7 +184,7 @@ class SeparableConv2d(DepthwiseConv2d):
             yield f"{self.name} separable residual", added, width
 
 
-def config_of(form: str, x: Tensor, channels_out: int) -> Any:
+def tile_of(form: str, x: Tensor, channels_out: int) -> Any:
     """The first tile of that form that fits the device."""
     from segfast.kernels import _device, _tiles  # which needs triton
 
