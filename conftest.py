@@ -1,4 +1,7 @@
-"""The `--benchmark` flag. Without it pytest runs each benchmark once, as a smoke test."""
+"""For tests, doctests and benchmarks: a cache of their own, and the `--benchmark` flag.
+
+Without the flag pytest runs each benchmark once, as a smoke test.
+"""
 
 import pytest
 
@@ -20,3 +23,11 @@ def pytest_configure(config):
         return
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / "benchmarks")]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Nothing that tests measure or prove comes into the user's cache, nor from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEGFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

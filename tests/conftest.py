@@ -61,14 +61,6 @@ def forget() -> None:
     _proofs.forget()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory):
-    """Nothing that tests measure or prove comes into the user's cache, nor from there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SEGFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(autouse=INTERPRETING, scope="session")
 def boolean_masks():
     """Holds every mask to booleans: Triton 3.9's interpreter takes no integers, those before do."""

@@ -2,8 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from tests.conftest import forget, is_taken
 from tests.ops.test_choice_candidates import CONV2D, TRANSPOSED
 from tests.ops.test_gpu import CALL
 
+ROOT = Path(__file__).resolve().parents[2]
 FOUND = {CONV2D: Choice("onednn", {"onednn": 1.25, ATEN: 2.5}), TRANSPOSED: Choice(ATEN, {})}
 
 
@@ -292,3 +297,17 @@ def _write_sizes(start: int) -> None:
     for i in range(10):
         size = 20 + start + i
         _choice_files.write({CONV2D._replace(input=(1, 8, size, size)): Choice(ATEN, {})})
+
+
+def test_examples_in_docstrings_leave_the_users_cache_alone(tmp_path):
+    """They measure by the real clock; here as if it were quiet, so that they would write."""
+    (tmp_path / "quiet.py").write_text(
+        "from segfast.ops import _measure\n_measure.watch = lambda: lambda: True\n"
+    )
+    home = tmp_path / "home"
+    places = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    environment = {k: v for k, v in os.environ.items() if k != "SEGFAST_CACHE"} | places
+    command = [sys.executable, *"-m pytest -p quiet -p no:cacheprovider segfast/ops/_choice.py".split()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    assert not list(home.rglob("*choices*"))
