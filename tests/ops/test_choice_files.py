@@ -307,7 +307,14 @@ def test_examples_in_docstrings_leave_the_users_cache_alone(tmp_path):
     home = tmp_path / "home"
     places = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     environment = {k: v for k, v in os.environ.items() if k != "SEGFAST_CACHE"} | places
-    command = [sys.executable, *"-m pytest -p quiet -p no:cacheprovider segfast/ops/_choice.py".split()]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "pytest", "-p", "quiet", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "segfast/ops/_choice.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
     assert not list(home.rglob("*choices*"))
