@@ -2,8 +2,8 @@
 
 A row is one kernel with one tile, element type and architecture. It fails where the kernel does not compile,
 registers spill, shared memory does not fit, the matrix instruction expected is missing, a store is narrower
-than the channels allow, or a loop over pairs of points has too many instructions. A specimen is a launch of a
-family's case, by its name (`launches` in `segfast/ops/_case.py`).
+than the channels allow, or a loop over pairs of points has too many instructions. What is
+compiled are launches of the families' cases, by name (`launches` in `segfast/ops/_case.py`).
 """
 
 import argparse
@@ -35,18 +35,18 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 # Element types as rows name them; tf32 is float32 where cuDNN's flag allows it.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
-HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
+HEADERS = ("arch", "dtype", "case", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
            "store", "load", "async", "instr", "pair", "bar", "s", "problem")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The work of one process at a time: one specimen, in one type, for one architecture."""
+    """The work of one process at a time: one case, in one type, for one architecture."""
 
     family: str
     arch: str
     dtype: str
-    specimen: str
+    case: str
     all_candidates: bool = False
 
 
@@ -56,7 +56,7 @@ class Row:
 
     arch: str
     dtype: str
-    specimen: str
+    case: str
     kernel: str
     tile: str
     registers: int
@@ -77,13 +77,13 @@ class Row:
     def failed(cls, task: Task, problem: str, kernel: str = "-", tile: str = "-") -> "Row":
         """The row of what has no machine code."""
         none = (0, 0)
-        return cls(task.arch, task.dtype, task.specimen, kernel, tile, 0, 0, 0, 0, "", none, none, none,
+        return cls(task.arch, task.dtype, task.case, kernel, tile, 0, 0, 0, 0, "", none, none, none,
                    0, 0.0, 0, 0.0, (problem,))  # fmt: skip
 
     def cells(self) -> tuple:
         widths = (_span(self.store), _span(self.load), _span(self.async_copy))
         pair = f"{self.per_pair:.1f}" if self.per_pair else "-"
-        return (self.arch, self.dtype, self.specimen, self.kernel, self.tile, self.registers, self.spills,
+        return (self.arch, self.dtype, self.case, self.kernel, self.tile, self.registers, self.spills,
                 self.shared, self.limit, self.matrix or "-", *widths, self.instructions,
                 pair, self.barriers, f"{self.seconds:.1f}", "; ".join(self.problems) or "-")  # fmt: skip
 
@@ -94,19 +94,19 @@ def _span(widths: tuple[int, int]) -> str:
 
 
 def tasks(families: Sequence[str], archs: Sequence[str], dtypes: Sequence[str],
-          specimens: Sequence[str] = ("",), all_candidates: bool = False) -> list[Task]:  # fmt: skip
-    """The tasks whose specimen's name starts with one of `specimens`; tf32 is NVIDIA's."""
+          cases: Sequence[str] = ("",), all_candidates: bool = False) -> list[Task]:  # fmt: skip
+    """The tasks whose `case` starts with one of `cases`; tf32 is NVIDIA's."""
     found = []
     for family in families:
         for dtype in dtypes:
-            names = [name for name, _, _ in _specimens(family, dtype) if name.startswith(tuple(specimens))]
+            names = [name for name, _, _ in _cases(family, dtype) if name.startswith(tuple(cases))]
             for arch in archs:
                 if dtype != "tf32" or arch.startswith("sm"):
                     found += [Task(family, arch, dtype, name, all_candidates) for name in names]
     return found
 
 
-def _specimens(family: str, dtype: str) -> Iterator[_case.Launch]:
+def _cases(family: str, dtype: str) -> Iterator[_case.Launch]:
     return _case.launches(family, DTYPES[dtype])
 
 
@@ -137,7 +137,7 @@ def _launches(task: Task) -> tuple[list[tuple], int]:
     from ..kernels import pretend_architecture, record_launches  # which needs triton
 
     call, store_bytes = next(
-        (c, width) for name, c, width in _specimens(task.family, task.dtype) if name == task.specimen
+        (c, width) for name, c, width in _cases(task.family, task.dtype) if name == task.case
     )
     launches: dict[Any, Any] = {}
     with _precision("tf32" if task.dtype == "tf32" else "ieee"), pretend_architecture(task.arch):
@@ -209,7 +209,7 @@ def compile_launch(launch, pointers, task: Task, store_bytes: int) -> Row:
     if task.arch == "sm_90" and per_pair > most_per_pair(launch):
         problems.append(f"{per_pair:.2f} instructions a pair")
     name, tile, shared = _kernel_name(launch, task), _tile(launch.tile), compiled.metadata.shared
-    return Row(task.arch, task.dtype, task.specimen, name, tile, code.registers, code.spills, shared, limit,
+    return Row(task.arch, task.dtype, task.case, name, tile, code.registers, code.spills, shared, limit,
                code.matrix, code.store, code.load, code.async_copy, code.instructions,
                per_pair, code.barriers, seconds,
                tuple(problems))  # fmt: skip
@@ -274,7 +274,7 @@ def compile_report(work: Sequence[Task], processes: int = 2, progress: bool = Tr
     from tqdm import tqdm
 
     results = _results(work, processes)
-    bar = tqdm(results, total=len(work), disable=not progress, unit="specimen")
+    bar = tqdm(results, total=len(work), disable=not progress, unit="case")
     return [row for rows in bar for row in rows]
 
 
@@ -306,7 +306,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="default: %(default)s")
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), help="default: %(default)s")
-    parser.add_argument("--specimen", nargs="+", default=[""], help="only those whose names start so")
+    parser.add_argument("--case", nargs="+", default=[""], help="only those whose names start so")
     parser.add_argument("--all-candidates", action="store_true", help="also what only the tuner tries")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the table here too")
@@ -327,9 +327,9 @@ def run(args: argparse.Namespace) -> int:
         claim(args.out, force=True)
     if interpreting():
         return _without_interpreter(args)
-    work = tasks(args.family, args.arch, args.dtype, args.specimen, args.all_candidates)
+    work = tasks(args.family, args.arch, args.dtype, args.case, args.all_candidates)
     if not work:
-        raise UserError(f"--specimen: no specimen's name starts with {' or '.join(map(repr, args.specimen))}")
+        raise UserError(f"--case: no name of a case starts with {' or '.join(map(repr, args.case))}")
     rows = compile_report(work, args.processes)
     bad = sum(bool(row.problems) for row in rows)
     table = format_table(HEADERS, [row.cells() for row in rows])
@@ -346,7 +346,7 @@ def run(args: argparse.Namespace) -> int:
 def _without_interpreter(args: argparse.Namespace) -> int:
     """Run the same command in a process that compiles: under TRITON_INTERPRET=1 this one cannot."""
     command = [sys.executable, "-m", "segfast", "compile-report", "--processes", str(args.processes)]
-    for name in ("arch", "family", "dtype", "specimen"):
+    for name in ("arch", "family", "dtype", "case"):
         command += [f"--{name}", *getattr(args, name)]
     command += ["--all-candidates"] * args.all_candidates
     command += [] if args.out is None else ["--out", str(args.out)]

@@ -86,7 +86,7 @@ def test_a_network_on_fused_calls_is_the_network(fused_calls):
 @pytest.mark.parametrize(
     ("name", "relu", "add_relu"), [("unet", 18, 0), ("fcn8s_vgg16", 15, 0), ("deeplabv3_resnet50", 40, 16)]
 )
-def test_every_chain_of_the_networks_is_fused(fused_calls, name, relu, add_relu):
+def test_every_sequence_of_the_networks_is_fused(fused_calls, name, relu, add_relu):
     from benchmarks.plain_models import plain_model
 
     network, channels = plain_model(name, small=True)

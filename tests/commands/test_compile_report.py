@@ -40,7 +40,7 @@ ON_HOPPER = (
     "past_int32 f",
 )
 
-# What is compiled under every version of Triton that is supported: a specimen or two of each kernel.
+# What is compiled under every version of Triton that is supported: a case or two of each kernel.
 SAMPLE = {
     "conv_transpose2d": ("unet_up4 up_concat", "unet_up4 grad", "fcn8s_up8 forward"),
     "conv2d": ("aspp_r12 scale+relu", "aspp_branches_n8_33 parallel", "resnet_layer3_d2"),
@@ -82,14 +82,14 @@ def test_rows_of_an_architecture(rows, arch):
         assert row.spills == 0
         assert row.shared <= limit
         assert row.matrix == ("" if row.kernel == "reduce_partials" else matrix)
-        if arch.startswith("sm") and "fcn8s" not in row.specimen:
+        if arch.startswith("sm") and "fcn8s" not in row.case:
             assert row.store == (16, 16)
-            if row.matrix and "up24" not in row.specimen:
+            if row.matrix and "up24" not in row.case:
                 assert row.async_copy == (16, 16)
 
 
 def test_21_classes_are_not_stored_one_by_one(rows):
-    widths = {row.arch: row.store for row in rows if row.specimen == "fcn8s_up8 forward"}
+    widths = {row.arch: row.store for row in rows if row.case == "fcn8s_up8 forward"}
     assert set(widths) == set(ARCHS)
     assert all(width[0] >= 8 for arch, width in widths.items())
 
@@ -99,14 +99,14 @@ def test_21_classes_are_not_stored_one_by_one(rows):
 def test_a_sample_of_every_family_has_no_problem(family):
     work = tasks([family], ["sm_90"], ["fp32" if family == "dense_crf" else "bf16"], SAMPLE[family])
     rows = [row for task in work for row in compile_task(task)]
-    assert all(any(row.specimen.startswith(name) for row in rows) for name in SAMPLE[family])
+    assert all(any(row.case.startswith(name) for row in rows) for name in SAMPLE[family])
     assert [row for row in rows if row.problems] == []
 
 
-def judged(specimen, arch="sm_90", tile=None, store_bytes=16, dtype="bf16"):
-    """The row of one specimen compiled here, with another tile."""
-    task = Task(FAMILY, arch, dtype, specimen)
-    call = next(c for name, c, _ in compile_report_module._specimens(FAMILY, dtype) if name == specimen)
+def judged(case, arch="sm_90", tile=None, store_bytes=16, dtype="bf16"):
+    """The row of one case compiled here, with another tile."""
+    task = Task(FAMILY, arch, dtype, case)
+    call = next(c for name, c, _ in compile_report_module._cases(FAMILY, dtype) if name == case)
     with pretend_architecture(arch), record_launches() as launches:
         if tile is None:
             call()
@@ -155,9 +155,9 @@ def test_what_does_not_compile_is_a_row_and_ends_nothing(monkeypatch, capsys):
     def refuse():
         raise ValueError("a launcher's\nown fault")
 
-    specimens = [("broken", call, 4), ("refused", refuse, 4)]
-    monkeypatch.setattr(compile_report_module, "_specimens", lambda *_: specimens)
-    rows = [row for name, *_ in specimens for row in compile_task(Task(FAMILY, "sm_90", "bf16", name))]
+    cases = [("broken", call, 4), ("refused", refuse, 4)]
+    monkeypatch.setattr(compile_report_module, "_cases", lambda *_: cases)
+    rows = [row for name, *_ in cases for row in compile_task(Task(FAMILY, "sm_90", "bf16", name))]
     assert [row.kernel for row in rows] == ["broken", "reduce_partials", "-"]
     broken, good, refused = [" ".join(row.problems) for row in rows]
     assert re.fullmatch(r"does not compile: \w+Error: .*\w.*", broken)
@@ -177,8 +177,8 @@ def test_a_compiler_that_ends_its_process_is_a_row_and_ends_nothing():
     work = tasks([FAMILY], ["sm_90"], ["bf16"], ("unet_up4 grad",))
     fatal = _EndsTheProcess(FAMILY, "sm_90", "bf16", "fatal")
     rows = compile_report([work[0], fatal, *work[1:]], processes=2, progress=False)
-    assert [row.specimen for row in rows if row.problems] == ["fatal"]
-    assert {row.specimen for row in rows} == {"fatal", *(task.specimen for task in work)}
+    assert [row.case for row in rows if row.problems] == ["fatal"]
+    assert {row.case for row in rows} == {"fatal", *(task.case for task in work)}
 
 
 def test_reading_a_disassembly():
@@ -208,7 +208,7 @@ def test_command_under_the_interpreter(tmp_path):
         "sm_90",
         "--dtype",
         "bf16",
-        "--specimen",
+        "--case",
         "unet_up4 forward",
         "--processes",
         "1",
@@ -231,7 +231,7 @@ def test_exit_code_follows_the_problems(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_specimens_launch_every_kernel(dtype):
+def test_cases_launch_every_kernel(dtype):
     # The two forwards, the convolution that is the input's gradient, its parts', the weight's, and theirs.
     with pretend_architecture("sm_90"), record_launches() as recorded:
         for _, call, store_bytes in launches(FAMILY, dtype):

@@ -33,10 +33,8 @@ def rows():
     return compile_report(work, processes=2, progress=False)
 
 
-def find(rows, specimen, arch="sm_90", dtype="bf16"):
-    (row,) = [
-        r for r in rows if (r.arch, r.specimen, r.dtype) == (arch, specimen, dtype) and r.kernel not in SUMS
-    ]
+def find(rows, case, arch="sm_90", dtype="bf16"):
+    (row,) = [r for r in rows if (r.arch, r.case, r.dtype) == (arch, case, dtype) and r.kernel not in SUMS]
     return row
 
 
@@ -51,36 +49,36 @@ def test_matrix_units_no_spills_wide_accesses(rows, arch):
     assert {row.kernel for row in here} >= {"forward", "zoned", "conv_transpose2d_grad_weight"}
     for row in here:
         assert row.spills == 0, row
-        if row.kernel not in SUMS and "classifier" not in row.specimen:
+        if row.kernel not in SUMS and "classifier" not in row.case:
             assert row.matrix == MATRIX.get(arch, "HMMA"), row
-        if arch.startswith("sm") and row.specimen.startswith(("resnet_layer", "aspp", "unet")):
+        if arch.startswith("sm") and row.case.startswith(("resnet_layer", "aspp", "unet")):
             assert row.store == (16, 16), row
             if row.matrix:
                 assert row.async_copy == (16, 16), row
 
 
 def test_large_dilations_take_the_zones(rows):
-    for specimen in (
+    for case in (
         "aspp_r12 forward",
         "aspp_r12 grad_input",
         "aspp_branches_n8_33 parallel",
         "aspp_branches_n1_33 parallel",
     ):
-        assert find(rows, specimen).kernel == "zoned"
+        assert find(rows, case).kernel == "zoned"
     assert find(rows, "resnet_layer3_d2 scale+relu").kernel == "forward"
 
 
 def test_one_image_is_cut_into_parts_of_the_depth(rows):
-    kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_branches_n1_33 parallel")]
+    kernels = [r.kernel for r in rows if (r.arch, r.case) == ("sm_90", "aspp_branches_n1_33 parallel")]
     assert sorted(kernels) == ["finish", "zoned"]
     # A batch fills the processors as it is.
-    kernels = [r.kernel for r in rows if (r.arch, r.specimen) == ("sm_90", "aspp_branches_n8_65 parallel")]
+    kernels = [r.kernel for r in rows if (r.arch, r.case) == ("sm_90", "aspp_branches_n8_65 parallel")]
     assert kernels == ["zoned"]
 
 
 def test_fp32_runs_on_matrix_units_too(rows):
-    for specimen in ("resnet_layer3_d2 scale+relu", "aspp_branches_n8_33 parallel"):
-        row = find(rows, specimen, dtype="fp32")
+    for case in ("resnet_layer3_d2 scale+relu", "aspp_branches_n8_33 parallel"):
+        row = find(rows, case, dtype="fp32")
         assert (row.matrix, row.spills) == ("HGMMA", 0)
 
 

@@ -14,8 +14,8 @@ from segfast.kernels._launch import TRITON
 
 MOST = 4.4 if TRITON < (3, 9) else 4.6  # instructions a pair
 
-# Specimens beside what their first kernel's matrix instruction is on Hopper.
-SPECIMENS = {
+# Cases beside what their first kernel's matrix instruction is on Hopper.
+CASES = {
     "21 labels exact": "HGMMA",
     "21 labels exact direct": "HGMMA",
     "21 labels exact gradient": "",
@@ -32,12 +32,12 @@ SPECIMENS = {
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_no_row_has_a_problem(arch):
-    names = SPECIMENS if arch == "sm_90" else [name for name in SPECIMENS if name.startswith("21")]
+    names = CASES if arch == "sm_90" else [name for name in CASES if name.startswith("21")]
     for name in names:
         rows = compile_task(Task("dense_crf", arch, "fp32", name))
         assert [row for row in rows if row.problems or row.spills] == []
         if arch == "sm_90":
-            assert rows[0].matrix == SPECIMENS[name]
+            assert rows[0].matrix == CASES[name]
 
 
 def test_the_unaries_have_a_dtype():

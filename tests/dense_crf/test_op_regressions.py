@@ -170,7 +170,7 @@ def test_spatial_kernel_narrower_than_its_number_format():
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("small_device", "checked_launches")
-def test_plans_are_for_the_factors_that_there_are():
+def test_launches_are_for_the_factors_that_there_are():
     kernels, factors, scale = segfast.kernels, torch.rand(1, 20), torch.rand(1, 3)
     features, values, unary = torch.rand(1, 20, 2), torch.rand(1, 20, 3), torch.rand(1, 3, 4, 5)
     lattice = kernels.build_permutohedral(features)

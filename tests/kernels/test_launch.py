@@ -8,7 +8,7 @@ from segfast import kernels
 from segfast.kernels import Tile, _launch
 from tests.fused_conv import draw
 
-CONFIG = Tile(16, 16, 16, 4, 2)
+TILE = Tile(16, 16, 16, 4, 2)
 
 
 def record(x=None, w=None, out=None, residual=None, skip=None, stride=2, activation=None, slope=0.01):
@@ -85,8 +85,8 @@ def test_the_alignment_of_a_pointer_belongs_to_the_key():
 
 def test_forgetting_follows_every_change_of_configuration():
     launch = record()
-    with kernels.override_tile("conv_transpose2d_forward", CONFIG):
-        assert record().tile == CONFIG
+    with kernels.override_tile("conv_transpose2d_forward", TILE):
+        assert record().tile == TILE
     assert record().tile == launch.tile
     with kernels.pretend_architecture("sm_86"):
         assert record() is not launch
@@ -156,7 +156,7 @@ def test_after_the_first_call_the_compiled_kernel_is_launched_directly(monkeypat
             return lambda *args, **kwargs: slow.append((grid, args, kwargs)) or compiled
 
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: ("stream", index), raising=False)
-    launch = _launch.Launch(Kernel(), (3, 2), (5,), {"A": 1, "B": 2}, CONFIG)
+    launch = _launch.Launch(Kernel(), (3, 2), (5,), {"A": 1, "B": 2}, TILE)
     x = torch.ones(1)
     launch(x)
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -195,7 +195,7 @@ def test_a_listening_profiler_gets_the_long_way():
         def __getitem__(self, grid):
             return lambda *args, **kwargs: calls.append("long") or _FakeCompiled()
 
-    launch = _launch.Launch(Kernel(), (1,), (), {}, CONFIG)
+    launch = _launch.Launch(Kernel(), (1,), (), {}, TILE)
     launch(torch.ones(1))
     hook = [].append
     knobs.runtime.launch_enter_hook.add(hook)
@@ -213,7 +213,7 @@ def test_an_empty_grid_launches_nothing():
         def __getitem__(self, grid):
             raise AssertionError("launched")
 
-    _launch.Launch(Kernel(), (0, 3), (), {}, CONFIG)(torch.ones(1))
+    _launch.Launch(Kernel(), (0, 3), (), {}, TILE)(torch.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["forward", "grad_input", "grad_weight"])

@@ -15,7 +15,7 @@ from segfast.kernels._tiles import Problem
 
 FORWARD = "conv_transpose2d_forward"
 DEVICE = torch.device("cuda", 0)
-CONFIG = Tile(64, 32, 16, 4, 3)
+TILE = Tile(64, 32, 16, 4, 3)
 
 
 def problem(
@@ -56,32 +56,32 @@ def test_the_nearest_bucket_within_a_factor_of_four_is_taken(gpu):
 
 @pytest.mark.parametrize("other", [{"channels": 32}, {"taps": 16}, {"groups": 2}, {"dtype": torch.float32}])
 def test_another_problem_does_not_take_it(gpu, other):
-    gpu(problem().bucket, CONFIG)
-    assert kernels.choose_tile(problem(), DEVICE) == CONFIG
-    assert kernels.choose_tile(problem(**other), DEVICE) != CONFIG
+    gpu(problem().bucket, TILE)
+    assert kernels.choose_tile(problem(), DEVICE) == TILE
+    assert kernels.choose_tile(problem(**other), DEVICE) != TILE
 
 
 def test_each_gpu_and_operation_has_its_own(gpu, monkeypatch):
-    gpu(problem().bucket, CONFIG)
+    gpu(problem().bucket, TILE)
     other = problem("conv_transpose2d_grad_input")
     assert kernels.choose_tile(other, DEVICE) == kernels.candidates(other, "sm_90", 232448)[0]
     monkeypatch.setattr(_device, "_query", lambda index: ("sm_90", "nvidia-other", 232448))
-    assert kernels.choose_tile(problem(), DEVICE) != CONFIG
+    assert kernels.choose_tile(problem(), DEVICE) != TILE
 
 
 def test_the_newest_counts_until_it_is_forgotten(gpu):
     heuristic = kernels.choose_tile(problem(), DEVICE)
-    for tile in (Tile(16, 16, 16, 4, 2), CONFIG):
+    for tile in (Tile(16, 16, 16, 4, 2), TILE):
         gpu(problem().bucket, tile)
         assert kernels.choose_tile(problem(), DEVICE) == tile
     kernels.forget_tiles()
-    assert kernels.choose_tile(problem(), DEVICE) == heuristic != CONFIG
+    assert kernels.choose_tile(problem(), DEVICE) == heuristic != TILE
 
 
 def test_without_a_gpu_nothing_that_was_measured_counts(gpu):
-    gpu(problem().bucket, CONFIG)
+    gpu(problem().bucket, TILE)
     cpu = torch.device("cpu")
-    assert kernels.choose_tile(problem(), cpu) != CONFIG
+    assert kernels.choose_tile(problem(), cpu) != TILE
 
 
 def test_what_was_measured_and_does_not_fit_the_device_is_passed_over(gpu):
@@ -91,10 +91,10 @@ def test_what_was_measured_and_does_not_fit_the_device_is_passed_over(gpu):
 
 
 def test_problems_are_recorded_as_they_are_asked_for(gpu):
-    gpu(problem().bucket, CONFIG)
+    gpu(problem().bucket, TILE)
     with kernels.record_problems() as outer:
         kernels.choose_tile(problem(), DEVICE)
-        with kernels.record_problems() as inner, kernels.override_tile(FORWARD, CONFIG):
+        with kernels.record_problems() as inner, kernels.override_tile(FORWARD, TILE):
             kernels.choose_tile(problem(taps=9), DEVICE)
         kernels.choose_tile(problem(groups=2), DEVICE)
     kernels.choose_tile(problem(), DEVICE)
@@ -142,7 +142,7 @@ def test_pretending_an_architecture_holds_inside_the_block_only():
 
 
 def test_an_override_wins_nests_and_is_undone_even_by_an_error(gpu):
-    gpu(problem().bucket, CONFIG)
+    gpu(problem().bucket, TILE)
     first, second = Tile(16, 16, 16, 4, 2), Tile(32, 32, 32, 4, 2)
     with kernels.override_tile(FORWARD, first):
         with pytest.raises(KeyError), kernels.override_tile(FORWARD, second):
@@ -151,7 +151,7 @@ def test_an_override_wins_nests_and_is_undone_even_by_an_error(gpu):
         assert kernels.choose_tile(problem(), DEVICE) == first
         other = problem("conv_transpose2d_grad_weight")
         assert kernels.choose_tile(other, DEVICE) not in (first, second)
-    assert kernels.choose_tile(problem(), DEVICE) == CONFIG
+    assert kernels.choose_tile(problem(), DEVICE) == TILE
 
 
 @pytest.mark.parametrize(

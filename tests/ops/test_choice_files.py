@@ -157,12 +157,12 @@ class TestFiles:
 
 # Options of several depths, and tiles of two kernels.
 UP = CALL._replace(operation="up_concat", options=((2, 2), (0, 1), True, None), gradients=True)
-CONFIGS = (
+TILES = (
     ("conv2d_forward", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (64, 32, 16, 4, 3, 1, "")),
     ("conv2d_grad_weight", "ci8-co4-t9-g1-s1d1-bfloat16-p8", (16, 16, 32, 8, 2, 5, "fused")),
 )
 ON_GPU = {
-    CALL: Choice("triton", {"triton": 10.25, ATEN: 20.5}, CONFIGS),
+    CALL: Choice("triton", {"triton": 10.25, ATEN: 20.5}, TILES),
     UP: Choice("parts", {}, (), ("triton",)),
 }
 

@@ -128,7 +128,7 @@ def test_autocast_decides_the_dtype(has_cudnn, fused_calls):
     close(y, expected(x, weight, bias, scale, shift, residual, "relu"))
 
 
-def test_rivals_by_activation_dtype_and_switches(has_cudnn, monkeypatch):
+def test_candidates_by_activation_dtype_and_switches(has_cudnn, monkeypatch):
     x, weight, *_ = drawn()
 
     def of(activation, x=x, **changes):
@@ -146,7 +146,7 @@ def test_rivals_by_activation_dtype_and_switches(has_cudnn, monkeypatch):
     assert of(None) == ()
 
 
-def test_on_a_cpu_there_is_no_rival():
+def test_on_a_cpu_there_is_no_candidate():
     x, weight, *_ = drawn()
     assert candidates(x, weight, None, None, None, None, "relu") == ()
     assert conv2d_cudnn(RELU, x, weight, None, *GEOMETRY, None, None, None, "relu") is None

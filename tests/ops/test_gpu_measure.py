@@ -27,7 +27,7 @@ def gpu(pretended_gpu):
     return pretended_gpu
 
 
-def config_of(variant, problem):
+def tile_of(variant, problem):
     with variant.in_force({}):
         return choose_tile(problem, DEVICE)
 
@@ -47,7 +47,7 @@ class TestVariants:
     def test_the_usual_one_and_a_few_others_of_each_kernel_one_at_a_time(self):
         found = variants(usually(FORWARD, GRADIENT), DEVICE, FEW)
         usual = list(usually(FORWARD, GRADIENT).values())
-        pairs = [(config_of(v, FORWARD), config_of(v, GRADIENT)) for v in found]
+        pairs = [(tile_of(v, FORWARD), tile_of(v, GRADIENT)) for v in found]
         assert pairs[0] == tuple(usual)
         assert len(set(pairs)) == len(pairs) == 1 + 2 * (FEW - 1)
         assert all((a == usual[0]) + (b == usual[1]) == 1 for a, b in pairs[1:])
@@ -56,7 +56,7 @@ class TestVariants:
 
     def test_all_of_them(self):
         ranked = candidates(FORWARD, "sm_90", 232448)
-        assert {config_of(v, FORWARD) for v in variants(usually(FORWARD), DEVICE, 1000)} == set(ranked)
+        assert {tile_of(v, FORWARD) for v in variants(usually(FORWARD), DEVICE, 1000)} == set(ranked)
         assert len(variants(usually(FORWARD), DEVICE, 1000)) == len(ranked)
 
     def test_a_call_that_our_kernels_do_not_serve_has_none(self):
@@ -69,7 +69,7 @@ class TestVariants:
         ranked = candidates(FORWARD, "sm_90", 232448)
         keep_tile("nvidia-h200", FORWARD.operation, FORWARD.bucket, ranked[2])
         found = variants(usually(FORWARD), DEVICE, FEW)
-        assert [config_of(v, FORWARD) for v in found] == [ranked[2], ranked[0], ranked[1], ranked[3]]
+        assert [tile_of(v, FORWARD) for v in found] == [ranked[2], ranked[0], ranked[1], ranked[3]]
 
     def test_one_alone(self):
         assert variants(usually(FORWARD, GRADIENT), DEVICE, 1) == [Variant()]

@@ -177,7 +177,7 @@ def test_scratch_that_is_too_large_is_not_kept(monkeypatch, one_thread, no_scrat
     assert not kept.memory.numel() and not kept.workspaces
 
 
-def test_plans_are_bounded(one_thread, no_scratch):
+def test_workspaces_are_bounded(one_thread, no_scratch):
     weight, bias = layer(32, 32)
     for width in range(8, 8 + 2 * scratch.KEPT_WORKSPACES):
         x = numbers(1, 32, 8, width)

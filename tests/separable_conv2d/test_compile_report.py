@@ -35,8 +35,8 @@ def rows():
     return compile_report(work, processes=2, progress=False)
 
 
-def find(rows, arch, specimen, kernel, dtype="bf16"):
-    (row,) = [r for r in rows if (r.arch, r.specimen, r.kernel, r.dtype) == (arch, specimen, kernel, dtype)]
+def find(rows, arch, case, kernel, dtype="bf16"):
+    (row,) = [r for r in rows if (r.arch, r.case, r.kernel, r.dtype) == (arch, case, kernel, dtype)]
     return row
 
 
@@ -59,7 +59,7 @@ def test_the_walk_is_wide_and_waits_for_nobody(rows, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_fused_product_uses_the_matrix_unit_without_a_wait_for_each_tap(rows, arch):
-    row = next(r for r in rows if (r.arch, r.specimen, r.dtype) == (arch, "entry_sep_128 separable", "bf16"))
+    row = next(r for r in rows if (r.arch, r.case, r.dtype) == (arch, "entry_sep_128 separable", "bf16"))
     assert row.matrix == {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}.get(arch, "HMMA")
     assert row.spills == 0 and row.async_copy == (0, 0)
     assert row.kernel == "fused"
@@ -71,7 +71,7 @@ def test_the_fused_product_uses_the_matrix_unit_without_a_wait_for_each_tap(rows
 
 def test_hopper_runs_256_outputs_fused_and_728_as_two_kernels(rows):
     assert find(rows, "sm_90", "decoder_sep_256 separable", "fused").tile.endswith("fused")
-    pair = {row.kernel for row in rows if (row.arch, row.specimen) == ("sm_90", "middle_sep_728 separable")}
+    pair = {row.kernel for row in rows if (row.arch, row.case) == ("sm_90", "middle_sep_728 separable")}
     assert pair == {"depthwise_conv2d_rows", "conv2d_forward"}
 
 
