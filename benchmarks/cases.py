@@ -25,13 +25,12 @@ class Model(Case):
 
 
 def _model(name, layer, model, size, gflop, *, small) -> list[Model]:
-    """At batch 8 and 1."""
+    """A model's cases: at batch 8 and at batch 1."""
     params = {"model": model, "h": size, "w": size, "full_h": size, "full_w": size, "gflop": gflop}
     small = {"n": 1, "h": small, "w": small}
     return [Model(name + end, layer, {"n": n, **params}, small) for n, end in ((8, ""), (1, "_n1"))]
 
 
-# kernels.md section 7.
 _MODELS = [
     _model("unet_572", "U-Net, 572 pixels, unpadded", "unet", 572, 301, small=188),
     _model("fcn8s_vgg16_500", "FCN-8s, VGG16, 500 pixels", "fcn8s_vgg16", 500, 363, small=64),

@@ -228,7 +228,7 @@ def _filter(case: DenseCrf) -> DenseCrf:
     return case.become(GaussianFilter, name=name, layer="one bilateral filter", params=params)
 
 
-# kernels.md section 6, then both thetas on four photographs, and one thing at a time.
+# Published settings first; `_cases` has both thetas on four photographs, and changes one thing at a time.
 _QUICK = ("benchmark", "quick")
 _TABLED = [
     _crf("crf_512_67_3", "DeepLabV2 CRF", "512", _DEEPLAB, _QUICK),

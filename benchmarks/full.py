@@ -41,7 +41,7 @@ LARGE_GIB = 40  # of device memory, for the tensors past 2**31 elements and thei
 
 
 class Subject(NamedTuple):
-    """An operation to compile kernels for, and how they do on images of some size, no larger than `most`."""
+    """An operation, and its comparison with exact arithmetic on images of any size up to `most`."""
 
     label: str
     compare: Callable[[torch.device, Size], Comparison]
@@ -49,7 +49,7 @@ class Subject(NamedTuple):
 
 
 def _up(draw: random.Random, dtype: torch.dtype, k: int, s: int) -> Subject:
-    """Random and valid. Image sizes vary within it: many cases need few compilations."""
+    """A random valid upsampling. Only its image sizes vary, so that many cases need few compilations."""
     groups, d = draw.choice([1, 1, 1, 2]), draw.choice([1, 1, 2])
     sizes = {"k": k, "s": s, "p": draw.randrange(min(k, 3)), "extra": draw.randrange(max(s, d)), "d": d}
     sizes |= {name: groups * draw.choice([1, 3, 8, 16, 21, 40]) for name in ("ci", "co")} | {"g": groups}

@@ -80,7 +80,7 @@ class Session:
         return True
 
     def is_over(self, done: int, of: int, what: str) -> bool:
-        """True if the time is up, which is said."""
+        """True if the time is up; says so, and how much was not run."""
         if self.left() > 0:
             return False
         say(f"  time is up: {of - done} of {of} {what} not run")

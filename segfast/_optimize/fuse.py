@@ -83,7 +83,7 @@ def has_its_layers(module: nn.Module) -> bool:
 
 
 def fuse(model: nn.Module, fusions: Fusions) -> None:
-    """Fuse what was planned."""
+    """Fuse the sequences, ASPPs and blocks of `fusions`."""
     fuse_sequences(model, fusions.sequences)
     for name in (*fusions.known, *fusions.unknown):
         module = model.get_submodule(name)
@@ -95,7 +95,7 @@ def fuse(model: nn.Module, fusions: Fusions) -> None:
 
 
 def undo_what_changes_outputs(model: nn.Module, fusions: Fusions, inputs: Inputs) -> dict[str, str]:
-    """Why what was planned was not fused, or had to be undone.
+    """Reasons by name why layers are not fused, or had to be unfused.
 
     The model is run with and without fusion, and what changes its outputs is undone: the ASPPs of unknown
     classes, and if that is not all, everything.

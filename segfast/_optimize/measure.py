@@ -167,7 +167,7 @@ def choose(
 
 
 def _is_settled(call: AnyCall, known: Mapping[AnyCall, Choice], device: torch.device | None) -> bool:
-    """True if something was chosen, and nothing that nobody had proven then may be proven now."""
+    """True if there is a choice, and no candidate that was left out of it as unproven may join now."""
     choice = known.get(call)
     if choice is None or not choice.unproven or device is None or not isinstance(call, GpuCall):
         return choice is not None

@@ -140,7 +140,8 @@ def optimize(
             _replace(model, chosen, left_out, fusions)
             return model
         inputs = arguments(example_inputs)
-        # Outputs are compared once it is chosen what runs; before that where then there is none, or a fault.
+        # On a CPU outputs are compared once, when it is chosen what runs. Where nothing is timed, or outputs
+        # differ, all is done again, and what changes outputs is found before choosing.
         device = device_of(model, inputs)
         on_cpu = device is not None and device.type == "cpu"
         later = fusions.fuses() and on_cpu and dtype is None
@@ -167,7 +168,7 @@ def _replace(
     fusions: Fusions,
     inputs: Inputs | None = None,
 ) -> None:
-    """Replace what was chosen and fuse what was planned, of that with `inputs` what changes no output."""
+    """Replace the layers `chosen` and fuse `fusions`; given `inputs`, only those that change no output."""
     modules = dict(model.named_modules())
     for name in left_out:
         record_of(modules[name])["left_out"] = True
@@ -220,8 +221,8 @@ def _choose(
     """Choose what runs the calls of `model`; undo what was done to it where it is not faster for it.
 
     `names` are of convolutions that no rule is about. They become ours too where something else than ATen is
-    chosen for them. With `fused` outputs are yet to be compared. None where nothing was timed. Nothing is
-    that has a known `outcome`.
+    chosen for them. With `fused` outputs are yet to be compared. Returns None where nothing was timed; a
+    model whose `outcome` is known is not timed again.
     """
     device = device_of(model, inputs)
     on_gpu = is_measured_on_gpu(model, inputs)

@@ -119,7 +119,7 @@ def outcome_of(
 
 
 def _still_chosen(row: dict[str, Any]) -> bool:
-    """True if a call runs what it ran."""
+    """True if the call of `row` still has the choice that is kept there."""
     call, choice = parsed(row, machine())
     now = choices().measured.get(call)
     return now is not None and choice_row(now) == choice_row(choice)

@@ -29,7 +29,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def run_once(model: nn.Module, inputs: Inputs) -> None:
-    """Raise what the model raises on these inputs, if it does, in eval and without gradients."""
+    """Run the model on these inputs, in eval and without gradients, to raise whatever it raises."""
     with undisturbed(model), running_mode(model, False), torch.no_grad():
         call(model, inputs)
 

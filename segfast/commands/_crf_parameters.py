@@ -20,7 +20,7 @@ LEAST = 1e-5
 
 
 class Parameters(NamedTuple):
-    """Of `segfast.functional.mean_field`, by its names: thetas in pixels, and in 255ths of the colors."""
+    """Parameters of `segfast.functional.mean_field`: thetas in pixels, and in 255ths of the colors."""
 
     theta_alpha: float
     theta_beta: float

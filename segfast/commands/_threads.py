@@ -11,7 +11,7 @@ import torch
 def one_thread() -> Iterator[None]:
     """Compute on one thread inside the block, or in the function that this decorates.
 
-    Small layers gain a third from a second thread, and lose tenfold to it on a busy machine.
+    Small layers gain little from a second thread, and lose much to it on a busy machine.
     """
     threads, process = torch.get_num_threads(), os.getpid()
     torch.set_num_threads(1)

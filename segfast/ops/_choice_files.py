@@ -260,7 +260,7 @@ def load_choices(file: str | os.PathLike) -> int:
 
 
 def _why_none(machines: Sequence[dict[str, str]], here: Sequence[dict[str, str]]) -> str:
-    """The differences between the machines that choices are of and this one: of the two most alike."""
+    """The differences between this machine and that of `machines` which is most like it."""
     differing: list[list[str]] = [
         [f"{key} is {ours[key]} here, {theirs[key]} there" for key in ours if ours[key] != theirs[key]]
         for theirs in machines

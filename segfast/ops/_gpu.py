@@ -35,7 +35,7 @@ def choose(
     sizes: Sequence[Shape] = (),
     operands: Sequence[Tensor | None] = (),
 ) -> str | None:
-    """The name of what runs a call under "auto": ATEN, TRITON or another; None where nothing was measured.
+    """The name of the candidate that runs a call under "auto", ATEN, TRITON or another; None: not measured.
 
     `options` are hashable and of numbers, strings, None and tuples of them; `dtype` is autocast's; `sizes`
     are shapes that count as further images'; `operands` are further ones, of which `options` says whether
@@ -225,7 +225,7 @@ def _can_measure(call: GpuCall, given: Sequence[Tensor | None], casts: bool) -> 
 
 
 def _is_settled(call: GpuCall, choice: Choice | None, device: torch.device) -> bool:
-    """True if something was chosen, and nothing that was left out then is proven right now."""
+    """True if there is a choice, and no candidate that was left out of it as unproven is proven by now."""
     if choice is None or not choice.unproven:
         return choice is not None
     from ._gpu_measure import unproven  # which imports this module

@@ -238,7 +238,7 @@ def _right(call: Call, name: str, operands: _Operands, reference: Tensor) -> _Ru
 
 
 def _is_close(call: Call, operands: _Operands, y: Tensor, exact: Tensor) -> bool:
-    """True if `y` is `exact` but for each rounding of the result, and of the sums in fp32. May change `y`."""
+    """True if `y` is `exact` up to the rounding of the result and of sums in fp32. May change `y`."""
     allowed = 4 * torch.finfo(call.dtype).eps * _largest(exact) + operands.rounding
     return _largest(y.to(exact.dtype).sub_(exact)) <= allowed
 

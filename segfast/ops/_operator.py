@@ -167,7 +167,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _are_plain(values: Any) -> bool:
-    """True if these are tensors that are no more than that, or the sizes of an image."""
+    """True if each is a tensor of no subclass, or an integer such as an image's size."""
     return type(values) in (list, tuple) and all(
         [type(value) in _PLAIN or type(value) is int for value in values]
     )

@@ -51,7 +51,7 @@ def train_step(model, images):
 
 
 def is_compiled(example, route) -> bool:
-    """All of our operators; of what ATen does, one function a family."""
+    """True for every function on our operators; of those on ATen, for one a family."""
     several = (
         "in groups",
         "of images",

@@ -137,7 +137,7 @@ def test_bad_arguments_raise_what_torch_raises(wrong, function, backend):
     assert type(found.value) is error and launches == []
     if backend == "triton":
         assert re.search(f"(?i){word}", str(found.value)), found.value
-        # It is named what the user called.
+        # The error names the function that the user called.
         assert function != "separable_conv2d" or "depthwise_conv2d:" not in str(found.value)
 
 

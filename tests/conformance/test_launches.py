@@ -15,7 +15,7 @@ pytestmark = pytest.mark.interpreter
 
 
 def is_ours(example) -> bool:
-    """A filter or a mean field is many launches, and has tests of them."""
+    """True but for the dense CRF: a filter or a mean field is many launches, tested in its own folder."""
     return example.family != "dense_crf"
 
 

@@ -79,7 +79,7 @@ class _Enlarging(TorchFunctionMode):
 
 
 class _Wanted(threading.local):
-    """State of a thread: if the model that runs is to return contiguous images, and how it comes to them."""
+    """State of a thread: whether its running model is to return contiguous images, and how it makes them."""
 
     contiguous = False
     # How many modes there were when the model was called, and ours if there is one now.
@@ -88,7 +88,7 @@ class _Wanted(threading.local):
 
     @contextlib.contextmanager
     def layout(self, contiguous: bool) -> Iterator[None]:
-        """Within it the model runs."""
+        """A context for a call of the model; `contiguous` images are to be returned."""
         before = (self.contiguous, self.depth, self.mode)
         self.contiguous, self.depth, self.mode = contiguous, _len_torch_function_stack(), None
         try:

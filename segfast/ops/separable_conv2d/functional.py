@@ -175,7 +175,7 @@ def separable_conv2d(
 
 
 def _separable(input, weights, first, second, geometry, ending) -> Tensor:
-    """Of a batch; `first` and `second` are the two convolutions' operands: bias, scale, shift, residual."""
+    """The result for a batch; `first`, `second`: bias, scale, shift and residual of either convolution."""
     stride, dilation = pair(geometry[0], "stride"), pair(geometry[2], "dilation")
     depthwise_weight, pointwise_weight = weights
     dtype = autocast_dtype(input)
@@ -228,7 +228,7 @@ def _by_parts(input, weights, first, second, geometry, ending) -> Tensor:
 
 
 def _well_formed(input: Tensor, weight: Tensor) -> bool:
-    """True if one may ask which backend: torch's or our error says what is wrong otherwise."""
+    """True if the arguments suffice to choose a backend; else torch's error, or ours, says what is wrong."""
     return input.dim() == 4 and weight.dim() == 4
 
 
