@@ -125,7 +125,7 @@ def _keops_kernel(points: torch.Tensor) -> Any:
 
 
 def _keops_blocks(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Of the pairs of tiles those that our exact filter computes, in its order of the points."""
+    """KeOps on the pairs of tiles that our exact filter computes, in its order of the points."""
     from segfast.kernels import build_exact
 
     pairs = build_exact(points[None].contiguous(), TOLERANCE)

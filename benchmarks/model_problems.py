@@ -173,7 +173,7 @@ def _run(network: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Te
 
 
 def _trained(network: nn.Module) -> nn.Module:
-    """In training mode, dropout aside: the loss would be another in every call."""
+    """The network in training mode but for dropout, with which the loss would be another in every call."""
     network.train()
     for module in network.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):

@@ -37,7 +37,7 @@ def blocks(
 
 
 def measure(rounds: int = ROUNDS) -> tuple[dict[str, dict[str, Quantiles]], int]:
-    """Of `plain` calls, and of those whose weight requires a `grad`, the times of "aten" and "segfast".
+    """The times of "aten" and "segfast", of `plain` calls and of those whose weight requires a `grad`.
 
     Second, how many launches of our kernels the last call came with.
     """

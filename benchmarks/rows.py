@@ -141,7 +141,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of the positive values; NaN if there is none."""
+    """The geometric mean of the positive values; NaN if there is none."""
     known = [value for value in values if value > 0]
     return math.exp(sum(map(math.log, known)) / len(known)) if known else math.nan
 

@@ -29,12 +29,12 @@ DTYPES = ("bfloat16", "float16", "tf32", "float32")
 
 
 def log(text: str) -> None:
-    """For the log only."""
+    """Write a line to the log only."""
     print(text, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
-    """For the log and the terminal."""
+    """Write a line to the log and the terminal."""
     print(text, flush=True)
 
 

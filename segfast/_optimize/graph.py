@@ -247,7 +247,7 @@ def _described(t: Tensor) -> str:
 
 
 def digest_of_values(t: Tensor) -> str:
-    """Of the values of a tensor on a CPU."""
+    """A digest of the values of a tensor on a CPU."""
     values = t.detach().resolve_conj().resolve_neg().reshape(-1)
     values = values if values.stride() == (1,) else values.clone(memory_format=torch.contiguous_format)
     return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()

@@ -118,7 +118,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _computed_as_given(slower: Gain) -> str:
-    """Of a model that was asked to compute in another dtype."""
+    """The remark on a model that was asked to compute in another dtype and was slower in it."""
     times = f"{slower.before_ms:.1f} ms before, {slower.layout}, {slower.after_ms:.1f} ms in {slower.dtype}"
     error = "" if slower.error is None else f", outputs changed by {slower.error:.2g} of the largest value"
     return f"Not faster in {slower.dtype}, so not computed in it: {times}{error}."

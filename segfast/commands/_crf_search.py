@@ -53,7 +53,7 @@ class Accuracy(NamedTuple):
 
 
 def labeled(model: nn.Module, sample: Sample) -> Labeled:
-    """With the model's probabilities, on the model's device; the image's [0, 1] becomes 0..255."""
+    """The sample with the model's probabilities, on its device; the image's [0, 1] becomes 0..255."""
     device = next(model.parameters()).device
     probabilities = predict_scores(model, sample.image).softmax(0)
     return Labeled(probabilities.to(device), 255 * sample.image.to(device), sample.target)
@@ -84,7 +84,7 @@ def split(samples: Sequence[Labeled], holdout: float, seed: int = 0) -> tuple[li
 
 
 def accuracy(samples: Sequence[Labeled], parameters: Parameters, method: str = "auto") -> Accuracy:
-    """Of the most probable classes after the CRF."""
+    """The accuracy of the most probable classes after the CRF."""
     classes = samples[0].probabilities.shape[0]
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for probabilities, image, target in samples:

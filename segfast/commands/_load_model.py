@@ -160,7 +160,7 @@ def _imported_file(path: Path) -> Any:
 
 
 def _imported_module(name: str) -> Any:
-    """Of an installed package or of the working directory."""
+    """Import a module of an installed package or of the working directory."""
     with _importing_from(Path.cwd()):
         try:
             return importlib.import_module(name)

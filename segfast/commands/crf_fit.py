@@ -257,5 +257,5 @@ def _check_classes(
 
 
 def _bar(found: Found, count: int) -> Found:
-    """With a progress bar on stderr where there are several."""
+    """The images found, with a progress bar on stderr where there are several."""
     return found if count == 1 else iter(load_tqdm()(found, total=count, desc="reading", unit="image"))

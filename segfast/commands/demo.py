@@ -213,7 +213,7 @@ def refine_masks(path: Path, nuclei: Labeled, portrait: Tensor, device: torch.de
 
 
 def _nuclei_row(sample: Labeled, refined: Tensor, *scores: dict[str, Accuracy]) -> Refined:
-    """On its side, for the nuclei's region is tall."""
+    """The picture's row for the nuclei, turned on its side, as their region is tall."""
     image = (sample.image.cpu() / 255) ** 0.5 * 255  # dim nuclei show
     names = [f"{100 * found.mean_iou:.2f} %" for part in scores for found in part.values()]
     titles = "nuclei", f"network, mean IoU {names[0]}", f"fitted CRF, {names[1]}"

@@ -20,7 +20,7 @@ class AnyCall(Protocol):
 
     @property
     def pixels(self) -> int:
-        """Of all images of the batch."""
+        """Pixels of all images of the batch."""
 
     def of_any_size(self) -> Any:
         """The same call, whatever the images' size."""
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of all images of the batch."""
+        """Pixels of all images of the batch."""
         return self.input[0] * self.input[2] * self.input[3]
 
     @property

@@ -67,7 +67,7 @@ def _cpu_model() -> str:
 
 
 def _source_digest() -> str:
-    """Of the candidates' own code on a CPU."""
+    """A digest of the candidates' own code on a CPU."""
     return _digest(
         "_conv2d_aten.py",
         "_cpu.py",

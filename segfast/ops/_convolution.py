@@ -321,7 +321,7 @@ def _functions(name: str, count: int, sizes: int) -> tuple[type[Differentiable],
 
 
 def convolution_flops(image: Sequence[int], weight: Sequence[int]) -> int:
-    """Of a convolution whose filters meet each pixel of an image of this shape."""
+    """FLOPs of a convolution whose filters meet each pixel of an image of this shape."""
     return 2 * image[0] * image[2] * image[3] * math.prod(weight)
 
 

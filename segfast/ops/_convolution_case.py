@@ -226,7 +226,7 @@ class ConvolutionCase(Case):
         return self.torch_dtype.itemsize * passes.get(self.direction, x + y + weight)
 
     def elements(self) -> tuple[float, float, float]:
-        """Of what comes in with the pixels, of what goes out, and of the filters."""
+        """Numbers of elements: of what comes in with the pixels, of what goes out, and of the filters."""
         n, ci, co, out = self["n"], self["ci"], self["co"], math.prod(self.output_size)
         x = n * self["h"] * self["w"] * ci + ("add" in self.epilogue) * n * out * co
         return x, n * out * co, ci * co * self.get("k") ** 2 / self.get("g")

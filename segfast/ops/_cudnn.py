@@ -202,7 +202,7 @@ _folds: Any = WeakTensorKeyDictionary()
 def conv2d_graph(
     input, weight, bias, stride, padding, dilation, groups, scale, shift, residual, activation
 ) -> Tensor:
-    """By a graph; the arguments are in order. Raises GraphRefused where no engine takes it."""
+    """The convolution by a cuDNN graph, for valid arguments. Raises GraphRefused where no engine takes it."""
     terms = [("mul", scale), ("add", _added(bias, scale, shift))]
     found = [(kind, _aligned(t.float())[None, :, None, None]) for kind, t in terms if t is not None]
     if residual is not None:

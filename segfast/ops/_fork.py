@@ -12,7 +12,7 @@ import torch
 
 
 def compute_on_one_thread_where_forked() -> None:
-    """In processes that are forked from this one, and in this one if `multiprocessing` has forked it.
+    """Use one thread in processes forked from this one, and in this one if `multiprocessing` has forked it.
 
     Another process that was forked before segfast was imported is not to be told from one that was not.
     """

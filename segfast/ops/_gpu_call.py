@@ -33,7 +33,7 @@ class GpuCall(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of all images of the batch, at the first input's resolution."""
+        """Pixels of all images of the batch, at the first input's resolution."""
         return _pixels(self.images[0])
 
     def of_any_size(self) -> "GpuCall":

@@ -77,7 +77,7 @@ def measure(
 
 @contextlib.contextmanager
 def _as_called(call: GpuCall, device: torch.device) -> Iterator[None]:
-    """On that device, in fp32 as exact as the call was, and with nothing of the caller's around it."""
+    """A context on that device, with the call's fp32 precision and without the caller's modes."""
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = conv.fp32_precision
     with torch.inference_mode(False), torch.cuda.device(device), torch.autocast("cuda", enabled=False):

@@ -24,7 +24,7 @@ Task = Callable[[], object]
 
 
 class _Here(threading.local):
-    """Of a thread of ours: the pool it belongs to, and how many threads that has."""
+    """State of a thread of ours: the pool it belongs to, and how many threads that has."""
 
     pool: ThreadPoolExecutor | None = None
     threads = 1

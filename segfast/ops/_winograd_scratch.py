@@ -118,7 +118,7 @@ class Workspace:
 
 
 class Scratch:
-    """Of a thread: memory that its strips share, and the workspaces made in it."""
+    """One thread's scratch: memory that its strips share, and the workspaces made in it."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -147,7 +147,7 @@ class Scratch:
 
 
 class _Kept(threading.local):
-    """Of a caller: scratch for each thread of its team."""
+    """State of a calling thread: scratch for each thread of its team."""
 
     def __init__(self) -> None:
         self.scratches: list[Scratch] = []

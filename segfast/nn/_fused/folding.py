@@ -219,7 +219,7 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[Any]:
 
 
 def _affine(tensors: tuple[Tensor | None, ...], eps: float) -> Affine:
-    """From `norm_tensors`."""
+    """The scale and shift of a batch norm whose `norm_tensors` these are."""
     weight, bias, mean, var, _ = tensors
     assert mean is not None and var is not None
     dtype = torch.promote_types(var.dtype, torch.float32)

@@ -44,7 +44,7 @@ class Conv2d(ConvolutionCase):
 
 
 class SplitConv2d(Conv2d):
-    """On tiles whose depth is cut into `split` parts."""
+    """A conv2d on tiles whose depth is cut into `split` parts."""
 
     def ours(self, t: Tensors) -> Tensor:
         with _split(OPERATIONS[0], self["split"]):
@@ -162,7 +162,7 @@ class Branches(ConvolutionCase):
         return self.times() * self["n"] * self["co"] * self["ci"] * self._products(useful)
 
     def _products(self, useful: bool) -> int:
-        """Of all branches, of one channel pair and one image."""
+        """Products of all branches, for one pair of channels and one image."""
         rates = (self.replace(params={**self.params, "k": 3, "d": d, "p": d}) for d in self["rates"])
         return sum(rate.products(useful) for rate in rates) + self["h"] * self["w"]
 
@@ -203,7 +203,7 @@ class Aspp(Branches):
 
 
 def _proven(name, *given, split=1) -> SplitConv2d:
-    """Odd sizes that leave no tile full, and each of the kernels' forms."""
+    """A case to prove: odd sizes that leave no tile full, and each of the kernels' forms."""
     epilogue = ("bias", "affine", "add", "relu")
     return SplitConv2d(name, "", sizes(*given, split=split), epilogue=epilogue, uses=("prove",))
 

@@ -114,7 +114,7 @@ def _aten_branch(input, weight, padding, dilation, scale, shift, activation, neg
 
 
 def _chosen_branch(input, weight, padding, dilation, scale, shift, activation, negative_slope):
-    """By what was chosen for it as a convolution of its own."""
+    """One branch, by the candidate that was chosen for it as a convolution of its own."""
     from .functional import conv2d as any_conv2d  # which imports this module
 
     options = {"scale": scale, "shift": shift, "activation": activation, "negative_slope": negative_slope}

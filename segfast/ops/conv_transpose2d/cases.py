@@ -120,7 +120,7 @@ def bilinear_weight(channels: int, k: int) -> Tensor:
 
 
 def _proven(name, *given, extra=0) -> ConvTranspose2d:
-    """Odd sizes that leave no tile full."""
+    """A case to prove: odd sizes that leave no tile full."""
     epilogue = ("bias", "affine", "add", "relu")
     return ConvTranspose2d(name, "", sizes(*given, extra=extra), epilogue=epilogue, uses=("prove",))
 

@@ -48,7 +48,7 @@ def check_finite(values: Tensor, requirement: str) -> None:
 
 
 def check_energies(energies: Tensor, labels: int, name: str) -> None:
-    """Of each point, whose labels are along that dimension, one energy is finite, and none NaN or -inf."""
+    """Check that of each point's energies, along dimension `labels`, one is finite and none NaN or -inf."""
     if not is_readable(energies) or energies.numel() == 0:
         return
     least = energies.amin(labels)
@@ -69,7 +69,7 @@ _LARGEST_OF_0_TO_1 = 2.0
 
 
 def warn_of_colors(image: Tensor, theta: Theta, name: str, theta_name: str) -> None:
-    """Of floating-point colors that a standard deviation meant for 0..255 takes for one."""
+    """Warn of floating-point colors so close that a standard deviation meant for 0..255 sees one color."""
     if not (is_readable(image) and image.is_floating_point() and image.numel()) or isinstance(theta, Tensor):
         return
     low, high = torch.aminmax(image.detach())

@@ -41,5 +41,5 @@ def pieces_of(count: int, most: int = 8) -> list[slice]:
 
 
 def passes_of(values: Tensor) -> Passes:
-    """Of a result [N, C] that is there."""
+    """The passes that hand out rows of `values` [N, C], which is computed already."""
     return Passes([], lambda rows: values[rows])

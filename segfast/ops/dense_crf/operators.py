@@ -143,7 +143,7 @@ def _mean_field_is_exact(unary, features, bilateral, spatial, learned_gamma, gam
 
 
 def _filter_flops(values, features, method, normalization, *_, **__) -> int:
-    """Of a lattice its splat and its slice: how much there is to blur, the points decide."""
+    """FLOPs of a filter. A lattice's are splat and slice: how much there is to blur, the points decide."""
     batch, channels, *places = values
     points, dim = math.prod(places), features[1]
     channels += normalization is not None

@@ -168,7 +168,7 @@ class HeadKernels(Case):
     def _gradient(
         self, operation: str, run: Callable[[], Tensor], reference: Tensor, aten: Tensor, size: Tensor
     ) -> Proof:
-        """Of low-resolution logits, each of which sums over many pixels, whose terms have this `size`."""
+        """Proof of the logits' gradient: each element sums over many pixels, whose terms have this `size`."""
         resampling, low = self["resampling"], (self["h"], self["w"])
         rows, columns = (high // few + 1 for high, few in zip(resampling.size, low, strict=True))
         size = upsample_adjoint(size, reference.shape, *resampling[1:])
@@ -219,12 +219,12 @@ def _kernels(name, use, n, classes, h, w, resampling, weighted=False, smoothing=
 
 
 def _proven(name, n, classes, h, w, resampling, weighted=False, smoothing=0.0) -> HeadKernels:
-    """Odd sizes, classes that fill no block, all kinds of positions, cells of one output and of many."""
+    """A case to prove. All: odd sizes, classes that fill no block, cells of one output and of many."""
     return _kernels(name, "prove", n, classes, h, w, resampling, weighted, smoothing)
 
 
 def _compiled(name, n, classes, h, w, size, mode="bilinear", corners=False, weighted=False) -> HeadKernels:
-    """With weighted classes and a smoothed loss, or with neither."""
+    """A case to compile, with weighted classes and a smoothed loss or with neither."""
     resampling = Resampling(size, mode, corners, None)
     return _kernels(name, "compile", n, classes, h, w, resampling, weighted, 0.1 * weighted)
 

@@ -8,7 +8,7 @@ from .geometry import upsample, upsample_adjoint
 
 
 def wide(logits: Tensor) -> Tensor:
-    """In fp32, or fp64 as they are."""
+    """The logits in fp32, or as they are if in fp64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -215,7 +215,7 @@ def _proven_pair(name, n, ci, co, h, w, s, form, k=3, d=1, m=1) -> SeparableConv
 
 def _depthwise(name, layer, c, size, k=3, *, s=1, d=1, m=1, small=1, side=None, epilogue=(), uses=("compile",)
                ) -> DepthwiseConv2d:  # fmt: skip
-    """At batch 8, padded to keep the size, on a CPU with `small` channels and `side` pixels."""
+    """A case at batch 8, padded to keep the size; on a CPU it has `small` channels and `side` pixels."""
     params = sizes(8, c, c * m, size, size, k, s, d * (k - 1) // 2, d, c)
     little = {"n": 1, "ci": small, "co": small, **({"h": side, "w": side} if side else {}), "g": small}
     return DepthwiseConv2d(name, layer, params, little, epilogue, uses)
