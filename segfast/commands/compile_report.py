@@ -2,8 +2,8 @@
 
 A row is one kernel with one tile, element type and architecture. It fails where the kernel does not compile,
 registers spill, shared memory does not fit, the matrix instruction expected is missing, a store is narrower
-than the channels allow, or a loop over pairs of points has too many instructions. What is compiled are launches
-of the families' cases, by name (`launches` in `segfast/ops/_case.py`).
+than the channels allow, or a loop over pairs of points has too many instructions. What is compiled are
+launches of the families' cases, by name (`launches` in `segfast/ops/_case.py`).
 """
 
 import argparse
