@@ -41,7 +41,7 @@ def no_choices(request, monkeypatch):
     from segfast._optimize import measure
     from segfast.ops import _measure
 
-    monkeypatch.setattr(_measure, "watch", lambda: lambda: True)
+    monkeypatch.setattr(_measure, "quiet_check", lambda: lambda: True)
 
     if "measures" not in request.keywords:
         monkeypatch.setattr(measure, "MEASURES", False)

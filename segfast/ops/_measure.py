@@ -79,7 +79,7 @@ def clock() -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def watch() -> Callable[[], bool]:
+def quiet_check() -> Callable[[], bool]:
     """A function that tells whether this thread was running nearly all the time since now."""
     wall, running = time.perf_counter(), time.thread_time()
     return lambda: time.thread_time() - running >= _LEAST_RUNNING * (time.perf_counter() - wall)
@@ -100,7 +100,7 @@ def measure_and_keep(
     for call in sorted(calls, key=Call.multiplications, reverse=True):
         if time.perf_counter() - begin > budget_s:
             break
-        was_quiet = watch()
+        was_quiet = quiet_check()
         found[call] = measure(call)
         if not was_quiet():
             disturbed.append(call)
@@ -110,7 +110,7 @@ def measure_and_keep(
     for call in disturbed:
         if time.perf_counter() - begin > budget_s:
             break
-        was_quiet = watch()
+        was_quiet = quiet_check()
         found[call] = measure(call)
         if was_quiet():
             lasting[call] = found[call]

@@ -6,7 +6,7 @@ from segfast.ops import _choice, _measure
 from segfast.ops._choice import ATEN, Choice, choices
 from tests.ops.test_choice_candidates import CALLS, CONV2D
 
-REAL_WATCH = _measure.watch
+REAL_CHECK = _measure.quiet_check
 FIRST, SECOND = CALLS["large"], CONV2D  # by their multiplications
 
 
@@ -16,7 +16,7 @@ def measured(cache, monkeypatch):
 
     def run(*quiet, **options):
         answers, seen = iter(quiet), []
-        monkeypatch.setattr(_measure, "watch", lambda: lambda: next(answers))
+        monkeypatch.setattr(_measure, "quiet_check", lambda: lambda: next(answers))
 
         def measure(call):
             seen.append(call)
@@ -69,4 +69,4 @@ def test_the_budget_counts_for_the_second_time_too(measured, monkeypatch):
 def test_a_thread_that_waits_is_disturbed(seconds, running, quiet, monkeypatch):
     for name, *moments in (("perf_counter", 5, 5 + seconds), ("thread_time", 2, 2 + running)):
         monkeypatch.setattr(_measure.time, name, iter(moments).__next__)
-    assert REAL_WATCH()() == quiet
+    assert REAL_CHECK()() == quiet

@@ -240,11 +240,11 @@ def test_the_files_written_the_longest_ago_go(timed, cache, monkeypatch):
 
 
 def test_of_a_busy_machine_nothing_is_remembered(timed, monkeypatch):
-    monkeypatch.setattr(_measure, "watch", lambda: lambda: False)
+    monkeypatch.setattr(_measure, "quiet_check", lambda: lambda: False)
     fast, was_timed = timed(net(), image())
     assert was_timed
     assert "calls" not in vars(fast)[RECORD]  # only for what is remembered
-    monkeypatch.setattr(_measure, "watch", lambda: lambda: True)
+    monkeypatch.setattr(_measure, "quiet_check", lambda: lambda: True)
     assert timed(net(), image())[1]
     assert not timed(net(), image())[1]
 
@@ -253,11 +253,11 @@ def test_of_a_model_timed_while_the_machine_was_busy_nothing_is_remembered(timed
     """Though each of its calls was timed in quiet: the first to watch is who times all."""
     answers = itertools.chain([False], itertools.repeat(True))
 
-    def watch():
+    def quiet_check():
         was_quiet = next(answers)
         return lambda: was_quiet
 
-    monkeypatch.setattr(_measure, "watch", watch)
+    monkeypatch.setattr(_measure, "quiet_check", quiet_check)
     assert timed(net(), image())[1]
     assert timed(net(), image())[1]
     assert not timed(net(), image())[1]
