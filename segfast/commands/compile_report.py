@@ -35,7 +35,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 # Element types as rows name them; tf32 is float32 where cuDNN's flag allows it.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
-HEADERS = ("arch", "dtype", "case", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
+HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
            "store", "load", "async", "instr", "pair", "bar", "s", "problem")  # fmt: skip
 
 
@@ -306,7 +306,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="default: %(default)s")
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), help="default: %(default)s")
-    parser.add_argument("--case", nargs="+", default=[""], help="only those whose names start so")
+    parser.add_argument("--specimen", nargs="+", default=[""], help="only those whose names start so")
     parser.add_argument("--all-candidates", action="store_true", help="also what only the tuner tries")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the table here too")
@@ -327,9 +327,9 @@ def run(args: argparse.Namespace) -> int:
         claim(args.out, force=True)
     if interpreting():
         return _without_interpreter(args)
-    work = tasks(args.family, args.arch, args.dtype, args.case, args.all_candidates)
+    work = tasks(args.family, args.arch, args.dtype, args.specimen, args.all_candidates)
     if not work:
-        raise UserError(f"--case: no name of a case starts with {' or '.join(map(repr, args.case))}")
+        raise UserError(f"--specimen: no case's name starts with {' or '.join(map(repr, args.specimen))}")
     rows = compile_report(work, args.processes)
     bad = sum(bool(row.problems) for row in rows)
     table = format_table(HEADERS, [row.cells() for row in rows])
@@ -346,7 +346,7 @@ def run(args: argparse.Namespace) -> int:
 def _without_interpreter(args: argparse.Namespace) -> int:
     """Run the same command in a process that compiles: under TRITON_INTERPRET=1 this one cannot."""
     command = [sys.executable, "-m", "segfast", "compile-report", "--processes", str(args.processes)]
-    for name in ("arch", "family", "dtype", "case"):
+    for name in ("arch", "family", "dtype", "specimen"):
         command += [f"--{name}", *getattr(args, name)]
     command += ["--all-candidates"] * args.all_candidates
     command += [] if args.out is None else ["--out", str(args.out)]

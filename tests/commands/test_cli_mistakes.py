@@ -154,7 +154,7 @@ MISTAKES = [
     ("compile-report", ["--dtype", "bf17"], "--dtype must be one of bf16, fp16, fp32, tf32; got 'bf17'"),
     ("compile-report", ["--arch", "sm_1"], "--arch must be among"),
     ("compile-report", ["--family", "none"], "--family must be among"),
-    ("compile-report", ["--case", "none"], "--case: no name of a case starts with 'none'"),
+    ("compile-report", ["--specimen", "none"], "--specimen: no case's name starts with 'none'"),
     *[("compile-report", ["--processes", value], "--processes must be positive") for value in ("0", "-1")],
     ("compile-report", ["--out", "data"], "data: is a folder"),
     ("compile-report", ["--out", f"{UNWRITABLE}/a.txt"], f"{UNWRITABLE}/a.txt: "),
@@ -400,8 +400,8 @@ def test_both_spellings_of_a_dtype(files, monkeypatch, capsys, name):
     monkeypatch.chdir(files)
     assert cli.main([*COMMON["check"], "--dtype", name]) == 0
     assert "bfloat16" in capsys.readouterr().out
-    assert cli.main(["compile-report", "--dtype", name, "--case", "none"]) == 2
-    assert "--case" in the_one_line(capsys.readouterr().err)
+    assert cli.main(["compile-report", "--dtype", name, "--specimen", "none"]) == 2
+    assert "--specimen" in the_one_line(capsys.readouterr().err)
     assert cli.main(["tune", "models.py:net", "--dtype", name, "--channels", "7", "--size", "8x8"]) == 2
     assert "does not run on images [1, 7, 8, 8]" in the_one_line(capsys.readouterr().err)
 

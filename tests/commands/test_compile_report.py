@@ -208,7 +208,7 @@ def test_command_under_the_interpreter(tmp_path):
         "sm_90",
         "--dtype",
         "bf16",
-        "--case",
+        "--specimen",
         "unet_up4 forward",
         "--processes",
         "1",
