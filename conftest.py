@@ -3,7 +3,11 @@
 Without the flag pytest runs each benchmark once, as a smoke test.
 """
 
+import itertools
+
 import pytest
+
+_NUMBERS = itertools.count()
 
 
 def pytest_addoption(parser):
@@ -29,5 +33,12 @@ def pytest_configure(config):
 def own_cache(tmp_path_factory):
     """Nothing that tests measure or prove comes into the user's cache, nor from there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SEGFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("SEGFAST_CACHE", str(folder := tmp_path_factory.mktemp("cache")))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(own_cache, request, monkeypatch):
+    """Nothing comes from one test into another either; benchmarks that measure share what they found."""
+    if not request.config.getoption("--benchmark"):
+        monkeypatch.setenv("SEGFAST_CACHE", str(own_cache / str(next(_NUMBERS))))

@@ -239,7 +239,7 @@ def when_tuned(finish: Callable[[], None]) -> None:
 
 def could_choose(input: Tensor) -> bool:
     """True if a convolution of `input` may run something else than ATen on a CPU, if nobody listens."""
-    if torch.compiler.is_compiling() or not input.is_cpu or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not input.is_cpu or is_traced():
         return False
     return get_backend() == "auto" and are_there_choices()
 

@@ -11,6 +11,8 @@ import segfast
 from segfast.models import SegmentationModel
 from segfast.nn._rules import all_rules
 from segfast.nn._scripting import Unscriptable
+from segfast.ops._choice import Choice, choices, could_choose
+from tests.ops.test_choice_candidates import CONV2D
 
 REPLACED = {
     "transposed": lambda: nn.ConvTranspose2d(4, 4, 2, stride=2),
@@ -47,6 +49,16 @@ def test_a_replaced_layer_is_to_be_restored(image, layer, passed_on):
     torch.testing.assert_close(torch.jit.trace(fast, image)(image), plain)
     torch.testing.assert_close(torch.export.export(fast, (image,)).module()(image), plain)
     torch.testing.assert_close(torch.jit.script(segfast.restore(fast))(image), plain)
+
+
+@pytest.mark.parametrize("layer", REPLACED)
+def test_a_replaced_layer_is_traced_alike_with_gradients_and_without(image, layer):
+    # `torch.jit.trace` compares what it traced with gradients to a second trace without any.
+    choices().add(CONV2D, Choice("aten", {}))
+    fast = segfast.optimize(nn.Sequential(REPLACED[layer](), nn.Sigmoid()).eval())
+    with torch.no_grad():
+        assert could_choose(image)
+    torch.testing.assert_close(torch.jit.trace(fast, image)(image), fast(image))
 
 
 def test_every_rule_has_its_layer_here():
