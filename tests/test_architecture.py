@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("segfast.kernels", "segfast.ops", "segfast.functional", "segfast.nn", "segfast.models")
 # What sits on top of the layers, for whom they must not care.
 ABOVE = (
-    *("segfast._optimize", "segfast.commands", "segfast.train", "segfast.data", "segfast.cli"),
-    *("benchmarks", "tests"),
+    *("segfast._optimize", "segfast._profile", "segfast.commands", "segfast.train", "segfast.data"),
+    *("segfast.cli", "benchmarks", "tests"),
 )
-# What is private in the root of the package: a package of its own, and what every layer may use.
-IN_ROOT = {"_errors.py", "_files.py", "_optimize", "_table.py", "_timing.py"}
+# What is private in the root of the package: packages of their own, and what every layer may use.
+IN_ROOT = {"_errors.py", "_files.py", "_optimize", "_profile", "_table.py", "_timing.py"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
