@@ -1,1 +1,1 @@
-"""`segfast.profile`: how long each layer of a model takes, and how far that is from what the device can do."""
+"""`segfast.profile`: how long each layer of a model takes, and how far that is from the device's rates."""
