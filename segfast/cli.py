@@ -16,7 +16,7 @@ COMMANDS = {
         "segfast.commands.demo",
         "train a small U-Net on real nuclei, predict a held-out region, draw and measure; segment a portrait",
     ),
-    "train": ("segfast.commands.train", "train a U-Net on your images, or on the ones shipped"),
+    "train": ("segfast.commands.train", "train a network on your images, or on the ones shipped"),
     "predict": ("segfast.commands.predict", "segment images with a trained checkpoint"),
     "segment": (
         "segfast.commands.segment",

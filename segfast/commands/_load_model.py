@@ -80,8 +80,10 @@ def input_channels(model: nn.Module) -> int:
 def _segfast(name: str) -> Callable[[], Any]:
     from .. import models  # which takes as long as the rest
 
-    if name not in models.list_models():
-        raise UserError(f"segfast has no model {name!r}; there are {', '.join(models.list_models())}")
+    try:
+        models.check_name(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return lambda: models.create(name)
 
 

@@ -1,9 +1,11 @@
-"""`segfast train`: a U-Net on the nuclei that are shipped, or on a folder of images and masks."""
+"""`segfast train`: a network on the nuclei that are shipped, or on a folder of images and masks."""
 
 import argparse
+import ast
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from segfast._table import format_table
 from segfast.commands._load_model import add_device, check_seed, parse_device
 from segfast.commands._output import claim
 from segfast.data import IGNORE_INDEX, NUCLEI_TRAIN_COLUMNS, Sample, nuclei, read_folder, split_columns
-from segfast.models import UNet
+from segfast.models import SegmentationModel, UNet, create
 from segfast.models.unet import ACTIVATIONS
 
 from ..train._augment import PatchSampler
@@ -27,6 +29,15 @@ from ..train._progress import progress
 DEFAULT_OUTPUT = "out/unet.safetensors"
 MAX_RATE = 1e3
 DEFAULT_LR = {"adamw": 3e-3, "sgd": 0.05}
+# What the command has of its own for the U-Net, and what it is by default.
+UNET_OPTIONS = {
+    "width": 16,
+    "depth": 4,
+    "unpadded": False,
+    "activation": "relu",
+    "negative_slope": 0.01,
+    "norm": "batch",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--holdout", type=float, default=0.25, help="rightmost share of each image, for testing"
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--width", type=int, default=16, help="channels of the first level (16)")
-    model.add_argument("--depth", type=int, default=4, help="poolings (4)")
+    model = parser.add_argument_group("model", "all but the first two are for the U-Net")
+    model.add_argument(
+        "--model", default="unet", metavar="NAME", help="one of segfast.models.list_models() (unet)"
+    )
+    model.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of segfast.models.create(MODEL), as in width_mult=0.5; may be repeated",
+    )
+    model.add_argument("--width", type=int, help="channels of the first level (16)")
+    model.add_argument("--depth", type=int, help="poolings (4)")
     model.add_argument("--unpadded", action="store_true", help="the paper's unpadded convolutions")
-    model.add_argument("--activation", choices=ACTIVATIONS, default="relu")
-    model.add_argument("--negative-slope", type=float, default=0.01, help="of leaky_relu (0.01)")
-    model.add_argument("--norm", choices=("none", "batch"), default="batch", help="(batch)")
+    model.add_argument("--activation", choices=ACTIVATIONS, help="(relu)")
+    model.add_argument("--negative-slope", type=float, help="of leaky_relu (0.01)")
+    model.add_argument("--norm", choices=("none", "batch"), help="(batch)")
+    parser.set_defaults(**UNET_OPTIONS)
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=350, help="(350)")
     training.add_argument("--batch", type=int, default=4, help="patches a step (4)")
@@ -170,27 +192,51 @@ def _num_classes(samples: list[Sample], given: int | None) -> int:
     return max(2, 1 + largest)
 
 
-def _model(args: argparse.Namespace, num_classes: int) -> UNet:
-    model = UNet(
-        args.channels,
-        num_classes,
-        width=args.width,
-        depth=args.depth,
-        padded=not args.unpadded,
-        activation=args.activation,
-        negative_slope=args.negative_slope,
-        norm=None if args.norm == "none" else args.norm,
-    )
+def _model(args: argparse.Namespace, num_classes: int) -> SegmentationModel:
+    options: dict[str, Any] = {}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UserError(f"--option must be NAME=VALUE, as in width_mult=0.5; got {text!r}")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value  # a word
+    own = {name: getattr(args, name) for name in UNET_OPTIONS}
+    if args.model == "unet":
+        own["norm"] = None if args.norm == "none" else args.norm
+        own["padded"] = not own.pop("unpadded")
+        options = own | options
+    elif strange := [name for name, value in own.items() if value != UNET_OPTIONS[name]]:
+        raise UserError(f"--{strange[0].replace('_', '-')} is for --model unet; of {args.model} use --option")
     try:
-        model.check_size(args.size, args.size)
-    except ValueError as error:
-        raise UserError(f"--size {args.size}: {error}") from error
-    if args.norm == "batch" and args.batch * model.bottleneck_pixels(args.size, args.size) == 1:
-        raise UserError(
-            f"--batch {args.batch} --size {args.size}: at --depth {args.depth} the deepest map of a step is "
-            "one pixel, of which batch norm has no statistics; give a larger batch or size, or --norm none"
-        )
+        model = create(args.model, **{"in_channels": args.channels, "num_classes": num_classes, **options})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model {args.model}: {error}") from error
+    _check_step(model, args)
     return model
+
+
+def _check_step(model: SegmentationModel, args: argparse.Namespace) -> None:
+    """Raise UserError if the model cannot be trained on patches of this size, so many a step."""
+    if isinstance(model, UNet):
+        try:
+            model.check_size(args.size, args.size)
+        except ValueError as error:
+            raise UserError(f"--size {args.size}: {error}") from error
+        if args.norm == "batch" and args.batch * model.bottleneck_pixels(args.size, args.size) == 1:
+            raise UserError(
+                f"--batch {args.batch} --size {args.size}: at --depth {args.depth} the deepest map of a step "
+                "is one pixel, of which batch norm has no statistics; give a larger batch or size, or "
+                "--norm none"
+            )
+        return
+    try:
+        with torch.device("meta"):
+            twin = create(args.model, **model.config)
+            twin(torch.empty(args.batch, model.in_channels, args.size, args.size))
+    except ValueError as error:
+        raise UserError(f"--batch {args.batch} --size {args.size}: {error}") from error
 
 
 def _start(device: str | None) -> tuple[int, torch.device]:

@@ -1,5 +1,7 @@
 """Whole segmentation networks, by class or by name."""
 
+import difflib
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,27 +53,36 @@ _MODELS: dict[str, Callable[..., SegmentationModel]] = {
 }
 
 
-def list_models() -> list[str]:
-    """The names `create` knows.
+def list_models(pattern: str = "*") -> list[str]:
+    """The names `create` knows, sorted; of `pattern`, those that match it as file names match in a shell.
 
-    >>> "unet" in list_models()
-    True
+    >>> list_models("fcn_resnet*")
+    ['fcn_resnet101', 'fcn_resnet50']
     """
-    return sorted(_MODELS)
+    return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def create(name: str, **kwargs: Any) -> SegmentationModel:
-    """Build the model of that name; `kwargs` go to its constructor, or to the function of that name.
+def create(name: str, **options: Any) -> SegmentationModel:
+    """Build the model of that name, with random weights; its function or class gets `options`.
 
     Raises:
-        ValueError: no model of that name.
+        ValueError: no model of that name; the nearest ones are listed. An option out of range.
+        TypeError: an option that the model does not have.
 
     >>> create("unet", width=4).num_classes
     2
     """
+    check_name(name)
+    return _MODELS[name](**options)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that `create` does not know."""
     if name not in _MODELS:
-        raise ValueError(f"no model named {name!r}; there are {', '.join(list_models())}")
-    return _MODELS[name](**kwargs)
+        nearest = ", ".join(difflib.get_close_matches(name, _MODELS, n=5, cutoff=0))
+        raise ValueError(
+            f"segfast has no model {name!r}; the nearest are {nearest}; segfast.models.list_models() has all"
+        )
 
 
 def model_name(model: nn.Module) -> str:

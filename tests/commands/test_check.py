@@ -352,7 +352,7 @@ class TestCommand:
             (["{file}:number", "--size", "8x8"], "returned int, not a torch.nn.Module"),
             (["unet", "--size", "8x8"], "MODEL must be one of segfast:unet, path/to/file.py:factory"),
             (["keras:unet", "--size", "8x8"], "MODEL must be one of"),
-            (["segfast:vnet", "--size", "8x8"], "segfast has no model 'vnet'; there are deeplabv3_"),
+            (["segfast:vnet", "--size", "8x8"], "segfast has no model 'vnet'; the nearest are unet, "),
         ],
     )
     def test_mistakes_are_one_line_and_exit_2(self, file, capsys, arguments, message):

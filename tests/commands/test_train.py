@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import socket
 import struct
@@ -18,7 +19,7 @@ from torch import nn
 from segfast._errors import UserError
 from segfast.cli import main
 from segfast.data import IGNORE_INDEX, Sample, read_mask
-from segfast.models import UNet, create
+from segfast.models import UNet, create, model_name
 from segfast.train import (
     Options,
     PatchSampler,
@@ -220,7 +221,7 @@ def save_changed(path, key, value):
 BAD_CHECKPOINTS = {
     "empty": (lambda p: p.touch(), "not a readable safetensors file"),
     "foreign": (lambda p: save_header(p, {}), "no segfast model in the file's header"),
-    "model": (lambda p: save_changed(p, "model", "vnet"), "do not fit.*no model named 'vnet'"),
+    "model": (lambda p: save_changed(p, "model", "vnet"), "do not fit.*no model 'vnet'"),
     "config": (lambda p: save_changed(p, "config", {"color": 1}), "do not fit.*color"),
     "json": (lambda p: save_header(p, {"__metadata__": {"segfast": "{"}}), "do not fit"),
     "width": (lambda p: save_changed(p, "config", {"width": 8, "depth": 2}), "do not fit"),
@@ -323,6 +324,42 @@ def test_train_on_a_folder_of_color_images(folder, capsys):
         main(["predict", "data/images/a.jpg", "--checkpoint", "model.safetensors", "--output", "m.png"]) == 0
     )
     assert read_mask("m.png").shape == (40, 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fcn32s", ["--option", "width=2", "--option", "padded=False"]),
+        ("deeplabv3_resnet50", ["--option", "width_mult=0.125", "--option", "aux_loss=True"]),
+        ("unet", ["--width", "2", "--option", "depth=2"]),
+    ],
+)
+def test_train_a_model_by_name(folder, name, options):
+    command = ["train", "--model", name, *options, "--steps", "2", "--size", "32", "--batch", "2"]
+    assert main([*command, "--output", "model.safetensors"]) == 0
+    model = load_checkpoint("model.safetensors")
+    assert model_name(model) == name and model.in_channels == 1
+    expected = {text.partition("=")[0]: text.partition("=")[2] for text in options if "=" in text}
+    assert {key: str(model.config[key]) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vnet"], "--model vnet: segfast has no model 'vnet'; the nearest are unet, "),
+        (["--model", "fcn8s", "--depth", "3"], "--depth is for --model unet; of fcn8s use --option"),
+        (["--model", "fcn8s", "--option", "stride=8"], "--model fcn8s: .*unexpected keyword argument"),
+        (["--model", "fcn8s", "--option", "width=0"], "--model fcn8s: width must be at least 1, got 0"),
+        (["--option", "width"], "--option must be NAME=VALUE, as in width_mult=0.5; got 'width'"),
+        (
+            ["--model", "deeplabv3plus_mobilenet_v2", "--batch", "1", "--size", "16"],
+            "--batch 1 --size 16: Expected more than 1 value per channel",
+        ),
+    ],
+)
+def test_models_that_cannot_be_trained(folder, capsys, arguments, message):
+    assert re.search(message, fails(capsys, "train", *arguments))
+    assert not Path("out").exists() or not list(Path("out").iterdir())
 
 
 def test_files_of_the_user_are_never_replaced(folder, capsys):

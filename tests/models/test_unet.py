@@ -202,11 +202,6 @@ def test_bad_options(options, message):
         UNet(**options)
 
 
-def test_create_of_an_unknown_name():
-    with pytest.raises(ValueError, match=r"no model named 'vnet'; there are .*unet"):
-        create("vnet")
-
-
 def milesial(in_channels=3, num_classes=2, width=4, depth=4, bias=False, bilinear=False):
     """A network whose state_dict has the keys of milesial/Pytorch-UNet."""
 
