@@ -29,7 +29,7 @@ from ._operands import load_kernels
 Table = Mapping[AnyCall, Choice]
 _PAIRS = ("stride", "padding", "output_padding", "dilation")
 _BROUGHT = Path(__file__).parent.parent / "measured"
-_OF_CHOICE = ("choice", "us", "configs", "unproven")  # in a row; the rest is the call's
+_OF_CHOICE = ("choice", "us", "tiles", "unproven")  # in a row; the rest is the call's
 
 
 def cache_folder() -> Path:
@@ -54,7 +54,7 @@ def machine() -> dict[str, str]:
         "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "torch": torch.__version__,
         "onednn": onednn[1] if onednn else "",
-        "source": _source_digest(),
+        "source": _digest("*.py"),
     }
 
 
@@ -66,25 +66,13 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _source_digest() -> str:
-    """A digest of the candidates' own code on a CPU."""
-    return _digest(
-        "_conv2d_aten.py",
-        "_cpu.py",
-        "_dilated_taps.py",
-        "_matmul.py",
-        "_onednn.py",
-        "_team.py",
-        "_winograd.py",
-        "_winograd_scratch.py",
-    )
-
-
-def _digest(*names: str) -> str:
+def _digest(*patterns: str) -> str:
+    """A digest of the files of this package that match: what was measured holds for the code behind it."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in names:
-        digest.update((folder / name).read_bytes())
+    for pattern in patterns:
+        for file in sorted(folder.glob(pattern)):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -106,7 +94,7 @@ def gpu_machine(gpu: str) -> dict[str, str]:
 
 def gpu_source() -> str:
     """A digest of the candidates' own code on a GPU."""
-    return f"{load_kernels().whole_digest()}-{_digest('_cudnn.py', '_cudnn_graph.py')}"
+    return f"{load_kernels().whole_digest()}-{_digest('_cudnn*.py', '_gpu*.py')}"
 
 
 def file_name(here: Mapping[str, str]) -> str:
@@ -307,7 +295,7 @@ def call_row(call: Any) -> dict[str, Any]:
 def choice_row(choice: Choice) -> dict[str, Any]:
     """A choice as JSON has it."""
     row = {"choice": choice.name, "us": {name: round(us, 2) for name, us in choice.us.items()}}
-    more = {"configs": choice.tiles, "unproven": choice.unproven}
+    more = {"tiles": choice.tiles, "unproven": choice.unproven}
     return row | {name: value for name, value in more.items() if value}
 
 
@@ -326,11 +314,13 @@ def parsed_call(row: Mapping[str, Any], gpu: str | None) -> AnyCall:
 
 def parsed_choice(row: Mapping[str, Any]) -> Choice:
     """The choice of `choice_row`."""
-    us = {str(name): float(us) for name, us in row["us"].items()}
-    tiles = _tuples(row.get("configs", ()))
+    name, us = str(row["choice"]), {str(name): float(us) for name, us in row["us"].items()}
+    if us and name not in us:
+        raise ValueError(f"the choice {name} is not among what was timed: {', '.join(us)}")
+    tiles = _tuples(row.get("tiles", ()))
     for operation, bucket, fields in tiles:
         load_kernels().Tile(*fields), int(bucket.rpartition("-p")[2]), str(operation)
-    return Choice(str(row["choice"]), us, tiles, _tuples(row.get("unproven", ())))
+    return Choice(name, us, tiles, _tuples(row.get("unproven", ())))
 
 
 def plain(value: Any) -> int:

@@ -332,7 +332,11 @@ def _edited(path, edit):
             lambda folder: _choices(folder, {CALL._replace(operation="conv3d"): CHOICE}),
             "unknown operation: conv3d",
         ),
-        (lambda folder: _choices(folder, {CALL: Choice("triton", {"aten": 1.0})}), "was not measured"),
+        (
+            lambda folder: _choices(folder, {CALL: Choice("triton", {"aten": 1.0})}),
+            "is not among what was timed",
+        ),
+        (lambda folder: _choices(folder, {CALL: Choice("triton", {})}), "was not measured"),
         (lambda folder: _choices(folder, {CALL: Choice("aten", {"aten": 0.0})}), "was not measured"),
         (
             lambda folder: _choices(folder, {CALL: CHOICE._replace(tiles=(("conv9d", *TILE[1:]),))}),

@@ -14,6 +14,7 @@ import torch
 
 import segfast
 from segfast.ops import _choice, _choice_files, _gpu
+from segfast.ops._call import CANDIDATES
 from segfast.ops._choice import ATEN, Choice, choices
 from tests.conftest import forget, is_taken
 from tests.ops.test_choice_candidates import CONV2D, TRANSPOSED
@@ -45,12 +46,15 @@ class TestFiles:
             '[{"choices": []}]',
             '[{"machine": HERE, "choices": 1}]',
             '[{"machine": HERE, "choices": [{"choice": "onednn", "us": {}}]}]',
+            '[{"machine": HERE, "choices": [ROW]}]',
             "\0",
         ],
     )
     def test_a_broken_file_is_a_warning_and_a_fresh_start(self, cache, text):
         path = _choice_files.path()
         path.parent.mkdir(parents=True)
+        untimed = {**_choice_files.call_row(CONV2D), "choice": "onednn", "us": {ATEN: 2.5}}
+        text = text.replace("ROW", json.dumps(untimed))
         path.write_text(text.replace("HERE", json.dumps(_choice_files.machine())))
         with pytest.warns(UserWarning, match="ignored"):
             assert not choices().measured
@@ -146,6 +150,18 @@ class TestFiles:
         assert said == f"segfast: nothing of {shipped} is taken: cpu is {here} here, another there"
         assert not choices().measured
 
+    def test_a_choice_that_was_not_timed_is_an_error(self, cache, tmp_path):
+        shipped = tmp_path / "model.json"
+        choices().add(CONV2D, FOUND[CONV2D])
+        segfast.save_choices(shipped)
+        content = json.loads(shipped.read_text())
+        del content[0]["choices"][0]["us"]["onednn"]
+        shipped.write_text(json.dumps(content))
+        _choice.forget_choices()
+        with pytest.raises(ValueError, match=r"model\.json .*the choice onednn is not .* timed: aten"):
+            segfast.load_choices(shipped)
+        assert not choices().measured
+
     def test_what_is_no_such_file_is_an_error(self, tmp_path):
         for text in ("{}", '{"a": 1}', "[1]", "x", '[{"machine": 1, "choices": []}]'):
             (tmp_path / "other.json").write_text(text)
@@ -153,6 +169,26 @@ class TestFiles:
                 segfast.load_choices(tmp_path / "other.json")
         with pytest.raises(FileNotFoundError):
             segfast.load_choices(tmp_path / "missing.json")
+
+
+def test_a_change_of_any_file_here_is_another_machine(tmp_path, monkeypatch):
+    """Also of what candidates share, and of how they are verified and timed."""
+    copy = shutil.copytree(Path(_choice_files.__file__).parent, tmp_path / "ops")
+    monkeypatch.setattr(_choice_files, "__file__", str(copy / "_choice_files.py"))
+    digest = _choice_files.machine.__wrapped__()["source"]
+    assert digest == _choice_files.machine()["source"]
+    seen = {digest}
+    candidates = {
+        function.__module__ for each in CANDIDATES.values() for c in each.values() for function in c
+    }
+    for name in (*candidates, "segfast.ops._epilogue", "segfast.ops._measure"):
+        package, _, module = name.rpartition(".")
+        assert package == "segfast.ops"
+        with (copy / f"{module}.py").open("a") as file:
+            file.write("# changed\n")
+        digest = _choice_files.machine.__wrapped__()["source"]
+        assert digest not in seen
+        seen.add(digest)
 
 
 # Options of several depths, and tiles of two kernels.
@@ -176,6 +212,8 @@ class TestGPUs:
         _choice_files.write(ON_GPU | FOUND)
         assert _choice_files.read_gpu(gpu) == ON_GPU
         assert _choice_files.read() == FOUND
+        written = json.loads(_choice_files.path(_choice_files.gpu_machine(gpu)).read_text())
+        assert written[0]["choices"][0]["tiles"][0][0] == "conv2d_forward"
         assert len(list((cache / "choices").glob("*.json"))) == 2
         assert [type(part) for part in next(iter(_choice_files.read_gpu(gpu))).options[:2]] == [tuple, tuple]
 
@@ -196,7 +234,7 @@ class TestGPUs:
         _choice_files.write(ON_GPU)
         file = _choice_files.path(_choice_files.gpu_machine(gpu))
         content = json.loads(file.read_text())
-        content[0]["choices"][0]["configs"] = [tiles]
+        content[0]["choices"][0]["tiles"] = [tiles]
         file.write_text(json.dumps(content))
         with pytest.warns(UserWarning, match="cannot be read"):
             assert _choice_files.read_gpu(gpu) == {}

@@ -230,7 +230,7 @@ class TestKeeping:
     @pytest.fixture(autouse=True)
     def here(self, monkeypatch, apart):
         monkeypatch.setattr(_gpu_tune, "APART", apart)
-        monkeypatch.setattr(_gpu_tune, "measure", lambda *args: Choice("triton", {ATEN: 1.0}))
+        monkeypatch.setattr(_gpu_tune, "measure", lambda *args: Choice("triton", {"triton": 1.0, ATEN: 2.0}))
         return monkeypatch
 
     def test_what_is_measured_is_remembered(self, apart):
