@@ -252,8 +252,8 @@ def _choose(
         calls = vars(model).get(RECORD, {}).pop("calls", ())
         if outcome is not None and known is not None:
             outcome.note(model)
-        elif outcome is not None and found is not None and was_quiet():
-            outcome.keep(model, found, calls)
+        elif outcome is not None and found is not None:
+            outcome.keep(model, found, calls, was_quiet())
     except BaseException as error:
         _leave(model, "as given")
         if not isinstance(error, RuntimeError):

@@ -42,6 +42,7 @@ class Outcome:
         self._file = cache_folder() / "models" / f"{digest}.json"
         self._layers: dict[nn.Module, tuple[str, ...]] = {}
         self._last: list[str] | None = None
+        self._disturbed: Gain | None = None  # what was measured while the machine was busy
 
     def recall(self, model: nn.Module) -> Gain | None:
         """The gain, or None if that is not known; `note` says the rest."""
@@ -52,6 +53,9 @@ class Outcome:
             if found["weights"] != _digest_of_weights(model):
                 return None
             gain = Gain(**{**found["gain"], "measured_on": str(found["date"])})
+            if found["disturbed"]:
+                self._disturbed = gain
+                return None
             self._layers = {
                 model.get_submodule(name): tuple(map(str, chosen)) for name, chosen in found["layers"].items()
             }
@@ -71,10 +75,11 @@ class Outcome:
             record_of(model)["last"] = self._last
             keep_contiguous(model, *map(model.get_submodule, self._last))
 
-    def keep(self, model: nn.Module, gain: Gain, calls: Sequence[AnyCall]) -> None:
+    def keep(self, model: nn.Module, gain: Gain, calls: Sequence[AnyCall], quiet: bool) -> None:
         """Remember what was gained by the choices of `calls`.
 
-        A cache that cannot be written is a warning, once.
+        Measured while the machine was not `quiet`, it holds once it was found twice. A cache that cannot be
+        written is a warning, once.
         """
         measured = choices().measured
         if gain.unmeasured or gain.error > gain.allowed or not all(call in measured for call in calls):
@@ -84,6 +89,7 @@ class Outcome:
             "key": self._key,
             "date": datetime.date.today().isoformat(),
             "weights": _digest_of_weights(model),
+            "disturbed": not quiet and not self._is_found_again(gain),
             "gain": dataclasses.asdict(gain),
             "calls": [{**call_row(call), **choice_row(measured[call])} for call in calls],
             "layers": {name: record["choices"] for name, record in records.items() if "choices" in record},
@@ -95,6 +101,10 @@ class Outcome:
             _drop_oldest(self._file.parent)
         except OSError as error:
             warn_unwritable(error)
+
+    def _is_found_again(self, gain: Gain) -> bool:
+        earlier = self._disturbed
+        return earlier is not None and (earlier.kept, earlier.layout) == (gain.kept, gain.layout)
 
 
 def outcome_of(
