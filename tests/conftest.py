@@ -85,9 +85,9 @@ def boolean_masks():
 @pytest.fixture
 def fused_at_any_size(monkeypatch):
     """On a CPU small images are computed layer by layer, but in a test that asks for this."""
-    from segfast.nn._fused import separable
+    from segfast.nn._fused import eager
 
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
+    monkeypatch.setattr(eager, "_LEAST_ELEMENTS", 0)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from .tolerances import assert_close_to_reference
 # For tests of both backends: each runs in the session that can run it.
 INTERPRETING_ONLY = pytest.mark.interpreter
 BACKENDS = ["aten", pytest.param("triton", marks=INTERPRETING_ONLY)]
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+REFERENCE_ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": F.relu,
     "leaky_relu": lambda z: F.leaky_relu(z, 0.2),
@@ -53,7 +53,7 @@ def fused(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
             z = z + shift[:, None, None]
         if residual is not None:
             z = z + residual
-        return ACTIVATIONS[activation](z)
+        return REFERENCE_ACTIVATIONS[activation](z)
 
     return run
 

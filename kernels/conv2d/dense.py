@@ -25,7 +25,7 @@ from ._partials import finish_partials, workspace
 
 
 @triton.jit
-def _conv2d_forward_kernel(
+def _conv2d_dense_kernel(
     x_ptr, x1_ptr, x2_ptr, x3_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
     M, H, W, OH, OW, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_1n, stride_1h, stride_1w, stride_2n, stride_2h, stride_2w,
@@ -311,7 +311,7 @@ def make_dense(
         "BLOCK_K": tile.block_k,
     }
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    launch = Launch(_conv2d_forward_kernel, (tiles, groups, split), scalars, constants, tile)
+    launch = Launch(_conv2d_dense_kernel, (tiles, groups, split), scalars, constants, tile)
     # ptxas would rather spill some of a thread's registers than use all: on sm_100 of several images only and
     # not with a residual, where it is the bound that makes it spill.
     several = len(images) > 1 and residual is None and arch.startswith("sm_10")

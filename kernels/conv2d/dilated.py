@@ -30,7 +30,7 @@ _STAYS = tl.constexpr(TRITON >= (3, 9))
 
 
 @triton.jit
-def _conv2d_zoned_kernel(
+def _conv2d_dilated_kernel(
     x_ptr, w_ptr, w1_ptr, w2_ptr, w3_ptr, w4_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
     work_ptr, starts_ptr,
     N, OH, OW, negative_slope,
@@ -162,7 +162,7 @@ class Zoned:
         finish_partials(partials, bias, scale, shift, residual, out, self.activation, self.slope)
 
 
-def make_zoned(
+def make_dilated(
     x, branches: Sequence[Branch], channels_out: int, residual, out, stride, tile: Tile, flip: bool,
     activation, slope,
 ) -> Zoned:  # fmt: skip
@@ -201,7 +201,7 @@ def make_zoned(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
     }
-    launch = Launch(_conv2d_zoned_kernel, (len(starts) - 1,), scalars, constants, tile)
+    launch = Launch(_conv2d_dilated_kernel, (len(starts) - 1,), scalars, constants, tile)
     work, ends = (torch.tensor(t, dtype=torch.int32, device="cpu").to(x.device) for t in (rows, starts))
     return Zoned(launch, work, ends, split, activation, slope)
 
@@ -271,6 +271,6 @@ def _run(x, weights, scale, shift, out, branches, activation, slope) -> None:
             variant=geometry_variant((1, 1), largest.dilation, largest.kernel) + "-fused",
         )  # fmt: skip
         tile = choose_tile(problem, x.device)
-        return make_zoned(x, branches, channels_out, None, out, (1, 1), tile, False, activation, slope)
+        return make_dilated(x, branches, channels_out, None, out, (1, 1), tile, False, activation, slope)
 
     launch_for(key, make)(x, weights, None, scale, shift, None, out)

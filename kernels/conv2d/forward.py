@@ -1,4 +1,4 @@
-"""The convolution: over zones where that saves taps, else over all pixels at once."""
+"""The convolution's launcher: `dilated.py`'s kernel where its zones save taps, else `dense.py`'s."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from .._launch import launch_for, layout_key
 from .._tiles import Problem, choose_tile, geometry_variant
 from ._zones import executed_taps, useful_taps
 from .dense import make_dense
-from .dilated import branch_of, make_zoned
+from .dilated import branch_of, make_dilated
 
 # Zones are taken where they leave no more than this share of the taps: their tables cost something.
 _WORTHWHILE = 0.9
@@ -65,7 +65,7 @@ def conv2d_forward(
         zoned = len(images) == 1 and groups == 1 and channels >= tile.block_k
         zoned = zoned and w.is_contiguous(memory_format=torch.channels_last)
         if zoned and zones_pay(branch, batch, pixels, tile.block_m):
-            launch = make_zoned(
+            launch = make_dilated(
                 x, [branch], out.shape[1], residual, out, stride, tile, False, activation, negative_slope
             )
             return lambda images, w, *rest: launch(images[0], (w,), *rest)

@@ -14,7 +14,7 @@ from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ..conv_transpose2d.forward import conv_transpose2d_forward
 from ._zones import useful_taps
 from .dense import candidates, make_dense
-from .dilated import branch_of, make_zoned
+from .dilated import branch_of, make_dilated
 from .forward import problem_of, zones_pay
 
 
@@ -68,7 +68,7 @@ def _make(gy, w, out, stride, padding, dilation, groups) -> Callable[..., object
             tile,
         )  # fmt: skip
     if groups == 1 and channels >= tile.block_k and zones_pay(branch, batch, pixels, tile.block_m):
-        zoned = make_zoned(gy, [branch], out.shape[1], None, out, (1, 1), tile, True, None, 0.0)
+        zoned = make_dilated(gy, [branch], out.shape[1], None, out, (1, 1), tile, True, None, 0.0)
         return lambda gy, w, out: zoned(gy, (w,), None, None, None, None, out)
     dense = make_dense([gy], w, None, out, (1, 1), turned, dilation, groups, tile, None, 0.0, flip=True)
     return lambda gy, w, out: dense((gy,), w, None, None, None, None, out)

@@ -1,7 +1,7 @@
 """Gaussian filtering over all pairs of points that count: out_i = sum_j exp2(-|g_i - g_j|^2 / 2) v_j.
 
 As flash attention without the softmax: two chained products, exp2 between them, nothing of size N^2 in
-memory. The first product is the exponent itself (tiles.py); no running maximum is needed, for no exponent is
+memory. The first product is the exponent itself (sorted_points.py); no running maximum is needed, for no exponent is
 above zero. Where features outgrow fp16 ("direct") the differences are taken one dimension after the other.
 Tiles of pairs that cannot count are on no list (lists.py); a long list is several programs' work, whose
 partial sums a second kernel adds in a fixed order. Both forms are launched where only the device knows which
@@ -18,7 +18,7 @@ from .._launch import Launch, launch_for, layout_key
 from .._tiles import Problem, Tile, choose_tile, register_candidates
 from .lists import make_lists, make_units, most_slots
 from .order import hilbert_keys
-from .tiles import COLUMNS, ROWS, make_tiles
+from .sorted_points import COLUMNS, ROWS, gather_points
 
 OPERATION = "gaussian_filter"
 _REDUCED = 16  # rows of a tile that one program of the second kernel adds up
@@ -60,12 +60,12 @@ def build_exact(features: torch.Tensor, tolerance: float, bounded: bool = False)
     places = torch.arange(points, dtype=torch.int32, device=features.device) + first
     rows = torch.empty((batch, points), dtype=torch.int32, device=features.device).scatter_(1, order, places)
     order = order.int()
-    tiles = make_tiles(features, order, padded)
-    lists, counts = make_lists(tiles, batch, points, tolerance)
+    gathered = gather_points(features, order, padded)
+    lists, counts = make_lists(gathered, batch, points, tolerance)
     units, cuts = make_units(counts)
-    outgrown = None if bounded else tiles.outgrown.amax(0, keepdim=True)
-    return ExactPairs(batch, points, dim, batch * padded, order, rows, tiles.a, tiles.b, tiles.g, lists,
-                      counts, units, cuts, outgrown)  # fmt: skip
+    outgrown = None if bounded else gathered.outgrown.amax(0, keepdim=True)
+    return ExactPairs(batch, points, dim, batch * padded, order, rows, gathered.a, gathered.b, gathered.g,
+                      lists, counts, units, cuts, outgrown)  # fmt: skip
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from .._tiles import register_candidates
 from .exact import ExactPairs, _kernel_values, _store_sums, _work_unit, filter_candidates, tile_sums
 from .pack import exact_pack, exact_unpack
-from .tiles import SCALE
+from .sorted_points import SCALE
 
 OPERATION = "gaussian_grad_features"
 _MOST_CHANNELS = 64  # at a time: more would spill

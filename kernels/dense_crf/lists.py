@@ -16,7 +16,7 @@ import triton.language as tl
 from .._device import processors
 from .._launch import Launch, launch_for, layout_key
 from .._tiles import Tile
-from .tiles import COLUMNS, ROWS, Tiles
+from .sorted_points import COLUMNS, ROWS, SortedPoints
 
 _LEVELS = 64  # distances at which leaving out may begin
 _SHORTEST = 64  # column tiles that are worth a program of their own
@@ -110,15 +110,17 @@ def _lists_kernel(
     tl.store(count_ptr + row_tile, kept)
 
 
-def make_lists(tiles: Tiles, batch: int, points: int, tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
+def make_lists(
+    gathered: SortedPoints, batch: int, points: int, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The column tiles of each row tile, counted from the image's first, [row tiles, column tiles an image].
 
     And how many there are, int32 [row tiles]. tolerance 0 keeps all.
     """
-    dim, all_rows = tiles.g.shape
+    dim, all_rows = gathered.g.shape
     padded = all_rows // batch
     rows, columns = padded // ROWS, padded // COLUMNS
-    device = tiles.g.device
+    device = gathered.g.device
     narrow = torch.int16 if columns < 2**15 else torch.int32
     lists = torch.empty((batch * rows, columns), dtype=narrow, device=device)
     counts = torch.empty((batch * rows,), dtype=torch.int32, device=device)
@@ -132,8 +134,15 @@ def make_lists(tiles: Tiles, batch: int, points: int, tolerance: float) -> tuple
         tile = Tile(ROWS, _BLOCK, 1, 8, 1)
         return Launch(_lists_kernel, (batch * rows,), scalars, constants, tile)
 
-    key = ("dense_crf_lists", device, batch, points, tolerance, layout_key(tiles.g, tiles.bounds, lists))
-    launch_for(key, make)(tiles.g, tiles.bounds, lists, counts)
+    key = (
+        "dense_crf_lists",
+        device,
+        batch,
+        points,
+        tolerance,
+        layout_key(gathered.g, gathered.bounds, lists),
+    )
+    launch_for(key, make)(gathered.g, gathered.bounds, lists, counts)
     return lists, counts
 
 

@@ -16,7 +16,7 @@ from segfast.commands._load_model import add_device, check_seed, parse_device
 from segfast.commands._output import claim
 from segfast.data import IGNORE_INDEX, NUCLEI_TRAIN_COLUMNS, Sample, nuclei, read_folder, split_columns
 from segfast.models import SegmentationModel, UNet, create
-from segfast.models.unet import ACTIVATIONS
+from segfast.models.unet import UNET_ACTIVATIONS
 
 from ..train._augment import PatchSampler
 from ..train._checkpoint import save_checkpoint
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--width", type=int, help="channels of the first level (16)")
     model.add_argument("--depth", type=int, help="poolings (4)")
     model.add_argument("--unpadded", action="store_true", help="the paper's unpadded convolutions")
-    model.add_argument("--activation", choices=ACTIVATIONS, help="(relu)")
+    model.add_argument("--activation", choices=UNET_ACTIVATIONS, help="(relu)")
     model.add_argument("--negative-slope", type=float, help="of leaky_relu (0.01)")
     model.add_argument("--norm", choices=("none", "batch"), help="(batch)")
     parser.set_defaults(**UNET_OPTIONS)

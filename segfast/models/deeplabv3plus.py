@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from segfast.nn import SeparableConv2d
 from segfast.nn._fused.aspp import FusedASPP
 from segfast.nn._fused.conv import FusedConv
-from segfast.nn._fused.eager import only_forward
+from segfast.nn._fused.eager import only_forward, worth_fusing
 from segfast.nn._fused.folding import PooledBatchNorm2d, Remembers
 from segfast.nn._fused.layers import FusedLayer, fused_layer
-from segfast.nn._fused.separable import FusedSeparable, pays
+from segfast.nn._fused.separable import FusedSeparable
 
 from ._base import SegmentationModel, tensors, unlike
 from ._layers import conv_norm_activation
@@ -68,7 +68,7 @@ class ASPP(Remembers):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
-        aspp = self._aspp() if not self.training and pays(input) else None
+        aspp = self._aspp() if not self.training and worth_fusing(input) else None
         if aspp is not None and aspp.is_eligible(input):
             return self.dropout(aspp.run(self, input))
         features = [branch(input) for branch in self.branches]

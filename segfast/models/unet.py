@@ -21,7 +21,7 @@ from segfast.ops.conv_transpose2d.up_concat import geometry, up_convolution
 from ._base import SegmentationModel
 from ._milesial import remap
 
-ACTIVATIONS = ("relu", "leaky_relu")
+UNET_ACTIVATIONS = ("relu", "leaky_relu")
 NORMS = (None, "batch")
 
 
@@ -153,8 +153,8 @@ class UNet(SegmentationModel):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        if activation not in UNET_ACTIVATIONS:
+            raise ValueError(f"activation must be one of {UNET_ACTIVATIONS}, got {activation!r}")
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         if zero_pad_up and not padded:

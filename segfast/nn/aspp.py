@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..ops._epilogue import check_activation
 from ._activation import activation_module
 from ._fused.aspp import aspp_in
+from ._fused.eager import worth_fusing
 from ._fused.folding import PooledBatchNorm2d, Remembers
-from ._fused.separable import pays
 from .conv2d import ConvBNAct
 from .separable_conv2d import DepthwiseConv2d
 
@@ -110,7 +110,7 @@ class ASPP(Remembers):
 
     def forward(self, input: Tensor) -> Tensor:
         *branches, pool = self.convs
-        if not self.training and pays(input):
+        if not self.training and worth_fusing(input):
             aspp = aspp_in(self, branches, pool, self.project)
             if aspp is not None and aspp.is_eligible(input):
                 return aspp.run(self, input)

@@ -11,11 +11,11 @@ from ..ops._choice import could_choose
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
-from ._fused.eager import only_forward
+from ._fused.eager import only_forward, worth_fusing
 from ._fused.folding import Remembers
 from ._fused.layers import run_layers
 from ._fused.ready import convolved
-from ._fused.separable import FusedSeparable, check_channels, padded, pays
+from ._fused.separable import FusedSeparable, check_channels, padded
 from ._rules import Rule
 
 
@@ -195,7 +195,7 @@ class SeparableConv2d(Remembers):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         slope = self.negative_slope
-        if pays(input):
+        if worth_fusing(input):
             pair = FusedSeparable(
                 self.conv_dw,
                 self.bn_dw,
@@ -302,7 +302,7 @@ class InvertedResidual(Remembers):
         known = activation_name(activation)
         if (
             known is not None
-            and pays(input)
+            and worth_fusing(input)
             and all([only_forward(m) for m in (self.conv, depthwise, activation)])
         ):
             name, slope = known

@@ -18,7 +18,7 @@ from . import _backend
 from ._backend import get_backend
 from ._call import CANDIDATES, AnyCall, Call
 from ._operator import is_traced
-from ._remembered import forget, forget_all, remembered
+from ._prepared_weights import forget, forget_all, remembered
 
 ATEN = "aten"
 # Instead of a candidate: a call that is only listed need not be computed.

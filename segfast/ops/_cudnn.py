@@ -17,7 +17,7 @@ from ._captured import is_captured, renewed
 from ._geometry import output_size
 from ._operands import Pair
 from ._operator import autocast_dtype, needs_autograd
-from ._remembered import cast, watch
+from ._prepared_weights import cast, watch
 
 RELU, GRAPH = "cudnn_relu", "cudnn_graph"
 _MOST_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN takes whole; ATen's plain call cuts larger ones up
@@ -49,7 +49,7 @@ def candidates(
     found: tuple[str, ...] = (RELU,) if activation == "relu" and dtype in _RELU_DTYPES else ()
     # The graph knows neither torch's switch for tf32 nor the one for deterministic algorithms.
     exact = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    if activation in _cudnn_graph.ACTIVATIONS and dtype in _GRAPH_DTYPES and not exact:
+    if activation in _cudnn_graph.CUDNN_ACTIVATIONS and dtype in _GRAPH_DTYPES and not exact:
         found += (GRAPH,) if _cudnn_graph.installed() else ()
     return found
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._operands import Pair, empty
 
 # An epilogue's activation, as the graph's node and its arguments. cuDNN's gelu is the one with erf.
-ACTIVATIONS: dict[str | None, tuple[str, dict[str, float]]] = {
+CUDNN_ACTIVATIONS: dict[str | None, tuple[str, dict[str, float]]] = {
     None: ("", {}),
     "relu": ("relu", {}),
     "relu6": ("relu", {"upper_clip": 6.0}),
@@ -68,7 +68,7 @@ def fused_graph(
         x, weight: as the convolution takes them; groups follow from the weight's channels.
         terms: ("mul" or "add", a tensor that broadcasts to the result), applied in order in fp32.
         shape: the result's.
-        activation: one of ACTIVATIONS.
+        activation: one of CUDNN_ACTIVATIONS.
         transposed: a transposed convolution, the gradient of a convolution with respect to its image.
 
     Raises:
@@ -135,7 +135,7 @@ def _build(cudnn: Any, handle: Any, operands: list[Tensor], kinds: tuple, option
             y = graph.conv_fprop(image=image, weight=filters, **geometry)
         for kind, term in zip(kinds, terms, strict=True):
             y = graph.mul(a=y, b=term) if kind == "mul" else graph.add(a=y, b=term)
-        node, arguments = ACTIVATIONS[activation]
+        node, arguments = CUDNN_ACTIVATIONS[activation]
         if node:
             y = getattr(graph, node)(input=y, **arguments)
         y.set_output(True)

@@ -15,7 +15,7 @@ from ._epilogue import activate_
 
 _CHANNELS_LAST = torch.channels_last
 # Our activations by oneDNN's name, scalars and algorithm; leaky_relu's slope is put in at the call.
-_ACTIVATIONS: dict[str | None, tuple[str, list[float], str]] = {
+_ONEDNN_ACTIVATIONS: dict[str | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
     "relu": ("relu", [], ""),
     "relu6": ("hardtanh", [0.0, 6.0], ""),
@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str | None, tuple[str, list[float], str]] = {
 def _conv2d(input, packed, bias, stride, padding, dilation, groups, residual, activation, slope) -> Tensor:
     operator = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        name, scalars, algorithm = _ACTIVATIONS[activation]
+        name, scalars, algorithm = _ONEDNN_ACTIVATIONS[activation]
         scalars = [slope] if activation == "leaky_relu" else scalars
         return operator.default(
             input, packed, bias, padding, stride, dilation, groups, name, scalars, algorithm
@@ -74,7 +74,7 @@ def _pack_conv2d(weight: Tensor, call: Call) -> Tensor:
 def _run_conv_transpose2d(
     call: Call, input: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, slope: float
 ) -> Tensor:
-    name, scalars, algorithm = _ACTIVATIONS[None if residual is not None else call.activation]
+    name, scalars, algorithm = _ONEDNN_ACTIVATIONS[None if residual is not None else call.activation]
     y = torch.ops.mkldnn._convolution_transpose_pointwise(
         input.contiguous(memory_format=_CHANNELS_LAST),
         packed,
@@ -132,7 +132,7 @@ def _answers(operation: str, dtype: torch.dtype) -> bool:
 
 
 def _serves(call: Call) -> bool:
-    known = call.dtype in (torch.float32, torch.bfloat16) and call.activation in _ACTIVATIONS
+    known = call.dtype in (torch.float32, torch.bfloat16) and call.activation in _ONEDNN_ACTIVATIONS
     return known and _answers(call.operation, call.dtype)
 
 

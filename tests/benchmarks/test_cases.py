@@ -443,7 +443,7 @@ def _kernels(run) -> tuple[list[str], list]:
 
 FORMS = {
     "segfast_fused": ["_separable_conv2d_fused_kernel"],
-    "segfast_two_kernels": ["_depthwise_conv2d_rows_kernel", "_conv2d_forward_kernel"],
+    "segfast_two_kernels": ["_depthwise_conv2d_rows_kernel", "_conv2d_dense_kernel"],
 }
 
 

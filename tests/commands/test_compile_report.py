@@ -74,7 +74,7 @@ def test_rows_of_an_architecture(rows, arch):
     here = [row for row in rows if row.arch == arch and row.dtype == "bf16"]
     assert {row.kernel for row in here} >= {
         "forward_wide",
-        "conv2d_forward",
+        "conv2d_dense",
         "grad_weight",
         "reduce_partials",
     }

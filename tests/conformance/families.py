@@ -18,7 +18,7 @@ import segfast
 from segfast import functional as sf
 from segfast.ops import _backend
 from tests.conv2d.reference import conv2d_of_images, define_of_images, define_parallel, parallel_of_named
-from tests.fused_conv import ACTIVATIONS, draw, fused
+from tests.fused_conv import REFERENCE_ACTIVATIONS, draw, fused
 from tests.segmentation_head import reference as reference_module
 from tests.separable_conv2d.reference import define_separable, plain_depthwise
 
@@ -102,12 +102,12 @@ def with_hardsigmoid(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run(tensors, activation)` with torch's hardsigmoid replaced: that has no second derivative."""
 
     def clamped(tensors, activation):
-        before = ACTIVATIONS["hardsigmoid"]
-        ACTIVATIONS["hardsigmoid"] = lambda z: (z + 3).clamp(0, 6) / 6
+        before = REFERENCE_ACTIVATIONS["hardsigmoid"]
+        REFERENCE_ACTIVATIONS["hardsigmoid"] = lambda z: (z + 3).clamp(0, 6) / 6
         try:
             return run(tensors, activation)
         finally:
-            ACTIVATIONS["hardsigmoid"] = before
+            REFERENCE_ACTIVATIONS["hardsigmoid"] = before
 
     return clamped
 
@@ -121,7 +121,7 @@ def define_up_concat(x, skip, weight, bias=None, stride=2, padding=0, activation
         have if have - up < s else up for up, have, s in zip(smallest, skip.shape[2:], strides, strict=True)
     ]
     extra = layer._output_padding(x, size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
-    up = ACTIVATIONS[activation](F.conv_transpose2d(x, weight, bias, stride, padding, extra))
+    up = REFERENCE_ACTIVATIONS[activation](F.conv_transpose2d(x, weight, bias, stride, padding, extra))
     top, left = ((have - want) // 2 for have, want in zip(skip.shape[2:], size, strict=True))
     return torch.cat([skip[:, :, top : top + size[0], left : left + size[1]], up], 1)
 

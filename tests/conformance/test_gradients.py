@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import segfast
-from tests.fused_conv import ACTIVATIONS, draw
+from tests.fused_conv import REFERENCE_ACTIVATIONS, draw
 
 from .families import EXAMPLES, ON_ANY_CPU, on, over, with_hardsigmoid
 
@@ -29,7 +29,7 @@ def has_pixels(example) -> bool:
     return example.differentiates and example.name not in ("upsample_cross_entropy", "upsample_dice")
 
 
-def by_activation(activations=ACTIVATIONS):
+def by_activation(activations=REFERENCE_ACTIVATIONS):
     """Parametrizes a test by `example` and, of those that take one, by `activation`."""
     cases = [
         pytest.param(each, activation, id=f"{each} {activation}")

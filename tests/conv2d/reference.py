@@ -12,10 +12,10 @@ from segfast.functional import conv2d, parallel_conv2d
 from segfast.kernels import Tile, override_tile
 from segfast.ops.conv2d import OPERATIONS
 
-from ..fused_conv import ACTIVATIONS, check_layer, draw, fused
+from ..fused_conv import REFERENCE_ACTIVATIONS, check_layer, draw, fused
 
-ZONED = "_conv2d_zoned_kernel"
-DENSE = "_conv2d_forward_kernel"
+DILATED = "_conv2d_dilated_kernel"
+DENSE = "_conv2d_dense_kernel"
 VECTORS = ("bias", "scale", "shift")
 
 
@@ -138,7 +138,7 @@ def define_parallel(input, dilations, scale=None, shift=None, activation=None, *
         z = z * scale[:, None, None]
     if shift is not None:
         z = z + shift[:, None, None]
-    return ACTIVATIONS[activation](z)
+    return REFERENCE_ACTIVATIONS[activation](z)
 
 
 def aspp(shape, filters, kernels, *, dtype=torch.float32, channels_last=True) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def test_no_row_has_a_problem(rows):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_matrix_units_no_spills_wide_accesses(rows, arch):
     here = [row for row in rows if row.arch == arch and row.dtype == "bf16"]
-    assert {row.kernel for row in here} >= {"forward", "zoned", "conv_transpose2d_grad_weight"}
+    assert {row.kernel for row in here} >= {"dense", "dilated", "conv_transpose2d_grad_weight"}
     for row in here:
         assert row.spills == 0, row
         if row.kernel not in SUMS and "classifier" not in row.case:
@@ -64,16 +64,16 @@ def test_large_dilations_take_the_zones(rows):
         "aspp_branches_n8_33 parallel",
         "aspp_branches_n1_33 parallel",
     ):
-        assert find(rows, case).kernel == "zoned"
-    assert find(rows, "resnet_layer3_d2 scale+relu").kernel == "forward"
+        assert find(rows, case).kernel == "dilated"
+    assert find(rows, "resnet_layer3_d2 scale+relu").kernel == "dense"
 
 
 def test_one_image_is_cut_into_parts_of_the_depth(rows):
     kernels = [r.kernel for r in rows if (r.arch, r.case) == ("sm_90", "aspp_branches_n1_33 parallel")]
-    assert sorted(kernels) == ["finish", "zoned"]
+    assert sorted(kernels) == ["dilated", "finish"]
     # A batch fills the processors as it is.
     kernels = [r.kernel for r in rows if (r.arch, r.case) == ("sm_90", "aspp_branches_n8_65 parallel")]
-    assert kernels == ["zoned"]
+    assert kernels == ["dilated"]
 
 
 def test_fp32_runs_on_matrix_units_too(rows):

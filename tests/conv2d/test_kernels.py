@@ -6,8 +6,18 @@ import torch.nn.functional as F
 
 import segfast
 from segfast.functional import conv2d
-from tests.conv2d.reference import DENSE, VECTORS, ZONED, check_conv2d, launched, names, operands, pair, tiles
-from tests.fused_conv import ACTIVATIONS, draw
+from tests.conv2d.reference import (
+    DENSE,
+    DILATED,
+    VECTORS,
+    check_conv2d,
+    launched,
+    names,
+    operands,
+    pair,
+    tiles,
+)
+from tests.fused_conv import REFERENCE_ACTIVATIONS, draw
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_empty", "checked_launches")]
 
@@ -39,7 +49,7 @@ DENSE_GEOMETRIES = {
 }
 
 # The rate below half the image, above half, above all of it; taps on one side only; strides.
-ZONED_GEOMETRIES = {
+DILATED_GEOMETRIES = {
     "r2 of 5, below half": ((2, 17, 5, 5), 5, {"padding": 2, "dilation": 2}),
     "r3 of 5, above half": ((1, 16, 5, 5), 18, {"padding": 3, "dilation": 3}),
     "r9 of 5, only the middle": ((1, 20, 5, 4), 5, {"padding": 9, "dilation": 9}),
@@ -56,7 +66,7 @@ ZONED_GEOMETRIES = {
     "a 1x1 kernel with padding": ((1, 16, 3, 4), 5, {"kernel": 1, "padding": 3}),
     "padding of one side": ((1, 16, 4, 6), 5, {"padding": (0, 5), "dilation": (1, 3)}),
 }
-GEOMETRIES = DENSE_GEOMETRIES | {f"zones, {name}": case for name, case in ZONED_GEOMETRIES.items()}
+GEOMETRIES = DENSE_GEOMETRIES | {f"zones, {name}": case for name, case in DILATED_GEOMETRIES.items()}
 
 
 def check(case, *, split=1, tile=(16, 16, 16), dtype=torch.float32, vectors=("bias",), activation=None):
@@ -111,11 +121,11 @@ def always_zones(monkeypatch):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("name", ZONED_GEOMETRIES)
+@pytest.mark.parametrize("name", DILATED_GEOMETRIES)
 def test_zoned_values_and_gradients_are_torchs(name, always_zones):
-    options = ZONED_GEOMETRIES[name][2]
-    launches = check(ZONED_GEOMETRIES[name])
-    assert names(launches)[0] == ZONED
+    options = DILATED_GEOMETRIES[name][2]
+    launches = check(DILATED_GEOMETRIES[name])
+    assert names(launches)[0] == DILATED
     constants = launches[0].constants
     assert (constants["STRIDE_H"], constants["STRIDE_W"]) == pair(options.get("stride", 1))
 
@@ -131,12 +141,12 @@ def test_zoned_values_and_gradients_are_torchs(name, always_zones):
 )
 def test_grad_input_by_zones(case, split, always_zones):
     # Its depth are the filters: enough to fill a step.
-    launches = [launch for launch in check(case, split=split) if launch.kernel.__name__ in (ZONED, DENSE)]
-    assert (names(launches)[-1], launches[-1].constants["FLIP"]) == (ZONED, True)
+    launches = [launch for launch in check(case, split=split) if launch.kernel.__name__ in (DILATED, DENSE)]
+    assert (names(launches)[-1], launches[-1].constants["FLIP"]) == (DILATED, True)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", REFERENCE_ACTIVATIONS)
 @pytest.mark.parametrize("name", ["s2 leaves rows out", "zones, two pixels of three images"])
 def test_the_whole_epilogue(name, activation, always_zones):
     check(GEOMETRIES[name], vectors=(*VECTORS, "residual"), activation=activation)
@@ -158,7 +168,7 @@ def test_split_depth(name, split, always_zones):
     assert all(
         launch.constants["ACTIVATION"] is None
         for launch in launches
-        if launch.kernel.__name__ in (DENSE, ZONED)
+        if launch.kernel.__name__ in (DENSE, DILATED)
     )
 
 
@@ -196,7 +206,7 @@ def test_a_zone_without_taps_still_writes_the_epilogue(split):
     tensors["residual"] = draw(1, 3, 8, 7)
     with tiles(split=split), launched() as launches:
         y = check_conv2d(tensors, "silu", padding=4)["output"]
-    assert names(launches)[0] == ZONED
+    assert names(launches)[0] == DILATED
     z = (tensors["scale"] * tensors["bias"] + tensors["shift"])[:, None, None] + tensors["residual"]
     border = torch.ones(8, 7, dtype=torch.bool)
     border[2:6, 2:5] = False

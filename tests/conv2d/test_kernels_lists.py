@@ -7,8 +7,8 @@ import segfast
 from segfast.functional import conv2d, parallel_conv2d
 from tests.conv2d.reference import (
     DENSE,
+    DILATED,
     VECTORS,
-    ZONED,
     aspp,
     check_images,
     check_parallel,
@@ -114,7 +114,7 @@ def test_branches_are_as_if_run_one_by_one(name, split):
     tensors = aspp((2, 16, 2, 3), filters, kernels, channels_last=split == 1)
     with tiles(split=split), launched() as launches:
         check_parallel(tensors, dilations, "hardswish")
-    branches = [launch.constants["BRANCHES"] for launch in launches if launch.kernel.__name__ == ZONED]
+    branches = [launch.constants["BRANCHES"] for launch in launches if launch.kernel.__name__ == DILATED]
     # At the end the launch for all; branches of as many filters go together, five at the most.
     last = {"ASPP": [4], "one": [1], "widths apart": [2, 1, 1], "six": [5, 1]}[name]
     assert branches[-len(last) :] == last

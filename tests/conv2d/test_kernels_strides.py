@@ -15,7 +15,7 @@ from segfast.kernels.conv2d._zones import executed_taps
 from segfast.kernels.conv2d.dilated import branch_of
 from tests import far_apart
 from tests.conformance.test_strides import view
-from tests.conv2d.reference import DENSE, ZONED, check_conv2d, launched, names, operands, tiles
+from tests.conv2d.reference import DENSE, DILATED, check_conv2d, launched, names, operands, tiles
 from tests.fused_conv import draw
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_empty", "checked_launches")]
@@ -52,11 +52,11 @@ def test_alignment_is_promised_and_kept(channels, geometry, checked_hints):
 @pytest.mark.parametrize(
     ("path", "form"),
     [("fold", form) for form in ("rows apart", "spatial slice", "nchw")]
-    + [("zoned", form) for form in ("rows apart", "channel slice", "spatial slice", "transposed")],
+    + [("dilated", form) for form in ("rows apart", "channel slice", "spatial slice", "transposed")],
 )
 def test_images_residuals_and_gradients_of_any_strides(form, path, monkeypatch):
-    channels = {"fold": 3, "zoned": 16}[path]
-    if path == "zoned":
+    channels = {"fold": 3, "dilated": 16}[path]
+    if path == "dilated":
         monkeypatch.setattr("segfast.kernels.conv2d.forward._WORTHWHILE", float("inf"))
     geometry = {"padding": 1, "stride": 2} if path == "fold" else {"padding": 1}
     x = view(form, (2, channels, 2, 3))
@@ -70,7 +70,7 @@ def test_images_residuals_and_gradients_of_any_strides(form, path, monkeypatch):
     with tiles(), segfast.backend("triton"), launched() as launches:
         actual = conv2d(*ours, **geometry, residual=residual)
         grads = torch.autograd.grad(actual, ours, g)
-    assert names(launches)[0] == (ZONED if path == "zoned" else DENSE)
+    assert names(launches)[0] == (DILATED if path == "dilated" else DENSE)
     for result, reference in zip((actual, *grads), (expected, *expected_grads), strict=True):
         torch.testing.assert_close(result, reference, atol=5e-5, rtol=2e-5)
 
@@ -168,7 +168,7 @@ def test_the_zoned_kernel_multiplies_what_the_table_says(dots):
         dots.clear()
         with tiles(split=split), segfast.backend("triton"), launched() as launches:
             conv2d(**tensors, **geometry)
-        assert names(launches)[0] == ZONED
+        assert names(launches)[0] == DILATED
         # Two blocks of channels come in, two of filters go out.
         assert 16 * len(dots) == executed_taps(branch, 2, 16) * 2 * 2
 
@@ -230,10 +230,10 @@ _FAR_APART = textwrap.dedent("""
     torch.manual_seed(0)
     for axis in (0, 2, 3):  # images, rows, columns
         print("axis", axis, flush=True)
-        run(4, (4, 3), 3, 2, 1, 1, "_conv2d_forward_kernel")
-        run(16, (4, 3), 2, 1, 1, 3, "_conv2d_forward_kernel")
-        run(16, (4, 3), 3, 1, 3, 1, "_conv2d_zoned_kernel")
-        run(16, (2, 3), 3, 1, 2, 2, "_conv2d_zoned_kernel")
+        run(4, (4, 3), 3, 2, 1, 1, "_conv2d_dense_kernel")
+        run(16, (4, 3), 2, 1, 1, 3, "_conv2d_dense_kernel")
+        run(16, (4, 3), 3, 1, 3, 1, "_conv2d_dilated_kernel")
+        run(16, (2, 3), 3, 1, 2, 2, "_conv2d_dilated_kernel")
     print("same")
 """)
 

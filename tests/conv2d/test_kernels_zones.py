@@ -10,7 +10,7 @@ from segfast import kernels
 from segfast.kernels.conv2d import forward as forward_module
 from segfast.kernels.conv2d._zones import FIELDS, executed_taps, pieces, useful_taps, work_table
 from segfast.kernels.conv2d.dilated import branch_of
-from tests.conv2d.reference import DENSE, ZONED, names
+from tests.conv2d.reference import DENSE, DILATED, names
 
 # (size, kernel, stride, padding, dilation) of an axis.
 AXES = [
@@ -185,10 +185,10 @@ def launches_of(batch, channels, filters, side, kernel, padding, dilation, *, st
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        ((8, 2048, 256, 33, 3, 6, 6), ZONED),
-        ((8, 2048, 256, 65, 3, 36, 36), ZONED),
-        ((1, 2048, 256, 33, 3, 12, 12), ZONED),
-        ((1, 2048, 256, 33, 3, 18, 18), ZONED),
+        ((8, 2048, 256, 33, 3, 6, 6), DILATED),
+        ((8, 2048, 256, 65, 3, 36, 36), DILATED),
+        ((1, 2048, 256, 33, 3, 12, 12), DILATED),
+        ((1, 2048, 256, 33, 3, 18, 18), DILATED),
         ((8, 64, 64, 570, 3, 0, 1), DENSE),
         ((8, 256, 256, 65, 3, 2, 2), DENSE),
         ((8, 512, 512, 64, 1, 0, 1), DENSE),

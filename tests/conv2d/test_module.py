@@ -10,8 +10,7 @@ from torch import nn
 
 import segfast
 from segfast.nn import Conv2d, ConvBNAct
-from segfast.nn._fused import separable
-from tests.fused_conv import ACTIVATIONS, draw
+from tests.fused_conv import REFERENCE_ACTIVATIONS, draw
 from tests.separable_conv2d.test_module import results, trained
 
 # out_channels, kernel_size, stride, padding, dilation, groups, bias; in_channels is 6.
@@ -26,11 +25,6 @@ GEOMETRY = {
     "valid": (4, 3, 2, "valid", 2),
 }
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
-
-@pytest.fixture
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
 
 
 def twins(*args, **options):
@@ -75,13 +69,13 @@ class TestConv2d:
             results(ours, x, list(ours.parameters())), results(theirs, x, list(theirs.parameters()))
         )
 
-    @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a is not None])
+    @pytest.mark.parametrize("activation", [a for a in REFERENCE_ACTIVATIONS if a is not None])
     def test_activations(self, activation):
         theirs, _ = twins(4, 3, dilation=2)
         ours = Conv2d(6, 4, 3, dilation=2, activation=activation, negative_slope=0.2)
         ours.load_state_dict(theirs.state_dict(), strict=True)
         x = 3 * draw(2, 6, 9, 8)
-        torch.testing.assert_close(ours(x), ACTIVATIONS[activation](theirs(x)))
+        torch.testing.assert_close(ours(x), REFERENCE_ACTIVATIONS[activation](theirs(x)))
         assert f"activation={activation}" in repr(ours)
         assert ("negative_slope=0.2" in repr(ours)) == (activation == "leaky_relu")
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import segfast
 from segfast.functional import conv2d
-from tests.conv2d.reference import DENSE, ZONED, check_conv2d, launched, names, tiles
+from tests.conv2d.reference import DENSE, DILATED, check_conv2d, launched, names, tiles
 from tests.fused_conv import BACKENDS, draw, precisions_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
@@ -141,7 +141,7 @@ def test_large_rates_go_by_zones_from_the_functional(poisoned_empty):
     with tiles(), segfast.backend("triton"), launched() as launches:
         y = conv2d(x, w, padding=6, dilation=6)
         grads = torch.autograd.grad(y, (x, w), g)
-    assert names(launches)[:2] == [ZONED] * 2
+    assert names(launches)[:2] == [DILATED] * 2
     expected = F.conv2d(x, w, padding=6, dilation=6)
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, (x, w), g), atol=1e-4, rtol=1e-4)
@@ -160,7 +160,7 @@ def test_a_remembered_call_by_zones_computes_anew(poisoned_empty, checked_launch
                 y = conv2d(x, w, bias, **geometry, activation="relu")
                 expected = F.relu(F.conv2d(x, w, bias, **geometry))
                 torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
-    assert set(names(launches)) == {DENSE, ZONED}
+    assert set(names(launches)) == {DENSE, DILATED}
     x, w = draw(1, 16, 3, 3, channels_last=True), draw(8, 16, 3, 3, channels_last=True)
     with tiles():
         found = precisions_of(lambda: conv2d(x, w, padding=9, dilation=9))

@@ -9,7 +9,7 @@ import torch
 
 import segfast
 from segfast.nn import ConvTranspose2d
-from tests.fused_conv import ACTIVATIONS, draw
+from tests.fused_conv import REFERENCE_ACTIVATIONS, draw
 
 OPTIONS = {
     "plain": (6, 4, 3),
@@ -142,7 +142,7 @@ def test_the_dtype_keyword(dtype):
 
 
 @pytest.mark.parametrize("args", [OPTIONS["output_padding"], OPTIONS["groups"]], ids=["dense", "groups"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", REFERENCE_ACTIVATIONS)
 def test_the_activation_follows_the_convolution(activation, args):
     options = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
     theirs, _ = twins(*args)
@@ -152,7 +152,7 @@ def test_the_activation_follows_the_convolution(activation, args):
     x = 4 * draw(2, 6, 5, 4)
     y, grads = results(ours, x)
     x.requires_grad_()
-    expected = ACTIVATIONS[activation](theirs(x))
+    expected = REFERENCE_ACTIVATIONS[activation](theirs(x))
     loss = (expected * draw(*expected.shape, seed=3)).sum()
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(grads, torch.autograd.grad(loss, [x, *theirs.parameters()]))

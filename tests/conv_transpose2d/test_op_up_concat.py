@@ -9,7 +9,7 @@ import torch
 import segfast
 from segfast.functional import up_concat
 from tests.conformance.families import define_up_concat as reference
-from tests.fused_conv import ACTIVATIONS, BACKENDS, INTERPRETING_ONLY, draw
+from tests.fused_conv import BACKENDS, INTERPRETING_ONLY, REFERENCE_ACTIVATIONS, draw
 from tests.tolerances import assert_close_to_reference
 
 # x's and the skip's height and width, kernel, stride, padding.
@@ -77,7 +77,7 @@ def test_is_crop_output_size_and_cat(step, channels_last, backend, poisoned_empt
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+@pytest.mark.parametrize("activation", [name for name in REFERENCE_ACTIVATIONS if name])
 def test_the_activation_is_for_up_alone(activation, backend, poisoned_empty):
     with segfast.backend(backend):
         check("k2s2 one side cropped, the other grown", activation=activation)

@@ -14,7 +14,7 @@ from segfast.kernels.dense_crf import (
 from segfast.kernels.dense_crf import lists as lists_module
 from segfast.kernels.dense_crf.lists import make_lists, make_units
 from segfast.kernels.dense_crf.order import hilbert_keys
-from segfast.kernels.dense_crf.tiles import make_tiles
+from segfast.kernels.dense_crf.sorted_points import gather_points
 
 pytestmark = pytest.mark.interpreter
 
@@ -151,7 +151,7 @@ def test_the_farthest_tiles_go_where_the_tolerance_just_allows_it(places, is_sha
 
     def kept(tolerance):
         """The column tiles of the first row tile."""
-        lists, counts = make_lists(make_tiles(features, order, len(places)), 1, len(places), tolerance)
+        lists, counts = make_lists(gather_points(features, order, len(places)), 1, len(places), tolerance)
         return set(lists[0, : counts[0]].tolist())
 
     tiles = set(range(len(places) // 64))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import segfast.functional as SF
 
-from ..fused_conv import ACTIVATIONS, fused
+from ..fused_conv import REFERENCE_ACTIVATIONS, fused
 from .tester import Case, check, check_once, check_rounding_to_tf32
 
 pytestmark = pytest.mark.device
@@ -82,7 +82,9 @@ def parallel(input, channels_out, dilations, kernels, /, *, activation=None, **l
             F.conv2d(input, w, None, 1, d * (w.shape[2] // 2), d)
             for w, d in zip(weights, dilations, strict=True)
         ]
-        return ACTIVATIONS[activation](torch.cat(y, 1) * scale[:, None, None] + shift[:, None, None])
+        return REFERENCE_ACTIVATIONS[activation](
+            torch.cat(y, 1) * scale[:, None, None] + shift[:, None, None]
+        )
 
     return Case(ours, plain, shapes, layouts, activation)
 
@@ -123,7 +125,7 @@ def up_concat(input, skip, weight, /, *, activation=None, **layouts) -> Case:
 
     def plain(tensors, activation):
         input, skip, weight, bias = tensors.values()
-        up = ACTIVATIONS[activation](F.conv_transpose2d(input, weight, bias, step, 0, extra))
+        up = REFERENCE_ACTIVATIONS[activation](F.conv_transpose2d(input, weight, bias, step, 0, extra))
         return torch.cat([cropped([skip], *up.shape[2:]), up], 1)
 
     return Case(ours, plain, shapes, layouts, activation)

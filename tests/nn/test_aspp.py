@@ -11,7 +11,6 @@ from torch import nn
 import segfast
 from segfast.commands._load_model import import_torchvision
 from segfast.nn import ASPP, DepthwiseConv2d
-from segfast.nn._fused import separable as separable_module
 from segfast.nn._fused.aspp import FusedASPP
 from tests.fused_conv import draw
 from tests.separable_conv2d.test_module import results, trained
@@ -19,9 +18,7 @@ from tests.separable_conv2d.test_module import results, trained
 RATES = (2, 3, 5)
 
 
-@pytest.fixture(autouse=True)
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable_module, "_PAYS_ON_CPU", 0)
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as TF
 
 import segfast
-from segfast.ops import _choice, _cpu, _measure, _remembered
+from segfast.ops import _choice, _cpu, _measure, _prepared_weights
 from segfast.ops._call import CANDIDATES, Call
 from segfast.ops._choice import ATEN, Choice, choices
 from tests.ops.test_choice_candidates import CALLS, CONV2D
@@ -301,11 +301,11 @@ class TestDispatch:
     def test_what_was_prepared_goes_with_its_weight(self):
         x, w, b = self._args()
         self._remember(CONV2D, "onednn")
-        before = len(_remembered._kept)
+        before = len(_prepared_weights._kept)
         self._conv2d(x, w, b)
-        assert len(_remembered._kept) == before + 1
+        assert len(_prepared_weights._kept) == before + 1
         del w
-        assert len(_remembered._kept) == before
+        assert len(_prepared_weights._kept) == before
 
     def test_in_inference_mode_and_on_threads(self):
         args = self._args()
@@ -422,4 +422,4 @@ def test_calls_that_are_only_listed_are_not_computed():
     assert not y.any()
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(known, y)
-    assert _remembered._kept[id(w)].made  # for the next call
+    assert _prepared_weights._kept[id(w)].made  # for the next call

@@ -10,7 +10,7 @@ from tests.fused_conv import draw
 from tests.separable_conv2d.test_module import trained
 
 C = 6
-ACTIVATIONS = [
+ACTIVATION_MODULES = [
     nn.ReLU(),
     nn.ReLU(inplace=True),
     nn.ReLU6(inplace=True),

@@ -10,7 +10,7 @@ from torch import nn
 
 import segfast
 from segfast.commands._load_model import import_torchvision
-from segfast.nn._fused import separable as separable_module
+from segfast.nn._fused import eager
 from segfast.nn._fused.aspp import FusedASPP
 from tests.fused_conv import draw
 from tests.optimize.separable_networks import reasons, same
@@ -212,7 +212,7 @@ def test_the_features_are_transformed_once(x):
 
 
 def test_small_images_on_a_cpu_run_layer_by_layer(monkeypatch, x):
-    monkeypatch.setattr(separable_module, "_PAYS_ON_CPU", 2**15)
+    monkeypatch.setattr(eager, "_LEAST_ELEMENTS", 2**15)
     model = segfast.optimize(trained(torchvisions()).eval())
     assert not is_fused(model, x)
     assert is_fused(model, draw(1, C, 75, 75))

@@ -11,7 +11,7 @@ from segfast.nn import Conv2d, ConvTranspose2d
 from segfast.nn._fused.folding import folded_filter
 from tests.fused_conv import draw
 from tests.optimize.separable_networks import (
-    ACTIVATIONS,
+    ACTIVATION_MODULES,
     Block,
     depthwise,
     operations,
@@ -78,7 +78,7 @@ def test_a_transposed_filter_with_its_norm_in_it(make):
         torch.testing.assert_close(conv(x), expected)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATION_MODULES, ids=str)
 @pytest.mark.parametrize("make", [CONVOLUTIONS["3x3"], TRANSPOSED["groups"]], ids=["conv", "transposed"])
 def test_every_activation(activation, make, x):
     model = optimized(block(make(), copy.deepcopy(activation)))

@@ -8,7 +8,7 @@ from torch import nn
 
 import segfast
 from segfast.commands._load_model import import_torchvision
-from segfast.nn._fused import separable
+from segfast.nn._fused import eager
 from segfast.nn._fused.residual_block import Block
 from tests.fused_conv import draw
 from tests.optimize.separable_networks import operations, reasons, same
@@ -250,7 +250,7 @@ def test_a_shortcut_that_is_broadcast(monkeypatch):
 
 @pytest.mark.parametrize(("size", "fused"), [(63, False), (64, True)])
 def test_small_images_on_a_cpu_run_layer_by_layer(size, fused, monkeypatch):
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 2**15)
+    monkeypatch.setattr(eager, "_LEAST_ELEMENTS", 2**15)
     model = segfast.optimize(trained(bottleneck(2)).eval())
     assert is_fused(model, draw(8, C, size, 64), monkeypatch) is fused
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 import segfast
 from tests.fused_conv import draw
 from tests.optimize.separable_networks import (
-    ACTIVATIONS,
+    ACTIVATION_MODULES,
     Block,
     C,
     Net,
@@ -50,7 +50,7 @@ def test_batch_norm_is_fused_in_eval_only(x):
     assert operations(model.eval(), x) == ["separable_conv2d"]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATION_MODULES, ids=str)
 def test_every_activation(activation, x):
     model = optimized(Block(copy.deepcopy(activation)), x)
     assert operations(model, x) == ["separable_conv2d"]

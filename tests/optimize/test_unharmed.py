@@ -8,7 +8,7 @@ from torch import nn
 
 import segfast
 from segfast._optimize.verify import undisturbed
-from segfast.ops import _measure, _remembered
+from segfast.ops import _measure, _prepared_weights
 from segfast.ops._call import CANDIDATES
 from tests.optimize.measured_network import Net
 from tests.optimize.measured_network import image as _image
@@ -179,9 +179,9 @@ def test_nothing_is_kept_for_a_model_left_alone(wins, model_takes):
 
     wins("onednn")
     model_takes(2, 2, 3)
-    prepared, made = dict(_remembered._kept), sum(map(len, ready._made.values()))
+    prepared, made = dict(_prepared_weights._kept), sum(map(len, ready._made.values()))
     net = segfast.optimize(_net(), _image(), inplace=True)
-    assert _remembered._kept.keys() <= prepared.keys()
+    assert _prepared_weights._kept.keys() <= prepared.keys()
     assert sum(map(len, ready._made.values())) <= made
     assert net is not None
 

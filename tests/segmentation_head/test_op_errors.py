@@ -14,7 +14,7 @@ from tests.fused_conv import BACKENDS, INTERPRETING_ONLY, draw
 @pytest.fixture(autouse=True)
 def tiles_for_all(monkeypatch):
     """Tiles on a CPU, however little there is to compute."""
-    monkeypatch.setattr(chunked, "pays", lambda *call: True)
+    monkeypatch.setattr(chunked, "worth_tiling", lambda *call: True)
 
 
 def _logits(*shape, **options):

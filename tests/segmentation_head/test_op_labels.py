@@ -24,7 +24,7 @@ LOSSES = {
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    monkeypatch.setattr(chunked, "pays", lambda *call: request.param == "tiles")
+    monkeypatch.setattr(chunked, "worth_tiling", lambda *call: request.param == "tiles")
     with segfast.backend("triton" if request.param == "kernels" else "aten"):
         yield request.param
 

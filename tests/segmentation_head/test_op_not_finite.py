@@ -22,7 +22,7 @@ from tests.segmentation_head.reference import (
 @pytest.fixture(autouse=True)
 def tiles_for_all(monkeypatch):
     """Tiles on a CPU, however little there is to compute."""
-    monkeypatch.setattr(chunked, "pays", lambda *call: True)
+    monkeypatch.setattr(chunked, "worth_tiling", lambda *call: True)
 
 
 def same(actual, expected):

@@ -72,7 +72,7 @@ def test_the_fused_product_uses_the_matrix_unit_without_a_wait_for_each_tap(rows
 def test_hopper_runs_256_outputs_fused_and_728_as_two_kernels(rows):
     assert find(rows, "sm_90", "decoder_sep_256 separable", "fused").tile.endswith("fused")
     pair = {row.kernel for row in rows if (row.arch, row.case) == ("sm_90", "middle_sep_728 separable")}
-    assert pair == {"depthwise_conv2d_rows", "conv2d_forward"}
+    assert pair == {"depthwise_conv2d_rows", "conv2d_dense"}
 
 
 def test_the_sums_of_each_image_do_not_spill_on_blackwell():

@@ -6,7 +6,7 @@ import torch
 import segfast
 from segfast.functional import depthwise_conv2d, separable_conv2d
 from segfast.kernels import _launch, _tiles, record_launches
-from tests.fused_conv import ACTIVATIONS, check_layer, draw
+from tests.fused_conv import REFERENCE_ACTIVATIONS, check_layer, draw
 from tests.separable_conv2d.reference import (
     VECTORS,
     check_depthwise,
@@ -105,7 +105,7 @@ def test_half_precision_accumulates_in_fp32(name):
     check_depthwise(tensors, activation="silu", **geometry)
 
 
-@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a])
+@pytest.mark.parametrize("activation", [a for a in REFERENCE_ACTIVATIONS if a])
 def test_every_activation_with_a_full_epilogue(activation):
     check_depthwise(depthwise_operands((1, 3, 3, 2), vectors=VECTORS), activation=activation, padding=1)
 
@@ -175,7 +175,7 @@ def statistics(part):
         return depthwise_conv2d(**arguments, return_statistics=True)[part]
 
     def definition(input, weight, bias=None, *, activation=None, **geometry):
-        y = ACTIVATIONS[activation](plain_depthwise(input, weight, bias, **geometry))
+        y = REFERENCE_ACTIVATIONS[activation](plain_depthwise(input, weight, bias, **geometry))
         y = y if y.dtype == torch.float64 else y.float()
         return y.sum((2, 3)) if part == 1 else y.square().sum((2, 3))
 
@@ -298,7 +298,7 @@ def test_separable_in_half_precision(name, form):
         check_separable(tensors, "relu", "hardswish", **geometry)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", REFERENCE_ACTIVATIONS)
 def test_separable_with_every_activation(activation):
     tensors = separable_operands((1, 3, 3, 2), 3, residual_shape=(1, 3, 3, 2))
     # Two forms, and the halves of each activation's backward: kept results and computed ones.
@@ -332,7 +332,7 @@ def test_each_form_is_what_it_says():
     tensors = separable_operands((1, 4, 3, 3), 3)
     for form, kernels in (
         ("fused", ["_separable_conv2d_fused_kernel"]),
-        ("two kernels", ["_depthwise_conv2d_rows_kernel", "_conv2d_forward_kernel"]),
+        ("two kernels", ["_depthwise_conv2d_rows_kernel", "_conv2d_dense_kernel"]),
     ):
         with in_form(form), record_launches() as launches, segfast.backend("triton"), torch.no_grad():
             separable_conv2d(**tensors)
@@ -363,7 +363,7 @@ def test_special_values_pass_as_torch_lets_them():
     specials = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1e30, -1e30]
     x = torch.tensor(specials)[None, None, None]
     one = torch.ones(1, 1, 1, 1)
-    for activation, reference in ACTIVATIONS.items():
+    for activation, reference in REFERENCE_ACTIVATIONS.items():
         options = {"activation": activation, "negative_slope": 0.2}
         with segfast.backend("triton"):
             y = depthwise_conv2d(x, one, **options)

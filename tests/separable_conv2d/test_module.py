@@ -11,8 +11,8 @@ from torch import nn
 
 import segfast
 from segfast.nn import DepthwiseConv2d, InvertedResidual, SeparableConv2d
-from segfast.nn._fused import folding, separable
-from tests.fused_conv import ACTIVATIONS, draw
+from segfast.nn._fused import eager, folding
+from tests.fused_conv import REFERENCE_ACTIVATIONS, draw
 
 # out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode; in_channels is 6.
 GEOMETRY = {
@@ -56,14 +56,12 @@ def trained(module):
 
 def one_by_one(block, x, residual=None):
     """The result of a `SeparableConv2d`, from its layers by themselves."""
-    x = ACTIVATIONS[block.depthwise_activation](block.bn_dw(block.conv_dw(x)))
+    x = REFERENCE_ACTIVATIONS[block.depthwise_activation](block.bn_dw(block.conv_dw(x)))
     x = block.bn_pw(block.conv_pw(x))
-    return ACTIVATIONS[block.activation](x if residual is None else x + residual)
+    return REFERENCE_ACTIVATIONS[block.activation](x if residual is None else x + residual)
 
 
-@pytest.fixture(autouse=True)
-def fused_at_any_size(monkeypatch):
-    monkeypatch.setattr(separable, "_PAYS_ON_CPU", 0)
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 
 
 class TestDepthwise:
@@ -97,14 +95,14 @@ class TestDepthwise:
         expected, actual = (results(m, draw(*shape), m.parameters()) for m in (theirs, ours))
         torch.testing.assert_close(actual, expected)
 
-    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("activation", REFERENCE_ACTIVATIONS)
     def test_the_activation_follows(self, activation):
         slope = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
         ours = DepthwiseConv2d(6, 6, 3, activation=activation, **slope)
         theirs = nn.Conv2d(6, 6, 3, groups=6)
         theirs.load_state_dict(ours.state_dict(), strict=True)
         x = 4 * draw(2, 6, 5, 5)
-        expected = results(lambda x: ACTIVATIONS[activation](theirs(x)), x, theirs.parameters())
+        expected = results(lambda x: REFERENCE_ACTIVATIONS[activation](theirs(x)), x, theirs.parameters())
         torch.testing.assert_close(results(ours, x, ours.parameters()), expected)
 
     def test_a_torch_layer_becomes_one_by_its_class(self):
@@ -208,7 +206,7 @@ class TestSeparable:
         assert len(seen) == 1
 
     def test_small_images_on_the_cpu_run_one_by_one(self, monkeypatch):
-        monkeypatch.setattr(separable, "_PAYS_ON_CPU", 6 * 8 * 8)
+        monkeypatch.setattr(eager, "_LEAST_ELEMENTS", 6 * 8 * 8)
         block = self.block().eval()
         operations = [segfast.explain(block, draw(1, 6, n, 8))[0].operation for n in (7, 8)]
         assert operations == ["depthwise_conv2d", "separable_conv2d"]
@@ -431,10 +429,10 @@ class TestInvertedResidual:
             block.conv[0] = Twice(*block.conv[0])
         torch.testing.assert_close(block(x), block.conv(x))
 
-    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("activation", REFERENCE_ACTIVATIONS)
     def test_every_activation(self, activation):
         block = trained(InvertedResidual(4, 4, expand_ratio=2, activation=activation)).eval()
-        act = ACTIVATIONS[activation]
+        act = REFERENCE_ACTIVATIONS[activation]
         if activation == "leaky_relu":
             act = nn.functional.leaky_relu  # at torch's slope
         expansion, depthwise, projection, norm = block.conv
@@ -461,7 +459,7 @@ class TestInvertedResidual:
 def test_the_activation_modules_are_the_functions():
     from segfast.nn._activation import activation_module, activation_name
 
-    for name, slope in itertools.product(ACTIVATIONS, (0.01, 0.2)):
+    for name, slope in itertools.product(REFERENCE_ACTIVATIONS, (0.01, 0.2)):
         module = activation_module(name, slope)
         known, found = activation_name(module)
         assert known == name and (name != "leaky_relu" or found == slope)

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from segfast.nn import Conv2d
 from segfast.nn._fused.conv import FusedConv
-from segfast.nn._fused.eager import only_forward
+from segfast.nn._fused.eager import only_forward, worth_fusing
 from segfast.nn._fused.folding import Remembers
-from segfast.nn._fused.separable import pays
 
 from ._base import Encoder, scaled, strides_and_dilations
 
 # Blocks of each of the four layers, by depth.
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 EXPANSION = 4
-# See `pays`: a block's three convolutions write half as many elements as its input has, on average, and each
-# counts for a quarter, as in `FusedConv.growth`.
+# See `worth_fusing`: a block's three convolutions write half as many elements as its input has, on average,
+# and each counts for a quarter, as in `FusedConv.growth`.
 _GROWTH = 1 / 8
 
 
@@ -47,7 +46,7 @@ class Bottleneck(Remembers):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        fused_layers = self._fused() if pays(input, _GROWTH) else None
+        fused_layers = self._fused() if worth_fusing(input, _GROWTH) else None
         if fused_layers is not None:
             first, second, third, shortcut = fused_layers
             identity = input if shortcut is None else shortcut.run(input)
@@ -130,7 +129,7 @@ class ResNetEncoder(Remembers, Encoder):
 
     def forward(self, input: Tensor) -> list[Tensor]:
         stem = FusedConv(self.conv1, self.bn1, "relu")
-        if pays(input) and stem.is_eligible():
+        if worth_fusing(input) and stem.is_eligible():
             x = stem.run(input)
         else:
             x = F.relu(self.bn1(self.conv1(input)), inplace=True)

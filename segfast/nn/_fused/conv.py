@@ -36,7 +36,7 @@ class FusedConv(NamedTuple):
         return self.norm is None
 
     def growth(self) -> float:
-        """By what to multiply the input's elements before asking whether the operator `pays`.
+        """By what to multiply the input's elements before asking whether it is `worth_fusing`.
 
         What is saved is passes over the output; a quarter of those count. On a CPU none is, where no norm is:
         ATen's activation is written over the convolution's result as ours is.

@@ -1,15 +1,33 @@
-"""Layers that may be computed together: nobody looks in between, and nothing is lost by it."""
+"""Layers that may be computed together: nobody looks in between, nothing is lost by it, and it saves time."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...ops._aten_only import fusion_could_help
 from ...ops._backend import _INTERPRETING
 from .folding import runs_eagerly
 
 # In the __dict__ of a module whose forward calls fused sequences.
 CALLER = "_segfast_caller"
 _LOSSLESS = (torch.float32, torch.float64)
+# Of an input on a CPU: below, the operator's own overhead may show.
+_LEAST_ELEMENTS = 2**15
 global_hooks = torch.nn.modules.module._has_any_global_hook
+
+
+def worth_fusing(input: Any, growth: float = 1) -> bool:
+    """True if one operator is worth asking for: ATen is done with small images before it is put together.
+
+    It is where something of ours, of cuDNN's or of oneDNN's could compute it. `growth` is how many times
+    larger the images are that count. False for what is no tensor: `torch.fx` traces the layers one by one.
+    """
+    if not isinstance(input, Tensor):
+        return False
+    if torch.compiler.is_compiling() or fusion_could_help(input):
+        return True
+    return input.is_cpu and input.numel() * growth >= _LEAST_ELEMENTS
 
 
 def only_forward(module: nn.Module) -> bool:

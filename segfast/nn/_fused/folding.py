@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...ops._backend import note_origin
 from ...ops._captured import is_captured, renewed
 from ...ops._choice import forget_prepared
-from ...ops._remembered import watch
+from ...ops._prepared_weights import watch
 from .._activation import activation_name
 from .._rules import own_class
 from .._scripting import Unscriptable

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ...ops._aten_only import fusion_could_help
 from .._activation import activation_name
 from .conv import FusedConv
-from .eager import only_forward
+from .eager import only_forward, worth_fusing
 from .folding import activation_of_norm, is_batch_norm
-from .separable import FusedSeparable, is_convolution, is_pointwise, pays
+from .separable import FusedSeparable, is_convolution, is_pointwise
 
 FusedLayer = FusedConv | FusedSeparable
 
@@ -73,10 +73,10 @@ def run_layers(layers: Sequence[nn.Module], input: Any) -> Any:
     first = input if isinstance(input, Tensor) or not input else input[0]
     # Without a norm nothing is saved by ATen on a CPU.
     normed = any([isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) for layer in layers])
-    if pays(first, 8) and (normed or torch.compiler.is_compiling() or fusion_could_help(first)):
+    if worth_fusing(first, 8) and (normed or torch.compiler.is_compiling() or fusion_could_help(first)):
         fused = fused_layer(layers)
         takes = isinstance(fused, FusedConv) or (fused is not None and first is input)
-        if fused is not None and takes and pays(first, fused.growth()) and fused.is_eligible():
+        if fused is not None and takes and worth_fusing(first, fused.growth()) and fused.is_eligible():
             return fused.run(input)
     for layer in layers:
         input = layer(input)

@@ -18,7 +18,7 @@ from ...ops._call import CANDIDATES, Call, Candidate
 from ...ops._choice import ATEN, PLAIN, standing
 from ...ops._epilogue import activate_
 from ...ops._operator import autocast_dtype
-from ...ops._remembered import watch
+from ...ops._prepared_weights import watch
 from ...ops.conv_transpose2d.bilinear import channelwise_factors
 from .eager import folds_filters, global_hooks, only_forward
 from .folding import folded_filter, folds

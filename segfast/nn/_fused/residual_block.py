@@ -19,8 +19,8 @@ from .layers import is_convolution
 from .sequence import runs_fused
 from .swap import FusedModule, fused_class, runs_in_eval
 
-# Convolutions, and what they write compared to the block's input, on average: see `pays`. A quarter of that
-# counts, as in `FusedConv.growth`.
+# Convolutions, and what they write compared to the block's input, on average: see `worth_fusing`. A quarter
+# of that counts, as in `FusedConv.growth`.
 _KINDS = {
     "torchvision.models.resnet.BasicBlock": (2, 1),
     "torchvision.models.resnet.Bottleneck": (3, 1 / 2),

@@ -2,31 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ... import functional as F
-from ...ops._aten_only import fusion_could_help
 from .._rules import own_class
 from .eager import folds_filters, global_hooks, only_forward
 from .folding import folded, folded_filter, folds
 from .ready import Ready, Stage, ready
-
-# Elements of the input: below, the operator's own overhead may show.
-_PAYS_ON_CPU = 2**15
-
-
-def pays(input: Any, growth: float = 1) -> bool:
-    """True if one operator is worth asking for: ATen is done with small images before it is put together.
-
-    It is where something of ours, of cuDNN's or of oneDNN's could compute it. `growth` is how many times
-    larger the images are that count. False for what is no tensor: `torch.fx` traces the layers one by one.
-    """
-    if not isinstance(input, Tensor):
-        return False
-    if torch.compiler.is_compiling() or fusion_could_help(input):
-        return True
-    return input.is_cpu and input.numel() * growth >= _PAYS_ON_CPU
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -79,7 +61,7 @@ class FusedSeparable(NamedTuple):
         return self.norm is None and self.pointwise_norm is None
 
     def growth(self) -> float:
-        """By what to multiply the input's elements before asking whether the operator `pays`."""
+        """By what to multiply the input's elements before asking whether it is `worth_fusing`."""
         return 1
 
     def is_eligible(self) -> bool:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .._rules import own_class
-from .eager import CALLER, only_forward
+from .eager import CALLER, only_forward, worth_fusing
 from .folding import runs_eagerly
 from .layers import FusedLayer
-from .separable import pays
 from .swap import FusedModule, fused_class
 
 # In the __dict__ of a sequence's layers, and of an `nn.Sequential` that calls sequences itself: by position.
@@ -247,13 +246,13 @@ def sequence_of(module: nn.Module) -> FusedSequence | None:
 
 
 def runs_fused(input: Any, growth: float = 1) -> bool:
-    """True if something fused is to run on `input`: where it pays, or as `fusing` says."""
-    return pays(input, growth) if _threads.forced is None else _threads.forced
+    """True if something fused is to run on `input`: where it is worth it, or as `fusing` says."""
+    return worth_fusing(input, growth) if _threads.forced is None else _threads.forced
 
 
 @contextmanager
 def fusing(forced: bool) -> Iterator[None]:
-    """In this thread, sequences are fused where they can be, or nowhere, whether it pays or not."""
+    """In this thread, sequences are fused where they can be, or nowhere, worth it or not."""
     _threads.forced = forced
     try:
         yield
@@ -265,7 +264,7 @@ def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling() or getattr(module, "_is_replica", False) or not runs_eagerly():
         return
     # Channels grow by 6 in the blocks of MobileNets: no sequence in here will be worth it.
-    if _threads.forced is None and len(args) == 1 and not pays(args[0], 8):
+    if _threads.forced is None and len(args) == 1 and not worth_fusing(args[0], 8):
         return
     caller = vars(module)[CALLER]
     _threads.runs[caller] = _Run(sys._getframe(1), _threads.runs.get(caller))

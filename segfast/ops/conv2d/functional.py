@@ -14,7 +14,7 @@ from .._geometry import output_size, resolve_padding
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
 from .._operator import _functorch_active, autocast_dtype, cast_operands
-from .._remembered import cast
+from .._prepared_weights import cast
 from ..separable_conv2d.functional import depthwise_conv2d
 from . import concat
 from .geometry import check_images, cropped

@@ -22,7 +22,7 @@ from .._operator import (
     launch_first,
     needs_autograd,
 )
-from .._remembered import cast
+from .._prepared_weights import cast
 from .operators import CONV2D
 
 

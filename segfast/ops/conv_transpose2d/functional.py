@@ -10,7 +10,7 @@ from .._epilogue import apply_epilogue, check_activation, check_epilogue
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
 from .._operator import autocast_dtype, cast_operands
-from .._remembered import cast
+from .._prepared_weights import cast
 from .bilinear import channelwise_factors, upsample_separable
 from .geometry import check_conv_transpose2d
 from .operators import CONV_TRANSPOSE2D

@@ -24,7 +24,7 @@ from .._operator import (
     launch_first,
     needs_autograd,
 )
-from .._remembered import cast
+from .._prepared_weights import cast
 from .functional import conv_transpose2d
 from .geometry import check_conv_transpose2d
 from .operators import CONV_TRANSPOSE2D

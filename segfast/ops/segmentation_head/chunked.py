@@ -26,7 +26,7 @@ LEAST_LOGITS = {"upsample_cross_entropy": 1 << 18, "upsample_dice": 1 << 14, "up
 LOW_COLUMNS = 16  # of a tile: a product costs as many multiply-adds a logit, and few make it slow
 
 
-def pays(operation: str, logits: Tensor, size: tuple[int, int]) -> bool:
+def worth_tiling(operation: str, logits: Tensor, size: tuple[int, int]) -> bool:
     """True if tiles are worth it beside torch's functions one by one, on full-size logits."""
     batch, classes = logits.shape[:2]
     if operation == "upsample_cross_entropy" and classes < LEAST_CLASSES:

@@ -49,7 +49,7 @@ def _uses_operator(
     chosen = choose(name, (logits,), (), known, differentiates, sizes=sizes)
     if use_triton(name, can_use_triton, logits, name, chosen):
         return True
-    return logits.is_cpu and not _INTERPRETING and chunked.pays(name, logits, resampling.size)
+    return logits.is_cpu and not _INTERPRETING and chunked.worth_tiling(name, logits, resampling.size)
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from .._geometry import resolve_padding
 from .._gpu import can_use_triton, choose
 from .._operands import Pair, pair
 from .._operator import autocast_dtype, cast_operands
-from .._remembered import cast
+from .._prepared_weights import cast
 from .fused import NAME, result_shape, separable
 from .geometry import check_depthwise, check_pointwise
 from .operators import DEPTHWISE_CONV2D, forward_with_statistics, statistics_of

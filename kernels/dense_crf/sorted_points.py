@@ -23,7 +23,7 @@ _LARGEST_HALF_NORM = tl.constexpr(16384.0)
 _NEVER = tl.constexpr(-60000.0)  # the exponent of a pair with a padding column
 
 
-class Tiles(NamedTuple):
+class SortedPoints(NamedTuple):
     """Operands and bounds of B images' points; rows are padded to whole tiles image by image."""
 
     a: torch.Tensor  # fp16 [padded, depth]
@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _tiles_kernel(
+def _gather_points_kernel(
     features_ptr, order_ptr, mean_ptr, a_ptr, b_ptr, g_ptr, bounds_ptr, outgrown_ptr,
     N, TILES, ALL_TILES, PADDED,
     D: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -89,13 +89,13 @@ def _tiles_kernel(
     tl.store(b_ptr + offsets, b.to(tl.float16))
 
 
-def make_tiles(features: torch.Tensor, order: torch.Tensor, padded: int) -> Tiles:
+def gather_points(features: torch.Tensor, order: torch.Tensor, padded: int) -> SortedPoints:
     """features: fp32 [B, N, D], dense; order: int32 [B, N], the points of each image in their new order."""
     batch, points, dim = features.shape
     device = features.device
     depth = 32 if 4 * dim + 6 <= 32 else 64
     tiles = batch * padded // COLUMNS
-    made = Tiles(
+    made = SortedPoints(
         torch.empty((batch * padded, depth), dtype=torch.float16, device=device),
         torch.empty((batch * padded, depth), dtype=torch.float16, device=device),
         torch.empty((dim, batch * padded), dtype=torch.float32, device=device),
@@ -107,8 +107,8 @@ def make_tiles(features: torch.Tensor, order: torch.Tensor, padded: int) -> Tile
         scalars = (points, padded // COLUMNS, tiles, batch * padded)
         constants = {"D": dim, "DEPTH": depth, "BLOCK": COLUMNS}
         tile = Tile(COLUMNS, depth, 1, 4, 1)
-        return Launch(_tiles_kernel, (tiles,), scalars, constants, tile)
+        return Launch(_gather_points_kernel, (tiles,), scalars, constants, tile)
 
-    launch = launch_for(("dense_crf_tiles", device, layout_key(features)), make)
+    launch = launch_for(("dense_crf_points", device, layout_key(features)), make)
     launch(features, order, features.mean(1), *made)
     return made

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import segfast
-from segfast.ops import _remembered
+from segfast.ops import _prepared_weights
 from segfast.ops._choice import Choice, choices
 
 
@@ -64,8 +64,8 @@ class TestWritesThatLeaveNoTrace:
 def test_what_a_graph_captures_is_cast_within_it(monkeypatch):
     weight = torch.nn.Parameter(torch.randn(4, 4, 3, 3))
     with torch.no_grad():
-        once = _remembered.cast(weight, torch.bfloat16)
-        assert _remembered.cast(weight, torch.bfloat16) is once
-        monkeypatch.setattr(_remembered, "is_captured", lambda tensors: True)
-        captured = _remembered.cast(weight, torch.bfloat16)
+        once = _prepared_weights.cast(weight, torch.bfloat16)
+        assert _prepared_weights.cast(weight, torch.bfloat16) is once
+        monkeypatch.setattr(_prepared_weights, "is_captured", lambda tensors: True)
+        captured = _prepared_weights.cast(weight, torch.bfloat16)
     assert captured is not once and torch.equal(captured, once)
