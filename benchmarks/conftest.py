@@ -6,7 +6,7 @@ import torch
 from benchmarks.crf_peers import core_count
 from benchmarks.environment import ROOT, environment
 from benchmarks.rows import MEASURED, append_rows, make_row
-from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
+from benchmarks.suite import candidates, make_trial, measure_trial, timing_device, write_outputs
 from benchmarks.timing import Measurement, Skipped
 from segfast._optimize import measure
 from segfast._timing import interleave
@@ -57,14 +57,14 @@ class Comparison:
         self.proper = request.config.getoption("--benchmark")
         self.rows = request.config.stash.setdefault(ROWS, [])
 
-    def __call__(self, case, problem=None, found=None, seconds=SECONDS):
+    def __call__(self, case, trial=None, found=None, seconds=SECONDS):
         """The case's measurements; `found` are the candidates, else peers and ours. Ours must be right."""
         case = case if self.device.type == "cuda" else case.cpu()
-        problem = problem or make_problem(case, self.device)
-        found = found or candidates(problem)
+        trial = trial or make_trial(case, self.device)
+        found = found or candidates(trial)
         effort = {"budget_s": seconds, "min_rounds": 5} if self.proper else {"budget_s": 0.0, "min_rounds": 1}
-        results = measure_problem(problem, found, **effort)
-        case = problem.case
+        results = measure_trial(trial, found, **effort)
+        case = trial.case
         self.keep(case, results)
         self.benchmark.extra_info["case"] = case.key
         # The fixture times one call a test: ours, or a peer where there is none of ours.

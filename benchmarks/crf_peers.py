@@ -16,8 +16,8 @@ import torch
 import segfast
 from benchmarks.crf_cases import PHOTOS
 from benchmarks.environment import dry_run
-from benchmarks.problems import Formula, Problem
 from benchmarks.timing import Candidate, Skipped
+from benchmarks.trial import Formula, Trial
 from segfast.ops._case import Case, Tensors
 
 Peer = Candidate | Skipped
@@ -28,29 +28,29 @@ LATTICE, EXACT = 0.5, 1e-2
 TOLERANCE = 1e-2  # mean_field's default
 
 
-def peers(problem: Problem) -> Iterator[Peer]:
-    case = problem.case
+def peers(trial: Trial) -> Iterator[Peer]:
+    case = trial.case
     if case.exponentials > MOST_EXPONENTIALS:
         yield Skipped("pytorch_exact", _too_many(case))
     else:
-        yield Candidate("pytorch_exact", problem.bind(problem.formula), note="all pairs, fp32")
-    if problem.device.type == "cuda":
-        lattice = problem.bind(ours_by(case, "lattice"))
+        yield Candidate("pytorch_exact", trial.bind(trial.formula), note="all pairs, fp32")
+    if trial.device.type == "cuda":
+        lattice = trial.bind(ours_by(case, "lattice"))
         yield Candidate("pytorch_lattice", _on("aten", lattice), note="torch operations", tolerance=LATTICE)
-    yield from _keops(problem)
-    yield from _pydensecrf(problem)
+    yield from _keops(trial)
+    yield from _pydensecrf(trial)
 
 
 def _too_many(case: Case) -> str:
     return f"all pairs are {case.exponentials:.1e} exponentials: it would take too long"
 
 
-def ours(problem: Problem) -> Iterator[Peer]:
+def ours(trial: Trial) -> Iterator[Peer]:
     """Both methods, and the one that is chosen."""
-    case = problem.case
+    case = trial.case
     for method, tolerance in (("lattice", LATTICE), ("exact", EXACT), ("auto", LATTICE)):
         name = "segfast" if method == "auto" else f"segfast_{method}"
-        run = problem.bind(ours_by(case, method))
+        run = trial.bind(ours_by(case, method))
         yield Candidate(name, run, ours=True, note=f"image {case['image']}", tolerance=tolerance)
 
 
@@ -84,8 +84,8 @@ def _on(backend: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def _keops(problem: Problem) -> Iterator[Peer]:
-    case, missing = problem.case, None
+def _keops(trial: Trial) -> Iterator[Peer]:
+    case, missing = trial.case, None
     if importlib.util.find_spec("pykeops") is None:
         missing = "pykeops is not installed"
     elif dry_run():
@@ -95,17 +95,17 @@ def _keops(problem: Problem) -> Iterator[Peer]:
     everything, blocks = missing, missing
     if missing is None and case.exponentials > MOST_EXPONENTIALS:
         everything = _too_many(case)
-    if missing is None and problem.device.type != "cuda":
+    if missing is None and trial.device.type != "cuda":
         blocks = "the pairs of tiles are those that our kernels find on a GPU"
     keops = functools.partial(case.formula, make_filter=_keops_filter)
     if everything is not None:
         yield Skipped("keops", everything)
     else:
-        yield Candidate("keops", problem.bind(keops), note="all pairs, fp32")
+        yield Candidate("keops", trial.bind(keops), note="all pairs, fp32")
     if blocks is not None:
         yield Skipped("keops_blocks", blocks)
     else:
-        run = problem.bind(functools.partial(case.formula, make_filter=_keops_blocks))
+        run = trial.bind(functools.partial(case.formula, make_filter=_keops_blocks))
         yield Candidate("keops_blocks", run, note="segfast's own pairs of tiles, fp32", tolerance=EXACT)
 
 
@@ -155,8 +155,8 @@ def block_ranges(pairs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tiles.clamp_(max=pairs.points).int(), slices.int(), runs.clamp_(max=pairs.points).int()
 
 
-def _pydensecrf(problem: Problem) -> Iterator[Peer]:
-    case = problem.case
+def _pydensecrf(trial: Trial) -> Iterator[Peer]:
+    case = trial.case
     if case.op != "dense_crf":
         missing = "pydensecrf has no filter to be called"
     elif importlib.util.find_spec("pydensecrf") is None:
@@ -164,22 +164,22 @@ def _pydensecrf(problem: Problem) -> Iterator[Peer]:
     elif case["labels"] != 21 or case["image"] != PHOTOS[0]:
         missing = "seconds a call: timed on one photograph with 21 labels"
     else:
-        yield from _timed_pydensecrf(problem)
+        yield from _timed_pydensecrf(trial)
         return
     for name in ("pydensecrf", "pydensecrf_all_cores"):
         yield Skipped(name, missing)
 
 
-def _timed_pydensecrf(problem: Problem) -> Iterator[Peer]:
-    images, cores = problem.case["n"], core_count()
+def _timed_pydensecrf(trial: Trial) -> Iterator[Peer]:
+    images, cores = trial.case["n"], core_count()
     if images == 1:
         note = "permutohedral lattice, one CPU core"
-        yield Candidate("pydensecrf", lambda: _one_by_one(problem), note=note, tolerance=LATTICE)
+        yield Candidate("pydensecrf", lambda: _one_by_one(trial), note=note, tolerance=LATTICE)
         yield Skipped("pydensecrf_all_cores", "one image")
     else:
         note = f"{images} images in {cores} processes, one CPU core each"
         yield Skipped("pydensecrf", "see all cores")
-        yield Candidate("pydensecrf_all_cores", _in_processes(problem, cores), note=note, tolerance=LATTICE)
+        yield Candidate("pydensecrf_all_cores", _in_processes(trial, cores), note=note, tolerance=LATTICE)
 
 
 def core_count() -> int:
@@ -187,15 +187,15 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _arrays(problem: Problem) -> dict[str, numpy.ndarray]:
-    return {name: value.cpu().contiguous().numpy() for name, value in problem.tensors.items()}
+def _arrays(trial: Trial) -> dict[str, numpy.ndarray]:
+    return {name: value.cpu().contiguous().numpy() for name, value in trial.tensors.items()}
 
 
-def _one_by_one(problem: Problem) -> torch.Tensor:
-    """Set-up and iterations, from and to the problem's device: what a user waits for."""
-    arrays = _arrays(problem)
-    images = map(functools.partial(pydensecrf, problem.case.params), arrays["unary"], arrays["image"])
-    return torch.from_numpy(numpy.stack(list(images))).to(problem.device)
+def _one_by_one(trial: Trial) -> torch.Tensor:
+    """Set-up and iterations, from and to the trial's device: what a user waits for."""
+    arrays = _arrays(trial)
+    images = map(functools.partial(pydensecrf, trial.case.params), arrays["unary"], arrays["image"])
+    return torch.from_numpy(numpy.stack(list(images))).to(trial.device)
 
 
 @functools.cache
@@ -203,17 +203,17 @@ def _processes(cores: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
 
 
-def _in_processes(problem: Problem, cores: int) -> Callable[[], torch.Tensor]:
+def _in_processes(trial: Trial, cores: int) -> Callable[[], torch.Tensor]:
     """The same of a batch, an image at a time in as many processes as there are cores.
 
     Each reads its images and writes its results where all see them, as if it had loaded them by itself:
     nothing is sent through one process.
     """
-    params, count = dict(problem.case.params), problem.case["n"]
+    params, count = dict(trial.case.params), trial.case["n"]
 
     @functools.cache
     def folder() -> tempfile.TemporaryDirectory:
-        made, arrays = tempfile.TemporaryDirectory(), _arrays(problem)
+        made, arrays = tempfile.TemporaryDirectory(), _arrays(trial)
         for name, values in {**arrays, "q": numpy.zeros_like(arrays["unary"])}.items():
             numpy.save(Path(made.name, f"{name}.npy"), values)
         return made

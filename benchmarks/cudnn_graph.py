@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.problems import Problem
+from benchmarks.trial import Trial
 from segfast.ops._case import Tensors
 from segfast.ops._convolution_case import ConvolutionCase, affine
 from segfast.ops._cudnn_graph import fused_graph
@@ -14,14 +14,14 @@ from segfast.ops.separable_conv2d.cases import DepthwiseConv2d
 Term = tuple[str, torch.Tensor]
 
 
-def layer(problem: Problem) -> Callable[[Tensors], torch.Tensor]:
+def layer(trial: Trial) -> Callable[[Tensors], torch.Tensor]:
     """Build and plan a conv2d (grouped too), conv_transpose2d or separable_conv2d case.
 
     A separable convolution is two graphs, one after the other: cuDNN fuses no two convolutions.
 
     Raises ImportError without the package, and GraphRefused where no engine takes a graph.
     """
-    case, terms = problem.case, _channel_terms(problem.case, problem.tensors)
+    case, terms = trial.case, _channel_terms(trial.case, trial.tensors)
     if case.op != "separable_conv2d":
 
         def function(t: Tensors) -> torch.Tensor:
@@ -29,7 +29,7 @@ def layer(problem: Problem) -> Callable[[Tensors], torch.Tensor]:
             return _convolution(case, t["x"], t["weight"], [*terms, *added])
     else:
         depthwise = case.become(DepthwiseConv2d, params={**case.params, "co": case["ci"]})
-        first = _channel_terms(case, problem.tensors, "depthwise_")
+        first = _channel_terms(case, trial.tensors, "depthwise_")
         sizes = dict(zip(("h", "w"), case.output_size, strict=True))
         plain = {"ci": case["ci"], "co": case["co"], "n": case["n"], "k": 1, "s": 1, "p": 0, "d": 1}
         linear = case.replace(epilogue=("bn",)) if "linear" in case.params else case
@@ -39,7 +39,7 @@ def layer(problem: Problem) -> Callable[[Tensors], torch.Tensor]:
             between = _convolution(depthwise, t["x"], t["depthwise"], first)
             return _convolution(pointwise, between, t["weight"], terms)
 
-    function(problem.tensors)
+    function(trial.tensors)
     return function
 
 

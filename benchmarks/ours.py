@@ -11,33 +11,33 @@ import segfast
 from benchmarks import crf_peers
 from benchmarks.cases import is_crf
 from benchmarks.peers import Peer
-from benchmarks.problems import Formula, Problem, Tensors
 from benchmarks.timing import Candidate
+from benchmarks.trial import Formula, Tensors, Trial
 from segfast.nn import BilinearUpsample
 
 
-def ours(problem: Problem) -> Iterator[Peer]:
+def ours(trial: Trial) -> Iterator[Peer]:
     """The fused operator, on a GPU beside what "auto" takes, and its other forms."""
-    case = problem.case
+    case = trial.case
     if is_crf(case):
-        yield from crf_peers.ours(problem)
+        yield from crf_peers.ours(trial)
         return
-    function: Formula = _aspp(problem) if case.op == "aspp" else case.ours
-    tensors = problem.tensors if case.op == "aspp" else case.prepared(problem.tensors)
-    candidate = Candidate("segfast", problem.bind(function, tensors), ours=True)
+    function: Formula = _aspp(trial) if case.op == "aspp" else case.ours
+    tensors = trial.tensors if case.op == "aspp" else case.prepared(trial.tensors)
+    candidate = Candidate("segfast", trial.bind(function, tensors), ours=True)
     yield candidate
-    if problem.device.type == "cuda":
+    if trial.device.type == "cuda":
         yield on_auto(candidate)
     if case.family == "segmentation_head":
-        yield Candidate("segfast_nchw", problem.bind(function, problem.contiguous()), ours=True)
+        yield Candidate("segfast_nchw", trial.bind(function, trial.contiguous()), ours=True)
     if case.op == "separable_conv2d":
-        yield from _forms(problem, function, tensors)
+        yield from _forms(trial, function, tensors)
     if case.params.get("weight") == "bilinear" and case.direction == "forward":
-        module = BilinearUpsample(case["s"], case["k"], case["p"]).to(problem.device)
+        module = BilinearUpsample(case["s"], case["k"], case["p"]).to(trial.device)
         functions = {"segfast": function, "segfast_module": lambda t: module(t["x"])}
-        yield Candidate("segfast_module", problem.bind(functions["segfast_module"]), ours=True)
+        yield Candidate("segfast_module", trial.bind(functions["segfast_module"]), ours=True)
         for name, plain in functions.items():
-            yield Candidate(f"{name}_nchw", problem.bind(plain, problem.contiguous()), ours=True)
+            yield Candidate(f"{name}_nchw", trial.bind(plain, trial.contiguous()), ours=True)
 
 
 def on_auto(candidate: Candidate) -> Candidate:
@@ -50,10 +50,10 @@ def on_auto(candidate: Candidate) -> Candidate:
     return dataclasses.replace(candidate, name=f"{candidate.name}_auto", run=run)
 
 
-def _aspp(problem: Problem) -> Formula:
+def _aspp(trial: Trial) -> Formula:
     """The module with the case's weights: its own ones in a forward, the differentiated ones else."""
-    case, t = problem.case, problem.tensors
-    aspp = segfast.nn.ASPP(case["ci"], case["rates"], case["co"]).to(problem.device, case.torch_dtype).eval()
+    case, t = trial.case, trial.tensors
+    aspp = segfast.nn.ASPP(case["ci"], case["rates"], case["co"]).to(trial.device, case.torch_dtype).eval()
     rates = range(len(case["rates"]))
     names = {"weight": "convs.0.0.weight", "pool": f"convs.{len(rates) + 1}.1.weight"}
     names |= {f"rate{i}": f"convs.{i + 1}.0.weight" for i in rates} | {"project": "project.0.weight"}
@@ -72,7 +72,7 @@ def _aspp(problem: Problem) -> Formula:
     return lambda t: torch.func.functional_call(aspp, {names[name]: t[name] for name in names}, (t["x"],))
 
 
-def _forms(problem: Problem, function: Formula, tensors: Tensors) -> Iterator[Peer]:
+def _forms(trial: Trial, function: Formula, tensors: Tensors) -> Iterator[Peer]:
     """A separable convolution in each of its forms, whichever is chosen; none where ATen serves the call."""
     if importlib.util.find_spec("triton") is None:
         return
@@ -86,15 +86,15 @@ def _forms(problem: Problem, function: Formula, tensors: Tensors) -> Iterator[Pe
     )
 
     with record_problems() as asked, record_launches():
-        problem.bind(function, tensors)()
+        trial.bind(function, tensors)()
     forward = next((p for p in asked if p.operation == "separable_conv2d_forward"), None)
     if forward is None:
         return
-    device = problem.device
+    device = trial.device
     known = candidates(forward, architecture(device), shared_memory_limit(device))
 
     def forced(tile: Any) -> Callable[[], Any]:
-        run, launches = problem.bind(function, tensors), {}
+        run, launches = trial.bind(function, tensors), {}
 
         def call() -> Any:
             with override_tile(forward.operation, tile, launches):

@@ -1,6 +1,6 @@
 """The peers of every case: what PyTorch, cuDNN and others do with the same layer.
 
-`peers(problem)` yields a Candidate for each that exists on this machine, else a Skipped with the reason.
+`peers(trial)` yields a Candidate for each that exists on this machine, else a Skipped with the reason.
 """
 
 import functools
@@ -13,8 +13,8 @@ import torch
 from benchmarks import crf_peers, cudnn_graph
 from benchmarks.cases import is_crf
 from benchmarks.environment import dry_run
-from benchmarks.problems import Formula, Problem, folded
 from benchmarks.timing import Candidate, Skipped
+from benchmarks.trial import Formula, Trial, folded
 from segfast.ops._case import Tensors
 from segfast.ops.conv2d.cases import Branches
 from segfast.ops.separable_conv2d.cases import DepthwiseConv2d
@@ -23,30 +23,30 @@ Peer = Candidate | Skipped
 COMPILE_MODE = "max-autotune-no-cudagraphs"
 
 
-def peers(problem: Problem, *, compiled: bool = False) -> Iterator[Peer]:
+def peers(trial: Trial, *, compiled: bool = False) -> Iterator[Peer]:
     """Every peer of an operator case; `compiled` adds torch.compile, which takes seconds a case."""
-    case = problem.case
+    case = trial.case
     if is_crf(case):
-        yield from crf_peers.peers(problem)
+        yield from crf_peers.peers(trial)
         return
-    yield Candidate("aten_nchw", problem.bind(problem.formula, problem.contiguous()))
-    yield Candidate("aten_nhwc", problem.bind(problem.formula))
+    yield Candidate("aten_nchw", trial.bind(trial.formula, trial.contiguous()))
+    yield Candidate("aten_nhwc", trial.bind(trial.formula))
     if isinstance(case, DepthwiseConv2d):
-        yield from _depthwise_kernels(problem)
+        yield from _depthwise_kernels(trial)
     if case.direction == "forward" and case.op in ("conv2d", "conv_transpose2d"):
-        yield from _fused(problem)
-    elif case.direction == "forward" and problem.device.type == "cuda":
+        yield from _fused(trial)
+    elif case.direction == "forward" and trial.device.type == "cuda":
         if isinstance(case, Branches):
-            yield Candidate("cudnn_conv_relu", problem.bind(_fused_pyramid(problem)))
+            yield Candidate("cudnn_conv_relu", trial.bind(_fused_pyramid(trial)))
         elif case.op == "separable_conv2d":
-            yield from _cudnn_graph(problem)
+            yield from _cudnn_graph(trial)
     if compiled:
         from torch._functorch import config
 
         # A backward timed alone runs many times over one forward's saved tensors.
         config.donated_buffer = False
-        function = torch.compile(problem.formula, mode=COMPILE_MODE, dynamic=False)
-        yield Candidate("compile", problem.bind(function), note=compile_note(COMPILE_MODE))
+        function = torch.compile(trial.formula, mode=COMPILE_MODE, dynamic=False)
+        yield Candidate("compile", trial.bind(function), note=compile_note(COMPILE_MODE))
 
 
 def compile_note(mode: str) -> str:
@@ -54,17 +54,17 @@ def compile_note(mode: str) -> str:
     return f"torch {torch.__version__} {mode}, channels_last"
 
 
-def _depthwise_kernels(problem: Problem) -> Iterator[Peer]:
+def _depthwise_kernels(trial: Trial) -> Iterator[Peer]:
     """PyTorch's own depthwise kernels, then cuDNN's, where this torch can be told which to use."""
-    if problem.device.type != "cuda" and not dry_run():
+    if trial.device.type != "cuda" and not dry_run():
         return
     for kernels in ("native", "cudnn"):
         if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
             note = f"torch {torch.__version__} has no cudnn.depthwise_kernel"
             yield Skipped(f"aten_nhwc_{kernels}", note)
             continue
-        for layout, tensors in (("nhwc", problem.tensors), ("nchw", problem.contiguous())):
-            run = problem.bind(problem.formula, tensors)
+        for layout, tensors in (("nhwc", trial.tensors), ("nchw", trial.contiguous())):
+            run = trial.bind(trial.formula, tensors)
             yield Candidate(f"aten_{layout}_{kernels}", _with_depthwise(kernels, run))
 
 
@@ -83,14 +83,14 @@ def _with_depthwise(kernels: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def _fused(problem: Problem) -> Iterator[Peer]:
+def _fused(trial: Trial) -> Iterator[Peer]:
     """Batch norm folded into the filter, and cuDNN's own calls that take the epilogue along."""
-    case, tensors = problem.case, problem.tensors
+    case, tensors = trial.case, trial.tensors
     if "bn" in case.epilogue:
         tensors = folded(tensors)
         bare = case.replace(epilogue=tuple(name for name in case.epilogue if name != "bn"))
-        yield Candidate("aten_nhwc_folded", problem.bind(bare.formula, tensors))
-    if problem.device.type != "cuda":
+        yield Candidate("aten_nhwc_folded", trial.bind(bare.formula, tensors))
+    if trial.device.type != "cuda":
         return
     if case.op == "conv2d" and case.activation == "relu":
         options = [*([case[name]] * 2 for name in ("s", "p", "d")), case["g"]]
@@ -103,15 +103,15 @@ def _fused(problem: Problem) -> Iterator[Peer]:
             return torch.cudnn_convolution_add_relu(*operands, *options)
 
         if "add" in case.epilogue:
-            yield Candidate("cudnn_conv_add_relu", problem.bind(convolution_add_relu, tensors))
+            yield Candidate("cudnn_conv_add_relu", trial.bind(convolution_add_relu, tensors))
         else:
-            yield Candidate("cudnn_conv_relu", problem.bind(convolution_relu, tensors))
-    yield from _cudnn_graph(problem)
+            yield Candidate("cudnn_conv_relu", trial.bind(convolution_relu, tensors))
+    yield from _cudnn_graph(trial)
 
 
-def _fused_pyramid(problem: Problem) -> Formula:
+def _fused_pyramid(trial: Trial) -> Formula:
     """An ASPP, or its branches, with every convolution, batch norm and relu one call of cuDNN's."""
-    case, tensors = problem.case, problem.tensors
+    case, tensors = trial.case, trial.tensors
     names = [name for name, value in tensors.items() if value.dim() == 4 and name != "x"]
     filters = {name: folded({**tensors, "weight": tensors[name]}) for name in names}
 
@@ -123,13 +123,13 @@ def _fused_pyramid(problem: Problem) -> Formula:
     return functools.partial(case.formula, layer=layer)
 
 
-def _cudnn_graph(problem: Problem) -> Iterator[Peer]:
+def _cudnn_graph(trial: Trial) -> Iterator[Peer]:
     if importlib.util.find_spec("cudnn") is None:
         yield Skipped("cudnn_graph", "nvidia-cudnn-frontend is not installed")
         return
     try:
-        function = cudnn_graph.layer(problem)
+        function = cudnn_graph.layer(trial)
     except Exception as error:
         yield Skipped("cudnn_graph", f"{type(error).__name__}: {error}".splitlines()[0])
         return
-    yield Candidate("cudnn_graph", problem.bind(function))
+    yield Candidate("cudnn_graph", trial.bind(function))

@@ -10,7 +10,7 @@ import torch
 from benchmarks.cases import CASES, MODELS, is_crf
 from benchmarks.environment import environment
 from benchmarks.rows import make_row
-from benchmarks.suite import candidates, make_problem, measure_problem, timing_device, write_outputs
+from benchmarks.suite import candidates, make_trial, measure_trial, timing_device, write_outputs
 
 SECONDS = 0.3  # of timing, each case
 
@@ -28,9 +28,9 @@ def quick_report(folder: Path, device: torch.device) -> Path:
         cases = [case for case in cases if not is_crf(case)]
     cases += [case for case in MODELS if case["model"] == "unet"]
     for case in cases:
-        problem = make_problem(case if device.type == "cuda" else case.cpu(), device)
-        found = measure_problem(problem, candidates(problem), budget_s=SECONDS, min_rounds=5)
-        rows += [make_row("quick", problem.case, result, {}, columns, False) for result in found]
+        trial = make_trial(case if device.type == "cuda" else case.cpu(), device)
+        found = measure_trial(trial, candidates(trial), budget_s=SECONDS, min_rounds=5)
+        rows += [make_row("quick", trial.case, result, {}, columns, False) for result in found]
     torch.set_num_threads(threads)
     print(write_outputs(rows, folder))
     return folder / "report.html"

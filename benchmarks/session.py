@@ -18,7 +18,7 @@ from benchmarks.cases import Case
 from benchmarks.environment import dry_run, environment
 from benchmarks.peers import Peer
 from benchmarks.rows import append_rows, make_row
-from benchmarks.suite import AnyProblem, candidates, make_problem, measure_problem
+from benchmarks.suite import AnyTrial, candidates, make_trial, measure_trial
 from benchmarks.timing import Measurement
 from segfast.ops import _measure
 
@@ -119,7 +119,7 @@ class Session:
             say(f"  {name:12} {value:10.1f}")
 
     def run_cases(
-        self, cases: Sequence[Case], made: Callable[[AnyProblem], list[Peer]] = candidates, label: str = ""
+        self, cases: Sequence[Case], made: Callable[[AnyTrial], list[Peer]] = candidates, label: str = ""
     ) -> None:
         """Measure the candidates that are `made` for each case, in order, until the time is up.
 
@@ -143,13 +143,13 @@ class Session:
 
     def _measure(self, case: Case, budget: float, made) -> list[Measurement]:
         try:
-            problem = make_problem(case, self.device)
+            trial = make_trial(case, self.device)
         except LookupError as error:
             return [Measurement("plain", False, "skipped", str(error.args[0]))]
         # Our kernels are asked for by name: what "auto" makes of the call is a candidate beside.
         with segfast.backend("aten" if self.dry else "triton"):
             rounds = 2 if self.tiny else 5
-            return measure_problem(problem, made(problem), budget_s=budget, min_rounds=rounds, log=log)
+            return measure_trial(trial, made(trial), budget_s=budget, min_rounds=rounds, log=log)
 
     def _append(self, case: Case, results: Sequence[Measurement]) -> None:
         rows = [

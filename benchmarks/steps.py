@@ -13,11 +13,11 @@ import torch
 
 import segfast
 from benchmarks.cases import CASES, DIRECTIONS, Case, directions, find, headline
-from benchmarks.model_problems import ModelProblem
+from benchmarks.model_trial import ModelTrial
 from benchmarks.ours import ours
 from benchmarks.peers import Peer
 from benchmarks.session import WRONG, Session, fp32_precision, log, say
-from benchmarks.suite import AnyProblem, candidates, make_problem
+from benchmarks.suite import AnyTrial, candidates, make_trial
 from benchmarks.timing import Candidate
 from segfast._optimize import measure
 from segfast.ops import FAMILIES, _proofs
@@ -116,13 +116,13 @@ def _calls(session: Session, direction: str) -> list:
     """The calls that ours makes in the headline rows."""
     calls = {}
     for case in _headline(session, direction):
-        problem = make_problem(case, session.device)
-        candidate = next(iter(ours(problem)))
+        trial = make_trial(case, session.device)
+        candidate = next(iter(ours(trial)))
         assert isinstance(candidate, Candidate)
         with segfast.backend("auto"), fp32_precision(case.dtype), collect() as collected:
             candidate.run()
         calls |= collected.counts
-        del problem, candidate
+        del trial, candidate
         session.check_context()
     return list(calls)
 
@@ -137,8 +137,8 @@ def headline_rows(session: Session) -> None:
             session.run_cases(_headline(session, direction), _with_compile, "compiled")
 
 
-def _with_compile(problem: AnyProblem) -> list[Peer]:
-    return candidates(problem, compiled=True)
+def _with_compile(trial: AnyTrial) -> list[Peer]:
+    return candidates(trial, compiled=True)
 
 
 def _headline(session: Session, direction: str) -> list[Case]:
@@ -161,10 +161,10 @@ def tune(session: Session) -> None:
 def _optimized(session: Session, case: Case, budget: float, thorough: bool) -> str:
     """A sentence on what became of `segfast.optimize` for a model."""
     try:
-        problem = make_problem(case, session.device)
-        assert isinstance(problem, ModelProblem)
+        trial = make_trial(case, session.device)
+        assert isinstance(trial, ModelTrial)
         with segfast.backend("auto"), fp32_precision(case.dtype):
-            network = problem.optimized(budget, thorough)
+            network = trial.optimized(budget, thorough)
         return str(segfast.report(network).gain or "nothing was chosen")
     except Exception as error:
         log(traceback.format_exc())
@@ -188,10 +188,10 @@ def models(session: Session) -> None:
     session.run_cases(cases, _compiled(most), most)
 
 
-def _compiled(mode: str) -> Callable[[AnyProblem], list[Peer]]:
-    def made(problem: AnyProblem) -> list[Peer]:
-        assert isinstance(problem, ModelProblem)
-        return [problem.eager(), problem.compiled(mode), *problem.ours()]
+def _compiled(mode: str) -> Callable[[AnyTrial], list[Peer]]:
+    def made(trial: AnyTrial) -> list[Peer]:
+        assert isinstance(trial, ModelTrial)
+        return [trial.eager(), trial.compiled(mode), *trial.ours()]
 
     return made
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.model_problems import ModelProblem
+from benchmarks.model_trial import ModelTrial
 from benchmarks.ours import ours
 from benchmarks.peers import Peer, peers
-from benchmarks.problems import Problem
 from benchmarks.rows import NAMES, append_rows, read_rows
 from benchmarks.timing import TOLERANCE, Measurement, measure, relative_error
+from benchmarks.trial import Trial
 from segfast._errors import UserError
 from segfast._files import atomic_write
 
 if TYPE_CHECKING:
-    from benchmarks.network_problems import NetworkProblem
+    from benchmarks.network_trial import NetworkTrial
 
-AnyProblem: TypeAlias = "Problem | ModelProblem | NetworkProblem"
+AnyTrial: TypeAlias = "Trial | ModelTrial | NetworkTrial"
 TITLE = "segfast benchmark"
 CORNERED = ("relu", "relu6")
 MOST_BEHIND_A_CORNER = 0.15
@@ -43,20 +43,20 @@ def timing_device(device: torch.device | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def make_problem(case: Case, device: torch.device) -> Problem | ModelProblem:
+def make_trial(case: Case, device: torch.device) -> Trial | ModelTrial:
     """Raises LookupError for a model that has no plain twin here."""
-    return ModelProblem(case, device) if case.op == "model" else Problem(case, device)
+    return ModelTrial(case, device) if case.op == "model" else Trial(case, device)
 
 
-def candidates(problem: AnyProblem, *, compiled: bool = False) -> list[Peer]:
-    """The peers of a problem, and ours on the backend in force."""
-    if isinstance(problem, Problem):
-        return [*peers(problem, compiled=compiled), *ours(problem)]
-    return [*problem.peers(compiled), *problem.ours()]
+def candidates(trial: AnyTrial, *, compiled: bool = False) -> list[Peer]:
+    """The peers of a trial, and ours on the backend in force."""
+    if isinstance(trial, Trial):
+        return [*peers(trial, compiled=compiled), *ours(trial)]
+    return [*trial.peers(compiled), *trial.ours()]
 
 
-def measure_problem(
-    problem: AnyProblem,
+def measure_trial(
+    trial: AnyTrial,
     found: Sequence[Peer],
     *,
     budget_s: float,
@@ -64,31 +64,31 @@ def measure_problem(
     log: Callable[[str], None] = print,
 ) -> list[Measurement]:
     """Gate and time `found`; whole models are replayed from a CUDA graph as well."""
-    case, reference = problem.case, problem.reference()
+    case, reference = trial.case, trial.reference()
     return measure(
         case,
         found,
         reference,
-        problem.sample,
-        problem.device,
+        trial.sample,
+        trial.device,
         budget_s=budget_s,
         min_rounds=min_rounds,
         graphs=case.op == "model",
-        error_of=getattr(problem, "error", relative_error),
-        tolerance=_tolerance(problem, reference),
+        error_of=getattr(trial, "error", relative_error),
+        tolerance=_tolerance(trial, reference),
         log=log,
     )
 
 
-def _tolerance(problem: AnyProblem, reference: Any) -> float | None:
+def _tolerance(trial: AnyTrial, reference: Any) -> float | None:
     """Twice the error of the plain formula, for gradients behind a relu; else None, the dtype's.
 
     A last digit decides whether an element next to the corner has a gradient, which is then all wrong.
     """
-    case = problem.case
-    if not isinstance(problem, Problem) or case.direction == "forward" or case.activation not in CORNERED:
+    case = trial.case
+    if not isinstance(trial, Trial) or case.direction == "forward" or case.activation not in CORNERED:
         return None
-    error = relative_error(problem.sample(problem.bind(problem.formula)()), reference)
+    error = relative_error(trial.sample(trial.bind(trial.formula)()), reference)
     return max(TOLERANCE[case.dtype], min(2 * error, MOST_BEHIND_A_CORNER))
 
 

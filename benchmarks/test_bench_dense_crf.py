@@ -12,8 +12,8 @@ import segfast.crf
 from benchmarks.busy import busy_loops, in_turn, timing_of
 from benchmarks.cases import CASES, find, is_crf
 from benchmarks.crf_peers import core_count, ours_by, pydensecrf, solve
-from benchmarks.problems import Problem
 from benchmarks.timing import Measurement
+from benchmarks.trial import Trial
 
 ON_GPU = torch.cuda.is_available()
 # On a CPU most sizes are the same case.
@@ -42,7 +42,7 @@ def test_against_pydensecrf_on_a_cpu(compare, threads, images, thetas, size, bus
     case = find(f"crf_{size}_{thetas}")
     if images > 1:
         case = case.replace(name=f"{case.name}_n{images}", params={**case.params, "n": images})
-    t = Problem(case, CPU).tensors
+    t = Trial(case, CPU).tensors
     unary, image = (t[name].contiguous().numpy() for name in ("unary", "image"))
 
     def theirs():

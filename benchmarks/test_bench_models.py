@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.cases import MODELS
-from benchmarks.suite import make_problem
+from benchmarks.suite import make_trial
 
 # On a CPU both batches are the same case, and training that of one network.
 ON_GPU = torch.cuda.is_available()
@@ -16,7 +16,7 @@ TRAINED = [case.replace(direction="train") for case in FORWARD if ON_GPU or case
 def test_models(compare, case):
     size = case if compare.device.type == "cuda" else case.cpu()
     try:
-        problem = make_problem(size, compare.device)
+        trial = make_trial(size, compare.device)
     except LookupError as error:
         pytest.skip(str(error))
-    compare(case, problem)
+    compare(case, trial)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.crf_peers import core_count
-from benchmarks.network_problems import NetworkProblem, compile_wanted
+from benchmarks.network_trial import NetworkTrial, compile_wanted
 from benchmarks.networks import TINY, network_case, network_cases
 from benchmarks.suite import candidates
 
@@ -39,8 +39,8 @@ def threads(case):
 def test_networks(compare, threads, case):
     """Every candidate must give the network's scores before any is timed; no test fails for a time."""
     try:
-        problem = NetworkProblem(case, compare.device)
+        trial = NetworkTrial(case, compare.device)
     except LookupError as error:
         pytest.skip(str(error))
     compiled = compare.proper and compile_wanted(case)
-    compare(case, problem, candidates(problem, compiled=compiled), seconds=SECONDS)
+    compare(case, trial, candidates(trial, compiled=compiled), seconds=SECONDS)

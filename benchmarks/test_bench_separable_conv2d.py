@@ -8,7 +8,7 @@ from torch import nn
 
 import segfast
 from benchmarks.cases import CASES, directions, find
-from benchmarks.problems import Problem
+from benchmarks.trial import Trial
 from segfast.commands._threads import one_thread
 from segfast.ops.separable_conv2d import separable
 from segfast.ops.separable_conv2d.cases import DepthwiseConv2d, SeparableConv2d
@@ -128,9 +128,9 @@ def test_fused_training_step_keeps_nothing_between_the_convolutions(activation):
     """The peak memory of a training step rests on this; on a GPU the rows have the peak itself."""
     case = find("decoder_sep_256").cpu().replace(direction="train", epilogue=("bn", activation))
     case = case.replace(params={**case.params, "h": 33, "w": 33})
-    problem = Problem(case, CPU)
-    t = {name: value.detach().requires_grad_(name in problem.wanted(problem.tensors))
-         for name, value in problem.tensors.items()}  # fmt: skip
+    trial = Trial(case, CPU)
+    t = {name: value.detach().requires_grad_(name in trial.wanted(trial.tensors))
+         for name, value in trial.tensors.items()}  # fmt: skip
     vectors = [torch.ones(case["ci"]) for _ in range(4)]
     geometry = ((1, 1), (1, 1), (1, 1))
 
@@ -144,4 +144,4 @@ def test_fused_training_step_keeps_nothing_between_the_convolutions(activation):
     image = t["x"].nbytes
     # relu's gradient follows from the output; silu's from what is computed again.
     assert _kept_for_backward(fused, inputs) == (image if activation == "relu" else 0)
-    assert _kept_for_backward(lambda: problem.formula(t), inputs) >= (4 if activation else 3) * image
+    assert _kept_for_backward(lambda: trial.formula(t), inputs) >= (4 if activation else 3) * image

@@ -23,7 +23,7 @@ SLOW_S, SLOW_RATIO = 0.2, 10.0
 
 @dataclasses.dataclass
 class Candidate:
-    """One way to compute a case: `run()` returns the output, or the gradients in the problem's order."""
+    """One way to compute a case: `run()` returns the output, or the gradients in the trial's order."""
 
     name: str
     run: Callable[[], Any]

@@ -1,11 +1,11 @@
 """Gaussian filtering over all pairs of points that count: out_i = sum_j exp2(-|g_i - g_j|^2 / 2) v_j.
 
 As flash attention without the softmax: two chained products, exp2 between them, nothing of size N^2 in
-memory. The first product is the exponent itself (sorted_points.py); no running maximum is needed, for no exponent is
-above zero. Where features outgrow fp16 ("direct") the differences are taken one dimension after the other.
-Tiles of pairs that cannot count are on no list (lists.py); a long list is several programs' work, whose
-partial sums a second kernel adds in a fixed order. Both forms are launched where only the device knows which
-of them is needed; one of them returns at once.
+memory. The first product is the exponent itself (sorted_points.py); no running maximum is needed, for no
+exponent is above zero. Where features outgrow fp16 ("direct") the differences are taken one dimension after
+the other. Tiles of pairs that cannot count are on no list (lists.py); a long list is several programs' work,
+whose partial sums a second kernel adds in a fixed order. Both forms are launched where only the device knows
+which of them is needed; one of them returns at once.
 """
 
 from typing import NamedTuple

@@ -12,7 +12,7 @@ from benchmarks import cudnn_graph, peers, rows, suite, timing
 from benchmarks.cases import ALONE, CASES, MODELS, directions, find, headline
 from benchmarks.crf_cases import mean_field
 from benchmarks.plain_models import plain_model
-from benchmarks.problems import Problem
+from benchmarks.trial import Trial
 from segfast import _timing
 from segfast._timing import interleave, quantiles
 from segfast.ops import _cudnn_graph
@@ -191,23 +191,23 @@ def _tiny_case(**changes):
 
 @pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_weight", "backward", "train"])
 def test_gate_passes_the_right_and_rejects_the_wrong(direction):
-    problem = Problem(_tiny_case(direction=direction), CPU)
+    trial = Trial(_tiny_case(direction=direction), CPU)
 
     def unwritten(t):
-        right = problem.formula(t)
+        right = trial.formula(t)
         hole = torch.empty_like(right)
         return torch.cat([right[..., :-1], hole[..., -1:]], -1)
 
     candidates = [
-        timing.Candidate("right", problem.bind(problem.formula)),
-        timing.Candidate("wrong", problem.bind(lambda t: 1.01 * problem.formula(t))),
-        timing.Candidate("unwritten", problem.bind(unwritten)),
+        timing.Candidate("right", trial.bind(trial.formula)),
+        timing.Candidate("wrong", trial.bind(lambda t: 1.01 * trial.formula(t))),
+        timing.Candidate("unwritten", trial.bind(unwritten)),
         timing.Candidate("raises", lambda: 1 / 0),
         timing.Skipped("absent", "not installed"),
     ]
     logged = []
     found = timing.measure(
-        problem.case, candidates, problem.reference(), problem.sample, CPU, budget_s=0.01, log=logged.append
+        trial.case, candidates, trial.reference(), trial.sample, CPU, budget_s=0.01, log=logged.append
     )
     status = {m.candidate: m.status for m in found}
     assert status["right"] == "ok"
@@ -225,13 +225,13 @@ def test_gate_passes_the_right_and_rejects_the_wrong(direction):
 @pytest.mark.parametrize("name", ["resnet_layer3_d2", "xception_middle_dw", "decoder_sep_256"])
 def test_gate_of_gradients_behind_a_relu(name):
     """Rounding moves elements across its corner; what is wrong with a kernel is more than that."""
-    problem = Problem(find(name).tiny().replace(dtype="bfloat16", direction="train"), CPU)
+    trial = Trial(find(name).tiny().replace(dtype="bfloat16", direction="train"), CPU)
 
     def wrong(t):
-        return problem.formula({**t, "x": t["x"].roll(1, -1)})
+        return trial.formula({**t, "x": t["x"].roll(1, -1)})
 
-    found = [timing.Candidate(f.__name__, problem.bind(f)) for f in (problem.formula, wrong)]
-    right, wrong = suite.measure_problem(problem, found, budget_s=0.0, min_rounds=1, log=lambda text: None)
+    found = [timing.Candidate(f.__name__, trial.bind(f)) for f in (trial.formula, wrong)]
+    right, wrong = suite.measure_trial(trial, found, budget_s=0.0, min_rounds=1, log=lambda text: None)
     assert (right.status, wrong.status) == ("ok", "wrong")
 
 
@@ -371,15 +371,15 @@ def test_cudnn_graph_says_what_the_layer_is(monkeypatch, name, nodes):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(_cudnn_graph, "_PLANS", {})
     monkeypatch.setattr(_cudnn_graph, "_HANDLES", {})
-    problem = Problem(find(name).cpu(), CPU)
-    output = cudnn_graph.layer(problem)(problem.tensors)
+    trial = Trial(find(name).cpu(), CPU)
+    output = cudnn_graph.layer(trial)(trial.tensors)
     graph = graphs[0]
     assert [kind for g in graphs for kind, _ in g.nodes] == nodes
-    assert len(graphs) == (2 if problem.case.op == "separable_conv2d" else 1)
-    assert output.shape == problem.formula(problem.tensors).shape
+    assert len(graphs) == (2 if trial.case.op == "separable_conv2d" else 1)
+    assert output.shape == trial.formula(trial.tensors).shape
     geometry = graph.nodes[0][1]
-    assert geometry["stride"] == [problem.case["s"]] * 2
-    assert geometry["padding"] == [problem.case["p"]] * 2
+    assert geometry["stride"] == [trial.case["s"]] * 2
+    assert geometry["padding"] == [trial.case["p"]] * 2
     if name == "mobilenetv2_dw144":
         assert graph.nodes[-1][1]["upper_clip"] == 6.0
 
@@ -396,12 +396,12 @@ def test_peers_are_the_layer_itself():
         "resnet_layer3_expand",
     )
     for case in (*map(find, names), find("ade20k_upsample_loss")):
-        problem = Problem(case.cpu(), CPU)
-        reference = problem.reference()
+        trial = Trial(case.cpu(), CPU)
+        reference = trial.reference()
         names = []
-        for peer in peers.peers(problem):
+        for peer in peers.peers(trial):
             if isinstance(peer, timing.Candidate):
-                error = timing.relative_error(problem.sample(peer.run()), reference)
+                error = timing.relative_error(trial.sample(peer.run()), reference)
                 assert error < 1e-5, (case.name, peer.name)
                 names.append(peer.name)
         assert {"aten_nchw", "aten_nhwc"} <= set(names)
@@ -411,9 +411,9 @@ def test_peers_are_the_layer_itself():
 @pytest.mark.parametrize("name", ["mobilenetv2_dw144", "decoder_sep_256"])
 def test_depthwise_rows_have_both_of_torchs_kernels(monkeypatch, name):
     monkeypatch.setenv("SEGFAST_DRY_RUN", "1")
-    problem = Problem(find(name).tiny().replace(direction="train"), CPU)
-    reference, seen = problem.reference(), {}
-    formula = problem.formula
+    trial = Trial(find(name).tiny().replace(direction="train"), CPU)
+    reference, seen = trial.reference(), {}
+    formula = trial.formula
 
     def watched(t):
         output = formula(t)
@@ -422,8 +422,8 @@ def test_depthwise_rows_have_both_of_torchs_kernels(monkeypatch, name):
         seen[peer.name] = [torch.backends.cudnn.depthwise_kernel]
         return output
 
-    problem.formula = watched
-    for peer in peers.peers(problem):
+    trial.formula = watched
+    for peer in peers.peers(trial):
         assert timing.relative_error(peer.run(), reference) < 1e-5
     assert {"aten_nhwc_native", "aten_nchw_native", "aten_nhwc_cudnn", "aten_nchw_cudnn"} <= set(seen)
     for peer_name, values in seen.items():
@@ -455,10 +455,10 @@ def test_both_forms_of_a_separable_convolution_are_candidates(direction):
     from segfast.kernels import _tiles
 
     case = find("decoder_sep_256").tiny()
-    problem = Problem(case.replace(direction=direction, params={**case.params, "h": 6, "w": 5}), CPU)
-    reference = problem.reference()
+    trial = Trial(case.replace(direction=direction, params={**case.params, "h": 6, "w": 5}), CPU)
+    reference = trial.reference()
     with segfast.backend("triton"):
-        found = {candidate.name: candidate for candidate in ours(problem)}
+        found = {candidate.name: candidate for candidate in ours(trial)}
         assert list(found) == ["segfast", *FORMS]
         chosen, launches = _kernels(found["segfast"].run)
         for name, first in FORMS.items():
@@ -471,11 +471,11 @@ def test_both_forms_of_a_separable_convolution_are_candidates(direction):
         assert _kernels(found["segfast"].run)[0] == chosen
         assert all(a is b for a, b in zip(_kernels(found["segfast"].run)[1], launches, strict=True))
         for candidate in found.values():
-            assert timing.relative_error(problem.sample(candidate.run()), reference) < 1e-5, candidate.name
+            assert timing.relative_error(trial.sample(candidate.run()), reference) < 1e-5, candidate.name
 
 
 def test_no_form_is_forced_where_aten_serves_the_call():
     from benchmarks.ours import ours
 
-    problem = Problem(find("decoder_sep_256").tiny(), CPU)
-    assert [candidate.name for candidate in ours(problem)] == ["segfast"]
+    trial = Trial(find("decoder_sep_256").tiny(), CPU)
+    assert [candidate.name for candidate in ours(trial)] == ["segfast"]

@@ -10,8 +10,8 @@ from benchmarks import peers, timing
 from benchmarks.cases import find
 from benchmarks.fused_models import fused_with_cudnn
 from benchmarks.ours import on_auto, ours
-from benchmarks.problems import Problem
 from benchmarks.timing import Candidate
+from benchmarks.trial import Trial
 
 CPU = torch.device("cpu")
 
@@ -101,20 +101,20 @@ def test_every_sequence_of_the_networks_is_fused(fused_calls, name, relu, add_re
 
 @pytest.mark.parametrize("name", ["aspp_n8_33", "aspp_branches_n8_33"])
 def test_a_pyramid_on_fused_calls_is_the_pyramid(fused_calls, name):
-    problem = Problem(find(name).cpu(), CPU)
-    output = problem.bind(peers._fused_pyramid(problem))()
-    assert timing.relative_error(problem.sample(output), problem.reference()) < 1e-5
+    trial = Trial(find(name).cpu(), CPU)
+    output = trial.bind(peers._fused_pyramid(trial))()
+    assert timing.relative_error(trial.sample(output), trial.reference()) < 1e-5
     assert fused_calls["relu"] == (6 if name == "aspp_n8_33" else 4)
 
 
 @pytest.mark.parametrize("name", ["resnet_layer3_expand", "unet_down1_conv2", "resnet_layer3_d2"])
 def test_a_layer_on_fused_calls_is_the_layer(fused_calls, monkeypatch, name):
-    problem = Problem(find(name).cpu(), CPU)
-    monkeypatch.setattr(problem, "device", torch.device("cuda"))
-    found = {peer.name: peer for peer in peers._fused(problem)}
-    call = "cudnn_conv_add_relu" if "add" in problem.case.epilogue else "cudnn_conv_relu"
-    monkeypatch.setattr(problem, "device", CPU)
-    assert timing.relative_error(problem.sample(found[call].run()), problem.reference()) < 1e-5
+    trial = Trial(find(name).cpu(), CPU)
+    monkeypatch.setattr(trial, "device", torch.device("cuda"))
+    found = {peer.name: peer for peer in peers._fused(trial)}
+    call = "cudnn_conv_add_relu" if "add" in trial.case.epilogue else "cudnn_conv_relu"
+    monkeypatch.setattr(trial, "device", CPU)
+    assert timing.relative_error(trial.sample(found[call].run()), trial.reference()) < 1e-5
     assert sum(fused_calls.values()) == 1
 
 
@@ -132,6 +132,6 @@ def test_auto_is_measured_whichever_backend_is_in_force():
 @pytest.mark.parametrize("direction", ["forward", "backward", "train"])
 def test_our_pyramid_has_the_cases_weights(direction):
     """In a forward the module's own, with gradients those that are differentiated."""
-    problem = Problem(find("aspp_n8_33").tiny().replace(direction=direction), CPU)
-    error = timing.relative_error(problem.sample(next(ours(problem)).run()), problem.reference())
+    trial = Trial(find("aspp_n8_33").tiny().replace(direction=direction), CPU)
+    error = timing.relative_error(trial.sample(next(ours(trial)).run()), trial.reference())
     assert error < 1e-5

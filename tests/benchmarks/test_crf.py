@@ -12,8 +12,8 @@ from benchmarks import crf_peers, rows, suite, timing
 from benchmarks.cases import CASES, find, is_crf
 from benchmarks.crf_cases import GOALS_MS, PHOTOS
 from benchmarks.environment import ROOT
-from benchmarks.problems import Problem
 from benchmarks.report import markdown, ratio
+from benchmarks.trial import Trial
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def _small(name, **more):
     case = find(name)
     params = {**case.params, "h": 12, "w": 16, "iterations": 2, **more}
-    return Problem(case.replace(params=params), CPU)
+    return Trial(case.replace(params=params), CPU)
 
 
 def test_sizes_labels_batches_and_photographs_are_measured():
@@ -49,8 +49,8 @@ def test_absent_peers_say_so_and_the_rest_is_measured(monkeypatch):
     find_spec = importlib.util.find_spec
     absent = ("pykeops", "pydensecrf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
-    problem = _small("crf_512_67_3")
-    results = suite.measure_problem(problem, suite.candidates(problem), budget_s=0.0, min_rounds=1)
+    trial = _small("crf_512_67_3")
+    results = suite.measure_trial(trial, suite.candidates(trial), budget_s=0.0, min_rounds=1)
     assert {m.candidate: m.note for m in results if m.status == "skipped"} == {
         "keops": "pykeops is not installed",
         "keops_blocks": "pykeops is not installed",
@@ -65,17 +65,17 @@ def test_absent_peers_say_so_and_the_rest_is_measured(monkeypatch):
 
 def test_pydensecrf_on_all_cores_solves_every_image():
     pytest.importorskip("pydensecrf", reason="needs pydensecrf (pydensecrf2 on PyPI)")
-    problem = _small("crf_512_67_3_n16", n=3)
+    trial = _small("crf_512_67_3_n16", n=3)
     cores = 2
-    run = crf_peers._in_processes(problem, cores)
+    run = crf_peers._in_processes(trial, cores)
     try:
         first, second = run().clone(), run()
     finally:
         crf_peers._processes(cores).shutdown()
         crf_peers._processes.cache_clear()
     assert torch.equal(first, second)
-    assert torch.equal(first, crf_peers._one_by_one(problem))
-    assert timing.relative_error(problem.sample(first), problem.reference()) < crf_peers.LATTICE
+    assert torch.equal(first, crf_peers._one_by_one(trial))
+    assert timing.relative_error(trial.sample(first), trial.reference()) < crf_peers.LATTICE
 
 
 def test_keops_is_given_the_pairs_of_tiles_that_are_listed():

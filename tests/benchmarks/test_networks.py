@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import segfast
-from benchmarks import network_problems, record, rows
-from benchmarks.network_problems import BF16_TOLERANCE, NetworkProblem, largest_error
+from benchmarks import network_trial, record, rows
 from benchmarks.network_report import HEADERS, main, network_tables
+from benchmarks.network_trial import BF16_TOLERANCE, NetworkTrial, largest_error
 from benchmarks.networks import NETWORKS, TINY, Network, network_case, network_cases
-from benchmarks.suite import candidates, measure_problem
+from benchmarks.suite import candidates, measure_trial
 from benchmarks.timing import Candidate, Measurement, Skipped, Timing, relative_error
 
 CPU = torch.device("cpu")
@@ -21,8 +21,8 @@ SELFIE = network_case("segfast_selfie_segmenter", TINY)
 
 
 @pytest.fixture(scope="module")
-def problem():
-    return NetworkProblem(SELFIE, CPU)
+def trial():
+    return NetworkTrial(SELFIE, CPU)
 
 
 def _row(
@@ -42,13 +42,13 @@ def test_every_case_is_named_once():
     assert len(list(network_cases(cores=1))) == len(list(network_cases(4, on_gpu=True))) == 2 * len(NETWORKS)
 
 
-def test_weights_come_from_the_seed_alone(problem):
+def test_weights_come_from_the_seed_alone(trial):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    again = NetworkProblem(SELFIE, CPU)
+    again = NetworkTrial(SELFIE, CPU)
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(again.images, problem.images)
-    assert torch.equal(again.expected, problem.expected)
+    assert torch.equal(again.images, trial.images)
+    assert torch.equal(again.expected, trial.expected)
 
 
 def test_zero_scores_and_dead_norms_are_drawn(monkeypatch):
@@ -59,7 +59,7 @@ def test_zero_scores_and_dead_norms_are_drawn(monkeypatch):
         return nn.Sequential(*layers)
 
     monkeypatch.setitem(NETWORKS, SELFIE["model"], Network("tiny", "tiny", build))
-    found = NetworkProblem(SELFIE, CPU)
+    found = NetworkTrial(SELFIE, CPU)
     norm = found.network[1]
     assert norm.weight.min() >= 0.5
     assert norm.momentum == 0.1
@@ -71,7 +71,7 @@ def test_zero_scores_and_dead_norms_are_drawn(monkeypatch):
 def test_a_network_of_no_use_is_refused(monkeypatch):
     monkeypatch.setitem(NETWORKS, SELFIE["model"], Network("zero", "zero", lambda: _Times(0.0)))
     with pytest.raises(ValueError, match=r"largest score of segfast_selfie_segmenter is 0\.0"):
-        NetworkProblem(SELFIE, CPU)
+        NetworkTrial(SELFIE, CPU)
 
 
 class _Times(nn.Module):
@@ -89,31 +89,31 @@ def test_a_missing_package_is_a_reason_to_skip(monkeypatch):
 
     monkeypatch.setitem(NETWORKS, SELFIE["model"], Network("x", "network X", build))
     with pytest.raises(LookupError, match=r"network X cannot be built here: .*package_that_nobody_has"):
-        NetworkProblem(SELFIE, CPU)
+        NetworkTrial(SELFIE, CPU)
 
 
-def test_freezing_is_on_for_one_call_of_a_copy(problem, monkeypatch):
+def test_freezing_is_on_for_one_call_of_a_copy(trial, monkeypatch):
     from torch._inductor import config
 
     seen = []
 
     def stub(network, **options):
         def call(images):
-            seen.append((config.freezing, torch.is_grad_enabled(), network is problem.network))
+            seen.append((config.freezing, torch.is_grad_enabled(), network is trial.network))
             return network(images)
 
         return call
 
     monkeypatch.setattr(torch, "compile", stub)
     before = config.freezing
-    compiled = next(c for c in candidates(problem, compiled=True) if c.name == "compile_freezing")
+    compiled = next(c for c in candidates(trial, compiled=True) if c.name == "compile_freezing")
     for _ in range(2):
-        assert largest_error(compiled.run(), problem.expected) < 1e-5
+        assert largest_error(compiled.run(), trial.expected) < 1e-5
     assert seen == [(True, False, False), (before, False, False), (before, False, False)]
     assert config.freezing == before
 
 
-def test_the_first_call_builds_and_the_callers_network_stays(problem, monkeypatch):
+def test_the_first_call_builds_and_the_callers_network_stays(trial, monkeypatch):
     built = []
     optimize = segfast.optimize
 
@@ -123,39 +123,39 @@ def test_the_first_call_builds_and_the_callers_network_stays(problem, monkeypatc
         return optimize(network, images)
 
     monkeypatch.setattr(segfast, "optimize", counted)
-    strides = [parameter.stride() for parameter in problem.network.parameters()]
-    found = {c.name: c for c in candidates(problem)}
+    strides = [parameter.stride() for parameter in trial.network.parameters()]
+    found = {c.name: c for c in candidates(trial)}
     assert built == []
     for _ in range(2):
         for name in ("segfast", "eager_nhwc"):
             found[name].run()
-    assert built == [problem.network]
-    assert strides == [parameter.stride() for parameter in problem.network.parameters()]
-    assert torch.equal(found["eager_nchw"].run(), problem.expected)
+    assert built == [trial.network]
+    assert strides == [parameter.stride() for parameter in trial.network.parameters()]
+    assert torch.equal(found["eager_nchw"].run(), trial.expected)
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
-def test_bf16_where_the_cpu_has_it(problem, monkeypatch, has_bf16):
-    monkeypatch.setattr(network_problems, "no_bf16", lambda device: "" if has_bf16 else "this CPU has none")
-    found = {c.name: c for c in candidates(problem)}
+def test_bf16_where_the_cpu_has_it(trial, monkeypatch, has_bf16):
+    monkeypatch.setattr(network_trial, "no_bf16", lambda device: "" if has_bf16 else "this CPU has none")
+    found = {c.name: c for c in candidates(trial)}
     skipped = {name: c.note for name, c in found.items() if isinstance(c, Skipped)}
     if has_bf16:
         assert skipped == {}
         for name in ("eager_bf16", "segfast_bf16"):
             assert (found[name].dtype, found[name].ours) == ("bfloat16", name == "segfast_bf16")
-            assert 1e-4 < largest_error(found[name].run(), problem.expected) < BF16_TOLERANCE
+            assert 1e-4 < largest_error(found[name].run(), trial.expected) < BF16_TOLERANCE
         # The caller of optimize gets what the network gave before.
         assert found["segfast_bf16"].run().dtype == torch.float32
     else:
         assert skipped == dict.fromkeys(("eager_bf16", "segfast_bf16"), "this CPU has none")
 
 
-def test_choices_are_of_ours_alone(problem, monkeypatch):
+def test_choices_are_of_ours_alone(trial, monkeypatch):
     """The layers of segfast's own networks take what was chosen for the optimized one, unless told."""
     seen = {}
-    for candidate in candidates(problem):
+    for candidate in candidates(trial):
         network = _Backends()
-        monkeypatch.setattr(network_problems, "_channels_last", lambda value, network=network: network)
+        monkeypatch.setattr(network_trial, "_channels_last", lambda value, network=network: network)
         monkeypatch.setattr(segfast, "optimize", lambda *args, network=network, **options: network)
         if candidate.name not in ("eager_nchw", "eager_bf16") and isinstance(candidate, Candidate):
             candidate.run()
@@ -178,16 +178,16 @@ class _Backends(nn.Module):
 
 
 @pytest.mark.measures
-def test_the_gain_is_a_note(problem, tmp_path, monkeypatch):
+def test_the_gain_is_a_note(trial, tmp_path, monkeypatch):
     monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path))
-    ours = next(c for c in candidates(problem) if c.name == "segfast")
-    (found,) = measure_problem(problem, [ours], budget_s=0, min_rounds=1)
+    ours = next(c for c in candidates(trial) if c.name == "segfast")
+    (found,) = measure_trial(trial, [ours], budget_s=0, min_rounds=1)
     assert re.match("[0-9.]+ times as fast on this CPU|Not faster on this CPU", found.note)
 
 
-def test_the_gate_is_the_largest_error(problem):
+def test_the_gate_is_the_largest_error(trial):
     """One wrong pixel hides in the norm of an image, but not here."""
-    reference = problem.expected
+    reference = trial.expected
     wrong = reference.clone()
     wrong[0, 0, 3, 3] += 1e-3 * reference.abs().max()
     assert largest_error(wrong, reference) == pytest.approx(1e-3, rel=1e-2)
@@ -195,7 +195,7 @@ def test_the_gate_is_the_largest_error(problem):
     assert largest_error(reference * math.nan, reference) == math.inf
     assert relative_error(wrong, reference) < 1e-4
     runs = [Candidate("right", lambda: reference), Candidate("wrong", lambda: wrong)]
-    found = measure_problem(problem, runs, budget_s=0, min_rounds=1)
+    found = measure_trial(trial, runs, budget_s=0, min_rounds=1)
     assert [m.status for m in found] == ["ok", "wrong"]
 
 

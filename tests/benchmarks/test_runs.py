@@ -150,7 +150,7 @@ def test_the_precision_of_fp32_is_the_cases(session, monkeypatch):
 
     seen = []
     conv = torch.backends.cudnn.conv
-    monkeypatch.setattr(module, "measure_problem", lambda *a, **k: seen.append(conv.fp32_precision) or [])
+    monkeypatch.setattr(module, "measure_trial", lambda *a, **k: seen.append(conv.fp32_precision) or [])
     for dtype in ("tf32", "float32"):
         session("layers").run_cases([find("unet_up3").tiny().replace(dtype=dtype)])
     assert seen == ["tf32", "ieee"]
@@ -165,12 +165,12 @@ def test_models_have_both_layouts_and_ours_optimized(dry_run):
 
 
 def test_compiled_models_are_set_beside_eager_and_ours(session):
-    from benchmarks.model_problems import ModelProblem
+    from benchmarks.model_trial import ModelTrial
     from benchmarks.steps import COMPILE_MODES, _compiled
 
-    problem = ModelProblem(find("unet_572").tiny(), torch.device("cpu"))
+    trial = ModelTrial(find("unet_572").tiny(), torch.device("cpu"))
     session("models")
-    found = {mode: [peer.name for peer in _compiled(mode)(problem)] for mode in COMPILE_MODES}
+    found = {mode: [peer.name for peer in _compiled(mode)(trial)] for mode in COMPILE_MODES}
     assert list(found.values()) == [
         ["eager_nhwc", "compile", "segfast"],
         ["eager_nhwc", "compile_max_autotune", "segfast"],
@@ -199,14 +199,14 @@ def test_a_second_pass_is_not_the_first(session, tmp_path, capsys):
 def test_a_failing_case_does_not_stop_the_step(session, tmp_path, monkeypatch):
     from benchmarks import suite
 
-    make = suite.make_problem
+    make = suite.make_trial
 
     def failing(case, device):
         if case.name == "unet_up3":
             raise RuntimeError("planted")
         return make(case, device)
 
-    monkeypatch.setattr("benchmarks.session.make_problem", failing)
+    monkeypatch.setattr("benchmarks.session.make_trial", failing)
     STEPS["layers"](session("layers", "unet_up3", "unet_up4"))
     found = rows.read_rows(tmp_path / "rows.csv")
     assert {(row["status"], row["note"]) for row in found if row["case"] == "unet_up3"} == {
@@ -221,7 +221,7 @@ def test_a_model_that_fails_does_not_stop_the_choices(session, monkeypatch, caps
     def failing(case, device):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(steps, "make_problem", failing)
+    monkeypatch.setattr(steps, "make_trial", failing)
     STEPS["tune"](session("tune", "unet_572", "fcn8s_vgg16_500"))
     assert capsys.readouterr().out.count("RuntimeError: planted") == 4
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import model_problems, problems, rows, session, steps, timing
+from benchmarks import model_trial, rows, session, steps, timing, trial
 from benchmarks.cases import find
 from benchmarks.session import Session
 from benchmarks.steps import STEPS
@@ -44,7 +44,7 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "MEASURES", True)
     monkeypatch.setattr(timing, "_peak_mb", lambda run, device: float("nan"))
     generator = torch.Generator
-    monkeypatch.setattr(problems.torch, "Generator", lambda device="cpu": generator("cpu"))
+    monkeypatch.setattr(trial.torch, "Generator", lambda device="cpu": generator("cpu"))
     searching = torch.backends.cudnn.benchmark
     begin_anew()
     yield
@@ -93,8 +93,8 @@ def test_the_first_part_proves_chooses_and_measures(tmp_path, device, monkeypatc
 def test_the_second_part_chooses_for_a_model_and_measures_it(tmp_path, device, monkeypatch, capsys):
     monkeypatch.setattr(steps, "_models", lambda session: cases)
     plain = models.UNet(1, 2, width=8, depth=1)
-    monkeypatch.setattr(model_problems, "plain_model", lambda *a, **o: (plain, 1))
-    monkeypatch.setattr(model_problems, "_segfast_model", lambda case, plain: copy.deepcopy(plain))
+    monkeypatch.setattr(model_trial, "plain_model", lambda *a, **o: (plain, 1))
+    monkeypatch.setattr(model_trial, "_segfast_model", lambda case, plain: copy.deepcopy(plain))
     case = find("unet_572").tiny()
     # In fp32: the simulated device's autocast does nothing.
     case = case.replace(params={**case.params, "h": 10, "w": 8})

@@ -1,4 +1,4 @@
-"""A whole network as a problem: eager in both layouts, compiled with freezing, and by `segfast.optimize`."""
+"""A trial of a whole network: eager in both layouts, compiled with freezing, and by `segfast.optimize`."""
 
 import copy
 import os
@@ -23,7 +23,7 @@ BF16_CANDIDATES = ("eager_bf16", "segfast_bf16")
 COMPILE_OPTION = "SEGFAST_BENCH_COMPILE"
 
 
-class NetworkProblem:
+class NetworkTrial:
     """A network with random weights on random images that are contiguous, as the caller has them.
 
     What takes a network time before it is fast (compiling, optimizing) is part of a candidate's first call,

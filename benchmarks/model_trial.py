@@ -1,4 +1,4 @@
-"""Whole networks as problems: the plain twin, its peers, and segfast's model with the same weights."""
+"""A trial of a whole model: the plain twin, its peers, and segfast's model with the same weights."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ TOLERANCE = 5e-2  # of logits after tens of layers, and of a training step's los
 OPTIMIZE_SECONDS = 20.0  # for what no earlier step has chosen
 
 
-class ModelProblem:
+class ModelTrial:
     """A network with random weights and images; `forward` in the case's dtype, `train` under autocast to it.
 
     Raises LookupError where this machine has no plain twin of the network.
@@ -78,7 +78,7 @@ class ModelProblem:
         return step
 
     def bind(self, network: nn.Module, images: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
-        """A call of the network in the case's direction, by default on the problem's images."""
+        """A call of the network in the case's direction, by default on the trial's images."""
         network = self._in_mode(network)
         images = self._given() if images is None else images
         if self.training:

@@ -1,4 +1,4 @@
-"""A case on a device: its inputs, calls of a function of them in the case's direction, and a right answer."""
+"""A trial, a case on a device: inputs, calls of a function of them in its direction, and a right answer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ IMAGES = ("x", "skip", "residual", "unary", "image", "values", "features")
 CONSTANT = ("mean", "var", "gamma", "beta", "scale", "shift", "labels")
 
 
-class Problem:
+class Trial:
     """Random inputs of an operator's case on a device, channels_last where they are images or filters."""
 
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
