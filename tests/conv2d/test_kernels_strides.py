@@ -160,7 +160,7 @@ def test_grad_weight_multiplies_only_pixels_that_meet_the_image(
     torch.testing.assert_close(grad, reference, atol=1e-4, rtol=1e-4)
 
 
-def test_the_zoned_kernel_multiplies_what_the_table_says(dots):
+def test_the_dilated_kernel_multiplies_what_the_table_says(dots):
     tensors = operands((2, 32, 6, 5), 20, vectors=())
     geometry = {"padding": 4, "dilation": 4}
     branch = branch_of((6, 5), (6, 5), (3, 3), (1, 1), (4, 4), (4, 4))
