@@ -102,10 +102,10 @@ def proofs():
 
 def benchmark():
     from benchmarks.cases import find
-    from benchmarks.suite import candidates, make_problem, measure_problem
-    problem = make_problem(find("enet_initial").cpu().replace(direction="train"), x.device)
+    from benchmarks.suite import candidates, make_trial, measure_trial
+    trial = make_trial(find("enet_initial").cpu().replace(direction="train"), x.device)
     with segfast.backend("triton"):
-        found = measure_problem(problem, candidates(problem), budget_s=0.0, min_rounds=1)
+        found = measure_trial(trial, candidates(trial), budget_s=0.0, min_rounds=1)
     assert {m.candidate for m in found if m.status == "ok"} == {"segfast", "aten_nchw", "aten_nhwc"}
 
 def measured():
@@ -190,7 +190,7 @@ def test_it_compiles_for_a_gpu(tree):
     command = [sys.executable, "-m", "segfast", "compile-report", "--family", "prelu", "--arch", "sm_90"]
     result = subprocess.run([*command, "--dtype", "bf16"], cwd=tree, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "1 kernels, 0 with a problem" in result.stdout
+    assert "1 kernels, 0 with a trial" in result.stdout
 
 
 def test_the_page_has_a_file_for_every_layer():
