@@ -75,6 +75,8 @@ NETWORKS = {
         _smp("PAN", "resnet34"),
         _segfast("unet"),
         _segfast("fcn8s"),
+        _segfast("fcn8s_alexnet"),
+        _segfast("fcn8s_googlenet"),
         _segfast("deeplabv3plus_mobilenet_v2"),
         _segfast("selfie_segmenter", num_classes=1),  # as published
     )

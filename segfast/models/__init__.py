@@ -11,6 +11,8 @@ from ._base import SegmentationModel
 from .deeplabv3 import DeepLabV3, deeplabv3_resnet50, deeplabv3_resnet101
 from .deeplabv3plus import DeepLabV3Plus, deeplabv3plus_mobilenet_v2, deeplabv3plus_xception65
 from .fcn import FCN, fcn8s, fcn16s, fcn32s
+from .fcn_alexnet import fcn8s_alexnet, fcn16s_alexnet, fcn32s_alexnet
+from .fcn_googlenet import fcn8s_googlenet, fcn16s_googlenet, fcn32s_googlenet
 from .fcn_resnet import FCNResNet, fcn_resnet50, fcn_resnet101
 from .selfie_segmenter import SelfieSegmenter
 from .unet import UNet
@@ -29,8 +31,14 @@ __all__ = [
     "deeplabv3plus_mobilenet_v2",
     "deeplabv3plus_xception65",
     "fcn8s",
+    "fcn8s_alexnet",
+    "fcn8s_googlenet",
     "fcn16s",
+    "fcn16s_alexnet",
+    "fcn16s_googlenet",
     "fcn32s",
+    "fcn32s_alexnet",
+    "fcn32s_googlenet",
     "fcn_resnet50",
     "fcn_resnet101",
     "list_models",
@@ -44,8 +52,14 @@ _MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "deeplabv3plus_mobilenet_v2": deeplabv3plus_mobilenet_v2,
     "deeplabv3plus_xception65": deeplabv3plus_xception65,
     "fcn8s": fcn8s,
+    "fcn8s_alexnet": fcn8s_alexnet,
+    "fcn8s_googlenet": fcn8s_googlenet,
     "fcn16s": fcn16s,
+    "fcn16s_alexnet": fcn16s_alexnet,
+    "fcn16s_googlenet": fcn16s_googlenet,
     "fcn32s": fcn32s,
+    "fcn32s_alexnet": fcn32s_alexnet,
+    "fcn32s_googlenet": fcn32s_googlenet,
     "fcn_resnet50": fcn_resnet50,
     "fcn_resnet101": fcn_resnet101,
     "selfie_segmenter": SelfieSegmenter,
@@ -112,9 +126,9 @@ def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[st
     (`mobilenet_v2`) and timm (`mobilenetv2_100`, `xception65`), or their encoders, with or without `encoder.`
     in front. What those do not have, the decoder, keeps the weights that `model` has.
 
-    For `FCN`: torchvision's `vgg16`, whose linear layers become convolutions. For `FCNResNet` and
-    `DeepLabV3`: torchvision's networks of the same names, with or without the auxiliary head, and its
-    `resnet50` and `resnet101`.
+    For `FCN`: torchvision's `vgg16`, `alexnet` or `googlenet`, whose linear layers become convolutions. For
+    `FCNResNet` and `DeepLabV3`: torchvision's networks of the same names, with or without the auxiliary head,
+    and its `resnet50` and `resnet101`.
 
     Keys that already are the model's own come back unchanged.
 

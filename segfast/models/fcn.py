@@ -1,13 +1,12 @@
-"""FCN on VGG16.
+"""FCN on VGG16, AlexNet and GoogLeNet.
 
 Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015. VGG16 is from
 Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,53 +16,68 @@ from segfast.nn import Conv2d, ConvTranspose2d
 from segfast.nn.init import bilinear_
 
 from ._base import SegmentationModel, tensors
+from ._classifiers import CLASSIFIERS, Stage, pooled, pooled_length, rescaled, torchvision_names
 
-# Of each stride: the enlarging layers, and the pooling whose scores are added to what each returns.
-STEPS: dict[int, tuple[tuple[str, int | None], ...]] = {
-    8: (("upscore2", 4), ("upscore_pool4", 3), ("upscore8", None)),
-    16: (("upscore2", 4), ("upscore16", None)),
-    32: (("upscore", None),),
-}
-# VGG16's stages, each before a pooling: its convolutions, and their channels over those of the first.
-STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
+STRIDES = (8, 16, 32)
 # Of the first convolution: what the unpadded fc6 takes away again, and so any image is large enough.
 PAPER_PADDING = 100
 
-_VGG_KEY = re.compile(r"(features|classifier)\.(\d+)\.(weight|bias)")
 
+class Step(NamedTuple):
+    """An enlarging layer: its name, stride and kernel, and what meets its result.
 
-def crop_offsets(padding: int, fc6_padding: int, stride: int) -> list[int]:
-    """Where each enlarged score map is met: by the skips, coarse to fine, and at last by the image.
-
-    Pixel 0 of the skip lies on pixel `offset` of the enlarged scores, which are cut by that much; below 0 it
-    is the skip that is cut. `padding` is that of the first convolution.
-
-    >>> crop_offsets(100, 0, stride=8)
-    [-5, -9, 31]
-    >>> crop_offsets(1, 3, stride=32)
-    [16]
+    That is the scores of the stage of that number, or the image (None). Pixel 0 of it lies on pixel `offset`
+    of the enlarged scores, which are cut by that much; below 0 it is the skip that is cut.
     """
 
-    # Pixel i of pooling l stands at 2**l * i + origin in the image.
-    def origin(level: int) -> float:
-        return (2**level - 1) / 2 - (padding - 1)
+    name: str
+    stage: int | None
+    factor: int
+    kernel: int
+    offset: int
 
-    offsets = []
-    at, step = origin(5) + 32 * (3 - fc6_padding), 32
-    for level in range(4, int(math.log2(stride)) - 1, -1):
-        step = 2**level
-        at -= step * 1.5  # a kernel of 4, whose middle is 1.5
-        offsets.append(round((origin(level) - at) / step))
-        at = max(at, origin(level))
-    return [*offsets, round((2 * stride - 1) / 2 - at)]
+
+def enlarging_steps(reached: Sequence[tuple[int, float]], scores_at: float, stride: int) -> list[Step]:
+    """The enlarging layers, coarse to fine.
+
+    Args:
+        reached: of each stage's features, the pixels of the image to one of them, and where in the image
+            the middle of the first stands.
+        scores_at: where the first of the coarse scores stands, at stride 32.
+        stride: of the finest scores.
+
+    A kernel is twice the layer's stride, or one less where only that puts pixels upon pixels.
+    """
+    steps: list[Step] = []
+    strides = [step for step, _ in reached]
+    for fine in (16, 8, 1):
+        if 1 < fine < stride:
+            continue
+        stage = None if fine == 1 else strides.index(fine)
+        meets = 0.0 if stage is None else reached[stage][1]
+        factor = stride if stage is None else 2
+        for kernel in (2 * factor, 2 * factor - 1):
+            first = scores_at - fine * (kernel - 1) / 2
+            offset = (meets - first) / fine
+            if offset == round(offset):
+                break
+        if stage is None:
+            name = "upscore" if stride == 32 else f"upscore{stride}"
+        else:
+            name = f"upscore_pool{steps[-1].stage}" if steps else "upscore2"
+        steps.append(Step(name, None if stage is None else stage + 1, factor, kernel, round(offset)))
+        scores_at = max(first, meets)
+    return steps
 
 
 class FCN(SegmentationModel):
-    """VGG16 turned into a network of scores, enlarged by learnable transposed convolutions.
+    """A classifier turned into a network of scores, enlarged by learnable transposed convolutions.
 
-    fc6 and fc7 are convolutions of 7x7 and 1x1. Their scores, at stride 32, are enlarged twofold and added to
-    scores of pool4 (stride 16), and those again to scores of pool3 (8), then enlarged to the image. Layers
-    bear the names of the paper's own networks.
+    VGG16's and AlexNet's fc6 and fc7 are convolutions, of 7x7 or 6x6 and of 1x1; GoogLeNet has none, and its
+    average pooling is left out, as in the paper, as are its auxiliary heads. The scores at stride 32 are
+    enlarged twofold and added to scores of the features at stride 16 (VGG16's pool4), and those again to
+    scores of the features at stride 8 (pool3), then enlarged to the image. VGG16's layers bear the names of
+    the paper's own networks.
 
     The enlarging layers begin as bilinear interpolation, all others that make scores as zero: load a
     classifier (`segfast.models.remap_state_dict`) before training. The paper's loss is the cross-entropy of
@@ -72,16 +86,21 @@ class FCN(SegmentationModel):
     Args:
         num_classes: channels of the output.
         in_channels: of the image.
+        backbone: "vgg16", "alexnet" or "googlenet".
         stride: of the finest scores: 32, 16 or 8.
         padded: the paper's padding of 100 pixels around the image, which makes up for fc6 having none; or
-            else every convolution keeps the size, and half the pixels are computed at 500x500.
-        width: channels of the first stage; 64 is VGG16.
-        dropout: probability, after fc6 and fc7.
+            else every convolution keeps the size, and half the pixels are computed at 500x500. None is the
+            padding, but for GoogLeNet, which has no fc6.
+        width: channels of the first stage; 64 is the published classifier.
+        dropout: probability, after fc6 and fc7, or before GoogLeNet's scores.
+        transform_input: of GoogLeNet: rescale images that were normalized as torchvision's are, as the
+            weights that torchvision publishes need it.
 
-    Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H, W]`, for any H and W.
+    Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H, W]`, for any H and W; without the padding at
+    least 35 on AlexNet and 15 on GoogLeNet.
 
     Raises:
-        ValueError: an option out of range; an input that is not 4-D.
+        ValueError: an option out of range; an input that is not 4-D or too small.
 
     >>> import torch
     >>> FCN(width=2)(torch.zeros(1, 3, 37, 50)).shape
@@ -93,57 +112,86 @@ class FCN(SegmentationModel):
         num_classes: int = 21,
         in_channels: int = 3,
         *,
+        backbone: str = "vgg16",
         stride: int = 8,
-        padded: bool = True,
+        padded: bool | None = None,
         width: int = 64,
         dropout: float = 0.5,
+        transform_input: bool = False,
     ) -> None:
         super().__init__()
         for option, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
             if value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
-        if stride not in STEPS:
-            raise ValueError(f"stride must be one of {tuple(STEPS)}, got {stride!r}")
-        self.name = f"fcn{stride}s"
-        self.config = {
+        if backbone not in CLASSIFIERS:
+            raise ValueError(f"backbone must be one of {tuple(CLASSIFIERS)}, got {backbone!r}")
+        if stride not in STRIDES:
+            raise ValueError(f"stride must be one of {STRIDES}, got {stride!r}")
+        classifier = CLASSIFIERS[backbone]
+        if padded and classifier.fc6 is None:
+            raise ValueError(f"padded is for a backbone with an fc6, got padded=True and {backbone!r}")
+        if transform_input and (backbone, in_channels) != ("googlenet", 3):
+            raise ValueError(
+                "transform_input is for 'googlenet' with 3 input channels, "
+                f"got {backbone!r} with {in_channels}"
+            )
+        self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "in_channels": in_channels,
-            "padded": padded,
             "width": width,
             "dropout": dropout,
         }
+        if classifier.fc6 is None:
+            padded = False
+            self.config["transform_input"] = transform_input
+        else:
+            padded = padded is None or padded
+            self.config["padded"] = padded
+        self.name = f"fcn{stride}s" if backbone == "vgg16" else f"fcn{stride}s_{backbone}"
+        self.backbone = backbone
         self.num_classes = num_classes
         self.in_channels = in_channels
-        self.stages: list[list[str]] = []
-        padding, channels = PAPER_PADDING if padded else 1, in_channels
-        for stage, (count, factor) in enumerate(STAGES, start=1):
-            self.stages.append([f"conv{stage}_{index + 1}" for index in range(count)])
-            for name in self.stages[-1]:
-                conv = Conv2d(channels, factor * width, 3, padding=padding, activation="relu")
-                self.add_module(name, conv)
-                padding, channels = 1, factor * width
-        fc6_padding = 0 if padded else 3
-        self.fc6 = Conv2d(channels, 64 * width, 7, padding=fc6_padding, activation="relu")
-        self.fc7 = Conv2d(64 * width, 64 * width, 1, activation="relu")
+        self.transform_input = transform_input
+        kernel, step, padding = classifier.first
+        padding = PAPER_PADDING if padded else padding
+        stages = classifier.build(in_channels, width, padding)
+        # Names of the layers, and the pooling behind them.
+        self.stages = [(list(stage.layers), stage.pool) for stage in stages]
+        self.smallest = 1 if padded else _smallest_side(stages, *classifier.first)
+        at, reached = (kernel - 1) / 2 - padding, []
+        for stage in stages:
+            for name, layer in stage.layers.items():
+                self.add_module(name, layer)
+            if stage.pool is not None:
+                at, step = at + step * (stage.pool - 1) / 2, 2 * step
+            reached.append((step, at))
+        channels = stages[-1].channels
+        if classifier.fc6 is not None:
+            fc6_padding = 0 if padded else classifier.fc6 // 2
+            at += step * ((classifier.fc6 - 1) / 2 - fc6_padding)
+            self.fc6 = Conv2d(channels, 64 * width, classifier.fc6, padding=fc6_padding, activation="relu")
+            self.fc7 = Conv2d(64 * width, 64 * width, 1, activation="relu")
+            channels = 64 * width
         self.dropout = nn.Dropout(dropout)
-        self.score_fr = Conv2d(64 * width, num_classes, 1)
-        offsets = crop_offsets(PAPER_PADDING if padded else 1, fc6_padding, stride)
-        # Of each enlarging layer: its name, the pooling whose scores its result is added to, and where.
-        self.steps = [(*step, offset) for step, offset in zip(STEPS[stride], offsets, strict=True)]
-        for _, level, _ in self.steps:
-            if level is not None:
-                features = STAGES[level - 1][1] * width
-                self.add_module(f"score_pool{level}", Conv2d(features, num_classes, 1))
-        for name, level, _ in self.steps:
-            factor = stride if level is None else 2
-            up = ConvTranspose2d(num_classes, num_classes, 2 * factor, stride=factor, bias=False)
-            self.add_module(name, up)
+        self.score_fr = Conv2d(channels, num_classes, 1)
+        self.steps = enlarging_steps(reached, at, stride)
+        for enlarging in self.steps:
+            if enlarging.stage is not None:
+                features = stages[enlarging.stage - 1].channels
+                self.add_module(f"score_pool{enlarging.stage}", Conv2d(features, num_classes, 1))
+        for enlarging in self.steps:
+            up = ConvTranspose2d(
+                num_classes, num_classes, enlarging.kernel, stride=enlarging.factor, bias=False
+            )
+            self.add_module(enlarging.name, up)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Gaussian weights of variance 2 / (outputs that an input reaches); scores 0, enlarging bilinear."""
-        for name, module in self.named_children():
-            if isinstance(module, nn.ConvTranspose2d):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+            elif isinstance(module, nn.ConvTranspose2d):
                 bilinear_(module.weight)
             elif isinstance(module, nn.Conv2d):
                 if name.startswith("score"):
@@ -156,21 +204,24 @@ class FCN(SegmentationModel):
     def heat_map(self, input: Tensor) -> Tensor:
         """The coarse class scores `[N, num_classes, h, w]`, at stride 32, before anything is enlarged.
 
-        Without the paper's padding h and w are H / 32 and W / 32, rounded up, and the pixel in the middle of
-        the 7x7 of a 224x224 image is what VGG16, the classifier, says of it.
+        Of a 224x224 image they are, without the paper's padding, what the classifier says of it: on VGG16 and
+        AlexNet the pixel in the middle of the 7x7, on GoogLeNet the mean of the 7x7.
         """
         return self._scores(self._pools(input)[-1])
 
     def forward(self, input: Tensor) -> Tensor:
         pools = self._pools(input)
         x = self._scores(pools[-1])
-        for name, level, offset in self.steps:
+        for name, stage, factor, kernel, offset in self.steps:
             up: Any = getattr(self, name)
-            if level is None:
+            if stage is None:
+                # Of AlexNet and GoogLeNet they may end a few pixels before the image does: repeat the last.
+                if self.backbone != "vgg16":
+                    x = F.pad(x, (0, 1, 0, 1), mode="replicate")
                 return _window(up, x, offset, input.shape[2:])
-            skip = getattr(self, f"score_pool{level}")(pools[level - 1])
+            skip = getattr(self, f"score_pool{stage}")(pools[stage - 1])
             if offset < 0:
-                height, width = (up.stride[0] * (n + 1) for n in x.shape[2:])
+                height, width = (factor * (n - 1) + kernel for n in x.shape[2:])
                 skip = skip[:, :, -offset : height - offset, -offset : width - offset]
                 x = conv_transpose2d(x, up.weight, stride=up.stride, residual=skip)
             else:
@@ -180,24 +231,32 @@ class FCN(SegmentationModel):
     def _pools(self, x: Tensor) -> list[Tensor]:
         if x.dim() != 4:
             raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(x.shape)}")
+        if self.smallest > 1 and (x.shape[2] < self.smallest or x.shape[3] < self.smallest):
+            raise ValueError(
+                f"input is {x.shape[2]}x{x.shape[3]}; {self.name} needs at least "
+                f"{self.smallest}x{self.smallest} for its poolings"
+            )
+        if self.transform_input:
+            x = rescaled(x)
         pools = []
-        for stage in self.stages:
-            for name in stage:
+        for names, pool in self.stages:
+            for name in names:
                 x = getattr(self, name)(x)
-            x = F.max_pool2d(x, 2, ceil_mode=True)
+            x = pooled(x, pool)
             pools.append(x)
         return pools
 
     def _scores(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.fc6(x))
-        return self.score_fr(self.dropout(self.fc7(x)))
+        if CLASSIFIERS[self.backbone].fc6 is not None:
+            x = self.fc7(self.dropout(self.fc6(x)))
+        return self.score_fr(self.dropout(x))
 
     def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `segfast.models.remap_state_dict`.
 
-        Reads checkpoints of this network and of VGG16 as torchvision names its layers: the classifier's
-        linear layers become convolutions. Its last one is read where it has as many classes as the model,
-        and all scores of the model and its enlarging layers keep their weights otherwise.
+        Reads checkpoints of this network and of its classifier as torchvision names the layers: linear layers
+        become convolutions. The last one is read where it has as many classes as the model, and all scores of
+        the model and its enlarging layers keep their weights otherwise. Auxiliary heads are dropped.
 
         Raises:
             ValueError: a checkpoint of neither, or of other sizes.
@@ -205,18 +264,23 @@ class FCN(SegmentationModel):
         own, state = self.state_dict(), tensors(state_dict)
         if state.keys() == own.keys():
             return state
-        names = dict(_vgg_layers(self.stages))
+        classifier = CLASSIFIERS[self.backbone]
+        names = torchvision_names([layers for layers, _ in self.stages], classifier)
         renamed = dict(own)
-        missing = {key for key in own if not key.startswith(("score", "upscore"))}
+        # The counters of batch norms, `num_batches_tracked`, are not in older checkpoints.
+        optional = re.compile(r"score|upscore|.*\.num_batches_tracked$")
+        missing = {key for key in own if not optional.match(key)}
         for key, value in state.items():
-            match = _VGG_KEY.fullmatch(key)
-            layer = names.get((match[1], int(match[2]))) if match else None
-            if match is None or layer is None:
+            if classifier.fc6 is None and key.startswith(("aux1.", "aux2.")):
+                continue
+            theirs = next((name for name in names if key.startswith(f"{name}.")), None)
+            name = "" if theirs is None else names[theirs] + key.removeprefix(theirs)
+            if name not in own:
                 raise ValueError(
-                    f"the checkpoint has a key that is neither {type(self).__name__}'s own nor VGG16's: {key}"
+                    f"the checkpoint has a key that is neither {type(self).__name__}'s own nor "
+                    f"{classifier.title}'s: {key}"
                 )
-            name = f"{layer}.{match[3]}"
-            if layer == "score_fr" and value.shape[0] != self.num_classes:
+            if name.startswith("score_fr.") and value.shape[0] != self.num_classes:
                 continue
             # A linear layer over what 7x7 pixels hold, channel by channel, is a convolution by 7x7.
             if value.dim() == 2 and value.numel() == own[name].numel():
@@ -232,15 +296,16 @@ class FCN(SegmentationModel):
         return renamed
 
 
-def _vgg_layers(stages: Sequence[Sequence[str]]) -> list[tuple[tuple[str, int], str]]:
-    """torchvision's (part, number) of each layer with weights, and our name of it."""
-    found, index = [], 0
-    for stage in stages:
-        for name in stage:
-            found.append((("features", index), name))
-            index += 2  # its ReLU
-        index += 1  # the pooling
-    return [*found, *((("classifier", 3 * i), name) for i, name in enumerate(("fc6", "fc7", "score_fr")))]
+def _smallest_side(stages: Sequence[Stage], kernel: int, stride: int, padding: int) -> int:
+    """The least height and width of an image of which every pooling leaves a pixel."""
+    side = 1
+    while True:
+        length = (side + 2 * padding - kernel) // stride + 1
+        for stage in stages:
+            length = pooled_length(length, stage.pool) if length > 0 else 0
+        if length > 0:
+            return side
+        side += 1
 
 
 def _window(up: Any, x: Tensor, offset: int, size: Sequence[int]) -> Tensor:

@@ -1,20 +1,19 @@
-"""FCN: what every network must do, the paper's crops and sizes, VGG16's weights, plain torch.nn beside it."""
-
-import functools
+"""FCN: what every network must do, the paper's crops, any size, classifiers' weights, plain torch.nn."""
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.plain_models import plain_model
-from segfast.models import FCN, fcn8s, fcn16s, fcn32s, remap_state_dict
-from segfast.models.fcn import crop_offsets
+from segfast.models import FCN, create, fcn8s, list_models, remap_state_dict
 from segfast.nn import ConvTranspose2d
 from tests.models import peers
 from tests.models.tester import ModelTester
 
 PAPER = "Long, Shelhamer, Darrell"
 TINY = {"width": 2, "num_classes": 3}
+# For torchvision's classifiers: without auxiliary heads, their weights left as they come.
+BARE = {"alexnet": {}, "googlenet": {"aux_logits": False, "init_weights": False}}
 
 
 def with_scores(model):
@@ -60,40 +59,129 @@ class TestFCN32s(FCNTester):
     test_exports_with_dynamic_sizes = None
 
 
-@pytest.mark.parametrize(("stride", "offsets"), [(32, [19]), (16, [-5, 27]), (8, [-5, -9, 31])])
-def test_crops_are_the_papers(stride, offsets):
-    """Of the published voc-fcn32s, -16s and -8s: those of the skips, then that of the image."""
-    assert crop_offsets(100, 0, stride) == offsets
+class TestFCN8sAlexNet(FCNTester):
+    name = "fcn8s_alexnet"
+    parameters = 57_202_458
+    test_compiles_into_one_graph = None
+    test_exports_with_dynamic_sizes = None
 
 
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("build", [fcn32s, fcn16s, fcn8s])
-def test_every_size(build, padded):
+class TestFCN16sAlexNetUnpadded(FCNTester):
+    name = "fcn16s_alexnet"
+    options = {**TINY, "padded": False}  # noqa: RUF012
+    sizes = ((35, 35), (36, 67), (83, 50))
+    parameters = 57_521_700
+
+    def batch(self, model, size=(65, 67), count=2):
+        return super().batch(model, size, count)
+
+    test_empty_batch = None  # of 32x32
+    test_compiles_into_one_graph = None
+    test_exports_with_dynamic_sizes = None
+
+
+class TestFCN8sGoogLeNet(FCNTester):
+    name = "fcn8s_googlenet"
+    options = {"width": 8, "num_classes": 3}  # noqa: RUF012
+    sizes = ((15, 15), (32, 48), (37, 50))
+    parameters = 5_745_833
+    test_compiles_into_one_graph = None
+    test_exports_with_dynamic_sizes = None
+
+    def build(self, **overrides):
+        model = super().build(**overrides)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.fill_(2)  # about what it is in training, after so many layers
+        return model
+
+    def batch(self, model, size=(65, 67), count=2):
+        return super().batch(model, size, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("fcn32s_alexnet", 58_840_206), ("fcn32s_googlenet", 7_371_758), ("fcn16s_googlenet", 6_062_387)],
+)
+def test_parameters_are_the_classifiers_and_those_of_the_scores(name, parameters):
+    """All of the classifier but its last layer; and a square kernel for each pair of classes."""
+    with torch.device("meta"):
+        model = create(name)
+        theirs = getattr(peers.torchvision().models, model.backbone)(num_classes=21, **BARE[model.backbone])
+    enlarging = sum(21**2 * step.kernel**2 for step in model.steps)
+    skips = sum(p.numel() for key, p in model.named_parameters() if key.startswith("score_pool"))
+    expected = sum(p.numel() for p in theirs.parameters()) + enlarging + skips
+    assert sum(p.numel() for p in model.parameters()) == expected == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "offsets"),
+    [("fcn32s", [19]), ("fcn16s", [-5, 27]), ("fcn8s", [-5, -9, 31]), ("fcn32s_alexnet", [18])],
+)
+def test_crops_are_the_papers(name, offsets):
+    """Of the published voc-fcn32s, -16s, -8s and -alexnet: those of the skips, then that of the image."""
+    with torch.device("meta"):
+        assert [step.offset for step in create(name).steps] == offsets
+
+
+# Of each network, padded and not: where in the image the first of its coarse scores stands, and how many of
+# them there are more than features. 32 pixels are pooled into one.
+PLACES = {
+    ("vgg16", True): (15.5 + 3 * 32 - 99, -6),
+    ("vgg16", False): (15.5, 0),
+    ("alexnet", True): (31 + 2.5 * 32 - 98, -5),
+    ("alexnet", False): (31 - 0.5 * 32, 1),
+    ("googlenet", False): (22.0, 0),
+}
+BACKBONES = pytest.mark.parametrize(("backbone", "padded"), PLACES, ids=str)
+STRIDES = pytest.mark.parametrize("stride", [32, 16, 8])
+
+
+@BACKBONES
+@STRIDES
+def test_every_size(backbone, padded, stride):
     """Enlarged scores cover skips and image at every remainder of the five poolings."""
-    model = build(1, padded=padded, width=1).eval()
+    model = FCN(1, backbone=backbone, stride=stride, padded=padded, width=1).eval()
+    nn.init.ones_(model.score_fr.bias)  # all else that makes scores is zero
     with torch.no_grad():
-        for height in range(1, 68):
-            scores = model(torch.zeros(1, 3, height, 69 - height))
-            assert scores.shape == (1, 1, height, 69 - height) and scores.is_contiguous()
+        for height in range(model.smallest, model.smallest + 67):
+            width = 2 * model.smallest + 67 - height
+            scores = model(torch.zeros(1, 3, height, width))
+            assert scores.shape == (1, 1, height, width) and scores.is_contiguous()
+            assert scores.min() > 0
 
 
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("build", [fcn32s, fcn16s, fcn8s])
-def test_scores_stay_where_they_belong(build, padded, monkeypatch):
+@BACKBONES
+@STRIDES
+def test_scores_stay_where_they_belong(backbone, padded, stride, monkeypatch):
     """Coarse scores that say where their pixels stand in the image become each pixel's own row."""
-    model = build(1, padded=padded, width=1).eval()
-    # 32 pixels are pooled into one. The padding of 100, less the pixel that its convolution needs anyhow, is
-    # before the image, and 3 of those before what fc6 looks at in the middle.
-    first = 15.5 + (3 * 32 - 99 if padded else 0)
+    model = FCN(1, backbone=backbone, stride=stride, padded=padded, width=1).eval()
+    first, more = PLACES[backbone, padded]
 
     def rows(self, pool):
-        n = [side - 6 if padded else side for side in pool.shape[2:]]
+        n = [side + more for side in pool.shape[2:]]
         return (first + 32 * torch.arange(n[0])[None, None, :, None]).expand(1, 1, *n)
 
     monkeypatch.setattr(FCN, "_scores", rows)
     with torch.no_grad():
         scores = model(torch.zeros(1, 3, 201, 197))[0, 0, 48:152, 48:152]
     torch.testing.assert_close(scores, torch.arange(48.0, 152.0)[:, None].expand_as(scores))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", [name for name in list_models("fcn*s_*") if name.endswith("net")])
+def test_images_that_are_too_small(name, axis):
+    """One that is not, by a pixel, and one that is."""
+    options = {"padded": False} if "alexnet" in name else {}
+    model = create(name, width=8, **options).eval()
+    assert model.smallest == (35 if options else 15)
+    side = model.smallest
+    model(torch.zeros(1, 3, side, side))
+    size = [64, 64]
+    size[axis] = side - 1
+    message = f"input is {size[0]}x{size[1]}; {name} needs at least {side}x{side} for its poolings"
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(1, 3, *size))
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (37, 51)])
@@ -132,26 +220,41 @@ def test_initial_weights_are_the_papers():
     assert model.conv3_2.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["fcn16s", "fcn8s_alexnet", "fcn32s_googlenet"])
+def test_class_scores_are_the_classifiers(name):
+    """At 224x224 the pixel in the middle of the coarse map sees what the linear layers see."""
+    with torch.device("meta"):
+        options = {"transform_input": True} if "google" in name else {"padded": False}
+        model = create(name, **options).eval()
+    torch.manual_seed(0)
+    bare = {"init_weights": False, "transform_input": True} if "google" in name else {}
+    classifier = getattr(peers.torchvision().models, model.backbone)(num_classes=21, **bare)
+    peers.randomize_norms(classifier).eval()
+    state = remap_state_dict(classifier.state_dict(), model)
+    kept = {key: torch.zeros(value.shape) for key, value in state.items() if value.is_meta}
+    assert all(key.startswith(("score_pool", "upscore")) for key in kept)
+    model.load_state_dict(state | kept, assign=True)
+    first = next(iter(classifier.state_dict().values()))
+    assert next(iter(state.values())).data_ptr() == first.data_ptr()  # not copied
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found = classifier(image), model.heat_map(image)
+    assert found.shape == (1, 21, 7, 7) and expected.std() > 1e-3
+    found = found.mean((2, 3)) if "google" in name else found[:, :, 3, 3]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("name", "other"), [("fcn8s", "alexnet"), ("fcn8s_googlenet", "vgg16")])
+def test_another_classifiers_weights(name, other):
+    with torch.device("meta"):
+        state = getattr(peers.torchvision().models, other)().state_dict()
+        model = create(name)
+    with pytest.raises(ValueError, match=r"the checkpoint has (a key that is neither FCN's|\[)"):
+        remap_state_dict(state, model)
+
+
 class TestVGG16:
     """torchvision's classifier, its linear layers turned into convolutions."""
-
-    @functools.cached_property
-    def classifier(self):
-        torch.manual_seed(0)
-        return peers.torchvision().models.vgg16(num_classes=21).eval()
-
-    def test_class_scores_are_the_classifiers(self):
-        """At 224x224 the pixel in the middle of the coarse map sees what the linear layers see."""
-        with torch.device("meta"):
-            model = fcn16s(padded=False).eval()
-        state = remap_state_dict(self.classifier.state_dict(), model)
-        model.load_state_dict(state, assign=True)
-        assert state["fc6.weight"].data_ptr() == self.classifier.classifier[0].weight.data_ptr()
-        image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            expected, found = self.classifier(image), model.heat_map(image)
-        assert found.shape == (1, 21, 7, 7) and expected.std() > 1e-3
-        assert (found[:, :, 3, 3] - expected).abs().max() < 1e-4 * expected.abs().max()
 
     def test_other_classes_are_left(self):
         """ImageNet's thousand classes are not read; scores and enlarging layers stay as they are."""
@@ -195,6 +298,9 @@ class TestVGG16:
         ({"in_channels": -1}, "in_channels must be at least 1, got -1"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"stride": 4}, r"stride must be one of \(8, 16, 32\), got 4"),
+        ({"backbone": "vgg19"}, r"backbone must be one of \('vgg16', 'alexnet', 'googlenet'\), got 'vgg19'"),
+        ({"backbone": "googlenet", "padded": True}, "padded is for a backbone with an fc6"),
+        ({"transform_input": True}, "transform_input is for 'googlenet' with 3 input channels, got 'vgg16'"),
     ],
 )
 def test_bad_options(options, message):
