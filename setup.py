@@ -12,6 +12,7 @@ setup(
     package_dir={"segfast": "segfast", "segfast.kernels": "kernels"},
     package_data={
         "segfast": ["py.typed", "measured/*.json"],
+        "segfast._profile": ["*.html"],
         "segfast.data": ["*.npz", "*.safetensors", "*.jpg", "*.md"],
         "segfast.kernels": ["py.typed"],
     },

@@ -103,9 +103,10 @@ def test_wheel_holds_every_module_and_the_data_once(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.startswith("torch_segfast-")
     assert len(names) == len(set(names))
-    data = ("*.json", "*.npz", "*.safetensors", "*.jpg", "py.typed")
+    data = ("*.json", "*.html", "*.npz", "*.safetensors", "*.jpg", "py.typed")
     wanted = sources().union(*map(sources, data))
     some = ("data/nuclei.npz", "data/selfie_segmenter.safetensors", "py.typed", "measured/proven.json")
+    some += ("_profile/page.html",)
     assert {f"segfast/{name}" for name in some} <= wanted
     assert wanted <= set(names)
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"segfast"}
