@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -182,6 +183,26 @@ def test_the_measured_roofs_have_names_and_units():
     assert {"stage.1", "stage.2", "stage.3"} <= set(texts)
     note = "Not in the plot, as no arithmetic is counted: 2 of 5 rows, 3.00 ms (33.3 %): "
     assert f"{note}between layers, layout copy." in page.texts("p", "note")
+
+
+def test_a_point_is_where_the_axes_say():
+    page = Page(html_page(network(3)))
+    at = {"".join(text): (float(a["x"]), float(a["y"]) - 4) for _, a, text in page.having("text")}
+    for _, attributes, _ in page.having("circle"):
+        # 20 FLOP a byte and 20 GFLOP a second, with two decades' worth of both known.
+        decade = at["100"][0] - at["10"][0]
+        assert float(attributes["cx"]) == pytest.approx(at["10"][0] + math.log10(2) * decade, abs=0.2)
+        decade = at["100 GFLOP/s"][1] - at["10 GFLOP/s"][1]
+        assert float(attributes["cy"]) == pytest.approx(at["10 GFLOP/s"][1] + math.log10(2) * decade, abs=0.2)
+
+
+def test_every_kind_has_a_color():
+    fused = [row(kind=f"fused {n}", ms=20 - n) for n in range(9)]
+    text = html_page(profile([row(), row(kind="pool"), *fused]))
+    colors = dict(re.findall(r"\.(k\d+)\{--c:(#\w{6})\}", text[: text.index("@media")]))
+    assert len(colors) == 11 and colors["k0"] != colors["k1"]
+    used = set(re.findall(r'class="(k\d+)', text))
+    assert used == colors.keys()
 
 
 def test_bars_by_kind_by_bound_and_by_layer():
