@@ -202,9 +202,10 @@ CASES = {
     "conv2d, wide strides": conv2d((1, 24, 9, 13), (48, 24, 3, 3), 1, 1, input="wide16", grad="wide16"),
     "conv2d, NCHW": conv2d((2, 24, 9, 13), (40, 24, 3, 3), 1, 1, input="NCHW", weight="NCHW", grad="NCHW"),
     "images": images(((2, 40, 15, 14), (2, 72, 9, 12), (2, 3, 9, 11)), 72, activation="relu"),
-    "images of width 1": images(((1, 16, 15, 1), (1, 17, 9, 1)), 21, 1),
+    "images of width 1": images(((1, 16, 15, 1), (1, 17, 9, 1)), 21, 1, image0="crop", grad="wide"),
     "pyramid": parallel((1, 40, 33, 31), 72, (1, 6, 18), (1, 3, 3), activation="relu"),
-    "pyramid of one pixel": parallel((3, 21, 1, 1), 8, (1, 6, 12), (1, 3, 3)),
+    "pyramid of one pixel": parallel((3, 21, 1, 1), 8, (1, 6, 12), (1, 3, 3), grad="wide"),
+    "pyramid, cropped": parallel((1, 24, 9, 8), 8, (1, 2), (1, 3), input="crop", grad="crop"),
     "conv_transpose2d 2x2": transposed(
         (2, 40, 13, 11), (40, 72, 2, 2), 2, vectors=VECTORS, activation="relu"
     ),
@@ -221,8 +222,12 @@ CASES = {
         (2, 21, 9, 7), (21, 33, 3, 3), (2, 1), 1, input="wide", weight="wide", grad="wide"
     ),
     "up_concat, odd": up_concat((2, 24, 9, 7), (2, 40, 19, 15), (24, 48, 2, 2), activation="relu"),
-    "up_concat, cropped": up_concat((1, 24, 9, 7), (1, 5, 25, 15), (24, 21, 2, 2), skip="wide"),
-    "up_concat of width 1": up_concat((1, 8, 9, 1), (1, 8, 18, 2), (8, 8, 2, 2), skip="off16"),
+    "up_concat, cropped": up_concat((1, 24, 9, 7), (1, 5, 25, 15), (24, 21, 2, 2), skip="wide", grad="crop"),
+    "up_concat of width 1": up_concat((1, 8, 9, 1), (1, 8, 18, 2), (8, 8, 2, 2), skip="off16", grad="off16"),
+    "up_concat, odd strides": up_concat(
+        (2, 21, 5, 7), (2, 9, 10, 14), (21, 11, 2, 2), input="wide", grad="wide"
+    ),
+    "up_concat, NCHW": up_concat((1, 16, 5, 7), (1, 8, 10, 14), (16, 8, 2, 2), skip="NCHW", grad="NCHW"),
     "depthwise 3x3": depthwise((2, 72, 11, 21), 3, 1, 1, vectors=VECTORS, activation="relu"),
     "depthwise 3x3, stride 2": depthwise((2, 40, 17, 21), 3, 2, 1, vectors=["bias"]),
     "depthwise 3x3, dilation 3": depthwise((1, 21, 14, 19), 3, 1, 3, 3, input="wide"),
@@ -238,7 +243,7 @@ CASES = {
     "statistics": depthwise((2, 40, 9, 21), 3, 1, 1, statistics=True, vectors=["scale", "shift"]),
     "statistics of one pixel": depthwise((3, 24, 1, 1), 3, 1, 1, statistics=True),
     "separable": separable((2, 40, 9, 17), 72, activation="relu"),
-    "separable, stride 2": separable((1, 72, 17, 11), 24, 3, 2, input="wide"),
+    "separable, stride 2": separable((1, 72, 17, 11), 24, 3, 2, input="wide", grad="crop"),
     "separable of one pixel": separable((2, 16, 1, 1), 8),
 }  # fmt: skip
 
