@@ -10,6 +10,7 @@ from html import escape
 from .colors import layers
 from .quantities import (
     digits,
+    kind_of,
     kinds_of,
     label,
     microseconds,
@@ -35,6 +36,7 @@ from .roofline import (
     ticks,
 )
 from .rows import Profile, Row
+from .table import above_sentence
 
 _WIDTH, _HEIGHT = 1180, 500
 _LEFT, _TOP, _RIGHT, _BOTTOM = 96, 8, 1030, 452
@@ -64,18 +66,18 @@ def roofline_svg(profile: Profile, view: str, classes: Classes) -> str:
             anchor, left = ("end", corner[0] + size[0]) if line[2] < circle[0] else ("start", corner[0])
             texts.append(_text("", left, corner[1] + 12, name, anchor))
     for point, (x, y, r) in zip(plot.points, circles, strict=True):
-        kind = classes[profile.rows[point.place].kind]
+        kind = classes[kind_of(profile.rows[point.place])]
         parts.append(
             f'<circle class="{kind}" data-r="{view}{point.place}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
         )
     if not plot.points:
         texts.append(_text("", (_LEFT + _RIGHT) / 2, _BOTTOM - 60, NO_POINTS, "middle"))
-    kinds = {profile.rows[point.place].kind for point in plot.points}
+    kinds = {kind_of(profile.rows[point.place]) for point in plot.points}
     plotted = {kind: css for kind, css in classes.items() if kind in kinds}
     what = f"Roofline of {len(plot.points)} rows: FLOP a second over FLOP a byte, both logarithmic."
     return (
         f'{legend(plotted)}<div class="scroll"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{what}">{"".join([*parts, *texts])}</svg></div>{_without_points(profile)}'
+        f'aria-label="{what}">{"".join([*parts, *texts])}</svg></div>{_notes(profile.rows, profile.whole_us)}'
     )
 
 
@@ -130,15 +132,16 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "start", more:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
 
 
-def _without_points(profile: Profile) -> str:
-    left = [row for row in profile.rows if not plots(row)]
-    if not left:
-        return ""
-    us = microseconds(left)
-    return (
-        f'<p class="note">Not in the plot, as no arithmetic is counted: {len(left)} of {len(profile.rows)} '
-        f"rows, {milliseconds(us)} ({percent(us / profile.whole_us)}): {escape(kinds_of(left))}.</p>"
-    )
+def _notes(rows: Sequence[Row], whole_us: float) -> str:
+    """What the plot does not say by itself."""
+    left = [row for row in rows if not plots(row)]
+    notes = [above_sentence([row for row in rows if plots(row)])]
+    if left:
+        us = microseconds(left)
+        share = f"{milliseconds(us)} ({percent(us / whole_us)})"
+        count = f"{len(left)} of {len(rows)} rows"
+        notes.append(f"Not in the plot, as no arithmetic is counted: {count}, {share}: {kinds_of(left)}.")
+    return "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
 
 
 def legend(classes: Classes) -> str:
@@ -154,7 +157,7 @@ def name_html(name: str) -> str:
 
 def kind_bars(profile: Profile, classes: Classes) -> str:
     """A bar for each kind of operation."""
-    groups = sums(profile.rows, lambda row: row.kind)
+    groups = sums(profile.rows, kind_of)
     return _bars(profile, [(kind, f"{len(rows)}", rows, "") for kind, rows in groups], classes)
 
 
@@ -187,7 +190,7 @@ def _bars(
             f'<i class="{classes[kind]}{" back" * (direction == "backward")}" '
             f'style="width:{100 * microseconds(part) / longest:.3f}%"></i>'
             for direction in ("forward", "backward")
-            for kind, part in sums([row for row in rows if row.direction == direction], lambda row: row.kind)
+            for kind, part in sums([row for row in rows if row.direction == direction], kind_of)
         )
         known = roofs and all(row.roof_share is not None for row in rows)
         at_roof = sum(row.us * min(1.0, row.roof_share or 0.0) for row in rows)
@@ -206,7 +209,7 @@ def stacked(rows: Sequence[Row], longest: float, classes: Classes) -> str:
     pieces = "".join(
         f'<i class="{classes[kind]}" style="width:{100 * microseconds(part) / longest:.3f}%" '
         f'title="{escape(kind)}: {milliseconds(microseconds(part))}"></i>'
-        for kind, part in sums(rows, lambda row: row.kind)
+        for kind, part in sums(rows, kind_of)
     )
     return f'<span class="track tall">{pieces}</span>'
 
@@ -218,15 +221,17 @@ def timeline_html(profile: Profile, view: str, classes: Classes) -> str:
         return '<p class="note">No row has a time.</p>'
     whole = spans[-1].start_us + spans[-1].us or 1.0
     marks = []
+    start = 0.0
     for direction in ("forward", "backward"):
         mine = [span for span in spans if profile.rows[span.place].direction == direction]
         if mine:
-            start, end = mine[0].start_us, mine[-1].start_us + mine[-1].us
-            name = f"{direction}, {milliseconds(end - start)}"
-            marks.append(f'<div class="pass" style="{_extent(start, end - start, whole)}">{name}</div>')
+            us = mine[-1].start_us + mine[-1].us - start
+            name = f"{direction}, {milliseconds(us)}"
+            marks.append(f'<div class="pass" style="{_extent(start, us, whole)}">{name}</div>')
+            start += us
     blocks = [
         f'<div class="block" data-r="{view}{span.place}" style="{_extent(span.start_us, span.us, whole)}">'
-        f'<span class="{classes[row.kind]}">{escape(label(row))}</span></div>'
+        f'<span class="{classes[kind_of(row)]}">{escape(label(row))}</span></div>'
         for span in spans
         for row in [profile.rows[span.place]]
     ]
@@ -251,7 +256,7 @@ def _extent(start: float, length: float, whole: float) -> str:
 
 def tip(row: Row, whole_us: float) -> str:
     """All there is to say of a row, a line each."""
-    facts = [row.kind, row.direction, "x".join(map(str, row.output)), row.dtype, row.memory_format]
+    facts = [kind_of(row), row.direction, "x".join(map(str, row.output)), row.dtype, row.memory_format]
     lines = [label(row), ", ".join(filter(None, facts))]
     lines.append(
         f"{milliseconds(row.us)} (p20 {milliseconds(row.p20_us)}, p80 {milliseconds(row.p80_us)}), "

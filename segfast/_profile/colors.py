@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .quantities import BETWEEN, label, sums
+from .quantities import BETWEEN, kind_of, label, sums
 from .rows import Row
 
 # On a light and on a dark ground. Work has hues of its own, what a user can avoid is red, the rest gray.
@@ -23,16 +23,16 @@ COLORS = {
 # Of other kinds (fused layers), in the order of their time; what comes after these is "other".
 _FUSED = (
     ("#12406f", "#86b6ef"),
-    ("#0b7285", "#3bb3c6"),
+    ("#17a2b8", "#3bb3c6"),
+    ("#7a5900", "#e0b84d"),
     ("#4a3aa7", "#b3abf2"),
     ("#0f5c3f", "#6ccfa4"),
-    ("#7a5900", "#e0b84d"),
 )
 
 
 def colors(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """A light and a dark ground's color of each kind there is, the kinds that take the longest first."""
-    kinds = [kind for kind, _ in sums(rows, lambda row: row.kind)]
+    kinds = [kind for kind, _ in sums(rows, kind_of)]
     fused = dict(zip([kind for kind in kinds if kind not in COLORS], _FUSED, strict=False))
     return {kind: COLORS.get(kind) or fused.get(kind, COLORS["other"]) for kind in kinds}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..train._figures import new_figure
 from .colors import colors
-from .quantities import scaled
+from .quantities import kind_of, scaled
 from .roofline import (
     LABELS,
     LONGEST_NAME,
@@ -54,12 +54,14 @@ def roofline_figure(profile: Profile) -> Any:
     hues = colors(profile.rows)
     for point in plot.points:
         size = (2 * radius(point.us, longest) * 72 / figure.dpi) ** 2
-        hue = hues[profile.rows[point.place].kind][0]
+        hue = hues[kind_of(profile.rows[point.place])][0]
         axes.scatter(point.intensity, point.rate, size, hue, edgecolors="white", linewidths=0.8, alpha=0.85)
-    for kind in dict.fromkeys(profile.rows[point.place].kind for point in plot.points):
+    kinds = dict.fromkeys(kind_of(profile.rows[point.place]) for point in plot.points)
+    for kind in kinds:
         axes.scatter([], [], 40, hues[kind][0], label=kind)
     if plot.points:
-        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=_SMALL)
+        columns = 6 if max(map(len, kinds)) < 18 else 3
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=_SMALL)
     else:
         axes.text(0.5, 0.2, NO_POINTS, transform=axes.transAxes, ha="center", color=_INK)
     roofs = _draw_roofs(axes, plot)

@@ -23,6 +23,7 @@ from .quantities import (
     advice,
     at_the_roof,
     digits,
+    kind_of,
     kinds_of,
     label,
     microseconds,
@@ -94,7 +95,7 @@ def _header(profile: Profile) -> str:
     if profile.optimized is not None:
         after = profile.optimized.plain_us
         tiles.append(("optimized", milliseconds(after), f"{profile.plain_us / after:.2f} times as fast"))
-    elif profile.expected_gain is not None:
+    elif (profile.expected_gain or 0) > 1:
         after = profile.plain_us / profile.expected_gain
         tiles.append(
             (
@@ -180,7 +181,7 @@ def _change(name: str, before: Sequence[Row], after: Sequence[Row], kinds: bool 
 def _view(profile: Profile, view: str, classes: Classes) -> str:
     if not profile.rows:
         return f'<section id="view-{view}">{_card("Rows", "No call of a layer was measured.")}</section>'
-    mine = {kind: css for kind, css in classes.items() if any(row.kind == kind for row in profile.rows)}
+    mine = {kind: css for kind, css in classes.items() if any(kind_of(row) == kind for row in profile.rows)}
     zoom = "".join(f'<button data-zoom="{times}">{times}x</button>' for times in (1, 4, 16))
     cards = [
         '<div class="pair">'
@@ -217,7 +218,7 @@ def _columns(profile: Profile) -> list[Column]:
     whole = profile.whole_us
     return [
         Column("pass", "", lambda row: row.direction if profile.train else ""),
-        Column("kind", "", lambda row: row.kind),
+        Column("kind", "", kind_of),
         Column("time", "ms", lambda row: f"{row.us / 1000:,.3f}", lambda row: row.us),
         Column("p20", "ms", lambda row: f"{row.p20_us / 1000:,.3f}", lambda row: row.p20_us),
         Column("p80", "ms", lambda row: f"{row.p80_us / 1000:,.3f}", lambda row: row.p80_us),
@@ -266,7 +267,7 @@ def _table(profile: Profile, view: str) -> str:
 def _cell(column: Column, row: Row, longest: float) -> str:
     text = escape(column.text(row))
     if column.value is None:
-        return f'<td class="t{" long" * (column.name == "what segfast would do")}">{text}</td>'
+        return f'<td class="t">{text}</td>'
     value = column.value(row)
     bar = f' class="share" style="--w:{100 * row.us / longest:.1f}%"' if column.name == "share" else ""
     return f'<td{bar} data-v="{-1 if value is None else value:.6g}">{text}</td>'

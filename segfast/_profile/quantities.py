@@ -43,7 +43,14 @@ def shape(row: Row) -> str:
 
 def label(row: Row) -> str:
     """The layer's name; where it is no layer, its kind in parentheses."""
-    return row.name or f"({row.kind})"
+    return row.name or f"({kind_of(row)})"
+
+
+def kind_of(row: Row) -> str:
+    """The row's kind, that of a fused layer in short: "conv2d+bn+act"."""
+    parts = row.kind.split(" + ")
+    short = {"batch_norm": "bn", "activation": "act"} if len(parts) > 1 else {}
+    return "+".join(short.get(part, part) for part in parts)
 
 
 def shortened(name: str, longest: int) -> str:
@@ -61,7 +68,7 @@ def sums(rows: Sequence[Row], key: Callable[[Row], str]) -> list[tuple[str, list
 
 def kinds_of(rows: Sequence[Row]) -> str:
     """The kinds of the rows, those that take the longest first."""
-    return ", ".join(kind for kind, _ in sums(rows, lambda row: row.kind))
+    return ", ".join(kind for kind, _ in sums(rows, kind_of))
 
 
 def microseconds(rows: Sequence[Row]) -> float:

@@ -6,6 +6,7 @@ from .._table import format_table
 from .quantities import (
     advice,
     digits,
+    kind_of,
     label,
     microseconds,
     milliseconds,
@@ -49,6 +50,8 @@ def gain_sentence(profile: Profile) -> str:
         return f"Optimized: {times}, {before / after:.2f} times as fast."
     if profile.expected_gain is None:
         return ""
+    if profile.expected_gain <= 1:
+        return "segfast.optimize is not expected to make it faster."
     expected = milliseconds(before / profile.expected_gain)
     return f"Expected of segfast.optimize: {profile.expected_gain:.2f} times as fast, {expected} a pass."
 
@@ -56,17 +59,29 @@ def gain_sentence(profile: Profile) -> str:
 def sums_sentence(profile: Profile) -> str:
     """The measured whole, how much of it the rows are, and what the hooks cost."""
     hooks = profile.whole_us - profile.plain_us
+    slower = f"they make it {percent(hooks / profile.plain_us)} slower"
+    cost = slower if hooks > 0 else "they cost less than the times vary"
     rows = percent(microseconds(profile.rows) / profile.whole_us)
     return (
         f"A pass takes {milliseconds(profile.plain_us)}, with hooks {milliseconds(profile.whole_us)}: "
-        f"they make it {percent(abs(hooks) / profile.plain_us)} {'slower' if hooks >= 0 else 'faster'}. "
-        f"The rows add up to {rows} of the pass with hooks."
+        f"{cost}. The rows add up to {rows} of the pass with hooks."
+    )
+
+
+def above_sentence(rows: Sequence[Row]) -> str:
+    """The reasons why rows reach more than their roof; "" if none does."""
+    above = sum(row.roof_share is not None and row.roof_share > 1.05 for row in rows)
+    if not above:
+        return ""
+    return (
+        f"{above} of {len(rows)} rows are above the roof: caches are faster than memory, and Winograd's "
+        "algorithm does with fewer operations than are counted."
     )
 
 
 def sentences(profile: Profile) -> list[str]:
     """The sums, the advice about the rows that take the longest, the expected gain, and the remarks."""
-    lines = [sums_sentence(profile)]
+    lines = [sums_sentence(profile), *filter(None, [above_sentence(profile.rows)])]
     told = advice(profile)
     if told:
         lines += ["", "What segfast would do:"]
@@ -99,7 +114,7 @@ def _table(profile: Profile) -> str:
 def _cells(row: Row, profile: Profile) -> dict[str, str]:
     return {
         "layer": shortened(label(row), _LONGEST_NAME),
-        "kind": row.kind,
+        "kind": kind_of(row),
         "pass": row.direction if profile.train else "",
         "ms": f"{row.us / 1000:,.3f}",
         "p20 to p80": f"{digits(row.p20_us / 1000)} to {digits(row.p80_us / 1000)}",

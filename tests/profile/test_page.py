@@ -128,7 +128,7 @@ def test_names_are_text():
     page = Page(text)
     assert len(page.having("script")) == 1 and "<script>alert" not in text
     assert page.texts("h1") == [NASTY] and NASTY in page.texts("p", "note")
-    assert NASTY in page.texts("th") and NASTY in page.texts("td", "long")
+    assert NASTY in page.texts("th") and page.texts("td", "t").count(NASTY) == 4
     tips = [a["data-tip"] for _, a, _ in page.having("tr") if "data-tip" in a]
     assert tips[0].splitlines()[0] == NASTY and tips[0].splitlines()[-1] == NASTY
 
@@ -203,6 +203,20 @@ def test_every_kind_has_a_color():
     assert len(colors) == 11 and colors["k0"] != colors["k1"]
     used = set(re.findall(r'class="(k\d+)', text))
     assert used == colors.keys()
+
+
+def test_a_point_above_the_roof_is_explained():
+    fast = conv(1, 3.0, 0.0, roof_share=1.3)
+    above = "1 of 2 rows are above the roof: caches are faster than memory, and Winograd's algorithm"
+    assert any(note.startswith(above) for note in Page(html_page(profile([fast, conv(2, 1, 3)]))).texts("p"))
+    assert "above the roof" not in html_page(network(3))
+
+
+def test_a_fused_layers_kind_is_short():
+    fused = profile([row(kind="conv2d + batch_norm + activation"), row(kind="batch_norm")])
+    page = Page(html_page(fused))
+    assert [text for text in page.texts("td", "t") if text] == ["conv2d+bn+act", "batch_norm"]
+    assert page.texts("span", "name")[:2] == ["conv2d+bn+act", "batch_norm"]
 
 
 def test_bars_by_kind_by_bound_and_by_layer():

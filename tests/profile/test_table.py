@@ -6,7 +6,7 @@ import pytest
 
 from segfast._profile.quantities import digits, milliseconds, percent, scaled, shortened, timeline
 from segfast._profile.table import profile_text, roof_sentence
-from tests.profile.profiles import ROOF, network, optimized, profile, row
+from tests.profile.profiles import ROOF, conv, network, optimized, profile, row
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_the_sums_and_the_cost_of_hooks_are_told():
     assert "A pass takes 7.20 ms, with hooks 9.00 ms: they make it 25.0 % slower." in text
     assert "The rows add up to 100.0 % of the pass with hooks." in text
     faster = dataclasses.replace(network(3), plain_us=10_000.0)
-    assert "they make it 10.0 % faster" in profile_text(faster)
+    assert "with hooks 9.00 ms: they cost less than the times vary. The rows" in profile_text(faster)
 
 
 def test_advice_is_one_sentence_for_all_rows_that_it_is_about():
@@ -106,6 +106,17 @@ def test_advice_is_one_sentence_for_all_rows_that_it_is_about():
     ]
     # 213 / 1.25 / 1.5
     assert "Expected of segfast.optimize: 1.50 times as fast, 114 ms a pass." in lines
+
+
+def test_no_gain_is_told_as_such():
+    text = profile_text(dataclasses.replace(network(3), expected_gain=1.0))
+    assert text.endswith("segfast.optimize is not expected to make it faster.")
+
+
+def test_a_row_above_its_roof_is_explained():
+    above = "1 of 2 rows are above the roof: caches are faster than memory"
+    assert above in profile_text(profile([conv(1, 3.0, 0.0, roof_share=1.06), conv(2, 1, 3)]))
+    assert "above the roof" not in profile_text(network(3))
 
 
 def test_no_more_sentences_than_rows():
