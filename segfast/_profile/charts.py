@@ -133,7 +133,7 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "start", more:
 
 
 def _notes(rows: Sequence[Row], whole_us: float) -> str:
-    """What the plot does not say by itself."""
+    """Sentences on the points above the roof and the rows without a point."""
     left = [row for row in rows if not plots(row)]
     notes = [above_sentence([row for row in rows if plots(row)])]
     if left:

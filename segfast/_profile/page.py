@@ -95,7 +95,7 @@ def _header(profile: Profile) -> str:
     if profile.optimized is not None:
         after = profile.optimized.plain_us
         tiles.append(("optimized", milliseconds(after), f"{profile.plain_us / after:.2f} times as fast"))
-    elif (profile.expected_gain or 0) > 1:
+    elif profile.expected_gain is not None and profile.expected_gain > 1:
         after = profile.plain_us / profile.expected_gain
         tiles.append(
             (
