@@ -22,6 +22,7 @@ from .colors import colors, layers
 from .quantities import (
     advice,
     at_the_roof,
+    column_ms,
     digits,
     kind_of,
     kinds_of,
@@ -149,12 +150,12 @@ def _comparison(profile: Profile, classes: Classes) -> str:
     befores, afters = dict(layers(profile.rows)), dict(layers(after.rows))
     pairs = [(name, befores.get(name, []), afters.get(name, [])) for name in {**befores, **afters}]
     pairs.sort(key=lambda pair: -abs(microseconds(pair[1]) - microseconds(pair[2])))
-    lines = [_change(*pair) for pair in pairs[:_CHANGES]]
+    lines = [_change(profile.whole_us, *pair) for pair in pairs[:_CHANGES]]
     rest = pairs[_CHANGES:]
     if rest:
         was = [row for _, rows, _ in rest for row in rows]
         now = [row for _, _, rows in rest for row in rows]
-        lines.append(_change(f"{len(rest)} more", was, now, kinds=False))
+        lines.append(_change(profile.whole_us, f"{len(rest)} more", was, now, kinds=False))
     head = (
         '<tr><th class="t">layer</th><th class="t">kind before</th><th class="t">kind after</th>'
         "<th>before<small>ms</small></th><th>after<small>ms</small></th><th>change<small>ms</small></th>"
@@ -165,10 +166,14 @@ def _comparison(profile: Profile, classes: Classes) -> str:
     return _card("Before and after", f'{legend(classes)}<div class="bars compare">{bars}</div>{note}{table}')
 
 
-def _change(name: str, before: Sequence[Row], after: Sequence[Row], kinds: bool = True) -> str:
+def _change(
+    whole_us: float, name: str, before: Sequence[Row], after: Sequence[Row], kinds: bool = True
+) -> str:
     was, now = microseconds(before), microseconds(after)
     cells = [escape(kinds_of(rows)) or "none" for rows in (before, after)] if kinds else ["", ""]
-    figures = [f"{was / 1000:,.3f}", f"{now / 1000:,.3f}", f"{(now - was) / 1000:+,.3f}"]
+    sign = "+" if now > was else ""
+    figures = [column_ms(us, whole_us) for us in (was, now, now - was)]
+    figures[-1] = sign + figures[-1]
     figures.append(f"{was / now:.2f}" if was and now else "")
     return (
         f'<tr><th class="t">{name_html(shortened(name, 60))}</th>'
@@ -219,9 +224,9 @@ def _columns(profile: Profile) -> list[Column]:
     return [
         Column("pass", "", lambda row: row.direction if profile.train else ""),
         Column("kind", "", kind_of),
-        Column("time", "ms", lambda row: f"{row.us / 1000:,.3f}", lambda row: row.us),
-        Column("p20", "ms", lambda row: f"{row.p20_us / 1000:,.3f}", lambda row: row.p20_us),
-        Column("p80", "ms", lambda row: f"{row.p80_us / 1000:,.3f}", lambda row: row.p80_us),
+        Column("time", "ms", lambda row: column_ms(row.us, whole), lambda row: row.us),
+        Column("p20", "ms", lambda row: column_ms(row.p20_us, whole), lambda row: row.p20_us),
+        Column("p80", "ms", lambda row: column_ms(row.p80_us, whole), lambda row: row.p80_us),
         Column("share", "%", lambda row: f"{100 * row.us / whole:.1f}", lambda row: row.us),
         Column("arithmetic", "GFLOP", **number(3, 1e9, lambda row: row.flops)),
         Column("moves", "MB", **number(2, 1e6, lambda row: row.bytes)),
@@ -276,7 +281,7 @@ def _cell(column: Column, row: Row, longest: float) -> str:
 def _kernels(profile: Profile) -> str:
     lines: Sequence[str] = [
         f'<tr><th class="t" title="{escape(name)}">{escape(name)}</th><td data-v="{calls}">{calls}</td>'
-        f'<td data-v="{us:.6g}">{us / 1000:,.3f}</td></tr>'
+        f'<td data-v="{us:.6g}">{column_ms(us, profile.whole_us)}</td></tr>'
         for name, calls, us in profile.kernels
     ]
     head = (

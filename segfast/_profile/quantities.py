@@ -12,10 +12,10 @@ BETWEEN = "between layers"
 
 
 def digits(value: float) -> str:
-    """Three digits, never more than three decimals: 1234 is "1,234", 0.01234 is "0.012"."""
-    size = abs(value)
-    decimals = next((n for n, limit in enumerate((99.95, 9.995, 0.9995)) if size >= limit), 3)
-    return f"{value:,.{decimals}f}"
+    """Three digits, never more than five decimals: 1234 is "1,234", 0.01234 is "0.0123"."""
+    limits = (99.95, 9.995, 0.9995, 0.09995, 0.009995)
+    decimals = next((n for n, limit in enumerate(limits) if abs(value) >= limit), len(limits))
+    return f"{value:,.{decimals}f}" if value else "0"
 
 
 def scaled(value: float, unit: str) -> str:
@@ -23,12 +23,17 @@ def scaled(value: float, unit: str) -> str:
     for factor, prefix in _PREFIXES:
         if abs(value) >= 0.9995 * factor:
             return f"{digits(value / factor)} {prefix}{unit}"
-    return f"{digits(value).removesuffix('.000')} {unit}"
+    return f"{digits(value)} {unit}"
 
 
 def milliseconds(us: float) -> str:
     """Microseconds as milliseconds, three digits."""
     return f"{digits(us / 1000)} ms"
+
+
+def column_ms(us: float, whole_us: float) -> str:
+    """Microseconds as milliseconds with the decimals of a whole column, four where all take less than 10."""
+    return f"{us / 1000:,.{3 if whole_us >= 10_000 else 4}f}"
 
 
 def percent(share: float) -> str:

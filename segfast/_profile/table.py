@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from .._table import format_table
 from .quantities import (
     advice,
+    column_ms,
     digits,
     kind_of,
     label,
@@ -27,7 +28,7 @@ def profile_text(profile: Profile) -> str:
     """The table, the sums and the sentences; of an optimized model as well, where there is one."""
     parts = [profile.title, roof_sentence(profile.roof), "", _table(profile), "", *sentences(profile)]
     if profile.kernels:
-        parts += ["", _kernels(profile.kernels)]
+        parts += ["", _kernels(profile)]
     if profile.optimized is not None:
         parts += ["", "Optimized", "", _table(profile.optimized), "", *sentences(profile.optimized)]
         parts += ["", gain_sentence(profile)]
@@ -116,7 +117,7 @@ def _cells(row: Row, profile: Profile) -> dict[str, str]:
         "layer": shortened(label(row), _LONGEST_NAME),
         "kind": kind_of(row),
         "pass": row.direction if profile.train else "",
-        "ms": f"{row.us / 1000:,.3f}",
+        "ms": column_ms(row.us, profile.whole_us),
         "p20 to p80": f"{digits(row.p20_us / 1000)} to {digits(row.p80_us / 1000)}",
         "share": percent(row.us / profile.whole_us),
         "GFLOP": f"{row.flops / 1e9:,.3f}" if row.flops else "",
@@ -136,8 +137,9 @@ def _sum(name: str, rows: Sequence[Row], profile: Profile) -> dict[str, str]:
     return {**_cells(total, profile), "pass": "", "p20 to p80": ""}
 
 
-def _kernels(kernels: Sequence[tuple[str, int, float]]) -> str:
-    lines = [(shortened(name, 80), calls, f"{us / 1000:,.3f}") for name, calls, us in kernels[:_TOP]]
+def _kernels(profile: Profile) -> str:
+    kernels, whole = profile.kernels, profile.whole_us
+    lines = [(shortened(name, 80), calls, column_ms(us, whole)) for name, calls, us in kernels[:_TOP]]
     text = format_table(["operator or kernel", "calls", "ms a pass"], lines, right=["calls", "ms a pass"])
     left = len(kernels) - _TOP
     return f"{text}\nand {left} more, in the files." if left > 0 else text

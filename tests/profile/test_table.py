@@ -11,7 +11,15 @@ from tests.profile.profiles import ROOF, conv, network, optimized, profile, row
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0.000"), (0.01234, "0.012"), (0.9996, "1.00"), (9.996, "10.0"), (99.96, "100"), (1234.5, "1,234")],
+    [
+        (0, "0"),
+        (0.001, "0.00100"),
+        (0.01234, "0.0123"),
+        (0.9996, "1.00"),
+        (9.996, "10.0"),
+        (99.96, "100"),
+        (1234.5, "1,234"),
+    ],
 )
 def test_digits(value, text):
     assert digits(value) == text
@@ -33,7 +41,7 @@ def test_scaled(value, text):
 
 
 def test_milliseconds_and_percent():
-    assert (milliseconds(1234.5), milliseconds(3.2), percent(0.0412)) == ("1.23 ms", "0.003 ms", "4.1 %")
+    assert (milliseconds(1234.5), milliseconds(3.2), percent(0.0412)) == ("1.23 ms", "0.00320 ms", "4.1 %")
 
 
 def test_a_long_name_keeps_its_end():
@@ -131,7 +139,7 @@ def test_before_and_after():
     # Plain passes are told: 9 / 1.25 and 4 / 1.25 ms.
     assert "Optimized: 7.20 ms before, 3.20 ms after, 2.25 times as fast." in text
     after = text[text.index("\nOptimized\n") :]
-    assert cells(after, "stage.3")["ms"] == "1.500" and "layout copy" not in after
+    assert cells(after, "stage.3")["ms"] == "1.5000" and "layout copy" not in after
 
 
 def test_the_roof_has_its_units():
@@ -145,13 +153,13 @@ def test_the_roof_has_its_units():
 def test_kernels_and_remarks_are_told():
     kernels = tuple((f"kernel_{n}", 2, 1500.0) for n in range(17))
     text = profile_text(dataclasses.replace(network(1), kernels=kernels, remarks=("No peak memory here.",)))
-    assert cells(text[text.index("operator or kernel") :], "kernel_0")["ms a pass"] == "1.500"
+    assert cells(text[text.index("operator or kernel") :], "kernel_0")["ms a pass"] == "1.5000"
     assert "and 2 more, in the files." in text and "No peak memory here." in text
 
 
 def test_one_row_and_none():
-    assert cells(profile_text(profile([row()])), "all rows")["ms"] == "1.000"
-    assert cells(profile_text(profile([])), "all rows")["ms"] == "0.000"
+    assert cells(profile_text(profile([row()])), "all rows")["ms"] == "1.0000"
+    assert cells(profile_text(profile([])), "all rows")["ms"] == "0.0000"
 
 
 def test_a_timeline_has_rows_one_after_the_other_and_backward_after_forward():
