@@ -39,7 +39,7 @@ from .rows import Profile, Row
 from .table import above_sentence
 
 _WIDTH, _HEIGHT = 1180, 500
-_LEFT, _TOP, _RIGHT, _BOTTOM = 96, 8, 1030, 452
+_LEFT, _TOP, _RIGHT, _BOTTOM = 96, 8, 1005, 452
 _TEXT_WIDTH, _TEXT_HEIGHT = 6.6, 15.0
 # Layers that have bars of their own.
 _BARS = 20

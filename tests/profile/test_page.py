@@ -113,7 +113,7 @@ def test_everything_is_within_its_frame(shown):
     page = Page(html_page(shown))
     for _, attributes, _ in page.having("circle"):
         x, y = float(attributes["cx"]), float(attributes["cy"])
-        assert 96 <= x <= 1030 and 8 <= y <= 452
+        assert 96 <= x <= 1005 and 8 <= y <= 452
     for _, attributes, _ in [*page.having("div", "block"), *page.having("div", "pass")]:
         left, width = map(float, re.findall(r"[\d.]+", attributes["style"]))
         assert left >= 0 and left + width <= 100.001
