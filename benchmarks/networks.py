@@ -77,7 +77,12 @@ NETWORKS = {
         _segfast("fcn8s"),
         _segfast("fcn8s_alexnet"),
         _segfast("fcn8s_googlenet"),
+        _segfast("deeplabv1_vgg16"),
+        _segfast("deeplabv2_resnet101"),
+        _segfast("deeplabv3_mobilenet_v3_large"),
+        _segfast("lraspp_mobilenet_v3_large"),
         _segfast("deeplabv3plus_mobilenet_v2"),
+        _segfast("deeplabv3plus_resnet50"),
         _segfast("selfie_segmenter", num_classes=1),  # as published
     )
 }

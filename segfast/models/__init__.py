@@ -8,17 +8,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._base import SegmentationModel
-from .deeplabv3 import DeepLabV3, deeplabv3_resnet50, deeplabv3_resnet101
-from .deeplabv3plus import DeepLabV3Plus, deeplabv3plus_mobilenet_v2, deeplabv3plus_xception65
+from .deeplab import DeepLab, deeplabv1_vgg16, deeplabv2_resnet101, deeplabv2_vgg16
+from .deeplabv3 import DeepLabV3, deeplabv3_mobilenet_v3_large, deeplabv3_resnet50, deeplabv3_resnet101
+from .deeplabv3plus import (
+    DeepLabV3Plus,
+    deeplabv3plus_mobilenet_v2,
+    deeplabv3plus_resnet50,
+    deeplabv3plus_resnet101,
+    deeplabv3plus_xception65,
+)
 from .fcn import FCN, fcn8s, fcn16s, fcn32s
 from .fcn_alexnet import fcn8s_alexnet, fcn16s_alexnet, fcn32s_alexnet
 from .fcn_googlenet import fcn8s_googlenet, fcn16s_googlenet, fcn32s_googlenet
 from .fcn_resnet import FCNResNet, fcn_resnet50, fcn_resnet101
+from .lraspp import LRASPP, lraspp_mobilenet_v3_large
 from .selfie_segmenter import SelfieSegmenter
 from .unet import UNet
 
 __all__ = [
     "FCN",
+    "LRASPP",
+    "DeepLab",
     "DeepLabV3",
     "DeepLabV3Plus",
     "FCNResNet",
@@ -26,9 +36,15 @@ __all__ = [
     "SelfieSegmenter",
     "UNet",
     "create",
+    "deeplabv1_vgg16",
+    "deeplabv2_resnet101",
+    "deeplabv2_vgg16",
+    "deeplabv3_mobilenet_v3_large",
     "deeplabv3_resnet50",
     "deeplabv3_resnet101",
     "deeplabv3plus_mobilenet_v2",
+    "deeplabv3plus_resnet50",
+    "deeplabv3plus_resnet101",
     "deeplabv3plus_xception65",
     "fcn8s",
     "fcn8s_alexnet",
@@ -42,14 +58,21 @@ __all__ = [
     "fcn_resnet50",
     "fcn_resnet101",
     "list_models",
+    "lraspp_mobilenet_v3_large",
     "remap_state_dict",
 ]
 
 # Classes, and the functions that build one class in several ways: `name` then tells its networks apart.
 _MODELS: dict[str, Callable[..., SegmentationModel]] = {
+    "deeplabv1_vgg16": deeplabv1_vgg16,
+    "deeplabv2_resnet101": deeplabv2_resnet101,
+    "deeplabv2_vgg16": deeplabv2_vgg16,
+    "deeplabv3_mobilenet_v3_large": deeplabv3_mobilenet_v3_large,
     "deeplabv3_resnet50": deeplabv3_resnet50,
     "deeplabv3_resnet101": deeplabv3_resnet101,
     "deeplabv3plus_mobilenet_v2": deeplabv3plus_mobilenet_v2,
+    "deeplabv3plus_resnet50": deeplabv3plus_resnet50,
+    "deeplabv3plus_resnet101": deeplabv3plus_resnet101,
     "deeplabv3plus_xception65": deeplabv3plus_xception65,
     "fcn8s": fcn8s,
     "fcn8s_alexnet": fcn8s_alexnet,
@@ -62,6 +85,7 @@ _MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "fcn32s_googlenet": fcn32s_googlenet,
     "fcn_resnet50": fcn_resnet50,
     "fcn_resnet101": fcn_resnet101,
+    "lraspp_mobilenet_v3_large": lraspp_mobilenet_v3_large,
     "selfie_segmenter": SelfieSegmenter,
     "unet": UNet,
 }

@@ -1,7 +1,8 @@
-"""DeepLabV3 on a dilated ResNet, as torchvision builds it.
+"""DeepLabV3 on a dilated ResNet or MobileNetV3, as torchvision builds it.
 
 Chen, Papandreou, Schroff, Adam, "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017
-(arXiv:1706.05587); the network is torchvision's `deeplabv3_resnet50` and `deeplabv3_resnet101`.
+(arXiv:1706.05587); the network is torchvision's `deeplabv3_resnet50`, `deeplabv3_resnet101` and
+`deeplabv3_mobilenet_v3_large`.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from segfast.nn import ASPP, Conv2d
 from segfast.nn._fused.folding import Remembers
 from segfast.nn._fused.layers import run_layers
 
-from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options, refuse_weights
-from .encoders import ResNetEncoder
+from ._torchvision_segmentation import FCNHead, TorchvisionSegmentation, check_options, refuse_weights
+from .encoders import MobileNetV3LargeEncoder, ResNetEncoder
 from .encoders._base import scaled
 
 # Of the pyramid, in pixels of its input, at output stride 16; twice that at 8.
@@ -44,8 +45,8 @@ class DeepLabHead(Remembers, nn.Sequential):
         return scores(run_layers(block, aspp(input)))
 
 
-class DeepLabV3(ResNetSegmentation):
-    """DeepLabV3 on a ResNet; see `deeplabv3_resnet50` and `deeplabv3_resnet101`.
+class DeepLabV3(TorchvisionSegmentation):
+    """DeepLabV3; see `deeplabv3_resnet50`, `deeplabv3_resnet101` and `deeplabv3_mobilenet_v3_large`.
 
     It trains on batches of one image too, where torchvision's raises: the norm of the image's pooled features
     then uses its running statistics (`segfast.nn.ASPP`).
@@ -85,7 +86,7 @@ def deeplabv3_resnet50(
     """torchvision's `deeplabv3_resnet50`: 39.6 million parameters, 42.0 million with `aux_loss`.
 
     Shapes: `[N, in_channels, H, W]` -> `{"out": [N, num_classes, H, W]}`, and as much under "aux" with
-    `aux_loss` (see `ResNetSegmentation.forward`). torchvision's weights load by `load_state_dict`.
+    `aux_loss` (see `TorchvisionSegmentation.forward`). torchvision's weights load by `load_state_dict`.
 
     Args:
         weights, weights_backbone: None; nothing is downloaded.
@@ -128,3 +129,38 @@ def deeplabv3_resnet101(
     torch.Size([1, 21, 33, 33])
     """
     return _build(101, **locals())
+
+
+def deeplabv3_mobilenet_v3_large(
+    *,
+    weights: None = None,
+    weights_backbone: None = None,
+    num_classes: int = 21,
+    aux_loss: bool = False,
+    in_channels: int = 3,
+    width_mult: float = 1.0,
+    dropout: float = 0.5,
+) -> DeepLabV3:
+    """torchvision's `deeplabv3_mobilenet_v3_large`: 11.0 million parameters, as many with `aux_loss`.
+
+    On MobileNetV3-Large at output stride 16, with rates 12, 24 and 36; the auxiliary head is on the features
+    of stride 8. Shapes, arguments and what is raised are otherwise as for `deeplabv3_resnet50`.
+
+    >>> import torch
+    >>> deeplabv3_mobilenet_v3_large(width_mult=0.25).eval()(torch.zeros(1, 3, 33, 33))["out"].shape
+    torch.Size([1, 21, 33, 33])
+    """
+    config = dict(locals())
+    refuse_weights(config.pop("weights"), config.pop("weights_backbone"))
+    check_options(num_classes, 16)
+    backbone = MobileNetV3LargeEncoder(in_channels, 16, width_mult)
+    rates, channels = [2 * rate for rate in RATES], scaled(256, width_mult)
+    return DeepLabV3(
+        "deeplabv3_mobilenet_v3_large",
+        config,
+        backbone,
+        DeepLabHead(backbone.channels[-1], num_classes, rates, channels, dropout),
+        FCNHead(backbone.channels[-3], num_classes) if aux_loss else None,
+        num_classes,
+        aux_feature=-3,
+    )

@@ -4,11 +4,11 @@ Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentatio
 torchvision's `fcn_resnet50` and `fcn_resnet101`.
 """
 
-from ._resnet_segmentation import FCNHead, ResNetSegmentation, check_options, refuse_weights
+from ._torchvision_segmentation import FCNHead, TorchvisionSegmentation, check_options, refuse_weights
 from .encoders import ResNetEncoder
 
 
-class FCNResNet(ResNetSegmentation):
+class FCNResNet(TorchvisionSegmentation):
     """FCN on a ResNet; see `fcn_resnet50` and `fcn_resnet101`."""
 
 
@@ -43,7 +43,7 @@ def fcn_resnet50(
     """torchvision's `fcn_resnet50`: 33.0 million parameters, 35.3 million with `aux_loss`.
 
     Shapes: `[N, in_channels, H, W]` -> `{"out": [N, num_classes, H, W]}`, and as much under "aux" with
-    `aux_loss` (see `ResNetSegmentation.forward`). torchvision's weights load by `load_state_dict`.
+    `aux_loss` (see `TorchvisionSegmentation.forward`). torchvision's weights load by `load_state_dict`.
 
     Args:
         weights, weights_backbone: None; nothing is downloaded.

@@ -30,6 +30,8 @@ SMALL = {
         "decoder_channels": 16,
         "num_classes": 3,
     },
+    "deeplabv3plus_resnet50": {"width_mult": 0.125, "decoder_channels": 16, "num_classes": 3},
+    "deeplabv3plus_resnet101": {"width_mult": 0.125, "decoder_channels": 16, "num_classes": 3},
 }
 NAMES = list(SMALL)
 PAPER = "Chen, Zhu, Papandreou, Schroff, Adam"
@@ -53,6 +55,33 @@ class TestXception65(ModelTester):
     options = {**SMALL[name], "output_stride": 8}  # noqa: RUF012
     paper = PAPER
     parameters = 41_055_413
+
+
+class TestResNet50(ModelTester):
+    name = "deeplabv3plus_resnet50"
+    options = SMALL[name]
+    paper = PAPER
+    parameters = 26_696_133
+    test_compiles_into_one_graph = None
+    test_exports_with_dynamic_sizes = None
+
+
+def test_a_resnets_scores_are_the_decoders_of_its_features():
+    """Of stride 4 and 16, with torchvision's encoder."""
+    model = create("deeplabv3plus_resnet50", num_classes=3).eval()
+    network = peers.randomize_norms(
+        peers.torchvision().models.resnet50(replace_stride_with_dilation=[False, False, True])
+    ).eval()
+    model.load_state_dict(remap_state_dict(network.state_dict(), model))
+    with torch.no_grad():
+        x = network.maxpool(network.relu(network.bn1(network.conv1(images(1)))))
+        low = network.layer1(x)
+        high = model.aspp(network.layer4(network.layer3(network.layer2(low))))
+        high = F.interpolate(high, size=low.shape[2:], mode="bilinear", align_corners=False)
+        expected = model.head(model.decoder(torch.cat([high, model.low_level(low)], 1)))
+        found = model(images(1), upsample=False)
+    assert expected.std() > 0.01
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def small(name, **options):
@@ -103,7 +132,13 @@ def test_a_training_step_equals_plain_torch():
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("deeplabv3plus_mobilenet_v2", 5.816), ("deeplabv3plus_xception65", 54.711)]
+    ("name", "millions"),
+    [
+        ("deeplabv3plus_mobilenet_v2", 5.816),
+        ("deeplabv3plus_xception65", 54.711),
+        ("deeplabv3plus_resnet50", 40.352),
+        ("deeplabv3plus_resnet101", 59.344),
+    ],
 )
 def test_parameter_counts_without_separable_convolutions(name, millions):
     with torch.device("meta"):

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from segfast.models import remap_state_dict
-from segfast.models.encoders import MobileNetV2Encoder, ResNetEncoder, Xception65Encoder
+from segfast.models.encoders import (
+    MobileNetV2Encoder,
+    MobileNetV3LargeEncoder,
+    ResNetEncoder,
+    Xception65Encoder,
+)
 from segfast.models.encoders._base import strides_and_dilations
 from tests.models import peers
 
@@ -198,6 +203,36 @@ class TestEncoder:
         ):
             with pytest.raises(ValueError, match=message):
                 self.build(encoder, **options)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (65, 70)])
+@pytest.mark.parametrize("output_stride", [16, 32])
+def test_features_of_mobilenet_v3_are_torchvisions(output_stride, size):
+    """Strides of torchvision's classifier, and dilation of its segmentation networks; any size."""
+    peers.torchvision()
+    from torchvision.models import mobilenetv3
+
+    torch.manual_seed(0)
+    settings, last = mobilenetv3._mobilenet_v3_conf("mobilenet_v3_large", dilated=output_stride == 16)
+    network = peers.randomize_norms(mobilenetv3.MobileNetV3(settings, last)).eval()
+    encoder = loaded(MobileNetV3LargeEncoder(output_stride=output_stride), network)
+    with torch.no_grad():
+        features, x = encoder(image(*size)), image(*size)
+        expected = []
+        for index, layer in enumerate(network.features):
+            x = layer(x)
+            if index in (1, 2, 4, 7, 16):
+                expected.append(x)
+    for feature, theirs, channels, reduction in zip(
+        features, expected, encoder.channels, encoder.reductions, strict=True
+    ):
+        assert_same(feature, theirs)
+        assert feature.shape == (2, channels, *(-(-side // reduction) for side in size))
+
+
+def test_bad_output_stride_of_mobilenet_v3():
+    with pytest.raises(ValueError, match="output_stride must be 16 or 32, got 8"):
+        MobileNetV3LargeEncoder(output_stride=8)
 
 
 def test_bad_depth():

@@ -1,4 +1,4 @@
-"""FCN and DeepLabV3 on ResNets: what every network must do, and torchvision's networks beside them."""
+"""torchvision's FCN, DeepLabV3 and LR-ASPP: what every network must do, and torchvision's beside them."""
 
 import copy
 import functools
@@ -10,13 +10,14 @@ from torch import nn
 
 import segfast
 from benchmarks.plain_models import plain_model
-from segfast.models import DeepLabV3, FCNResNet, create, model_name, remap_state_dict
+from segfast.models import LRASPP, DeepLabV3, FCNResNet, create, model_name, remap_state_dict
 from segfast.models.encoders.resnet import Bottleneck, ResNetEncoder
 from tests.models import peers
 from tests.models.tester import ModelTester
 
-CLASSES = {"fcn": FCNResNet, "deeplabv3": DeepLabV3}
-NAMES = [f"{network}_resnet{depth}" for network in CLASSES for depth in (50, 101)]
+CLASSES = {"fcn": FCNResNet, "deeplabv3": DeepLabV3, "lraspp": LRASPP}
+MOBILE = ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
+NAMES = [f"{network}_resnet{depth}" for network in ("fcn", "deeplabv3") for depth in (50, 101)]
 TINY = {"width_mult": 0.125, "num_classes": 3}
 
 
@@ -39,6 +40,24 @@ class TestDeepLabV3ResNet50(ModelTester):
     dynamic = False
 
 
+class TestDeepLabV3MobileNetV3Large(ModelTester):
+    name = "deeplabv3_mobilenet_v3_large"
+    paper = "Chen, Papandreou, Schroff, Adam"
+    options = {"width_mult": 0.25, "num_classes": 3, "aux_loss": True}  # noqa: RUF012
+    full = {"aux_loss": True}  # noqa: RUF012
+    parameters = 11_029_328
+    scores = {"out", "aux"}  # noqa: RUF012
+    test_compiles_into_one_graph = None
+
+
+class TestLRASPPMobileNetV3Large(ModelTester):
+    name = "lraspp_mobilenet_v3_large"
+    paper = 'Howard et al., "Searching for MobileNetV3"'
+    options = {"width_mult": 0.25, "num_classes": 3}  # noqa: RUF012
+    parameters = 3_221_538
+    dynamic = False
+
+
 def segmentation():
     peers.torchvision()
     from torchvision.models import segmentation
@@ -50,11 +69,16 @@ def theirs(name, **options):
     return getattr(segmentation(), name)(weights=None, weights_backbone=None, **options)
 
 
+def with_aux(name, aux_loss=True):
+    """The option, of a network that has it."""
+    return {} if name.startswith("lraspp") else {"aux_loss": aux_loss}
+
+
 @functools.cache
 def torchvision_network(name, output_stride=8):
-    """With an auxiliary head; torchvision itself builds only those of output stride 8."""
+    """With an auxiliary head; torchvision itself builds ResNets only of output stride 8."""
     torch.manual_seed(0)
-    network = theirs(name, aux_loss=True)
+    network = theirs(name, **with_aux(name))
     if output_stride == 16:
         from torchvision.models import resnet
         from torchvision.models._utils import IntermediateLayerGetter
@@ -68,7 +92,8 @@ def torchvision_network(name, output_stride=8):
 
 
 def ours(name, output_stride=8):
-    network = create(name, aux_loss=True, output_stride=output_stride)
+    options = {} if name in MOBILE else {"output_stride": output_stride}
+    network = create(name, **with_aux(name), **options)
     network.load_state_dict(torchvision_network(name, output_stride).state_dict())
     return network.eval()
 
@@ -77,24 +102,28 @@ def images(count=1, height=65, width=65):
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+@pytest.mark.parametrize(
+    ("name", "output_stride"),
+    [(name, stride) for name in ("fcn_resnet50", "deeplabv3_resnet50") for stride in (8, 16)]
+    + [(name, 8) for name in MOBILE],
+)
 def test_results_are_torchvisions(name, output_stride):
     network, model = torchvision_network(name, output_stride), ours(name, output_stride)
     with torch.no_grad():
         expected, found = network(images()), model(images())
-    assert list(found) == list(expected) == ["out", "aux"]
+    assert list(found) == list(expected) == ["out", "aux"][: 1 + bool(with_aux(name))]
     for key, scores in expected.items():
         assert scores.std() > 0.05 and found[key].shape == scores.shape
         assert (found[key] - scores).abs().max() < 1e-4 * scores.abs().max()
 
 
 @pytest.mark.parametrize("aux_loss", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MOBILE)
 def test_structure_is_torchvisions(name, aux_loss):
     """Names and shapes of all that is saved; stride, padding and dilation of every convolution."""
+    options = with_aux(name, aux_loss)
     with torch.device("meta"):
-        network, model = theirs(name, aux_loss=aux_loss), create(name, aux_loss=aux_loss)
+        network, model = theirs(name, **options), create(name, **options)
     sides = []
     for side in (network, model):
         shapes = {key: value.shape for key, value in side.state_dict().items()}
@@ -108,8 +137,8 @@ def test_structure_is_torchvisions(name, aux_loss):
     assert type(model) is CLASSES[name.split("_")[0]] and model_name(model) == name
 
 
-def test_a_training_step_is_torchvisions():
-    name = "deeplabv3_resnet50"
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
+def test_a_training_step_is_torchvisions(name):
     network, model = copy.deepcopy(torchvision_network(name)).double(), ours(name).double()
     sides = []
     for side in (network, model):
@@ -119,13 +148,16 @@ def test_a_training_step_is_torchvisions():
                 module.eval()
         scores = side(images(2, 17, 24).double())
         targets = torch.zeros(2, 17, 24, dtype=torch.long)
-        loss = F.cross_entropy(scores["out"], targets) + F.cross_entropy(scores["aux"], targets)
+        loss = sum(F.cross_entropy(value, targets) for value in scores.values())
         names, weights = zip(*side.named_parameters(), strict=True)
         sides.append(dict(zip(names, torch.autograd.grad(loss, weights), strict=True)))
     for key, grad in sides[0].items():
         # A shift that another batch norm takes away again has a gradient of 0.
         assert (sides[1][key] - grad).abs().max() <= 1e-7 * grad.abs().max() + 1e-11, key
-    statistics = [side.backbone.layer4[2].bn3.running_var for side in (network, model)]
+    statistics = [
+        {key: value for key, value in side.state_dict().items() if "running_" in key}
+        for side in (network, model)
+    ]
     torch.testing.assert_close(*statistics)
 
 
@@ -224,14 +256,17 @@ class TestCheckpoints:
         for key in found:
             assert key not in state or found[key] is state[key]
 
-    def test_published_classifiers(self):
+    @pytest.mark.parametrize("name", ["deeplabv3_resnet50", *MOBILE])
+    def test_published_classifiers(self, name):
         """Their weights arrive in the backbone, the heads stay as they are."""
-        classifier = peers.randomize_norms(peers.torchvision().models.resnet50())
+        backbone = name.partition("_")[2]
+        classifier = peers.randomize_norms(getattr(peers.torchvision().models, backbone)())
         with torch.device("meta"):
-            model = create("deeplabv3_resnet50")
+            model = create(name)
         found = remap_state_dict(classifier.state_dict(), model)
         for key, value in classifier.state_dict().items():
-            if not key.startswith("fc."):
+            if not key.startswith(("fc.", "classifier.")):
+                key = key.removeprefix("features.")
                 assert found[f"backbone.{key}"].data_ptr() == value.data_ptr()
         assert {key for key, value in found.items() if value.is_meta} == {
             key for key in model.state_dict() if not key.startswith("backbone.")
@@ -253,14 +288,19 @@ class TestCheckpoints:
     [
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
-        ({"output_stride": 32}, r"output_stride must be one of \(8, 16\), got 32"),
         ({"weights": "DEFAULT"}, "nothing is downloaded.*got \\['DEFAULT'\\]"),
     ],
 )
-@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101"])
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101", *MOBILE])
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         create(name, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_output_stride(name):
+    with pytest.raises(ValueError, match=r"output_stride must be one of \(8, 16\), got 32"):
+        create(name, output_stride=32)
 
 
 @pytest.mark.parametrize("conv", ["conv1", "conv2", "downsample"])

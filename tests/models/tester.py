@@ -37,6 +37,8 @@ class ModelTester:
     """The names of what it returns, if that is a dictionary."""
     sizes = ((32, 48), (37, 50), (33, 35), (7, 7), (1, 3))
     """Input sizes whose output has the same size."""
+    lr = 0.01
+    """A learning rate with which it trains from the first step on."""
     dynamic = True
     """Whether it is compiled once for all sizes, or, where that takes torch too long, for one."""
     example = (48, 64)
@@ -120,7 +122,7 @@ class ModelTester:
     def test_training_lowers_the_loss_and_reaches_every_parameter(self):
         model = self.build().train()
         images, targets = self.batch(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr)
         losses = []
         for _ in range(12):
             loss = cross_entropy(model(images), targets)

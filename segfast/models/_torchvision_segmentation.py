@@ -1,9 +1,8 @@
-"""Shared by torchvision's FCN and DeepLabV3: a ResNet, a head on its last features, one beside it."""
+"""Shared by torchvision's networks: an encoder, a head on its last features, one beside it."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.nn import Conv2d
@@ -11,7 +10,8 @@ from segfast.nn._fused.folding import Remembers
 from segfast.nn._fused.layers import run_layers
 
 from ._base import SegmentationModel, tensors, unlike
-from .encoders import ResNetEncoder
+from ._layers import resize
+from .encoders import Encoder
 
 OUTPUT_STRIDES = (8, 16)
 
@@ -33,32 +33,35 @@ class FCNHead(Remembers, nn.Sequential):
         return scores(dropout(run_layers(block, input)))
 
 
-class ResNetSegmentation(SegmentationModel):
-    """torchvision's segmentation network on a ResNet: `backbone`, `classifier`, `aux_classifier`.
+class TorchvisionSegmentation(SegmentationModel):
+    """A segmentation network of torchvision: `backbone`, `classifier`, `aux_classifier`.
 
     Parameters bear torchvision's names: its checkpoints load by `load_state_dict`, and with
     `segfast.models.remap_state_dict` also where only one of the two networks has the auxiliary head, and
-    those of its ResNet classifiers.
+    those of the classifier that the backbone is from.
 
     Args:
         name: under which `segfast.models.create` knows the network.
         config: the arguments it was made with there.
         backbone: at output stride 8 or 16.
         classifier: on the backbone's last features.
-        aux_classifier: on those before them, or None.
+        aux_classifier: on those at `aux_feature`, or None.
         num_classes: channels of the output.
+        aux_feature: a position among the backbone's features.
     """
 
     def __init__(
         self,
         name: str,
         config: Mapping[str, Any],
-        backbone: ResNetEncoder,
+        backbone: Encoder,
         classifier: nn.Module,
         aux_classifier: nn.Module | None,
         num_classes: int,
+        aux_feature: int = -2,
     ) -> None:
         super().__init__()
+        self.aux_feature = aux_feature
         self.name = name
         self.config = dict(config)
         self.num_classes = num_classes
@@ -78,23 +81,23 @@ class ResNetSegmentation(SegmentationModel):
         """
         if input.dim() != 4:
             raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
-        *_, before, last = self.backbone(input)
-        scores = {"out": self.classifier(last)}
-        if self.aux_classifier is not None:
-            scores["aux"] = self.aux_classifier(before)
+        scores = self.coarse_scores(self.backbone(input))
         if not upsample:
             return scores
-        size = input.shape[2:]
-        return {
-            key: F.interpolate(value, size=size, mode="bilinear", align_corners=False)
-            for key, value in scores.items()
-        }
+        return {key: resize(value, input.shape[2:]) for key, value in scores.items()}
+
+    def coarse_scores(self, features: list[Tensor]) -> dict[str, Tensor]:
+        """The scores by name, before they are enlarged to the image."""
+        scores = {"out": self.classifier(features[-1])}
+        if self.aux_classifier is not None:
+            scores["aux"] = self.aux_classifier(features[self.aux_feature])
+        return scores
 
     def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `segfast.models.remap_state_dict`.
 
-        Reads checkpoints of this network, with or without an auxiliary head, and torchvision's ResNet
-        classifiers. What those do not have keeps the weights that the model has.
+        Reads checkpoints of this network, with or without an auxiliary head, and the classifier's that the
+        backbone is from. What those do not have keeps the weights that the model has.
 
         Raises:
             ValueError: a checkpoint of neither.
