@@ -127,7 +127,7 @@ def _conv_transpose2d_forward_phase_kernel(
 
 def inverse_dilations(stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
     """The constants by which a phase finds its taps: see STEP_H and STEP_W in the kernel."""
-    constants = {}
+    constants: dict[str, int] = {}
     for axis, s, d in zip("HW", stride, dilation, strict=True):
         gcd = math.gcd(s, d)
         inverse = pow(d // gcd, -1, s // gcd) if s > gcd else 0

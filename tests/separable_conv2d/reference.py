@@ -40,7 +40,7 @@ def in_form(form, pixels=16, outputs=16, depth=16):
 
 def plain_depthwise(input, weight, bias=None, stride=1, padding=0, dilation=1) -> Tensor:
     """torch's own."""
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.shape[1])
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.shape[-3])
 
 
 def define_separable(
