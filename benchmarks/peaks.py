@@ -3,11 +3,11 @@
 On a CPU (a dry run) the same names come from small torch calls, so that the rest has numbers to divide by.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+from statistics import median
 
 import torch
+
+from segfast._profile.roof import copy_rate, matmul_rate, seconds
 
 COPY_BYTES = 2 << 30
 MATRIX = 8192
@@ -19,7 +19,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     """copy_gbs, bf16_tflops, tf32_tflops, fp32_tflops, l2_gbs, exp2_gops, sm_mhz (CUDA only)."""
     if device.type != "cuda":
         return _cpu()
-    found = {"copy_gbs": _copy(device, COPY_BYTES)}
+    found = {"copy_gbs": 1e-9 * copy_rate(device, COPY_BYTES)}
     precision = torch.backends.cuda.matmul.fp32_precision
     try:
         for name, dtype, fp32 in (
@@ -28,7 +28,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
             ("fp32_tflops", torch.float32, "ieee"),
         ):
             torch.backends.cuda.matmul.fp32_precision = fp32
-            found[name] = _matmul(device, MATRIX, dtype)
+            found[name] = 1e-12 * matmul_rate(device, MATRIX, dtype)
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
     found["sm_mhz"] = _clock_mhz()
@@ -39,52 +39,16 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 def _cpu() -> dict[str, float]:
     device = torch.device("cpu")
-    matmul = _matmul(device, 128, torch.float32)
+    matmul = 1e-12 * matmul_rate(device, 128, torch.float32)
     exponents = torch.rand(1 << 16)
     return {
-        "copy_gbs": _copy(device, 1 << 24),
+        "copy_gbs": 1e-9 * copy_rate(device, 1 << 24),
         "bf16_tflops": matmul,
         "tf32_tflops": matmul,
         "fp32_tflops": matmul,
-        "l2_gbs": _copy(device, 1 << 20),
-        "exp2_gops": 1e-9 * exponents.numel() / _seconds(lambda: torch.exp2(exponents), device),
+        "l2_gbs": 1e-9 * copy_rate(device, 1 << 20),
+        "exp2_gops": 1e-9 * exponents.numel() / median(seconds(lambda: torch.exp2(exponents), device)),
     }
-
-
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Median seconds of a call, after three to warm up."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        if device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-            continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        times.append(1e-3 * begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def _copy(device: torch.device, size: int) -> float:
-    """GB/s, counting bytes read and bytes written."""
-    if device.type == "cuda":
-        size = min(size, torch.cuda.mem_get_info(device)[0] // 4)
-    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    return 2e-9 * source.numel() * 4 / _seconds(lambda: target.copy_(source), device)
-
-
-def _matmul(device: torch.device, n: int, dtype: torch.dtype) -> float:
-    """TFLOP/s of a square product of random matrices (zeros run faster)."""
-    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2e-12 * n**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
 
 
 def _clock_mhz(cycles: int = 20_000_000) -> float:
@@ -111,7 +75,7 @@ def _l2_read(device: torch.device) -> float:
             data, out, data.numel() // block, L2_ROUNDS, BLOCK=block, num_warps=4
         )
 
-    return 1e-9 * programs * L2_ROUNDS * block * 4 / _seconds(run, device)
+    return 1e-9 * programs * L2_ROUNDS * block * 4 / median(seconds(run, device))
 
 
 def _exp2(device: torch.device) -> float:
@@ -125,4 +89,4 @@ def _exp2(device: torch.device) -> float:
     def run() -> None:
         _peak_kernels.exp2[(programs,)](data, EXP_ROUNDS, BLOCK=block, UNROLL=EXP_UNROLL, num_warps=4)
 
-    return 1e-9 * data.numel() * EXP_ROUNDS * EXP_UNROLL / _seconds(run, device)
+    return 1e-9 * data.numel() * EXP_ROUNDS * EXP_UNROLL / median(seconds(run, device))

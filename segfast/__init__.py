@@ -11,6 +11,7 @@ import importlib
 
 from . import functional, nn
 from ._optimize.optimize import optimize, report, restore
+from ._profile.profile import profile
 from .ops import (
     autotune,
     backend,
@@ -36,6 +37,7 @@ __all__ = [
     "load_choices",
     "nn",
     "optimize",
+    "profile",
     "report",
     "restore",
     "save_choices",

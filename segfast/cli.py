@@ -27,6 +27,10 @@ COMMANDS = {
         "search a dense CRF's parameters on a validation split; does it help?",
     ),
     "check": ("segfast.commands.check", "run a model before and after optimize: error, time, memory"),
+    "profile": (
+        "segfast.commands.profile",
+        "time each layer of a model: what bounds it, how far from this device's roof, what could be gained",
+    ),
     "doctor": (
         "segfast.commands.doctor",
         "versions, GPU, what is proven and measured on it, where caches are",

@@ -1,7 +1,9 @@
 """The rows of a profile: what each layer of a model took, did and could do, in the order of the calls."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Roof:
-    """The rates that were measured on a device: matrix products by dtype, and a copy (read and write)."""
+    """The rates that were measured on a device: matrix products by dtype, and a copy (read and write).
+
+    `call_us` are the microseconds of a call that computes next to nothing.
+    """
 
     # The GPU's or the CPU's name.
     device: str
@@ -60,6 +65,7 @@ class Roof:
     # By a dtype's name, such as "float32".
     flops_per_s: Mapping[str, float]
     bytes_per_s: float
+    call_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Profile:
     `whole_us` is the median of whole passes with hooks, `plain_us` that of passes without: their difference
     is what measuring cost. `expected_gain` is how many times as fast the whole is expected to become, where
     that is known. `kernels` are the operators and kernels that ran, with calls and microseconds a pass, where
-    they were asked for. `remarks` are sentences on what could not be measured.
+    they were asked for. `remarks` are sentences on what could not be measured. `str()` is a table.
     """
 
     title: str
@@ -85,3 +91,19 @@ class Profile:
     optimized: "Profile | None" = None
     kernels: tuple[tuple[str, int, float], ...] = ()
     remarks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from .table import profile_text  # which imports this module
+
+        return profile_text(self)
+
+    def save(self, folder: str | os.PathLike, *, force: bool = False) -> list[Path]:
+        """Write a page, a table, a trace and a picture into `folder`; returns their paths.
+
+        Raises:
+            UserError: a file exists that segfast did not write, and `force` is not set; or it cannot be
+                written.
+        """
+        from .save import save  # which imports this module
+
+        return save(self, folder, force=force)

@@ -15,7 +15,10 @@ from torch import nn
 
 from .._errors import UserError, describe
 
-FORMS = "segfast:unet, path/to/file.py:factory, package.module:factory, torchvision:NAME, smp:NAME, timm:NAME"
+FORMS = (
+    "segfast:unet, path/to/file.py:factory, package.module:factory, torchvision:NAME, smp:NAME, timm:NAME, "
+    "or a checkpoint of segfast train, file.safetensors"
+)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Both spellings are taken wherever a dtype is.
 SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -24,10 +27,16 @@ SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float
 def load_model(spec: str) -> nn.Module:
     """Build the model `spec` names, with weights as its factory leaves them; nothing is downloaded.
 
+    The name of a checkpoint gives the model in it.
+
     Raises:
         UserError: no such form, package, file or factory; the factory failed, or returned no module or one
             without values.
     """
+    if spec.endswith(".safetensors"):
+        from ..train._checkpoint import load_checkpoint  # which takes as long as the rest
+
+        return load_checkpoint(spec)
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise UserError(f"MODEL must be one of {FORMS}; got {spec!r}")

@@ -25,7 +25,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - start
     from torch.profiler import ProfilerActivity, profile
 
-    with _profiler_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profiler_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -36,7 +36,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _profiler_silenced() -> Iterator[None]:
+def profiler_silenced() -> Iterator[None]:
     """libkineto writes its progress to file descriptor 2."""
     sys.stderr.flush()
     saved = os.dup(2)
