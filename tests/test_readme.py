@@ -104,7 +104,7 @@ def test_a_write_through_data_is_not_seen_and_another_is(faster):
 def test_every_command_it_names_exists():
     named = set(re.findall(r"`segfast ([a-z][a-z-]*)", README))
     assert named <= set(COMMANDS)
-    assert {"check", "doctor", "demo", "train", "predict", "prove", "tune"} <= named
+    assert {"check", "doctor", "demo", "profile", "train", "predict", "prove", "tune"} <= named
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"^  make ([\w-]+)", listed, re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)", README)) <= targets | {"help"}

@@ -152,10 +152,12 @@ class Plan:
     keys: list[Key]
     parents: list[int]
     facts: dict[int, Facts]
+    # Keys by what was called, for the watch.
+    known: dict[Any, Key | None] = dataclasses.field(default_factory=dict)
 
     def watch(self, begin: Any, end: Any = None, annotate: Any = None) -> Watch:
         """A watch for a pass."""
-        return Watch(self.names, begin, end, self.leaves, annotate)
+        return Watch(self.names, begin, end, self.leaves, annotate, keys=self.known)
 
     def check(self, found: Pass) -> None:
         """Raise a ValueError if a pass made other calls."""
@@ -180,12 +182,12 @@ def plan_of(task: Task) -> Plan:
     alone = {id(m) for m in modules.values() if not m._modules and (m is not task.model or _is_layer(m))}
     first = Watch(names, clock, leaves=frozenset(alone))
     watched_pass(task, first, clock, clock)
-    called = {span.key.name for span in first.spans if span.key.parts and not span.key.is_leaf}
+    called = {span.key.name for span in first.spans if len(span.key.parts) == 1}
     with_layers = {first.spans[span.parent].key.name for span in first.spans[1:] if span.key.parts}
     leaves = {id(modules[n]) for n in called - with_layers if n or _is_layer(task.model)} | alone
     facts: dict[int, Facts] = {}
 
-    def observe(span: Span, owner: Any, inputs: Any, output: Any) -> None:
+    def observe(span: Span, inputs: Any, output: Any) -> None:
         parts = [modules[name] for name in span.key.parts]
         facts[span.index] = facts_of(inputs, output, [*parts[0].modules()] if len(parts) == 1 else parts)
 

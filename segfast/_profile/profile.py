@@ -23,6 +23,7 @@ from .profiled import profiled_pass
 from .reorders import reorders_of
 from .roof import roof_of
 from .rows import Profile, Row
+from .spans import Span
 from .timed import MOST_OFF, times_of
 
 _STAGES = 6
@@ -65,7 +66,7 @@ def profile(
         progress: a bar on a terminal, if tqdm is installed.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or is a scripted one.
         ValueError: `inputs` have no tensor, or are on another device than the model; `train`, and no output
             requires a gradient; `nvtx` without a GPU; `seconds` or `budget` is out of range; the model makes
             other calls in each pass.
@@ -79,6 +80,8 @@ def profile(
         ['conv2d', 'activation', 'between layers']
     """
     check_model(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is scripted or traced: its code is compiled already; profile it before that")
     task = Task(model, arguments(inputs), train, _device(model, inputs))
     _check(task, nvtx, seconds, budget, optimize)
     with _bar(progress) as stage, undisturbed(model), running_mode(model, train):
@@ -114,7 +117,7 @@ def _profiled(
     stage("the roof of this device")
     roof = roof_of(task.device, _dtypes(plan))
     stage("times")
-    annotate = torch.cuda.nvtx.range if nvtx else None
+    annotate = _nvtx_range if nvtx else None
     times = times_of(task, plan, Stopwatch(task.device), seconds, annotate)
     gain, choices = optimized.gain, Known()
     rows = [
@@ -133,6 +136,10 @@ def _profiled(
         kernels=profiled.kernels,
         remarks=tuple(filter(None, [optimized.remark, *_remarks(rows, flops.total, times.whole_us())])),
     )
+
+
+def _nvtx_range(span: Span) -> contextlib.AbstractContextManager:
+    return torch.cuda.nvtx.range(span.key.name or "model")
 
 
 def _remarks(rows: list[Row], flops: int, whole_us: float) -> Iterator[str]:

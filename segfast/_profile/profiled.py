@@ -41,7 +41,7 @@ class Profiled(NamedTuple):
 def profiled_pass(task: Task, plan: Plan, wants_kernels: bool) -> Profiled:
     """Run one pass under the profiler."""
     on_gpu = task.device.type == "cuda"
-    watch = plan.watch(_no_clock, annotate=lambda index: record_function(f"{PREFIX}{index}"))
+    watch = plan.watch(_no_clock, annotate=lambda span: record_function(f"{PREFIX}{span.index}"))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     profiler = profile(activities=activities, record_shapes=True, profile_memory=not on_gpu)
     with profiler_silenced(), profiler:
@@ -50,9 +50,8 @@ def profiled_pass(task: Task, plan: Plan, wants_kernels: bool) -> Profiled:
     for event in profiler.events():
         index = _index(event.name)
         if index in plan.facts and event.device_type == torch.autograd.DeviceType.CPU:
-            made = _copies(event, on_gpu) if plan.keys[index].kind != LAYOUT_COPY else []
-            if made:
-                copies[index] = made
+            # Of a number that was given before to what was dropped, the last counts.
+            copies[index] = _copies(event, on_gpu) if plan.keys[index].kind != LAYOUT_COPY else []
     peaks = _gpu_peaks(task, plan) if on_gpu else _peaks(profiler, plan)
     return Profiled(copies, peaks, kernels_of(profiler, on_gpu) if wants_kernels else ())
 

@@ -46,12 +46,12 @@ def reorders_of(task: Task, plan: Plan) -> tuple[Copies, Copies]:
             text, seconds = of.get(index, (b"", 0.0))
             of[index] = (text + lines[first:last], seconds + end - begin)
     forward, backward = (
-        {i: _copies(*each) for i, each in of.items() if b"reorder" in each[0]} for of in read
+        {i: copies_told(*each) for i, each in of.items() if b"reorder" in each[0]} for of in read
     )
     return forward, backward
 
 
-def _copies(lines: bytes, seconds: float) -> list[Copy]:
+def copies_told(lines: bytes, seconds: float) -> list[Copy]:
     """The copies that these lines tell of, of a call that took so many seconds."""
     found: dict[str, Copy] = {}
     for line in lines.decode(errors="replace").splitlines():

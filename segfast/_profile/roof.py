@@ -13,8 +13,8 @@ import torch
 
 from .._files import temporary_beside
 from ..kernels._device import dot_precision
+from ..ops import _measure
 from ..ops._choice_files import cache_folder, machine, warn_unwritable
-from ..ops._measure import quiet_check
 from .facts import dtype_name
 from .rows import Roof
 
@@ -22,7 +22,7 @@ from .rows import Roof
 _SIDES = {"cuda": (8192,), "cpu": (512, 1024, 2048)}
 _COPIED = {"cuda": 2 << 30, "cpu": 256 << 20}
 _CALLS = 200
-_LONG_S = 1.0
+_LONG_S = 0.3
 # Of several times the one that counts.
 Of = Callable[[list[float]], float]
 
@@ -41,7 +41,7 @@ def roof_of(device: torch.device, dtypes: Iterable[torch.dtype]) -> Roof:
     wanted = {_name(dtype, device): dtype for dtype in dtypes if dtype.is_floating_point}
     missing = {name: dtype for name, dtype in wanted.items() if name not in rates}
     if missing or "bytes_per_s" not in rates:
-        was_quiet = quiet_check()
+        was_quiet = _measure.quiet_check()
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             for name, dtype in missing.items():
                 with _as_convolutions(device):

@@ -6,7 +6,7 @@ watches, of `nn.Module` and of what computes layers as one; functions that a for
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +21,17 @@ from ..nn._fused.sequence import FusedSequence
 from .facts import is_copying, kind_of_function, kind_of_fused, kind_of_module, parts_of_fused
 
 Clock = Callable[[], Any]
-Annotate = Callable[[str], contextlib.AbstractContextManager]
 
 
 class Key(NamedTuple):
-    """What a span is of: the module's qualified name, the kind, and the modules that are computed in it."""
+    """What a span is of: the module's qualified name, the kind, and the modules that are computed in it.
+
+    A function call has no modules. Nothing inside a leaf is watched.
+    """
 
     name: str
     kind: str
     parts: tuple[str, ...] = ()
-    # A function call or a fused layer has nothing inside.
     is_leaf: bool = False
 
 
@@ -54,6 +55,9 @@ class Span:
         self.first = self.last = 0
 
 
+Annotate = Callable[[Span], contextlib.AbstractContextManager]
+
+
 class Watch:
     """The spans of one pass of a model.
 
@@ -61,8 +65,9 @@ class Watch:
         names: qualified names of the model's modules, by id.
         begin, end: the clock, read at the begin and at the end of a span.
         leaves: ids of modules in which nothing else is to be watched.
-        annotate: makes a context for each span out of its number in `spans`.
-        observe: told of each span that ends, with what was called: its owner, inputs and output.
+        annotate: makes a context for each span, within which it runs.
+        observe: told of each span that ends, with what was called, its inputs and its output.
+        keys: of what was called in an earlier pass with the same leaves.
     """
 
     def __init__(
@@ -72,12 +77,14 @@ class Watch:
         end: Clock | None = None,
         leaves: frozenset[int] = frozenset(),
         annotate: Annotate | None = None,
-        observe: Callable[[Span, Any, Any, Any], None] | None = None,
+        observe: Callable[[Span, Any, Any], None] | None = None,
+        keys: dict[Any, Key | None] | None = None,
     ) -> None:
-        self.names, self.leaves = names, leaves
         self.spans: list[Span] = []
+        self._names, self._leaves = names, leaves
         self._begin, self._end = begin, end or begin
         self._annotate, self._observe = annotate, observe
+        self._keys = {} if keys is None else keys
         self._open: list[tuple[Span, Any]] = []
         self._thread = threading.get_ident()
         self._mode = _Functions(self)
@@ -90,8 +97,10 @@ class Watch:
         self.spans.append(span)
         context = None
         if self._annotate is not None:
-            context = self._annotate(str(span.index))
+            inside, self._in_leaf = self._in_leaf, True  # it may call torch's functions
+            context = self._annotate(span)
             context.__enter__()
+            self._in_leaf = inside
         self._open.append((span, context))
         span.first = torch._C._autograd._get_sequence_nr()
         span.begin = self._begin()
@@ -104,27 +113,25 @@ class Watch:
         span.end = now
         span.last = torch._C._autograd._get_sequence_nr()
         if context is not None:
+            inside, self._in_leaf = self._in_leaf, True
             context.__exit__(None, None, None)
+            self._in_leaf = inside
         return span
-
-    def cancel(self) -> None:
-        """End the span that is open, and drop it: nothing was computed in it."""
-        self.end()
-        self.spans.pop()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch all calls of this thread meanwhile."""
         with contextlib.ExitStack() as stack:
-            for owner, name, wrapper in (
-                (nn.Module, "__call__", self._module),
-                (FusedSequence, "compute", self._sequence),
-                (FusedConv, "run", self._fused),
-                (FusedSeparable, "run", self._fused),
-                (FusedASPP, "run", self._aspp),
-                (whole_model, "interpolate", self._resize),
+            for owner, name, key_of in (
+                (nn.Module, "__call__", self._of_module),
+                (FusedSequence, "compute", self._of_sequence),
+                (FusedConv, "run", self._of_fused),
+                (FusedSeparable, "run", self._of_fused),
+                (FusedASPP, "run", self._of_aspp),
+                (whole_model, "interpolate", self._of_resize),
             ):
-                stack.enter_context(_replaced(owner, name, wrapper))
+                watched = self._watched(vars(owner)[name], key_of)
+                stack.enter_context(_replaced(owner, name, watched))
             stack.enter_context(self._mode)
             yield
 
@@ -132,86 +139,63 @@ class Watch:
         """True if what is called now is to have a span of its own."""
         return not self._in_leaf and bool(self._open) and threading.get_ident() == self._thread
 
-    def _call(self, key: Key, leaf: bool, owner: Any, call: Callable[[], Any], inputs: Any) -> Any:
-        """The result of `call`, in a span; of a leaf nothing inside is watched."""
-        span = self.begin(key)
-        popped = leaf and _get_current_function_mode() is self._mode
-        self._in_leaf = leaf
-        if popped:  # else each look at a tensor's shape would come by
-            self._mode.__exit__(None, None, None)
-        try:
-            output = call()
-        except BaseException:
-            self._open.pop()
-            raise
-        finally:
-            if popped:
-                self._mode.__enter__()
-            self._in_leaf = False
-        if output is None and isinstance(owner, FusedSequence):
-            self.cancel()  # its layers shall compute it themselves
-            return None
-        self.end()
-        if self._observe is not None:
-            self._observe(span, owner, inputs, output)
-        return output
+    def _watched(self, original: Any, key_of: Callable[..., Key | None]) -> Any:
+        """`original`, in a span where `key_of` its arguments knows one."""
 
-    def _module(self, original: Any) -> Any:
-        keys: dict[int, Key] = {}
-
-        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            name = self.names.get(id(module))
-            if name is None or not self.is_watched():
-                return original(module, *args, **kwargs)
-            key = keys.get(id(module))
+        def called(*args: Any, **kwargs: Any) -> Any:
+            key = key_of(*args) if self.is_watched() else None
             if key is None:
-                key = keys[id(module)] = Key(name, kind_of_module(module), (name,))
-            leaf = id(module) in self.leaves
-            return self._call(key, leaf, module, lambda: original(module, *args, **kwargs), (args, kwargs))
-
-        return __call__
-
-    def _sequence(self, original: Any) -> Any:
-        def compute(sequence: FusedSequence, input: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.is_watched() or id(sequence.layers[0]) not in self.names:
-                return original(sequence, input, *args, **kwargs)
-            key = self._key(sequence.layers, kind_of_fused(sequence.options[0][1]))
-            return self._call(key, True, sequence, lambda: original(sequence, input, *args, **kwargs), input)
-
-        return compute
-
-    def _fused(self, original: Any) -> Any:
-        def run(fused: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-            parts = parts_of_fused(fused)
-            if not self.is_watched() or id(parts[0]) not in self.names:
-                return original(fused, input, *args, **kwargs)
-            key = self._key(parts, kind_of_fused(fused))
-            inputs = (input, args, kwargs)
-            return self._call(key, True, fused, lambda: original(fused, input, *args, **kwargs), inputs)
-
-        return run
-
-    def _aspp(self, original: Any) -> Any:
-        def run(fused: FusedASPP, owner: nn.Module, input: Any) -> Any:
-            if not self.is_watched() or id(owner) not in self.names:
-                return original(fused, owner, input)
-            key = self._key([owner, *[m for m in owner.modules() if m is not owner]], "aspp")
-            return self._call(key, True, owner, lambda: original(fused, owner, input), input)
-
-        return run
-
-    def _resize(self, original: Any) -> Any:
-        def interpolate(*args: Any, **kwargs: Any) -> Any:
-            if not self.is_watched():
                 return original(*args, **kwargs)
-            key = Key(self.innermost(), "resize", is_leaf=True)
-            return self._call(key, True, None, lambda: original(*args, **kwargs), (args, kwargs))
+            popped = key.is_leaf and _get_current_function_mode() is self._mode
+            if popped:  # else each look at a tensor's shape would come by
+                self._mode.__exit__(None, None, None)
+            span = self.begin(key)
+            self._in_leaf = key.is_leaf
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self.end()
+                self._in_leaf = False
+                if popped:
+                    self._mode.__enter__()
+            if output is None and type(args[0]) is FusedSequence:
+                self.spans.pop()  # its layers shall compute it themselves
+            elif self._observe is not None:
+                self._observe(span, (args, kwargs), output)
+            return output
 
-        return interpolate
+        return called
 
-    def _key(self, parts: Any, kind: str) -> Key:
-        names = tuple([self.names[id(part)] for part in parts if id(part) in self.names])
-        return Key(names[0], kind, names, True)
+    def _of_module(self, module: nn.Module, *args: Any) -> Key | None:
+        key = self._keys.get(id(module))
+        if key is None and id(module) in self._names:
+            name = self._names[id(module)]
+            key = Key(name, kind_of_module(module), (name,), id(module) in self._leaves)
+            self._keys[id(module)] = key
+        return key
+
+    def _of_sequence(self, sequence: FusedSequence, *args: Any) -> Key | None:
+        known = id(sequence)
+        if known not in self._keys:
+            self._keys[known] = self._of_parts(sequence.layers, kind_of_fused(sequence.options[0][1]))
+        return self._keys[known]
+
+    def _of_fused(self, fused: Any, *args: Any) -> Key | None:
+        known = tuple([id(part) if isinstance(part, nn.Module) else part for part in fused])
+        if known not in self._keys:
+            self._keys[known] = self._of_parts(parts_of_fused(fused), kind_of_fused(fused))
+        return self._keys[known]
+
+    def _of_aspp(self, fused: FusedASPP, owner: nn.Module, *args: Any) -> Key | None:
+        return self._of_parts(list(owner.modules()), "aspp")
+
+    def _of_resize(self, *args: Any) -> Key | None:
+        return Key(self.innermost(), "resize", is_leaf=True)
+
+    def _of_parts(self, parts: Sequence[nn.Module], kind: str) -> Key | None:
+        """The key of layers that are computed as one; None of layers of another model."""
+        names = tuple([self._names[id(part)] for part in parts if id(part) in self._names])
+        return Key(names[0], kind, names, True) if names else None
 
     def innermost(self) -> str:
         """The name of the module whose call is open."""
@@ -231,25 +215,22 @@ class _Functions(TorchFunctionMode):
         span = watch.begin(Key(watch.innermost(), kind_of_function(func), is_leaf=True))
         try:
             output = func(*args, **kwargs)
-        except BaseException:
-            watch._open.pop()
-            raise
+        finally:
+            watch.end()
         given = args[0] if args else None
         first = output[0] if isinstance(output, tuple | list) and output else output
         is_nothing = not isinstance(first, Tensor) or (first is given and is_copying(func))
         if is_nothing or (first is not given and first._is_view()):
-            watch.cancel()
-            return output
-        watch.end()
-        if watch._observe is not None:
-            watch._observe(span, None, (args, kwargs), output)
+            watch.spans.pop()
+        elif watch._observe is not None:
+            watch._observe(span, (args, kwargs), output)
         return output
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> Iterator[None]:
+def _replaced(owner: Any, name: str, other: Any) -> Iterator[None]:
     original = vars(owner)[name]
-    setattr(owner, name, wrapper(original))
+    setattr(owner, name, other)
     try:
         yield
     finally:

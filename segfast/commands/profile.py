@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="under torch.compile: the kernels and operators of its graphs"
     )
     parser.add_argument("--kernels", action="store_true", help="list the kernels that run (CPU: operators)")
-    parser.add_argument(
-        "--nvtx", action="store_true", help="an NVTX range a layer, for Nsight Systems"
-    )
+    parser.add_argument("--nvtx", action="store_true", help="an NVTX range a layer, for Nsight Systems")
     parser.add_argument("--seconds", type=float, default=5.0, help="time to spend on timed passes (5)")
     parser.add_argument(
         "--budget",

@@ -26,6 +26,7 @@ COMMON = {
     "segment": ["segment", "photo.png"],
     "crf-fit": ["crf-fit", "--data", "data", "--probabilities", "arrays", "--trials", "2"],
     "check": ["check", "models.py:net", "--size", "8x8", "--seconds", "0.01"],
+    "profile": ["profile", "models.py:net", "--size", "8x8", "--seconds", "0.01", "--budget", "0"],
     "compile-report": ["compile-report"],
     "tune": ["tune"],
     "demo": ["demo"],
@@ -61,7 +62,7 @@ MISTAKES = [
     ),
     *[
         (command, ["--device", value], f"--device must be cpu, cuda or auto, got '{value}'")
-        for command in ("train", "predict", "segment", "crf-fit", "check", "demo")
+        for command in ("train", "predict", "segment", "crf-fit", "check", "profile", "demo")
         for value in ("tpu", "meta")
     ],
     ("train --steps 1", ["--channels", "3"], "--channels 3: the nuclei image has 1"),
@@ -151,6 +152,32 @@ MISTAKES = [
     ),
     ("check json:net", ["--size", "8x8"], "json has no 'net'; it has "),
     ("check corrupt.py:net", ["--size", "8x8"], "corrupt.py could not be imported: SyntaxError"),
+    *[
+        (command, [f"--{name}", value], message)
+        for command, name, values, message in (
+            ("profile", "seconds", ("-1", "0", "nan"), "--seconds must be positive and finite, got"),
+            ("profile", "budget", ("-1", "nan", "inf"), "--budget must be a number of seconds, 0 or more"),
+            ("profile", "batch", ("0", "-1"), "--batch must be at least 1, got"),
+            ("profile", "channels", ("0", "-1"), "--channels must be at least 1, got"),
+            ("profile", "size", ("0x8", "nan", "8"), "--size must be HxW"),
+        )
+        for value in values
+    ],
+    ("profile", ["--dtype", "bf17"], "--dtype must be one of float32, float16, bfloat16, float64; got"),
+    ("profile", ["--channels", "4"], "models.py:net does not run on images [1, 4, 8, 8]: RuntimeError"),
+    ("profile", ["--optimize"], "optimize needs a budget of more than 0 seconds"),
+    ("profile", ["--device", "cpu", "--nvtx"], "nvtx: ranges are for a GPU, and the model is on cpu"),
+    ("profile", ["-o", "photo.png"], "photo.png is not a folder"),
+    ("profile", ["-o", UNWRITABLE], f"{UNWRITABLE}/profile.csv: "),
+    ("profile models.py:scripted", ["--size", "8x8", "--channels", "3"], "model is scripted or traced"),
+    ("profile absent.py:net", ["--size", "8x8"], "no file absent.py"),
+    (
+        "profile models.py:two_inputs",
+        ["--size", "8x8"],
+        "models.py:two_inputs does not run on images [1, 3, 8, 8]: TypeError",
+    ),
+    ("profile text.safetensors", ["--size", "8x8"], "text.safetensors: not a readable safetensors file"),
+    ("check absent.safetensors", ["--size", "8x8"], "absent.safetensors: no such checkpoint"),
     ("compile-report", ["--dtype", "bf17"], "--dtype must be one of bf16, fp16, fp32, tf32; got 'bf17'"),
     ("compile-report", ["--arch", "sm_1"], "--arch must be among"),
     ("compile-report", ["--family", "none"], "--family must be among"),

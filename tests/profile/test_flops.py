@@ -1,0 +1,107 @@
+"""FLOPs of the layers: they add up to what torch counts, and fvcore counts the same of convolutions."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import segfast
+from segfast._optimize.verify import arguments, running_mode, undisturbed
+from segfast._profile.passes import Task, flops_of, plan_of
+from segfast.commands._load_model import input_channels, load_model
+from segfast.nn._fused.sequence import fusing
+
+NETWORKS = (
+    *("segfast:selfie_segmenter", "segfast:unet", "segfast:deeplabv3plus_mobilenet_v2"),
+    *("torchvision:fcn_resnet50", "torchvision:deeplabv3_resnet50", "torchvision:lraspp_mobilenet_v3_large"),
+    *("smp:Unet", "smp:FPN", "smp:PSPNet", "smp:Linknet"),
+)
+# fvcore's names of what torch counts: it counts norms, pools and resizes too.
+MULTIPLYING = ("conv", "linear", "matmul", "addmm")
+LIBRARIES = {"torchvision": "torchvision", "smp": "segmentation_models_pytorch", "segfast": "segfast"}
+
+
+@pytest.fixture(scope="module")
+def network(request) -> tuple[nn.Module, torch.Tensor]:
+    """A network by name and images for it; skipped where its library is not installed."""
+    if importlib.util.find_spec(LIBRARIES[request.param.partition(":")[0]]) is None:
+        pytest.skip(f"{request.param}: not installed")
+    torch.manual_seed(0)
+    model = load_model(request.param)
+    return model, torch.randn(2, input_channels(model), 32, 32)
+
+
+def counted(model: nn.Module, images: torch.Tensor, train: bool) -> tuple[int, int]:
+    """Those of the layers, forward and backward."""
+    task = Task(model, arguments(images), train, images.device)
+    with undisturbed(model), running_mode(model, train):
+        plan = plan_of(task)
+        found = flops_of(task, plan)
+    return sum(found.forward.values()), sum(found.backward.values())
+
+
+def torchs(model: nn.Module, images: torch.Tensor, train: bool) -> int:
+    with undisturbed(model), running_mode(model, train), torch.set_grad_enabled(train):
+        with FlopCounterMode(display=False) as counter:
+            outputs = model(images)
+            if train:
+                scores = outputs["out"] if isinstance(outputs, dict) else outputs
+                scores.sum().backward()
+        return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("network", NETWORKS, indirect=True)
+def test_the_layers_have_what_the_whole_has(network):
+    """And of convolutions fvcore has the same, which counts a multiply-add as one."""
+    model, images = network
+    forward, backward = counted(model, images, False)
+    assert forward == torchs(model, images, False) > 0
+    assert backward == 0
+    if importlib.util.find_spec("fvcore") is None:
+        return
+    from fvcore.nn import FlopCountAnalysis
+
+    with torch.no_grad():
+        counts = FlopCountAnalysis(model.eval(), images).unsupported_ops_warnings(False).by_operator()
+    assert forward == pytest.approx(2 * sum(counts[each] for each in MULTIPLYING), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "network", ["segfast:selfie_segmenter", "torchvision:fcn_resnet50", "smp:Unet"], indirect=True
+)
+def test_backward_too(network):
+    model, images = network
+    forward, backward = counted(model, images, True)
+    assert forward + backward == torchs(model, images, True)
+    assert backward > forward
+
+
+def test_a_fused_layer_has_those_of_the_layers_in_it():
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(convolution, nn.Conv2d(8, 4, 1)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = 2 * 2 * 64 * 64 * (3 * 8 * 9 + 8 * 4)
+    assert counted(model, images, False) == (expected, 0)
+    fused = segfast.optimize(model)
+    with fusing(True):
+        found = segfast.profile(fused, images, seconds=0.01, budget=0, progress=False)
+    layers = [(row.name, row.kind, row.flops) for row in found.rows if row.flops]
+    assert layers == [
+        ("0.0", "conv2d + batch_norm + activation", expected - 2 * 2 * 64 * 64 * 32),
+        ("1", "conv2d", 2 * 2 * 64 * 64 * 32),
+    ]
+
+
+def test_calls_of_one_layer_have_their_own():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x)[:, :, ::2])
+
+    found = segfast.profile(Twice(), torch.randn(1, 4, 8, 8), seconds=0.01, budget=0, progress=False)
+    assert [row.flops for row in found.rows if row.name == "conv" and row.flops] == [2048, 1024]
