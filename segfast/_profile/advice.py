@@ -1,4 +1,4 @@
-"""What segfast would do about each row: the candidates of its call with their times, and a sentence."""
+"""Advice about each row: the candidates of its call with their times, and what segfast would do."""
 
 import copy
 from collections import defaultdict
@@ -42,7 +42,7 @@ class Optimized:
 
 
 def optimized_copy(task: Task, budget: float, progress: bool) -> Optimized:
-    """What `segfast.optimize` makes of a copy of the model, with what it measures in `budget` seconds."""
+    """A copy of the model after `segfast.optimize`, which measures for `budget` seconds at most."""
     on_gpu = task.device.type == "cuda"
     if task.train and not on_gpu:
         return Optimized(remark="On a CPU segfast.optimize measures inference alone: profile without train.")

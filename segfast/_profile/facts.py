@@ -115,7 +115,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a leaf's tensors: bytes to move at least, the output, and of a convolution its call.
+    """The tensors of a leaf: bytes to move at least, the output, and of a convolution its call.
 
     `convolution` is (input shape, weight shape, stride, padding, dilation, groups, transposed).
     """

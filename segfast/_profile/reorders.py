@@ -70,7 +70,7 @@ def copies_told(lines: bytes, seconds: float) -> list[Copy]:
 
 @contextlib.contextmanager
 def _stdout_to_file() -> Iterator[tuple[Callable[[], int], IO[bytes]]]:
-    """What the process writes to stdout meanwhile goes to a file; yields what tells how much is written."""
+    """Stdout goes to a file meanwhile; yields a function that tells how much was written, and the file."""
     library = ctypes.CDLL(None)
     sys.stdout.flush()
     saved = os.dup(1)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .._files import temporary_beside
-from ..kernels._device import dot_precision
 from ..ops import _measure
 from ..ops._choice_files import cache_folder, machine, warn_unwritable
 from .facts import dtype_name
@@ -127,8 +126,15 @@ def _here(device: torch.device) -> dict[str, Any]:
 def _name(dtype: torch.dtype, device: torch.device) -> str:
     """The name that a rate is remembered by: products of float32 are made in one of several precisions."""
     name = dtype_name(dtype)
-    tf32 = dtype == torch.float32 and device.type == "cuda" and dot_precision(dtype) == "tf32"
+    tf32 = dtype == torch.float32 and device.type == "cuda" and _precision() == "tf32"
     return "float32 (tf32)" if tf32 else name
+
+
+def _precision() -> str:
+    """The precision of products of float32 in convolutions."""
+    from ..kernels._device import dot_precision  # which imports triton
+
+    return "tf32" if dot_precision(torch.float32) == "tf32" else "ieee"
 
 
 @contextlib.contextmanager
@@ -138,7 +144,7 @@ def _as_convolutions(device: torch.device) -> Iterator[None]:
     before = matmul.fp32_precision
     try:
         if device.type == "cuda":
-            matmul.fp32_precision = "tf32" if dot_precision(torch.float32) == "tf32" else "ieee"
+            matmul.fp32_precision = _precision()
         yield
     finally:
         matmul.fp32_precision = before

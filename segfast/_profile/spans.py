@@ -24,7 +24,7 @@ Clock = Callable[[], Any]
 
 
 class Key(NamedTuple):
-    """What a span is of: the module's qualified name, the kind, and the modules that are computed in it.
+    """Whose a span is: a module's qualified name, the kind, and the modules that are computed in it.
 
     A function call has no modules. Nothing inside a leaf is watched.
     """

@@ -73,7 +73,7 @@ class Times:
         return {i: gap for i, gap in intervals.items() if gap.us >= _LONG_GAP * self.whole_us()}
 
     def rest(self, direction: int, taken: list[Samples]) -> Interval:
-        """What is left of the forward (0) or backward (1) beside `taken`.
+        """The time that is left of the forward (0) or backward (1) beside `taken`.
 
         Medians need not add up. Where they are short of the whole by too much, what is missing is in it.
         """

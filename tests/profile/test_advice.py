@@ -1,4 +1,4 @@
-"""What segfast would do about a row: candidates of the same call, and what `optimize` made of the layer."""
+"""Advice about rows: candidates of the same call, and a sentence on what `optimize` made of the layer."""
 
 import pytest
 import torch

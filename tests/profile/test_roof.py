@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """What is measured, a millisecond each."""
+    """Names of the rates that are measured, 1e9 each."""
     found = []
 
     def rate(name):

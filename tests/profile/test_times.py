@@ -24,7 +24,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    """What three passes of each kind are timed by."""
+    """The clock by which three passes of each kind are timed."""
     clock = Clock()
     monkeypatch.setattr(passes, "time", clock)
     monkeypatch.setattr(timed, "_MOST_ROUNDS", 3)
