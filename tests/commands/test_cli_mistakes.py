@@ -43,6 +43,8 @@ MISTAKES = [
         for name in ("lr", "momentum", "weight-decay")
         for value in ("-1", "nan", "inf")
     ],
+    ("train", ["--model", "fcn8s"], "--width is for --model unet; of fcn8s use --option"),
+    ("train", ["--option", "width"], "--option must be NAME=VALUE, as in width_mult=0.5; got 'width'"),
     ("train", ["--negative-slope", "nan"], "--negative-slope must be finite, got nan"),
     *[("train", ["--holdout", value], "--holdout") for value in ("0", "1", "-1", "nan", "0.999")],
     *[("train", ["--seed", value], "--seed must be from 0 to 2**63 - 1") for value in ("-1", str(2**63))],
