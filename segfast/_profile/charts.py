@@ -170,8 +170,10 @@ def bound_bars(profile: Profile, classes: Classes) -> str:
 def layer_bars(profile: Profile, view: str, classes: Classes) -> str:
     """A bar for each of the layers that take the longest, and one for the rest."""
     found = layers(profile.rows)
-    first = {label(row): index for index, row in reversed(list(enumerate(profile.rows)))}
-    bars = [(name, kinds_of(rows), rows, f"{view}{first[name]}") for name, rows in found[:_BARS]]
+    # A bar stands for the row of its layer that takes the longest.
+    ascending = sorted(enumerate(profile.rows), key=lambda item: item[1].us)
+    of_layer = {label(row): place for place, row in ascending}
+    bars = [(name, kinds_of(rows), rows, f"{view}{of_layer[name]}") for name, rows in found[:_BARS]]
     rest = [row for _, rows in found[_BARS:] for row in rows]
     if rest:
         bars.append((f"{len(found) - _BARS} more", "", rest, ""))

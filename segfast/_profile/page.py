@@ -120,12 +120,12 @@ def _advice(profile: Profile) -> str:
     told = advice(profile)
     if not told:
         return ""
-    first = {id(row): index for index, row in enumerate(profile.rows)}
+    places = {id(row): index for index, row in enumerate(profile.rows)}
     items = []
     for sentence, rows, us in told:
         names = label(rows[0]) + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
         items.append(
-            f'<li data-r="a{first[id(rows[0])]}"><span class="time">{milliseconds(us)}</span>'
+            f'<li data-r="a{places[id(rows[0])]}"><span class="time">{milliseconds(us)}</span>'
             f"{name_html(names)}<span>{escape(sentence)}</span></li>"
         )
     text = f'<ul class="advice">{"".join(items[:_ADVICE])}</ul>'

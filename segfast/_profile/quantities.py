@@ -87,7 +87,7 @@ def at_the_roof(rows: Sequence[Row]) -> float:
 
 
 class Advice(NamedTuple):
-    """One sentence, the rows that it is about and what they take."""
+    """One sentence, the rows that it is about, those that take the longest first, and what they take."""
 
     sentence: str
     rows: list[Row]
@@ -97,7 +97,9 @@ class Advice(NamedTuple):
 def advice(profile: Profile) -> list[Advice]:
     """All sentences of advice, those about the most time first."""
     told = sums([row for row in profile.rows if row.advice], lambda row: row.advice)
-    return [Advice(sentence, rows, microseconds(rows)) for sentence, rows in told]
+    return [
+        Advice(sentence, sorted(rows, key=lambda row: -row.us), microseconds(rows)) for sentence, rows in told
+    ]
 
 
 class Span(NamedTuple):

@@ -205,6 +205,18 @@ def test_every_kind_has_a_color():
     assert used == colors.keys()
 
 
+def test_a_bar_stands_for_the_longest_row_of_its_layer():
+    rows = [
+        row("a", "layout copy", ms=1),
+        row("a", ms=5),
+        row("a", direction="backward", ms=3),
+        row("b", ms=2),
+    ]
+    page = Page(html_page(profile(rows)))
+    marks = {"".join(text)[:1]: a["data-r"] for _, a, text in page.having("div", "bar") if "data-r" in a}
+    assert marks == {"a": "a1", "b": "a3"}
+
+
 def test_a_point_above_the_roof_is_explained():
     fast = conv(1, 3.0, 0.0, roof_share=1.3)
     above = "1 of 2 rows are above the roof: caches are faster than memory, and Winograd's algorithm"

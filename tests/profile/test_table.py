@@ -109,7 +109,7 @@ def test_advice_is_one_sentence_for_all_rows_that_it_is_about():
     lines = profile_text(dataclasses.replace(network(20), expected_gain=1.5)).splitlines()
     start = lines.index("What segfast would do:")
     assert lines[start + 1 : start + 3] == [
-        "  stage.1 and 9 more (100 ms): oneDNN takes half.",
+        "  stage.19 and 9 more (100 ms): oneDNN takes half.",
         "  (layout copy) (1.00 ms): Keep channels_last.",
     ]
     # 213 / 1.25 / 1.5
