@@ -58,14 +58,14 @@ def gain_sentence(profile: Profile) -> str:
 
 
 def sums_sentence(profile: Profile) -> str:
-    """The measured whole, how much of it the rows are, and what the hooks cost."""
-    hooks = profile.whole_us - profile.plain_us
-    slower = f"they make it {percent(hooks / profile.plain_us)} slower"
-    cost = slower if hooks > 0 else "they cost less than the times vary"
+    """The measured whole, how much of it the rows are, and what watching costs."""
+    more = profile.whole_us - profile.plain_us
+    slower = f"watching makes it {percent(more / profile.plain_us)} slower"
+    cost = slower if more > 0 else "watching costs less than the times vary"
     rows = percent(microseconds(profile.rows) / profile.whole_us)
     return (
-        f"A pass takes {milliseconds(profile.plain_us)}, with hooks {milliseconds(profile.whole_us)}: "
-        f"{cost}. The rows add up to {rows} of the pass with hooks."
+        f"A pass takes {milliseconds(profile.plain_us)}, watched {milliseconds(profile.whole_us)}: "
+        f"{cost}. The rows add up to {rows} of the watched pass."
     )
 
 
@@ -76,7 +76,7 @@ def above_sentence(rows: Sequence[Row]) -> str:
         return ""
     return (
         f"{above} of {len(rows)} rows are above the roof: caches are faster than memory, and Winograd's "
-        "algorithm does with fewer operations than are counted."
+        "method and padding take fewer operations than are counted."
     )
 
 

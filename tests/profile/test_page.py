@@ -219,7 +219,7 @@ def test_a_bar_stands_for_the_longest_row_of_its_layer():
 
 def test_a_point_above_the_roof_is_explained():
     fast = conv(1, 3.0, 0.0, roof_share=1.3)
-    above = "1 of 2 rows are above the roof: caches are faster than memory, and Winograd's algorithm"
+    above = "1 of 2 rows are above the roof: caches are faster than memory, and Winograd's method"
     assert any(note.startswith(above) for note in Page(html_page(profile([fast, conv(2, 1, 3)]))).texts("p"))
     assert "above the roof" not in html_page(network(3))
 

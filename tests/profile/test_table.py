@@ -97,12 +97,12 @@ def test_forward_and_backward_are_told_apart_where_there_are_both():
     assert cells(profile_text(network(3, backward=True)), "stage.3")["pass"] == "backward"
 
 
-def test_the_sums_and_the_cost_of_hooks_are_told():
+def test_the_sums_and_the_cost_of_watching_are_told():
     text = profile_text(network(3))
-    assert "A pass takes 7.20 ms, with hooks 9.00 ms: they make it 25.0 % slower." in text
-    assert "The rows add up to 100.0 % of the pass with hooks." in text
+    assert "A pass takes 7.20 ms, watched 9.00 ms: watching makes it 25.0 % slower." in text
+    assert "The rows add up to 100.0 % of the watched pass." in text
     faster = dataclasses.replace(network(3), plain_us=10_000.0)
-    assert "with hooks 9.00 ms: they cost less than the times vary. The rows" in profile_text(faster)
+    assert "watched 9.00 ms: watching costs less than the times vary. The rows" in profile_text(faster)
 
 
 def test_advice_is_one_sentence_for_all_rows_that_it_is_about():
