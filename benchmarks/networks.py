@@ -83,6 +83,7 @@ NETWORKS = {
         _segfast("lraspp_mobilenet_v3_large"),
         _segfast("deeplabv3plus_mobilenet_v2"),
         _segfast("deeplabv3plus_resnet50"),
+        _segfast("hypercolumns_vgg16"),
         _segfast("selfie_segmenter", num_classes=1),  # as published
     )
 }

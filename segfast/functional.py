@@ -2,6 +2,7 @@
 
 import torch
 
+from .ops._roi_pool import roi_pool
 from .ops.conv2d import conv2d, parallel_conv2d
 from .ops.conv_transpose2d import conv_transpose2d, up_concat
 from .ops.dense_crf import gaussian_filter, mean_field, skipped_share
@@ -15,6 +16,7 @@ __all__ = [
     "gaussian_filter",
     "mean_field",
     "parallel_conv2d",
+    "roi_pool",
     "separable_conv2d",
     "skipped_share",
     "up_concat",

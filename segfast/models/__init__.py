@@ -21,6 +21,7 @@ from .fcn import FCN, fcn8s, fcn16s, fcn32s
 from .fcn_alexnet import fcn8s_alexnet, fcn16s_alexnet, fcn32s_alexnet
 from .fcn_googlenet import fcn8s_googlenet, fcn16s_googlenet, fcn32s_googlenet
 from .fcn_resnet import FCNResNet, fcn_resnet50, fcn_resnet101
+from .hypercolumns import Hypercolumns, draw_points, hypercolumns_resnet50, hypercolumns_vgg16
 from .lraspp import LRASPP, lraspp_mobilenet_v3_large
 from .selfie_segmenter import SelfieSegmenter
 from .unet import UNet
@@ -32,6 +33,7 @@ __all__ = [
     "DeepLabV3",
     "DeepLabV3Plus",
     "FCNResNet",
+    "Hypercolumns",
     "SegmentationModel",
     "SelfieSegmenter",
     "UNet",
@@ -46,6 +48,7 @@ __all__ = [
     "deeplabv3plus_resnet50",
     "deeplabv3plus_resnet101",
     "deeplabv3plus_xception65",
+    "draw_points",
     "fcn8s",
     "fcn8s_alexnet",
     "fcn8s_googlenet",
@@ -57,6 +60,8 @@ __all__ = [
     "fcn32s_googlenet",
     "fcn_resnet50",
     "fcn_resnet101",
+    "hypercolumns_resnet50",
+    "hypercolumns_vgg16",
     "list_models",
     "lraspp_mobilenet_v3_large",
     "remap_state_dict",
@@ -85,6 +90,8 @@ _MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "fcn32s_googlenet": fcn32s_googlenet,
     "fcn_resnet50": fcn_resnet50,
     "fcn_resnet101": fcn_resnet101,
+    "hypercolumns_resnet50": hypercolumns_resnet50,
+    "hypercolumns_vgg16": hypercolumns_vgg16,
     "lraspp_mobilenet_v3_large": lraspp_mobilenet_v3_large,
     "selfie_segmenter": SelfieSegmenter,
     "unet": UNet,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.functional import conv_transpose2d, up_concat
-from segfast.nn import Conv2d, ConvTranspose2d
+from segfast.nn import Conv2d, ConvTranspose2d, UpsampleConv2d
 from segfast.nn._fused.folding import Remembers
 from segfast.nn._fused.layers import run_layers
 from segfast.ops.conv2d import prefers_virtual_concat
@@ -23,6 +23,7 @@ from ._milesial import remap
 
 UNET_ACTIVATIONS = ("relu", "leaky_relu")
 NORMS = (None, "batch")
+UPS = ("transposed", "upsample")
 
 
 def _activation(name: str, negative_slope: float) -> nn.Module:
@@ -63,17 +64,28 @@ class DoubleConv(Remembers, nn.Sequential):
 class DecoderBlock(nn.Module):
     """2x2 up-convolution, concatenation with the encoder's skip, `DoubleConv`.
 
-    Where the first convolution runs on our kernel it reads both images where they lie; elsewhere the
-    up-convolution writes into the concatenation.
+    With `up="upsample"` a nearest upsampling and a 3x3 convolution take the up-convolution's place. Where the
+    first convolution runs on our kernel it reads both images where they lie; elsewhere the up-convolution
+    writes into the concatenation.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, **conv_options: Any) -> None:
+    def __init__(self, in_channels: int, out_channels: int, up: str, **conv_options: Any) -> None:
         super().__init__()
-        self.up = ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.up: Any
+        if up == "upsample":
+            self.up = UpsampleConv2d(in_channels, out_channels)
+        else:
+            self.up = ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
         self.conv = DoubleConv(2 * out_channels, out_channels, **conv_options)
 
     def forward(self, input: Tensor, skip: Tensor, zero_pad: bool = False) -> Tensor:
         """`zero_pad`: fill with zeros what the up-convolution lacks to the skip's size."""
+        if isinstance(self.up, UpsampleConv2d):
+            up = self.up(input)
+            if _may_be_short(input, skip):
+                lack = [have - n for have, n in zip(skip.shape[-2:], up.shape[-2:], strict=True)]
+                up = F.pad(up, (0, lack[1], 0, lack[0]), mode="replicate")
+            return self.conv([skip, up])
         # The up-convolution's result will be like the skip, with as many channels.
         first: Any = self.conv.conv1
         apart = prefers_virtual_concat([skip, skip], first.weight, padding=first.padding)
@@ -108,7 +120,8 @@ class UNet(SegmentationModel):
 
     Args:
         in_channels: channels of the image.
-        num_classes: channels of the output: class scores (logits), or real values to regress.
+        num_classes: channels of the output: class scores (logits), or real values to regress
+            (`segfast.train.Options(loss="l1")`, "l2" or "huber").
         width: channels of the first level; each level down has twice as many.
         depth: number of poolings, at least 1.
         padded: pad the 3x3 convolutions.
@@ -118,6 +131,8 @@ class UNet(SegmentationModel):
         zero_pad_up: of the padded network: the row or column that an up-convolution lacks to its skip, where
             a side is odd, is zero, as in `milesial/Pytorch-UNet`. By default the up-convolution runs on
             there: the row or column holds its bias.
+        up: "transposed", the paper's up-convolution, or, of the padded network, "upsample": nearest
+            upsampling and a 3x3 convolution (`segfast.nn.UpsampleConv2d`), which leave no checkerboard.
 
     Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H', W']`.
 
@@ -143,6 +158,7 @@ class UNet(SegmentationModel):
         negative_slope: float = 0.01,
         norm: str | None = None,
         zero_pad_up: bool = False,
+        up: str = "transposed",
     ) -> None:
         super().__init__()
         for name, value in (
@@ -159,6 +175,13 @@ class UNet(SegmentationModel):
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         if zero_pad_up and not padded:
             raise ValueError("zero_pad_up is for the padded network, got zero_pad_up=True and padded=False")
+        if up not in UPS:
+            raise ValueError(f"up must be one of {UPS}, got {up!r}")
+        if up == "upsample" and (zero_pad_up or not padded):
+            raise ValueError(
+                "up='upsample' is for the padded network without zero_pad_up, "
+                f"got padded={padded} and zero_pad_up={zero_pad_up}"
+            )
         self.config = {
             "in_channels": in_channels,
             "num_classes": num_classes,
@@ -169,6 +192,7 @@ class UNet(SegmentationModel):
             "negative_slope": negative_slope,
             "norm": norm,
             "zero_pad_up": zero_pad_up,
+            "up": up,
         }
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -186,7 +210,7 @@ class UNet(SegmentationModel):
         self.pool = nn.MaxPool2d(2)
         self.bottleneck = DoubleConv(channels[-2], channels[-1], **options)
         self.decoder = nn.ModuleList(
-            DecoderBlock(channels[i + 1], channels[i], **options) for i in reversed(range(depth))
+            DecoderBlock(channels[i + 1], channels[i], up, **options) for i in reversed(range(depth))
         )
         self.head = nn.Conv2d(width, num_classes, 1)
         self.reset_parameters()
@@ -203,6 +227,10 @@ class UNet(SegmentationModel):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, UpsampleConv2d):
+                with torch.no_grad():  # no activation follows
+                    module.conv.weight /= math.sqrt(2)
 
     @property
     def size_divisor(self) -> int:

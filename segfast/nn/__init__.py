@@ -7,6 +7,7 @@ from .conv_transpose2d import ConvTranspose2d
 from .dense_crf import DenseCRF
 from .segmentation_head import UpsampleArgmax, UpsampleCrossEntropyLoss
 from .separable_conv2d import DepthwiseConv2d, InvertedResidual, SeparableConv2d
+from .spatial_pyramid_pooling import SpatialPyramidPooling
 from .upsample import BilinearUpsample, UpsampleConv2d
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DepthwiseConv2d",
     "InvertedResidual",
     "SeparableConv2d",
+    "SpatialPyramidPooling",
     "UpsampleArgmax",
     "UpsampleConv2d",
     "UpsampleCrossEntropyLoss",

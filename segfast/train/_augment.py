@@ -19,11 +19,12 @@ class PatchSampler:
 
     A patch is read through a grid: a random center, a rotation by any angle, a flip, a scale of 0.8 to 1.25,
     and smooth displacements interpolated from a coarse grid (Ronneberger et al. 2015, section 3.1). The
-    image is read bilinearly, the classes to the nearest pixel, beyond the border by reflection. Then gain,
-    offset and gamma of the intensities are changed and noise is added.
+    image is read bilinearly, as are real values, the classes to the nearest pixel, beyond the border by
+    reflection. Then gain, offset and gamma of the intensities are changed and noise is added.
 
     Args:
-        samples: images `[C, H, W]` in [0, 1] with classes `[H, W]`, of any sizes.
+        samples: images `[C, H, W]` in [0, 1] with classes `[H, W]`, or real values `[H, W]` or `[K, H, W]`;
+            of any sizes.
         size: height and width of a patch, pixels.
         batch_size: patches a batch.
         seed: of the generator, which lives on the CPU.
@@ -45,7 +46,7 @@ class PatchSampler:
         self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """A batch: float32 `[N, C, size, size]` and int64 `[N, size, size]`."""
+        """A batch: float32 `[N, C, size, size]` and int64 `[N, size, size]`, or real values in float32."""
         images, targets = zip(*(self._patch() for _ in range(self.batch_size)), strict=True)
         return torch.stack(images), torch.stack(targets)
 
@@ -62,11 +63,16 @@ class PatchSampler:
     def _patch(self) -> Sample:
         index = self._below(len(self.samples))
         image, target = self.samples[index]
-        grid = self._grid(*target.shape)[None]
+        grid = self._grid(*target.shape[-2:])[None]
         patch = _read(image, grid, "bilinear")
-        # Classes as floating point: exact up to 2**24.
-        classes = _read(target[None].float(), grid, "nearest")[0].long()
-        return Sample(self._intensity(patch) if self.augment else patch, classes)
+        patch = self._intensity(patch) if self.augment else patch
+        planes = target.reshape(-1, *target.shape[-2:]).float()
+        if target.is_floating_point():
+            values = _read(planes, grid, "bilinear")
+        else:
+            # Classes as floating point: exact up to 2**24.
+            values = _read(planes, grid, "nearest").long()
+        return Sample(patch, values.reshape(*target.shape[:-2], *values.shape[-2:]))
 
     def _grid(self, height: int, width: int) -> Tensor:
         """Where each pixel of a patch is read, `[size, size, 2]`, x and y in [-1, 1] over the image."""

@@ -1,4 +1,4 @@
-"""The reference training loop: pixel-wise cross-entropy, AdamW or SGD with momentum, a cosine schedule."""
+"""The reference training loop: a loss of every pixel, AdamW or SGD with momentum, a cosine schedule."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast.data import IGNORE_INDEX, Sample
+from segfast.models._base import main_scores
 
 from ._augment import center_crop
-from ._metrics import Scores, confusion_matrix, scores
-from ._predict import predict
+from ._metrics import RegressionScores, Scores, confusion_matrix, regression_scores, scores
+from ._predict import predict, predict_scores
 
 OPTIMIZERS = ("adamw", "sgd")
+REGRESSION_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "huber": F.huber_loss,
+}
+LOSSES = ("cross_entropy", *REGRESSION_LOSSES)
 # Of an auxiliary head's loss, as in torchvision's training reference.
 AUX_WEIGHT = 0.5
 
@@ -23,7 +30,8 @@ class Options(NamedTuple):
     """How `fit` trains.
 
     `lr` rises linearly over the first `warmup` share of the steps and falls to 0 along a cosine (Loshchilov
-    and Hutter, ICLR 2017). `momentum` is SGD's only; AdamW's `weight_decay` is decoupled (ICLR 2019).
+    and Hutter, ICLR 2017). `momentum` is SGD's only; AdamW's `weight_decay` is decoupled (ICLR 2019). `loss`
+    is "cross_entropy", of classes, or "l1", "l2" or "huber", of real values (see `regression_loss`).
     """
 
     steps: int = 350
@@ -33,6 +41,7 @@ class Options(NamedTuple):
     momentum: float = 0.9
     warmup: float = 0.05
     class_weights: tuple[float, ...] | None = None
+    loss: str = "cross_entropy"
 
 
 def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
@@ -80,6 +89,32 @@ def cross_entropy(
     )
 
 
+def regression_loss(output: Tensor | Mapping[str, Tensor], targets: Tensor, loss: str = "l2") -> Tensor:
+    """The mean error of real values: absolute ("l1"), squared ("l2"), or squared below 1 only ("huber").
+
+    Args:
+        output: `[N, K, H', W']`, or a dictionary with that under "out".
+        targets: floating point, `[N, K, H, W]`, or `[N, H, W]` for K = 1; center-cropped to smaller outputs.
+            What is NaN is not known and left out.
+        loss: see above.
+
+    Raises:
+        ValueError: another loss; targets of another dtype or shape.
+    """
+    if loss not in REGRESSION_LOSSES:
+        raise ValueError(f"loss must be one of {tuple(REGRESSION_LOSSES)}, got {loss!r}")
+    values = main_scores(output)
+    cropped = center_crop(targets, values.shape[-2:])
+    cropped = cropped[:, None] if cropped.dim() == 3 else cropped
+    if cropped.shape != values.shape or not targets.is_floating_point():
+        raise ValueError(
+            f"targets must be real values for an output of shape {list(values.shape)}, "
+            f"got {targets.dtype} {list(targets.shape)}"
+        )
+    known = ~cropped.isnan()
+    return REGRESSION_LOSSES[loss](values[known], cropped[known])
+
+
 def fit(
     model: nn.Module,
     sampler: Callable[[], tuple[Tensor, Tensor]],
@@ -92,7 +127,8 @@ def fit(
 
     Args:
         model: `[N, C, H, W]` -> `[N, K, H', W']`, or a dictionary of such (see `cross_entropy`).
-        sampler: returns a batch, float32 `[N, C, H, W]` and int64 `[N, H, W]`, on any device.
+        sampler: returns a batch, float32 `[N, C, H, W]` and int64 `[N, H, W]` or, for real values, what
+            `regression_loss` takes, on any device.
         options: see `Options`.
         on_step: called after every step with its number, counted from 0, and its loss.
 
@@ -101,8 +137,14 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite.
+        ValueError: an unknown loss, optimizer, or class weights for real values.
     """
     options = options or Options()
+    if options.loss not in LOSSES:
+        raise ValueError(f"loss must be one of {LOSSES}, got {options.loss!r}")
+    regresses = options.loss != "cross_entropy"
+    if regresses and options.class_weights is not None:
+        raise ValueError(f"class_weights are for cross_entropy, got loss={options.loss!r}")
     like = next(model.parameters())
     device = like.device
     weight = None if options.class_weights is None else like.new_tensor(options.class_weights)
@@ -113,7 +155,11 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         images, targets = (tensor.to(device, non_blocking=True) for tensor in sampler())
-        loss = cross_entropy(model(images), targets, weight)
+        output = model(images)
+        if regresses:
+            loss = regression_loss(output, targets, options.loss)
+        else:
+            loss = cross_entropy(output, targets, weight)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(
@@ -133,3 +179,13 @@ def evaluate(model: nn.Module, samples: Iterable[Sample], num_classes: int) -> S
     for image, target in samples:
         confusion += confusion_matrix(predict(model, image), target, num_classes)
     return scores(confusion)
+
+
+def evaluate_regression(model: nn.Module, samples: Iterable[Sample]) -> RegressionScores:
+    """RMSE and R2 over all pixels of `samples`, each predicted whole (see `predict_scores`).
+
+    Their targets are floating point, `[K, H, W]`, or `[H, W]` for K = 1; NaN is left out.
+    """
+    pairs = [(predict_scores(model, image).flatten(), target.flatten().cpu()) for image, target in samples]
+    predictions, targets = zip(*pairs, strict=True)
+    return regression_scores(torch.cat(predictions), torch.cat(targets))

@@ -88,6 +88,8 @@ def _tile(model: UNet, source: Tensor, size: torch.Size, region: tuple[slice, ..
         if model.padded:
             # Starts on multiples of the divisor keep the poolings where they are in the whole image.
             halo = -(-margin // divisor) * divisor + divisor
+            if model.config["up"] == "upsample":
+                halo += 2 * divisor  # its convolutions look a pixel further at every level
             start = max(0, span.start - halo)
             window.append(slice(start, min(length, span.stop + halo)))
             inner.append(slice(span.start - start, span.stop - start))

@@ -172,10 +172,10 @@ def test_unknown_optimizer():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("padded", [True, False])
-def test_tiles_give_what_the_whole_image_gives(padded, depth):
+@pytest.mark.parametrize(("padded", "up"), [(True, "transposed"), (True, "upsample"), (False, "transposed")])
+def test_tiles_give_what_the_whole_image_gives(padded, up, depth):
     torch.manual_seed(0)
-    model = UNet(2, 3, width=2, depth=depth, padded=padded, norm="batch").eval()
+    model = UNet(2, 3, width=2, depth=depth, padded=padded, norm="batch", up=up).eval()
     image = torch.randn(2, 101, 150)
     whole, tiled = (predict_scores(model, image, tile) for tile in (1000, 32))
     assert whole.shape == (3, 101, 150)

@@ -52,7 +52,7 @@ def operator_calls() -> dict[str, list[tuple]]:
 def test_every_family_and_function_has_an_example():
     assert {example.family for example in EXAMPLES} == {*FAMILIES}
     named = {example.name.partition(" ")[0] for example in EXAMPLES}
-    assert named == {*FUNCTIONS} - {"skipped_share"}
+    assert named == {*FUNCTIONS} - {"skipped_share", "roi_pool"}  # which have no operators
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

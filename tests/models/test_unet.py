@@ -30,6 +30,16 @@ class TestUNetBatchNorm(ModelTester):
     test_compiles_into_one_graph = None  # seconds, and nothing new
 
 
+class TestUNetUpsampled(ModelTester):
+    name = "unet"
+    options = {"width": 4, "depth": 2, "up": "upsample"}  # noqa: RUF012
+    full = {"up": "upsample"}  # noqa: RUF012
+    paper = "Ronneberger, Fischer, Brox"
+    # Nine taps instead of four, for a pixel and not for each of four.
+    parameters = 31_030_658 + sum(5 * 2 * 64**2 * 4**level for level in range(4))
+    test_compiles_into_one_graph = None  # seconds, and nothing new
+
+
 class PlainUNet(nn.Module):
     """The network again, in torch.nn alone; submodules are declared in the order of `UNet`'s."""
 
@@ -147,6 +157,41 @@ def test_without_a_concatenation(options, size, training, monkeypatch):
     assert asked == [((8, 16, 3, 3), pads), ((4, 8, 3, 3), pads)]
 
 
+def checkerboard_energy(model: UNet) -> float:
+    """The variance of what the network makes of a uniform image, over its mean square, away from the border.
+
+    There is nothing in the image for it to vary with: what it varies with is the place in its own grids.
+    """
+    image = torch.ones(1, 3, 96, 96, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_()  # biases: without them all may be zero here
+        inside = model.double().eval()(image)[0, :, 32:-32, 32:-32]
+    return (inside.var((1, 2)).sum() / inside.square().mean((1, 2)).sum()).item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_upsampling_leaves_no_checkerboard(seed):
+    energy = {}
+    for up in ("transposed", "upsample"):
+        torch.manual_seed(seed)
+        energy[up] = checkerboard_energy(UNet(3, 2, width=4, depth=2, up=up))
+    assert energy["upsample"] < 1e-20 and energy["transposed"] > 1e-4, energy
+
+
+def test_upsampling_computes_what_plain_torch_computes():
+    """Nearest neighbors, a 3x3 convolution, and where a side is odd the last row or column repeated."""
+    torch.manual_seed(0)
+    block = UNet(1, 2, width=4, depth=1, up="upsample").decoder[0]
+    low, skip = torch.randn(2, 8, 5, 6), torch.randn(2, 4, 11, 12)
+    up = F.conv2d(F.interpolate(low, scale_factor=2), block.up.conv.weight, block.up.conv.bias, padding=1)
+    x = torch.cat([skip, torch.cat([up, up[:, :, -1:]], 2)], 1)
+    for conv in (block.conv.conv1, block.conv.conv2):
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+    torch.testing.assert_close(block(low, skip), x, rtol=1e-4, atol=1e-5)
+
+
 def test_the_papers_sizes_and_crops(monkeypatch):
     crops = []
 
@@ -195,6 +240,12 @@ def test_initial_weights_are_the_papers():
         ({"width": -3}, "width must be at least 1, got -3"),
         ({"activation": "gelu"}, "activation must be one of .*'gelu'"),
         ({"norm": "layer"}, "norm must be one of .*'layer'"),
+        ({"up": "bilinear"}, "up must be one of .*'bilinear'"),
+        ({"up": "upsample", "padded": False}, "up='upsample' is for the padded network"),
+        (
+            {"up": "upsample", "zero_pad_up": True},
+            "without zero_pad_up, got padded=True and zero_pad_up=True",
+        ),
     ],
 )
 def test_bad_options(options, message):
