@@ -1,41 +1,50 @@
 """The graph of a model's forward: the evidence for fusing layers that no Sequential calls.
 
 The forward is run on a copy of the model whose tensors have shapes but no values, while every function of
-torch that it calls is listed. A forward that asks for values is exported instead, which takes longer.
+torch that it calls is listed. A forward that asks for values is run as it is, with its own model.
 """
 
 import copy
 import gc
 import hashlib
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..nn._fused.sequence import fusing
 from ..ops import backend
 from .verify import cloned, running_mode, undisturbed
+from .without_values import WithoutValues, tensors, written
+
+# Functions that hand out values, and call no operator that says so.
+_VALUES = ("numpy", "tolist", "array", "dlpack")
+_ASK = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Node:
     """One operation: who reads its results, what it reads, and the modules in whose call it is.
 
-    `stack` has the modules' paths, the innermost last, each with a number of the call.
+    `stack` has the modules' paths, the innermost last, each with a number of the call. The result of one that
+    `asks` tells values, and what follows may be something else for others.
     """
 
-    __slots__ = ("inputs", "name", "stack", "users")
+    __slots__ = ("asks", "inputs", "name", "of_values", "stack", "users")
 
     def __init__(self, name: str, inputs: Iterable["Node"], stack: tuple[tuple[str, Any], ...] = ()) -> None:
         self.name, self.stack = name, stack
         self.inputs = set(inputs)
         self.users: dict[Node, None] = {}
+        self.asks = False
+        self.of_values: bool = any(node.of_values for node in self.inputs)  # those of inputs or weights
         for node in self.inputs:
             node.users[self] = None
 
@@ -43,19 +52,21 @@ class Node:
 class Graph:
     """Who computes what from what in the model's forward.
 
-    `digest` tells one forward from another, with all but the values of inputs and weights; None where not
-    all of a forward was listed.
+    `digest` tells one forward from another, with all but the values of inputs and weights; None where the
+    forward depends on these.
 
     Raises:
-        Exception: the model's own, or torch's, where it can be neither listed nor exported.
+        Exception: the model's own, if it does not run.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], training: bool):
-        self.digest: str | None = None
+        without = WithoutValues()
         try:
-            nodes, self.digest = _listed(model, inputs, training)
+            listing = _listed_without_values(model, inputs, training, without)
         except Exception:  # it asks for values
-            nodes = _exported(model, inputs, training)
+            listing = None
+        without.fill()
+        nodes, self.digest = listing or _listed_with_values(model, inputs, training)
         self.nodes: dict[str, set[Node]] = {}
         self.calls: dict[str, set[Any]] = {}
         for node in nodes:
@@ -84,52 +95,83 @@ class Graph:
             return "", "its result is used more than once"
         if len(self.calls[name]) > 1:
             return "", f"{name} is not called exactly once"
+        asking = [node.name for node in self.inputs(name) if node.asks]
+        if asking:
+            return "", f"{asking[0]} asks for values"
         if self.inputs(name) != {output}:
             return "", f"{next(iter(output.users)).name} follows"
         return name, ""
 
 
-def _listed(model: nn.Module, inputs: Any, training: bool) -> tuple[list[Node], str | None]:
+Listed = tuple[list[Node], str | None]
+
+
+def _listed_without_values(model: nn.Module, inputs: Any, training: bool, without: WithoutValues) -> Listed:
     """The operations of a forward and their digest, by running a copy without values."""
     # A hook may know the caller's own model, which is no copy.
-    with undisturbed(model), torch.inference_mode(False), torch.no_grad(), backend("aten"):
-        memo: dict[int, Any] = {id(t): _without_values(t) for t in (*model.parameters(), *model.buffers())}
+    with undisturbed(model), torch.inference_mode(False):
+        memo: dict[int, Any] = {id(t): without.bare(t) for t in (*model.parameters(), *model.buffers())}
         bare = copy.deepcopy(model, memo).train(training)
-        given = _pytree.tree_map_only(Tensor, _without_values, inputs)
-        args, named = ((), given) if isinstance(given, dict) else (given, {})
-        listing = _Listing(bare, _tensors(given))
-        with fusing(False), listing.of_modules(), listing.unseen, listing:
-            outputs = bare(*args, **named)
+        return _listed(bare, _pytree.tree_map_only(Tensor, without.bare, inputs), without)
+
+
+def _listed_with_values(model: nn.Module, inputs: Any, training: bool) -> Listed:
+    """The same, by running the model itself, which may ask for values."""
+    with undisturbed(model), running_mode(model, training):
+        return _listed(model, cloned(inputs), lambda function, args, kwargs: function(*args, **kwargs))
+
+
+def _listed(model: nn.Module, inputs: Any, compute: Callable[..., Any]) -> Listed:
+    args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    listing = _Listing(model, tensors(inputs), compute)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(backend("aten"))
+        stack.enter_context(fusing(False))
+        # What scripted code compiles for itself, nobody would see.
+        stack.enter_context(torch.jit.optimized_execution(False))
+        stack.enter_context(listing.of_modules())
+        stack.enter_context(listing.operators)
+        stack.enter_context(listing)
+        outputs = model(*args, **named)
     return listing.ended(outputs)
 
 
-def _without_values(t: Tensor) -> Tensor:
-    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
-        raise TypeError(f"a {type(t).__name__} may be more than shape and values")
-    bare = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-    return nn.Parameter(bare, t.requires_grad) if type(t) is nn.Parameter else bare
+def _asks(function: Any, args: tuple[Any, ...]) -> bool:
+    """True if the result of an operator, or its size, tells values."""
+    if function.overloadpacket is torch.ops.aten.index:
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1:]))
+    return bool(_ASK & set(function.tags))
 
 
-class _Unseen(TorchDispatchMode):
-    """Tells of operations that no function of torch which Python calls has asked for: scripted code's."""
+class _Operators(TorchDispatchMode):
+    """Computes operators, and tells of those that no function of torch has asked for: scripted code's."""
 
-    def __init__(self) -> None:
+    def __init__(self, compute: Callable[..., Any], on_unseen: Callable[..., None]) -> None:
         super().__init__()
         self.calls = 0  # of such functions that run now
-        self.found = ""
+        self.written: list[StorageWeakRef] = []
+        self.asks = False  # one of them gives what only values tell
+        self._compute, self._on_unseen = compute, on_unseen
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            result = self._compute(function, args, kwargs)
+        self.written += written(function, args, kwargs)
+        self.asks |= _asks(function, args)
         if not self.calls:
-            self.found = str(function)
-        return function(*args, **(kwargs or {}))
+            self._on_unseen(function.overloadpacket, args, kwargs, result)
+        return result
 
 
 class _Listing(TorchFunctionMode):
     """Lists the functions that are called in a forward, and which tensors they hand to one another."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, inputs: Iterable[Tensor], compute: Callable[..., Any]) -> None:
         super().__init__()
-        self.unseen = _Unseen()
+        self.operators = _Operators(compute, self._add_call)
+        self._is_bare = compute.is_bare if isinstance(compute, WithoutValues) else lambda t: False
         self._thread = threading.get_ident()
         self._nodes: list[Node] = []
         self._paths = {id(module): name for name, module in model.named_modules()}
@@ -137,56 +179,87 @@ class _Listing(TorchFunctionMode):
         self._count = 0
         self._owned = {id(t): n for n, t in enumerate((*model.parameters(), *model.buffers()))}
         self._lines: list[str] | None = [_described(t) for t in (*model.parameters(), *model.buffers())]
-        # The last to make a tensor, and to write its memory; all tensors stay, so that no id is used twice.
-        self._made: dict[int, int] = {}
-        self._written: dict[int, int] = {}
-        self._kept: list[Any] = []
-        self._given = {id(t) for t in inputs}
+        # The last to make a tensor, and to write its memory.
+        self._made = WeakTensorKeyDictionary()
+        self._written: dict[StorageWeakRef, int] = {}
+        self._question: Node | None = None
         for t in inputs:
             self._add(Node("input", ()), (t,))
+            self._nodes[-1].of_values = True
             self._lines.append(_described(t))
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        read = _tensors((args, kwargs))
-        before = [t._version for t in read]
-        self.unseen.calls += 1
+        asks = getattr(function, "__name__", "").strip("_") in _VALUES
+        read = tensors((args, kwargs))
+        bare = any(map(self._is_bare, read))
+        if bare and asks:
+            raise RuntimeError(f"{function} asks for values")
+        self.operators.calls += 1
+        self.operators.asks = asks
+        self.operators.written.clear()
         try:
             result = function(*args, **kwargs)
-            made = _tensors(result)
-            written = [t for t, version in zip(read, before, strict=True) if t._version != version]
-            if made or written:
-                name = getattr(function, "__name__", str(function)).strip("_")
-                inputs = [node for node in map(self._origin, read) if node is not None]
-                self._describe(f"{getattr(function, '__module__', '')}.{name}", args, kwargs, before)
-                self._add(Node(name, inputs, tuple(self._stack)), made, written)
+            if bare and any(not self._is_bare(t) and not _shares(t, read) for t in tensors(result)):
+                raise RuntimeError(f"{function} asks for values, though no operator does")
+            self._add_call(function, args, kwargs, result)
         finally:  # a digest is made by functions of torch too
-            self.unseen.calls -= 1
+            self.operators.calls -= 1
         return result
 
-    def _add(self, node: Node, made: Iterable[Tensor], written: Iterable[Tensor] = ()) -> None:
+    def _add_call(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Add what a function or an operator made, and who made what it read."""
+        operators = self.operators
+        asks, writes = operators.asks, list(operators.written)
+        operators.asks = False
+        operators.written.clear()
+        read, made = tensors((args, kwargs)), tensors(result)
+        if not (made or writes or asks):
+            return
+        name = getattr(function, "__name__", str(function)).strip("_")
+        inputs = [node for node in map(self._origin, read) if node is not None]
+        of_values = any(node.of_values for node in inputs) or any(id(t) in self._owned for t in read)
+        if asks and of_values:
+            # What is there now may be read by what would follow for other values, which would make all else.
+            inputs += self._made_before()
+            self._lines = None
+        if self._question is not None:
+            inputs.append(self._question)
+        self._describe(f"{getattr(function, '__module__', '')}.{name}", args, kwargs)
+        node = Node(name, inputs, tuple(self._stack))
+        node.of_values = of_values
+        self._add(node, made, writes)
+        if asks and of_values:
+            node.asks, self._question = True, node
+
+    def _add(self, node: Node, made: Iterable[Tensor], writes: Iterable[StorageWeakRef] = ()) -> None:
         for t in made:
-            self._made[id(t)] = len(self._nodes)
-        for t in written:
-            self._written[t.untyped_storage()._cdata] = len(self._nodes)
-        self._kept += [*made, *written]
+            self._made[t] = len(self._nodes)
+        for memory in writes:
+            self._written[memory] = len(self._nodes)
         self._nodes.append(node)
 
-    def _describe(self, name: str, args: Any, kwargs: Any, versions: list[int]) -> None:
+    def _made_before(self) -> list[Node]:
+        """The nodes of the tensors that there still are, but for weights."""
+        alive = [t for t in self._made if id(t) not in self._owned]
+        return [node for node in map(self._origin, alive) if node is not None and node.inputs]
+
+    def _describe(self, name: str, args: Any, kwargs: Any) -> None:
         """Add a line about a call: what it was given, tensors by where they are from."""
         if self._lines is not None:
             leaves, structure = _pytree.tree_flatten((args, kwargs))
             given = [self._place(each) if isinstance(each, Tensor) else repr(each) for each in leaves]
-            self._lines.append(f"{self._stack[-1:]} {name} {structure} {given} {versions}")
+            self._lines.append(f"{self._stack[-1:]} {name} {structure} {given}")
 
     def _place(self, t: Tensor) -> str:
         last = self._last(t)
         return f"{last} {_described(t)}" if last >= 0 else f"weight {self._owned.get(id(t))}"
 
     def _last(self, t: Tensor) -> int:
-        return max(self._made.get(id(t), -1), self._written.get(t.untyped_storage()._cdata, -1))
+        memory = StorageWeakRef(t.untyped_storage()) if t.layout == torch.strided else None
+        return max(self._made.get(t, -1), self._written.get(memory, -1) if memory is not None else -1)
 
     def _origin(self, t: Tensor) -> Node | None:
         """The node that computed `t`; None of a weight."""
@@ -194,9 +267,7 @@ class _Listing(TorchFunctionMode):
         if last < 0 and id(t) not in self._owned:
             self._add(Node("a constant", ()), (t,))
             last = len(self._nodes) - 1
-            if t.is_meta:
-                self._lines = None  # made by what is not listed, as a scripted module
-            elif self._lines is not None:
+            if self._lines is not None:
                 self._lines.append(f"{_described(t)} {digest_of_values(t)}")
         return self._nodes[last] if last >= 0 else None
 
@@ -220,26 +291,23 @@ class _Listing(TorchFunctionMode):
         if threading.get_ident() == self._thread:
             self._stack.pop()
 
-    def ended(self, outputs: Any) -> tuple[list[Node], str | None]:
-        """All that was listed, and its digest; somebody reads the outputs, and what else the model keeps.
-
-        Raises:
-            RuntimeError: not all could be listed.
-        """
-        if self.unseen.found:
-            raise RuntimeError(f"{self.unseen.found} cannot be listed")
-        read = [self._origin(t) for t in _tensors(outputs)]
-        self._describe("output", (outputs,), {}, [])
+    def ended(self, outputs: Any) -> Listed:
+        """All that was listed, and its digest; somebody reads the outputs, and what else the model keeps."""
+        read = [self._origin(t) for t in tensors(outputs)]
+        self._describe("output", (outputs,), {})
         # In an attribute of the model, in an object that no pytree knows.
-        stays = self._owned.keys() | self._given
-        kept = [(weakref.ref(t), self._origin(t)) for t in self._kept if id(t) not in stays]
-        self._kept.clear()
-        if any(node not in read for t, node in kept if t() is not None):
+        if any(node not in read for node in self._made_before()):
             gc.collect()
-        read += [node for t, node in kept if t() is not None]
+        read += self._made_before()
         self._nodes.append(Node("output", filter(None, read)))
         lines = None if self._lines is None else "\n".join(self._lines)
         return self._nodes, None if lines is None else hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _shares(t: Tensor, others: Iterable[Tensor]) -> bool:
+    """True if one of the others has the same memory."""
+    memory = t.untyped_storage()._cdata
+    return any(other.untyped_storage()._cdata == memory for other in others)
 
 
 def _described(t: Tensor) -> str:
@@ -247,27 +315,7 @@ def _described(t: Tensor) -> str:
 
 
 def digest_of_values(t: Tensor) -> str:
-    """A digest of the values of a tensor on a CPU."""
-    values = t.detach().resolve_conj().resolve_neg().reshape(-1)
+    """A digest of the values of a tensor."""
+    values = t.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
     values = values if values.stride() == (1,) else values.clone(memory_format=torch.contiguous_format)
     return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in _pytree.tree_leaves(value) if isinstance(t, Tensor)]
-
-
-def _exported(model: nn.Module, inputs: Any, training: bool) -> list[Node]:
-    """The operations of a forward, by a non-strict `torch.export`, which can do without more values."""
-    with undisturbed(model), running_mode(model, training), backend("aten"), torch.no_grad():
-        args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-        program = torch.export.export(model, cloned(args), cloned(named), strict=False)
-    signature = program.graph_signature
-    weights = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-    made: dict[str, Node] = {}
-    for node in program.graph.nodes:
-        # A second call of a module has a key of its own.
-        stack = tuple((path, key) for key, (path, *_) in node.meta.get("nn_module_stack", {}).items())
-        read = [made[each.name] for each in node.all_input_nodes if each.name not in weights]
-        made[node.name] = Node(str(node.target), read, stack)
-    return [node for name, node in made.items() if name not in weights]

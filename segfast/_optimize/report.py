@@ -99,7 +99,7 @@ def report(model: nn.Module) -> Report:
         rule, reason = rule_for(module)
         record = vars(module).get(RECORD, {})
         why_not = record.get("not_fused", "")
-        if why_not.startswith(("undone: ", "the model cannot be exported")):
+        if why_not.startswith(("undone: ", "its forward cannot be listed")):
             remarks[f"Not fused: {why_not}"] = None
         fused, fusion = _fusion(name, module)
         if record.get("left_out"):

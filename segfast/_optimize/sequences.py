@@ -51,7 +51,7 @@ def find_sequences(model: nn.Module, example_inputs: Any, heads: Iterable[str]) 
         f"{n}." if n else "" for n, m in modules.items() if type(m).__module__.startswith("segfast.nn.")
     )
     heads = [name for name in heads if not name.startswith(blocks)]
-    if not heads:
+    if not heads and example_inputs is None:
         return Findings((), {})
     names = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     shared = {name for name, module in modules.items() if names[module] > 1}
@@ -65,7 +65,7 @@ def find_sequences(model: nn.Module, example_inputs: Any, heads: Iterable[str]) 
             graph = Graph(model, inputs, training=False)
         except Exception as error:
             run_once(model, inputs)
-            reasons = dict.fromkeys(heads, f"the model cannot be exported ({first_line(error)})")
+            reasons = dict.fromkeys(heads, f"its forward cannot be listed ({first_line(error)})")
         else:
             found, reasons = _in_model(model, inputs, modules, found, shared, graph)
             digest = graph.digest

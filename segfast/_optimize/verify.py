@@ -1,9 +1,10 @@
 """Comparing a model's outputs with its layers fused and without."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -88,8 +89,9 @@ def _clone(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Afterwards buffers, gradients, modes and the random state are those of before, if `model` is run."""
+    """Afterwards buffers, gradients, attributes, modes and the random state are those of before a run."""
     modules = list(model.modules())
+    attributes = [(module, _attributes(module)) for module in modules]
     modes = [(module, module.training) for module in modules]
     buffers = [(m, name, *_kept(buffer)) for m in modules for name, buffer in m._buffers.items()]
     parameters = [(p, p.requires_grad, *_kept(p.grad)) for p in model.parameters()]
@@ -97,6 +99,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(gpus):
         try:
+            _copy_attributes(attributes, (*modules, *model.parameters(), *model.buffers()))
             yield
         finally:
             for module, mode in modes:
@@ -108,6 +111,33 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     if parameter.requires_grad != requires_grad:
                         parameter.requires_grad_(requires_grad)
                     parameter.grad = _put_back(grad, value)
+            for module, kept in attributes:
+                for name in _attributes(module).keys() - kept.keys():
+                    del vars(module)[name]
+                vars(module).update(kept)
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes of `module` in which the model's own code may keep a cache or a state."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin | torch.jit.ScriptModule):
+        return {}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE and not name.startswith("_segfast")
+    }
+
+
+def _copy_attributes(attributes: list[tuple[nn.Module, dict[str, Any]]], shared: tuple[Any, ...]) -> None:
+    """Give each module copies of its attributes, but for what is `shared` and what cannot be copied."""
+    memo = {id(each): each for each in shared}
+    for module, kept in attributes:
+        for name, value in kept.items():
+            with suppress(Exception):
+                vars(module)[name] = copy.deepcopy(value, memo)
 
 
 def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

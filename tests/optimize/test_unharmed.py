@@ -1,5 +1,6 @@
 """Whatever is chosen, outputs, layouts and unusual models stay as they were."""
 
+import copy
 import pickle
 
 import pytest
@@ -68,6 +69,88 @@ def test_statistics_of_batch_norms_stay_as_they_were():
         assert not torch.equal(net.stem[1].running_mean, kept["stem.1.running_mean"])
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value, kept[name], rtol=0, atol=0, msg=name)
+
+
+class Box:
+    """An object of the model's own, which no pytree knows."""
+
+    def __init__(self):
+        self.seen = {}
+
+
+class Keeps(nn.Module):
+    """Keeps what its own layer made of a constant, in one of several ways, and counts its calls."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.code = nn.Parameter(torch.randn(1, 8, 8, 8))
+        self.body, self.make = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.kept, self.seen, self.box, self.calls = None, [{}], Box(), 0
+        self.where = where
+
+    def table(self, size):
+        if self.where == "attribute":
+            if self.kept is None:
+                self.kept = self.make(self.code)
+            return self.kept
+        seen = {"list": self.seen[0], "object": self.box.seen, "module": TABLES}[self.where]
+        if size not in seen:
+            seen[size] = self.make(self.code)
+        return seen[size]
+
+    def forward(self, x):
+        self.calls += 1
+        y = torch.relu(self.body(x))
+        return y * torch.nn.functional.interpolate(self.table(tuple(x.shape)), size=y.shape[2:])
+
+
+TABLES = {}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("where", ["attribute", "list", "object", "module"])
+def test_what_a_model_keeps_is_what_it_computed(where, kept, inplace, wins, model_takes):
+    """Not the zeros that calls give while they are only listed."""
+    TABLES.clear()
+    wins("onednn")
+    model_takes(3, 2, 1 if kept else 4)
+    torch.manual_seed(0)
+    net, x = Keeps(where).eval(), torch.randn(1, 3, 16, 16)
+    plain = copy.deepcopy(net)
+    fast = segfast.optimize(net, x, inplace=inplace)
+    assert segfast.report(fast).gain.kept == kept
+    assert fast.calls == net.calls == 0 and not fast.box.seen and fast.kept is None
+    with torch.no_grad():
+        y = fast(x)
+        TABLES.clear()
+        torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-5)
+
+
+class Remembers(nn.Module):
+    """A recurrent one: each result depends on the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 3, 3, padding=1), None
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.last = y if self.last is None else y + self.last
+        return self.last
+
+
+def test_a_state_stays_as_it_was(wins, model_takes):
+    wins("onednn")
+    model_takes(3, 2, 1)
+    net, x = Remembers().eval(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        last = net(x)
+        expected = last.clone()
+        segfast.optimize(net, torch.randn(1, 3, 16, 16), inplace=True)
+        assert net.last is last
+        torch.testing.assert_close(last, expected, rtol=0, atol=0)
+        torch.testing.assert_close(net(x), 2 * expected, rtol=1e-4, atol=1e-5)
 
 
 class Enlarged(torch.nn.Module):
