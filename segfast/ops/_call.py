@@ -111,12 +111,15 @@ class Candidate(NamedTuple):
 
     `serves(call)` says whether it can run a call; `prepare(weight, call)` returns what it wants instead of
     the weight, which is kept while the weight stands; `run(call, input, prepared, bias, residual,
-    negative_slope)` computes.
+    negative_slope)` computes. `form(call)` is what of the images' size and the threads the prepared weight
+    depends on: others are right, and slow. `layout(prepared)` tells where forms have come to the same.
     """
 
     serves: Callable[[Call], bool]
     prepare: Callable[[Tensor, Call], Any]
     run: Callable[..., Tensor]
+    form: Callable[[Call], Any] = lambda call: None
+    layout: Callable[[Any], Any] | None = None
 
 
 # By operation and name, in the order of preference while nothing is measured. ATen is always one.

@@ -319,17 +319,17 @@ def _is_valid(call: Call, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 def prepared(weight: Tensor, call: Call, name: str) -> Any:
     """The candidate's own form of `weight`, remembered until that is written to or goes."""
-    kind = (
-        name,
-        call.operation,
-        call.dtype,
-        call.stride,
-        call.padding,
-        call.dilation,
-        call.output_padding,
-        call.groups,
-    )
-    return remembered(weight, kind, lambda w: CANDIDATES[call.operation][name].prepare(w, call))
+    candidate = CANDIDATES[call.operation][name]
+    geometry = (call.stride, call.padding, call.dilation, call.output_padding, call.groups)
+    kind = (name, call.operation, call.dtype, *geometry)
+
+    def prepare(w: Tensor) -> Any:
+        made = candidate.prepare(w, call)
+        if candidate.layout is None:
+            return made
+        return remembered(weight, (*kind, candidate.layout(made)), lambda _: made)
+
+    return remembered(weight, (*kind, candidate.form(call)), prepare)
 
 
 def forget_prepared(*weights: Tensor | None) -> None:

@@ -45,6 +45,10 @@ def _conv2d(input, packed, bias, stride, padding, dilation, groups, residual, ac
     return y if last == activation else activate_(y, activation, slope)
 
 
+# In oneDNN's description between the dtype and what is of 8 bytes again: whatever was there.
+_GAP = slice(108, 112)
+
+
 def _run_conv2d(
     call: Call, input: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, slope: float
 ) -> Tensor:
@@ -125,6 +129,7 @@ def _answers(operation: str, dtype: torch.dtype) -> bool:
         with torch.no_grad():
             x = torch.ones(call.input, dtype=dtype, device="cpu")
             packed = candidate.prepare(torch.ones(shape, dtype=torch.float32, device="cpu"), call)
+            _layout(packed)
             y = candidate.run(call, x, packed, torch.ones(16, dtype=dtype, device="cpu"), x, 0.01)
             return bool(y[0, 0, 1, 1] == 9 * 16 + 2)
     except (AttributeError, RuntimeError, TypeError):
@@ -136,5 +141,17 @@ def _serves(call: Call) -> bool:
     return known and _answers(call.operation, call.dtype)
 
 
-CONV2D = Candidate(_serves, _pack_conv2d, _run_conv2d)
-CONV_TRANSPOSE2D = Candidate(_serves, _pack_conv_transpose2d, _run_conv_transpose2d)
+def _form(call: Call) -> Any:
+    """All that oneDNN chooses a layout by. A weight in another one is converted in every call, for long."""
+    return call.input, call.threads
+
+
+def _layout(packed: Tensor) -> bytes:
+    """OneDNN's description of a packed weight, of which a few are enough for all sizes of images."""
+    description = bytearray(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    description[_GAP] = bytes(4)
+    return bytes(description)
+
+
+CONV2D = Candidate(_serves, _pack_conv2d, _run_conv2d, _form, _layout)
+CONV_TRANSPOSE2D = Candidate(_serves, _pack_conv_transpose2d, _run_conv_transpose2d, _form, _layout)

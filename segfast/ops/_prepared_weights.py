@@ -27,6 +27,7 @@ class _Kept:
 
 
 _kept: dict[int, _Kept] = {}
+_MOST_KINDS = 64  # of one weight: some are one thing for each size of images
 # Tensors from which something was computed that is kept, here or elsewhere, by id.
 _watched: dict[int, "weakref.ref[Tensor]"] = {}
 
@@ -71,6 +72,8 @@ def remembered(weight: Tensor, kind: Any, make: Callable[[Tensor], Any]) -> Any:
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = make(weight.detach())
+        if len(entry.made) >= _MOST_KINDS:
+            entry.made.clear()
         entry.made[kind] = found
     return found
 

@@ -78,15 +78,14 @@ def tiles(input_shape: tuple[int, ...], padding: tuple[int, int], dilation: int 
     return count
 
 
-def transform_weight(weight: Tensor, tiles: int = MANY) -> TransformedWeight:
-    """A weight [K, C, 3, 3] as `convolution` takes it, laid out for so many tiles; right for any number.
+def transform_weight(weight: Tensor, tiles: int = MANY, threads: int = 1) -> TransformedWeight:
+    """A weight [K, C, 3, 3] as `convolution` takes it, laid out for so many tiles and threads.
 
-    Laid out too for as many threads as torch has now. Computed in fp64 and rounded once. It takes four times
-    the memory of the weight.
+    It is right for any number of them. Computed in fp64 and rounded once. It takes four times the memory of
+    the weight.
     """
     out_channels, in_channels = weight.shape[:2]
-    packed = tiles < MANY or in_channels * out_channels >= _PACKED
-    few = packed and tiles < MANY * torch.get_num_threads()
+    packed, few = _packing(in_channels * out_channels, tiles, threads)
     with torch.no_grad():
         points = _at_points(weight.detach())
         if not packed:
@@ -94,6 +93,12 @@ def transform_weight(weight: Tensor, tiles: int = MANY) -> TransformedWeight:
         points = points.reshape(36 * out_channels, in_channels, 1, 1)
         size = [1, 36 * in_channels, 1, min(tiles, FEW) if few else MANY]
         return TransformedWeight(_onednn._reorder_convolution_weight(points, [0], [1], [1], 36, size), few)
+
+
+def _packing(products: int, tiles: int, threads: int) -> tuple[bool, bool]:
+    """True and True if a weight of so many products of channels is packed, and packed for few tiles."""
+    packed = tiles < MANY or products >= _PACKED
+    return packed, packed and tiles < MANY * threads
 
 
 def _at_points(weight: Tensor) -> Tensor:
@@ -253,7 +258,12 @@ def _serves(call: Call) -> bool:
 
 
 def _transform(weight: Tensor, call: Call) -> TransformedWeight:
-    return transform_weight(weight, tiles(call.input, call.padding, call.dilation[0]))
+    return transform_weight(weight, tiles(call.input, call.padding, call.dilation[0]), call.threads)
+
+
+def _form(call: Call) -> tuple[bool, bool]:
+    count = tiles(call.input, call.padding, call.dilation[0])
+    return _packing(math.prod(call.weight[:2]), count, call.threads)
 
 
 def _run(
@@ -268,4 +278,4 @@ def _run(
     return convolution(*operands, call.dilation[0])
 
 
-CONV2D = Candidate(_serves, _transform, _run)
+CONV2D = Candidate(_serves, _transform, _run, _form)

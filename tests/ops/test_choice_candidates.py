@@ -154,5 +154,8 @@ class TestCandidates:
         assert not CANDIDATES[call.operation]["onednn"].serves(call._replace(activation="softplus"))
 
 
-def test_a_candidate_is_three_functions():
-    assert Candidate._fields == ("serves", "prepare", "run")
+def test_three_functions_make_a_candidate():
+    """Whose prepared weight is one for all images."""
+    assert Candidate._fields == ("serves", "prepare", "run", "form", "layout")
+    candidate = Candidate(bool, bool, bool)
+    assert candidate.form(CONV2D) is candidate.layout is None

@@ -68,7 +68,7 @@ def ours(
     x, weight, bias=None, padding=(1, 1), residual=None, activation=None, slope=0.01, tiles=None, step=1
 ):
     tiles = winograd.tiles(x.shape, padding, step) if tiles is None else tiles
-    transformed = winograd.transform_weight(weight, tiles)
+    transformed = winograd.transform_weight(weight, tiles, torch.get_num_threads())
     return winograd.convolution(x, transformed, bias, padding, residual, activation, slope, step)
 
 

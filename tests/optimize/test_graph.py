@@ -11,7 +11,6 @@ from torch import nn
 
 from segfast._optimize.graph import Graph, digest_of_values
 
-
 RAN = []
 
 

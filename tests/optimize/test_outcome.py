@@ -273,3 +273,12 @@ def test_of_a_model_timed_while_the_machine_was_busy_nothing_is_remembered(timed
     assert timed(net(), image())[1]
     assert timed(net(), image())[1]
     assert not timed(net(), image())[1]
+
+
+def test_models_of_segfast_are_remembered_too(timed):
+    def model():
+        torch.manual_seed(0)
+        return segfast.models.create("selfie_segmenter", in_channels=3, num_classes=1).eval()
+
+    assert timed(model(), torch.zeros(1, 3, 32, 32))[1]
+    assert not timed(model(), torch.zeros(1, 3, 32, 32))[1]
