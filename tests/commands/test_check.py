@@ -225,7 +225,7 @@ def test_segfasts_own_layers_are_compared_with_aten(monkeypatch):
 
     monkeypatch.setattr(segfast.nn.ConvTranspose2d, "forward", spy)
     check_model(segfast.nn.ConvTranspose2d(4, 4, 2), torch.randn(1, 4, 5, 5), **QUICK)
-    assert seen[:2] == ["aten", "auto"]
+    assert seen[0] == "aten" and "auto" in seen  # `optimize` lists the forward first, under "aten" too
     assert segfast.get_backend() == "auto"
 
 
