@@ -68,8 +68,8 @@ def profile(
     Raises:
         TypeError: `model` is not a module, or is a scripted one.
         ValueError: `inputs` have no tensor, or are on another device than the model; `train`, and no output
-            requires a gradient; `nvtx` without a GPU; `seconds` or `budget` is out of range; the model makes
-            other calls in each pass.
+            requires a gradient; `nvtx` without a GPU, or either of `optimize` and `nvtx` with `compile`; `seconds`
+            or `budget` is out of range; the model makes other calls in each pass.
         Exception: the model's own, if it does not run on `inputs`.
 
     Example:
@@ -84,6 +84,8 @@ def profile(
         raise TypeError("model is scripted or traced: its code is compiled already; profile it before that")
     task = Task(model, arguments(inputs), train, _device(model, inputs))
     _check(task, nvtx, seconds, budget, optimize)
+    if compile and (optimize or nvtx):
+        raise ValueError("compile: layers are not told apart in a graph; leave out optimize and nvtx")
     with _bar(progress) as stage, undisturbed(model), running_mode(model, train):
         optimized = Optimized()
         if compile:

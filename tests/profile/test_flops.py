@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import segfast
 from segfast._optimize.verify import arguments, running_mode, undisturbed
 from segfast._profile.passes import Task, flops_of, plan_of
-from segfast.commands._load_model import input_channels, load_model
+from segfast.commands._load_model import import_torchvision, input_channels, load_model
 from segfast.nn._fused.sequence import fusing
 
 NETWORKS = (
@@ -92,6 +92,21 @@ def test_a_fused_layer_has_those_of_the_layers_in_it():
         ("0.0", "conv2d + batch_norm + activation", expected - 2 * 2 * 64 * 64 * 32),
         ("1", "conv2d", 2 * 2 * 64 * 64 * 32),
     ]
+
+
+def test_an_aspp_that_is_fused_has_those_of_its_layers_once():
+    try:
+        deeplabv3 = import_torchvision("torchvision.models.segmentation.deeplabv3")
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+    model = nn.Sequential(deeplabv3.ASPP(8, [2, 4], 16)).eval()
+    images = torch.randn(1, 8, 16, 16)
+    fused = segfast.optimize(model, images)
+    with fusing(True):
+        found = segfast.profile(fused, images, seconds=0.01, budget=0, progress=False)
+    [aspp] = [row for row in found.rows if row.kind == "aspp"]
+    assert aspp.name == "0" and aspp.flops == counted(fused, images, False)[0] > 0
+    assert aspp.flops == torchs(fused, images, False)
 
 
 def test_calls_of_one_layer_have_their_own():

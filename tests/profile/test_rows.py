@@ -92,6 +92,10 @@ def test_train_has_rows_of_the_backward():
     back = [row for row in found.rows if row.direction == "backward" and row.kind != "between layers"]
     assert [row.start_us for row in back] == sorted(row.start_us for row in back)
     assert {row.name for row in back if row.flops} == {"stem.0", "up"}
+    up = next(row for row in back if row.name == "up" and row.flops)
+    image, result, filters = 2 * 8 * 64, 2 * 8 * 256, 8 * 8 * 4 + 8
+    # Gradient of the output, input and filters are read, the gradients of both written.
+    assert up.bytes == 4 * (result + 2 * image + 2 * filters)
 
 
 def test_copies_and_casts_are_rows():
@@ -203,6 +207,7 @@ BAD = [
     ({"seconds": float("nan")}, ValueError, "seconds must be positive and finite, got nan"),
     ({"budget": -1}, ValueError, "budget must be a number of seconds, 0 or more, got -1"),
     ({"optimize": True}, ValueError, "optimize needs a budget of more than 0 seconds"),
+    ({"compile": True, "optimize": True, "budget": 1}, ValueError, "compile: layers are not told apart"),
     ({"nvtx": True}, ValueError, "nvtx: ranges are for a GPU, and the model is on cpu"),
 ]
 
