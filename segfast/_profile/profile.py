@@ -68,8 +68,8 @@ def profile(
     Raises:
         TypeError: `model` is not a module, or is a scripted one.
         ValueError: `inputs` have no tensor, or are on another device than the model; `train`, and no output
-            requires a gradient; `nvtx` without a GPU, or either of `optimize` and `nvtx` with `compile`; `seconds`
-            or `budget` is out of range; the model makes other calls in each pass.
+            requires a gradient; `nvtx` without a GPU, or either of `optimize` and `nvtx` with `compile`;
+            `seconds` or `budget` is out of range; the model makes other calls in each pass.
         Exception: the model's own, if it does not run on `inputs`.
 
     Example:

@@ -1,4 +1,4 @@
-"""What is read from a GPU: CUDA events, kernels by torch's profiler, the allocator; no GPU needed."""
+"""Readings of a GPU: CUDA events, kernels by torch's profiler, the allocator; no GPU is needed."""
 
 import types
 
