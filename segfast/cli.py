@@ -31,6 +31,7 @@ COMMANDS = {
         "segfast.commands.profile",
         "time each layer of a model: what bounds it, how far from this device's roof, what could be gained",
     ),
+    "export": ("segfast.commands.export", "a model as an ONNX file of standard operators, compared with it"),
     "doctor": (
         "segfast.commands.doctor",
         "versions, GPU, what is proven and measured on it, where caches are",

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from .._errors import UserError
 
-# How the files that commands write begin, by suffix: what a PNG's text, a checkpoint's header, a JSON and a
-# profile's first line say.
+# How the files that commands write begin, by suffix: what a PNG's text, a checkpoint's header, a JSON, a
+# profile's first line and an ONNX model say.
 MARKS = {
     ".png": b"tEXtSoftware\0segfast",
     ".safetensors": b'"__metadata__":{"segfast":',
     ".html": b"<title>segfast",
     ".json": b'"written by": "segfast ',
     ".csv": b"model,name,kind,direction,start_us,",
+    ".onnx": b"\x12\x07segfast",  # its second field: the producer
 }
 # No more of a file is looked at: matplotlib writes its text before the pixels, too.
 HEAD = 1024

@@ -16,24 +16,15 @@ from .._optimize.optimize import Gain, Report, optimize, report
 from .._optimize.verify import arguments
 from .._table import format_table
 from .._timing import Timing, interleave
-from ..kernels._device import dot_precision
 from ..nn._fused.whole_model import dtype_of
 from ..ops._backend import Explanation, explain
 from ._check_advice import advice
+from ._difference import Difference, error_line, name_of, roundoff, worst
 from ._load_model import FORMS, add_device, input_channels, load_model, parse_device, parse_dtype, parse_size
 from ._memory import MEMORY_KINDS, peak_bytes
 from ._step import LAYOUTS, Step, floating, has_layouts, laid_out, layout_of, on_aten, seeded
 
 WORTH_IT = 1.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The largest difference, absolute and relative to the reference's largest value, and where it is."""
-
-    absolute: float
-    relative: float
-    where: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +66,7 @@ class CheckResult:
     @property
     def agrees(self) -> bool:
         """True if no relative difference is above the square root of the precision's roundoff."""
-        limit = math.sqrt(_roundoff(self.computed or self.dtype, self.device))
+        limit = math.sqrt(roundoff(self.computed or self.dtype, self.device))
         return all(d is None or d.relative <= limit for d in (self.output, self.gradient))
 
     @property
@@ -109,9 +100,8 @@ class CheckResult:
         """One sentence."""
         gain = f"{self.ratio:.2f}x"
         if not self.agrees and self.computed is not None:
-            return (
-                f"DIFFERENT: {_name(self.computed)}'s rounding does not explain how far the outputs are off."
-            )
+            dtype = name_of(self.computed)
+            return f"DIFFERENT: {dtype}'s rounding does not explain how far the outputs are off."
         if not self.agrees:
             return "DIFFERENT: the optimized model does not compute what the original does; please report it."
         measured = self.report.gain
@@ -141,10 +131,10 @@ class CheckResult:
             *self._layout_line(),
             f"Memory: {MEMORY_KINDS[self.device.type]}.",
             "",
-            _error_line("largest error of the output", self.output),
+            error_line("largest error of the output", self.output),
         ]
         if self.gradient is not None:
-            lines.append(_error_line("largest error of a gradient", self.gradient))
+            lines.append(error_line("largest error of a gradient", self.gradient))
         # Its sentence on the gain, where `optimize` measured one, would be a second verdict.
         lines += ["", str(dataclasses.replace(self.report, gain=None))]
         counted = collections.Counter(self.explanations)
@@ -155,8 +145,8 @@ class CheckResult:
 
     def _precision(self) -> str:
         if self.computed is None:
-            return _name(self.dtype)
-        return f"{_name(self.dtype)} computed in {_name(self.computed)}"
+            return name_of(self.dtype)
+        return f"{name_of(self.dtype)} computed in {name_of(self.computed)}"
 
     def _layout_line(self) -> list[str]:
         slower = [f"{n}: {t.wall_us / 1e3:.3f} ms" for n, t in self.layouts.items() if n != self.layout]
@@ -232,7 +222,7 @@ def check_model(
             raise
         except Exception as error:
             shapes = ", ".join(str(list(t.shape)) for t in values if isinstance(t, Tensor))
-            what = f"an input of shape {shapes}, {_name(lead.dtype)}"
+            what = f"an input of shape {shapes}, {name_of(lead.dtype)}"
             raise UserError(f"the model does not accept {what}: {describe(error)}") from error
         options: dict[str, Any] = {"dtype": compute, "train": train and lead.device.type == "cuda"}
         try:
@@ -241,8 +231,8 @@ def check_model(
             raise UserError(str(error)) from error
         ours = seeded(Step(after, inputs, train))
         result = ours()
-        output = _worst(floating(reference), floating(result))
-        gradient = _worst(_gradients(before), _gradients(after)) if train else None
+        output = worst(floating(reference), floating(result))
+        gradient = worst(_gradients(before), _gradients(after)) if train else None
         explanations = tuple(explain(ours))
         del reference, result
         befores = {"its own": before}
@@ -286,51 +276,8 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _worst(reference: dict[str, Tensor], result: dict[str, Tensor]) -> Difference:
-    """The largest relative difference; each tensor's is relative to its own largest value.
-
-    Or to a thousandth of the largest of all: a bias before batch norm has a gradient of rounding alone.
-    """
-    if reference.keys() != result.keys():
-        return Difference(math.nan, math.nan, f"only one has {', '.join(reference.keys() ^ result.keys())}")
-    scales = {name: _largest(t[t.isfinite()]) for name, t in reference.items()}
-    floor = max(scales.values(), default=0.0) / 1000
-    found = []
-    for name, expected in reference.items():
-        actual = result[name]
-        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-            was, became = (f"{list(t.shape)} {_name(t.dtype)}" for t in (expected, actual))
-            return Difference(math.nan, math.nan, f"{name}: {was} became {became}")
-        same = (expected == actual) | (expected.isnan() & actual.isnan())
-        absolute = _largest((expected.double() - actual.double()).masked_fill(same, 0))
-        scale = max(scales[name], floor)
-        relative = absolute / scale if scale else math.inf if absolute else 0.0
-        found.append(Difference(absolute, relative, name))
-    # NaN first: it compares false with everything.
-    return max(found, key=lambda d: (math.isnan(d.relative), d.relative))
-
-
-def _largest(t: Tensor) -> float:
-    return t.detach().abs().max().item() if t.numel() else 0.0
-
-
-def _roundoff(dtype: torch.dtype, device: torch.device) -> float:
-    if dtype == torch.float32 and device.type == "cuda" and dot_precision(dtype) == "tf32":
-        return 2.0**-10  # of tf32
-    return torch.finfo(dtype).eps
-
-
 def _wall(timing: Timing) -> str:
     return f"{timing.wall_us / 1e3:.3f} ({timing.wall_p20 / 1e3:.3f} to {timing.wall_p80 / 1e3:.3f})"
-
-
-def _error_line(what: str, difference: Difference) -> str:
-    size = f"{difference.absolute:.3g}, {difference.relative:.3g} of the largest value"
-    return f"{what}: {size} ({difference.where})"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _device_name(device: torch.device) -> str:

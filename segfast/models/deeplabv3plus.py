@@ -69,8 +69,9 @@ class ASPP(Remembers):
             return self.dropout(aspp.run(self, input))
         features = [branch(input) for branch in self.branches]
         pooled = self.pool(F.adaptive_avg_pool2d(input, 1))
-        # In the others' memory format, which `cat` would lose if one of them had another.
-        features.append(torch.empty_like(features[0]).copy_(pooled))
+        # In the others' memory format, which `cat` would lose if one of them had another. Enlarged first:
+        # torch's exporter to ONNX forgets that a copy broadcasts.
+        features.append(torch.empty_like(features[0]).copy_(pooled.expand_as(features[0])))
         return self.dropout(self.project(torch.cat(features, 1)))
 
     def _aspp(self) -> FusedASPP | None:

@@ -116,6 +116,7 @@ class ASPP(Remembers):
                 return aspp.run(self, input)
         features = [branch(input) for branch in branches]
         pooled = pool(input)
-        # In the others' memory format, which `cat` would lose if one of them had another.
-        features.append(torch.empty_like(features[0]).copy_(pooled))
+        # In the others' memory format, which `cat` would lose if one of them had another. Enlarged first:
+        # torch's exporter to ONNX forgets that a copy broadcasts.
+        features.append(torch.empty_like(features[0]).copy_(pooled.expand_as(features[0])))
         return self.project(torch.cat(features, 1))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "aten")
+# By a name of this module: it is looked up in every call.
+_compiling = torch.compiler.is_compiling
 
 
 def _checked(name: str, source: str) -> str:
@@ -112,7 +114,9 @@ def backend_of_this_thread(name: str) -> Iterator[None]:
 
 
 def get_backend() -> str:
-    """The backend of the calling thread: its own choice, else the main thread's."""
+    """The calling thread's backend: its own choice, else the main thread's; "aten" in an export to ONNX."""
+    if _compiling() and torch.onnx.is_in_onnx_export():
+        return "aten"  # which knows none of our operators
     return _thread.backend or _main.backend or _DEFAULT
 
 

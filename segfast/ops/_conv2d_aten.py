@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._epilogue import activate_, apply_epilogue
+from ._epilogue import activate_, apply_epilogue, may_overwrite
 from ._operator import needs_autograd
 
 # To the left and right, up to which oneDNN computes a depthwise filter fast: with AVX-512; with AVX2 it is 4.
@@ -41,7 +41,7 @@ def conv2d_aten(
     if lossless and scale is not None and shift is not None and not _needs_gradient(y, scale, shift):
         factor, term = (t.to(y.dtype).view(-1, 1, 1) for t in (scale, shift))
         y, scale, shift = torch.addcmul(term, y, factor), None, None
-    if scale is None and shift is None and not y.requires_grad and not _functorch_active():
+    if scale is None and shift is None and may_overwrite(y):
         if lossless and residual is not None and not residual.requires_grad:
             y, residual = y.add_(residual), None
         if residual is None:
@@ -72,6 +72,7 @@ def _over(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tenso
 
 
 _functorch_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 
 
 def _pays_to_fold(weight: Tensor, input: Tensor) -> bool:
@@ -83,6 +84,8 @@ def _pays_to_fold(weight: Tensor, input: Tensor) -> bool:
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if _tracing() is not None:
+        return True  # as `may_overwrite` has it
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -37,11 +37,20 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
 }
 _functorch_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+
+
+def may_overwrite(y: Tensor) -> bool:
+    """True if writing over `y` hides nothing from a gradient or a transform.
+
+    In no trace: `torch.jit.trace` compares it to one without gradients.
+    """
+    return not (y.requires_grad or _functorch_active() or _tracing() is not None)
 
 
 def activate_(y: Tensor, activation: str | None, negative_slope: float) -> Tensor:
-    """The activation of `y`, written over it where that hides nothing from a gradient or a transform."""
-    if activation in _IN_PLACE and not y.requires_grad and not _functorch_active():
+    """The activation of `y`, written over it where it may be."""
+    if activation in _IN_PLACE and may_overwrite(y):
         return _IN_PLACE[activation](y, negative_slope)
     return ACTIVATIONS[activation](y, negative_slope)
 

@@ -14,6 +14,7 @@ from segfast import _timing, cli
 from segfast._errors import UserError
 from segfast._timing import interleave
 from segfast.commands import check as check_module
+from segfast.commands._difference import worst
 from segfast.commands._memory import peak_bytes
 from segfast.commands.check import check_model
 
@@ -178,11 +179,11 @@ def test_nan_after_is_a_difference_and_nan_before_and_after_is_none(monkeypatch)
 
 def test_one_tensor_far_smaller_than_the_others_is_judged_by_the_others():
     reference = {"weight": torch.tensor([1.0]), "bias": torch.tensor([1e-9])}
-    found = check_module._worst(reference, {"weight": torch.tensor([1.0]), "bias": torch.tensor([2e-9])})
+    found = worst(reference, {"weight": torch.tensor([1.0]), "bias": torch.tensor([2e-9])})
     assert found.relative == pytest.approx(1e-6)
-    missing = check_module._worst(reference, {"weight": torch.tensor([1.0])})
+    missing = worst(reference, {"weight": torch.tensor([1.0])})
     assert math.isnan(missing.relative) and "bias" in missing.where
-    reshaped = check_module._worst({"y": torch.ones(2)}, {"y": torch.ones(3)})
+    reshaped = worst({"y": torch.ones(2)}, {"y": torch.ones(3)})
     assert math.isnan(reshaped.relative) and "[2] float32 became [3] float32" in reshaped.where
 
 

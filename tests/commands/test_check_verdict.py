@@ -16,7 +16,8 @@ from segfast._optimize.optimize import Report, Row
 from segfast._timing import Timing
 from segfast.commands import _check_advice
 from segfast.commands._check_advice import advice
-from segfast.commands.check import CheckResult, Difference, check_model
+from segfast.commands._difference import Difference
+from segfast.commands.check import CheckResult, check_model
 from segfast.ops._backend import Explanation
 
 QUICK = {"budget_s": 0.01}

@@ -27,6 +27,7 @@ COMMON = {
     "crf-fit": ["crf-fit", "--data", "data", "--probabilities", "arrays", "--trials", "2"],
     "check": ["check", "models.py:net", "--size", "8x8", "--seconds", "0.01"],
     "profile": ["profile", "models.py:net", "--size", "8x8", "--seconds", "0.01", "--budget", "0"],
+    "export": ["export", "models.py:net", "--size", "8x8", "-o", "net.onnx"],
     "compile-report": ["compile-report"],
     "tune": ["tune"],
     "demo": ["demo"],
@@ -129,11 +130,16 @@ MISTAKES = [
         for value in ("-1", "0", "nan", "inf")
     ],
     *[
-        ("check", [f"--{name}", value], f"--{name} must be at least 1, got {value}")
+        (command, [f"--{name}", value], f"--{name} must be at least 1, got {value}")
+        for command in ("check", "export")
         for name in ("batch", "channels")
         for value in ("0", "-1")
     ],
-    *[("check", ["--size", value], "--size must be HxW") for value in ("0x8", "nan", "8")],
+    *[
+        (command, ["--size", value], "--size must be HxW")
+        for command in ("check", "export")
+        for value in ("0x8", "nan", "8")
+    ],
     ("check", ["--dtype", "bf17"], "--dtype must be one of float32, float16, bfloat16, float64; got 'bf17'"),
     ("check", ["--compute", "float16"], "--compute must be bfloat16; got 'float16'"),
     ("check", ["--compute", "bf16", "--train"], "--compute is for inference; leave out --train"),
@@ -234,6 +240,12 @@ MISTAKES = [
         )
         for command in ("check", "tune")
     ],
+    ("export", ["-o", "net.pt"], "--output net.pt: expected a name ending in .onnx"),
+    ("export", ["-o", "folder.onnx"], "folder.onnx: is a folder"),
+    ("export", ["-o", "text.onnx"], "text.onnx: exists and is not a file that segfast wrote; --force"),
+    ("export", ["-o", f"{UNWRITABLE}/a.onnx"], f"{UNWRITABLE}/a.onnx: "),
+    ("export", ["--channels", "4"], "the model does not accept an input of shape [1, 4, 8, 8], float32"),
+    ("export absent.py:net -o a.onnx", ["--size", "8x8"], "no file absent.py"),
     ("demo", ["--steps", "0"], "--steps must be at least 1, got 0"),
     ("demo", ["--seed", "-1"], "--seed must be from 0"),
     ("demo", ["--out", "photo.png"], "photo.png is not a folder"),
@@ -262,9 +274,9 @@ def files(tmp_path_factory) -> Path:
         (root / name / "masks").mkdir()
     (root / "corrupt" / "images" / "a.png").write_text("no image")
     write_mask(root / "corrupt" / "masks" / "a.png", labels)
-    for name in ("text.png", "text.json", "text.safetensors", "corrupt.py"):
+    for name in ("text.png", "text.json", "text.safetensors", "text.onnx", "corrupt.py"):
         (root / name).write_text("this is no JSON, image or program")
-    for name in ("folder.json", "folder.safetensors", "theirs", "arrays", "bad_arrays"):
+    for name in ("folder.json", "folder.safetensors", "folder.onnx", "theirs", "arrays", "bad_arrays"):
         (root / name).mkdir()
     (root / "theirs" / "demo.png").write_text("theirs")
     (root / "list.json").write_text("[]")

@@ -9,6 +9,7 @@ from torch import nn
 
 import segfast
 from segfast.models import SegmentationModel
+from segfast.nn._fused.whole_model import keep_contiguous
 from segfast.nn._rules import all_rules
 from segfast.nn._scripting import Unscriptable
 from segfast.ops._choice import Choice, choices, could_choose
@@ -59,6 +60,13 @@ def test_a_replaced_layer_is_traced_alike_with_gradients_and_without(image, laye
     with torch.no_grad():
         assert could_choose(image)
     torch.testing.assert_close(torch.jit.trace(fast, image)(image), fast(image))
+
+
+def test_a_model_that_returns_contiguous_images_is_traced_alike_with_gradients_and_without(image):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)).eval().to(memory_format=torch.channels_last)
+    plain = model(image)
+    keep_contiguous(model, model[1])
+    torch.testing.assert_close(torch.jit.trace(model, image)(image), plain)
 
 
 def test_every_rule_has_its_layer_here():

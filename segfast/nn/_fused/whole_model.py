@@ -27,7 +27,7 @@ class _Whole(FusedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = _first_floating(args, kwargs)
-        if given is None or torch.compiler.is_compiling():
+        if given is None or _is_compiled_or_traced():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         own = vars(self)
         training = self.training or torch.is_grad_enabled()  # type: ignore[attr-defined]
@@ -46,6 +46,10 @@ class _Whole(FusedModule):
             return t.to(given.dtype) if t.dtype == dtype else t
 
         return _mapped(as_given, outputs) if contiguous or dtype is not None else outputs
+
+
+def _is_compiled_or_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _first_floating(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -118,7 +122,7 @@ class _Last(FusedModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         y = super().__call__(*args, **kwargs)  # type: ignore[misc]
         # A mode that compiled code began would not end with the model.
-        if torch.compiler.is_compiling() or not (_wanted.contiguous and type(y) is Tensor and y.dim() == 4):
+        if _is_compiled_or_traced() or not (_wanted.contiguous and type(y) is Tensor and y.dim() == 4):
             return y
         _wanted.enlarge()
         return y.contiguous()
@@ -128,7 +132,7 @@ class _OnATen(FusedModule):
     """Mixed into the class of a model whose layers are segfast's and were no faster by anything else."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or get_backend() != "auto":
+        if _is_compiled_or_traced() or torch.is_grad_enabled() or get_backend() != "auto":
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with backend_of_this_thread("aten"):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]

@@ -57,7 +57,8 @@ def channelwise_factors(input: Tensor, weight: Tensor, stride, groups: int, dila
         or input.shape[1] != weight.shape[0]
     ):
         return None
-    if torch.is_grad_enabled() and weight.requires_grad:
+    # A trace with gradients is compared to one without.
+    if weight.requires_grad and (torch.is_grad_enabled() or torch._C._get_tracing_state() is not None):
         return None
     diagonal = weight.detach().diagonal().permute(2, 0, 1)  # [C, kH, kW]
     if weight.count_nonzero() != diagonal.count_nonzero():
