@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._scripting import Unscriptable
+
 MODES: dict[str, Callable[..., Tensor]] = {"max": F.adaptive_max_pool2d, "average": F.adaptive_avg_pool2d}
 
 
-class SpatialPyramidPooling(torch.nn.Module):
+class SpatialPyramidPooling(Unscriptable, torch.nn.Module):
     """Pools each channel of an image into 4x4, 2x2 and 1x1 cells, and returns all of them as a vector.
 
     Cells cover the image whatever its size, and overlap by a pixel where it does not divide: as
