@@ -202,6 +202,15 @@ class Watch:
         return self._open[-1][0].key.name
 
 
+# Functions that compute nothing; others that return no tensor are found out by calling them.
+_QUESTIONS = frozenset(
+    [
+        *("__get__", "data_ptr", "dim", "element_size", "is_contiguous", "is_floating_point", "is_inference"),
+        *("ndimension", "nelement", "numel", "size", "storage_offset", "stride"),
+    ]
+)
+
+
 class _Functions(TorchFunctionMode):
     """Gives a span to each torch function that a watched forward calls and that computes a tensor."""
 
@@ -210,7 +219,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         watch, kwargs = self._watch, kwargs or {}
-        if getattr(func, "__name__", "") == "__get__" or not watch.is_watched():
+        if getattr(func, "__name__", "") in _QUESTIONS or not watch.is_watched():
             return func(*args, **kwargs)
         span = watch.begin(Key(watch.innermost(), kind_of_function(func), is_leaf=True))
         try:

@@ -21,6 +21,9 @@ class Clock:
     def take(self, seconds: float) -> None:
         self.now += seconds
 
+    def __deepcopy__(self, memo: object) -> "Clock":
+        return self  # there is one, also where attributes of a model are copied
+
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
