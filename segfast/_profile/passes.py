@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -208,6 +209,25 @@ def _is_layer(module: nn.Module) -> bool:
     return own_class(module).__module__.startswith(("torch.nn.modules.", "segfast.nn."))
 
 
+def _convolution_backward_flops(
+    gradient: Sequence[int],
+    input: Sequence[int],
+    weight: Sequence[int],
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    wanted: Sequence[bool],
+    out_shape: Any = None,
+) -> int:
+    """As many as the forward's for each of the gradients of input and filters that is wanted; of shapes."""
+    pixels = input if transposed else gradient
+    return 2 * math.prod(weight) * pixels[0] * math.prod(pixels[2:]) * sum(wanted[:2])
+
+
 class Flops(NamedTuple):
     """Floating-point operations of each leaf by its number, forward and backward, and of all."""
 
@@ -219,9 +239,11 @@ class Flops(NamedTuple):
 def flops_of(task: Task, plan: Plan) -> Flops:
     """The FLOPs of a pass as torch's flop counter counts them: of convolutions and matrix products.
 
+    But for the gradient of a grouped convolution's filters, which it counts as a dense one's.
     Nothing runs fused where a counter looks: a fused layer's are those of the layers that it computes.
     """
-    counter = FlopCounterMode(display=False)
+    own = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=own)
     count = counter.get_total_flops
     with counter:
         found = watched_pass(task, Watch(plan.names, count), count, count)

@@ -68,14 +68,25 @@ def test_the_layers_have_what_the_whole_has(network):
     assert forward == pytest.approx(2 * sum(counts[each] for each in MULTIPLYING), rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "network", ["segfast:selfie_segmenter", "torchvision:fcn_resnet50", "smp:Unet"], indirect=True
-)
+@pytest.mark.parametrize("network", ["segfast:unet", "torchvision:fcn_resnet50", "smp:Unet"], indirect=True)
 def test_backward_too(network):
     model, images = network
     forward, backward = counted(model, images, True)
     assert forward + backward == torchs(model, images, True)
     assert backward > forward
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_gradient_has_as_many_as_the_forward(kind, groups):
+    """Of a grouped convolution's filters too, which torch counts as if there were no groups."""
+    layer = nn.Sequential(nn.Conv2d(3, 8, 1), kind(8, 8, 3, stride=2, padding=1, groups=groups))
+    forward, backward = counted(layer, torch.randn(2, 3, 16, 16), True)
+    first = 2 * 2 * 16 * 16 * 3 * 8
+    # The images need no gradient.
+    assert backward == 2 * (forward - first) + first
+    if groups == 1:
+        assert forward + backward == torchs(layer, torch.randn(2, 3, 16, 16), True)
 
 
 def test_a_fused_layer_has_those_of_the_layers_in_it():
