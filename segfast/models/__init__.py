@@ -154,12 +154,13 @@ def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[st
     itself is given as an argument.
 
     For `DeepLabV3Plus` and the encoders in `segfast.models.encoders`: the classifiers of torchvision
-    (`mobilenet_v2`) and timm (`mobilenetv2_100`, `xception65`), or their encoders, with or without `encoder.`
-    in front. What those do not have, the decoder, keeps the weights that `model` has.
+    (`mobilenet_v2`, `resnet50`, ...) and timm (`mobilenetv2_100`, `xception65`), or their encoders, with or
+    without `encoder.` in front. What those do not have, the decoder, keeps the weights that `model` has.
 
     For `FCN`: torchvision's `vgg16`, `alexnet` or `googlenet`, whose linear layers become convolutions. For
-    `FCNResNet` and `DeepLabV3`: torchvision's networks of the same names, with or without the auxiliary head,
-    and its `resnet50` and `resnet101`.
+    `FCNResNet`, `DeepLabV3` and `LRASPP`: torchvision's networks of the same names, with or without the
+    auxiliary head, and its `resnet50`, `resnet101` and `mobilenet_v3_large`. For `DeepLab` and
+    `Hypercolumns`: torchvision's `vgg16`, `resnet50` and `resnet101`.
 
     Keys that already are the model's own come back unchanged.
 

@@ -124,32 +124,33 @@ def test_scores_and_gradients_are_plain_torchs(name):
 
 
 def test_scores_on_a_resnet_are_the_sum_of_four_dilated_convolutions():
-    model = small("deeplabv2_resnet101", scales=())
-    features = model.encoder(images())[-1]
+    model = small("deeplabv2_resnet101", scales=()).double()
+    features = model.encoder(images().double())[-1]
     expected = sum(
         F.conv2d(features, branch.weight, branch.bias, padding=rate, dilation=rate)
         for branch, rate in zip(model.branches, (6, 12, 18, 24), strict=True)
     )
-    torch.testing.assert_close(model(images(), upsample=False), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(images().double(), upsample=False), expected)
 
 
 @pytest.mark.parametrize("name", ["deeplabv2_vgg16", "deeplabv2_resnet101"])
 def test_the_largest_scores_of_all_sizes(name):
     """In eval; training sees the image alone."""
-    model, alone = small(name), small(name, scales=())
+    model, alone = small(name).double(), small(name, scales=()).double()
+    data = images().double()
     assert model.scales == (0.5, 0.75)
-    scores = [alone(images(), upsample=False)]
+    scores = [alone(data, upsample=False)]
     for size in ((33, 25), (49, 38)):
-        copy = F.interpolate(images(), size=size, mode="bilinear", align_corners=False)
+        copy = F.interpolate(data, size=size, mode="bilinear", align_corners=False)
         copy = alone(copy, upsample=False)
         scores.append(F.interpolate(copy, size=(9, 7), mode="bilinear", align_corners=False))
     expected = torch.stack(scores).amax(0)
-    torch.testing.assert_close(model(images(), upsample=False), expected)
+    torch.testing.assert_close(model(data, upsample=False), expected)
     assert all((expected == one).any() for one in scores)
     seen = []
     model.encoder.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[2:]))
-    model(images())
-    model.train()(images())
+    model(data)
+    model.train()(data)
     assert seen == [(65, 50), (33, 25), (49, 38), (65, 50)]
 
 

@@ -92,7 +92,7 @@ class TestFCN8sGoogLeNet(FCNTester):
         model = super().build(**overrides)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_var.fill_(2)  # about what it is in training, after so many layers
+                module.running_var.fill_(2.5)  # as much as keeps the signal's size over so many layers
         return model
 
     def batch(self, model, size=(65, 67), count=2):
