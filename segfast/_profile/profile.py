@@ -19,7 +19,7 @@ from .assemble import rows_of
 from .compiled import compiled_profile
 from .facts import dtype_name
 from .passes import Plan, Stopwatch, Task, flops_of, plan_of
-from .profiled import profiled_pass
+from .profiled import profiled_pass, together
 from .reorders import reorders_of
 from .roof import roof_of
 from .rows import Profile, Row
@@ -112,10 +112,8 @@ def _profiled(
     flops = flops_of(task, plan)
     stage("copies, casts and memory")
     profiled = profiled_pass(task, plan, kernels)
-    copies = [profiled.copies, {}]
-    for known, found in zip(copies, reorders_of(task, plan), strict=True):
-        for index, made in found.items():
-            known[index] = [*known.get(index, []), *made]
+    forward, backward = reorders_of(task, plan)
+    copies = (together(profiled.copies, forward), backward)
     stage("the roof of this device")
     roof = roof_of(task.device, _dtypes(plan))
     stage("times")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,11 +75,21 @@ def device_us(event: Any, on_gpu: bool) -> float:
 
 def _copies(event: Any, on_gpu: bool) -> list[Copy]:
     whole = device_us(event, on_gpu)
+    return summed(Copy(kind, us / whole, elements) for kind, us, elements in _copies_in(event, on_gpu))
+
+
+def summed(copies: Iterable[Copy]) -> list[Copy]:
+    """One of each kind."""
     found: dict[str, Copy] = {}
-    for kind, us, elements in _copies_in(event, on_gpu):
-        before = found.get(kind, Copy(kind, 0.0, 0))
-        found[kind] = Copy(kind, before.share + us / whole, before.elements + elements)
+    for copy in copies:
+        before = found.get(copy.kind, Copy(copy.kind, 0.0, 0))
+        found[copy.kind] = Copy(copy.kind, before.share + copy.share, before.elements + copy.elements)
     return list(found.values())
+
+
+def together(some: Copies, others: Copies) -> Copies:
+    """The copies that were found in two ways."""
+    return {index: summed([*some.get(index, []), *others.get(index, [])]) for index in {*some, *others}}
 
 
 def _copies_in(event: Any, on_gpu: bool) -> Iterator[tuple[str, float, int]]:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -17,9 +18,16 @@ import torch
 
 from .facts import CAST, LAYOUT_COPY
 from .passes import Plan, Task, watched_pass
-from .profiled import Copies, Copy
+from .profiled import Copies, Copy, summed
 
-# What oneDNN wrote during a call, and seconds.
+# A line of a copy: the dtypes before and after it, the shape, and milliseconds.
+_REORDER = re.compile(
+    r"^onednn_verbose,.*\bexec,cpu,reorder,.*\bsrc:(\w+):.* dst:(\w+):.*,(\d+(?:x\d+)*),(\d[\d.e+-]*)$",
+    re.MULTILINE,
+)
+# Passes, as one alone may be disturbed.
+_PASSES = 3
+# What oneDNN wrote during calls, and seconds.
 _Read = tuple[bytes, float]
 
 
@@ -32,40 +40,33 @@ def reorders_of(task: Task, plan: Plan) -> tuple[Copies, Copies]:
         def now() -> tuple[int, float]:
             return written(), time.perf_counter()
 
+        passes = []
         with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-            found = watched_pass(task, plan.watch(now), now, now)
+            for _ in range(_PASSES):
+                passes.append(watched_pass(task, plan.watch(now), now, now))
+                plan.check(passes[-1])
         written()
         file.seek(0)
         lines = file.read()
-    plan.check(found)
     read: tuple[dict[int, _Read], dict[int, _Read]] = ({}, {})
-    spans = [(index, found.spans[index].begin, found.spans[index].end) for index in plan.facts]
-    nodes = [(index, begin, end) for index, begin, end, _ in found.runs if index in plan.facts]
-    for of, readings in zip(read, (spans, nodes), strict=True):
-        for index, (first, begin), (last, end) in readings:
-            text, seconds = of.get(index, (b"", 0.0))
-            of[index] = (text + lines[first:last], seconds + end - begin)
-    forward, backward = (
-        {i: copies_told(*each) for i, each in of.items() if b"reorder" in each[0]} for of in read
-    )
+    for found in passes:
+        spans = [(index, found.spans[index].begin, found.spans[index].end) for index in plan.facts]
+        nodes = [(index, begin, end) for index, begin, end, _ in found.runs if index in plan.facts]
+        for of, readings in zip(read, (spans, nodes), strict=True):
+            for index, (first, begin), (last, end) in readings:
+                text, seconds = of.get(index, (b"", 0.0))
+                of[index] = (text + lines[first:last], seconds + end - begin)
+    forward, backward = ({index: copies_told(*each, _PASSES) for index, each in of.items()} for of in read)
     return forward, backward
 
 
-def copies_told(lines: bytes, seconds: float) -> list[Copy]:
-    """The copies that these lines tell of, of a call that took so many seconds."""
-    found: dict[str, Copy] = {}
-    for line in lines.decode(errors="replace").splitlines():
-        fields = line.split(",")
-        if fields[0] != "onednn_verbose" or "exec" not in fields or "reorder" not in fields:
-            continue
-        source, target = (part.partition(":")[2].partition(":")[0] for part in fields[-5].split(" ")[:2])
+def copies_told(lines: bytes, seconds: float, calls: int) -> list[Copy]:
+    """The copies that these lines tell of in a call; those of several, which took so many seconds in all."""
+    found = []
+    for source, target, shape, ms in _REORDER.findall(lines.decode(errors="replace")):
         kind = LAYOUT_COPY if source == target else CAST
-        before = found.get(kind, Copy(kind, 0.0, 0))
-        elements = math.prod(int(size) for size in fields[-2].split("x"))
-        found[kind] = Copy(
-            kind, before.share + 1e-3 * float(fields[-1]) / seconds, before.elements + elements
-        )
-    return list(found.values())
+        found.append(Copy(kind, 1e-3 * float(ms) / seconds, math.prod(map(int, shape.split("x")))))
+    return [copy._replace(elements=copy.elements // calls) for copy in summed(found)]
 
 
 @contextlib.contextmanager
