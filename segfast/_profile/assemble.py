@@ -78,6 +78,7 @@ def _forward(
             flops=flops.forward[index],
             bytes=facts.bytes,
             peak_bytes=peaks.get(index),
+            parameters=facts.parameters,
             **_told(facts),
         )
         yield row, facts

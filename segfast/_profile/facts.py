@@ -126,16 +126,18 @@ class Facts:
     dtype: str = ""
     given_dtype: str = ""
     memory_format: str = ""
+    parameters: int = 0
     convolution: tuple[Any, ...] | None = None
 
 
 def facts_of(inputs: Any, output: Any, modules: list[nn.Module]) -> Facts:
     """The facts of a call in which `modules` are computed."""
     given, made = tensors_in(inputs), tensors_in(output)
-    parameters = [
-        t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-    ]
-    moved = [bytes_of(each) for each in (given, parameters, made)]
+    parameters, buffers = (
+        [t for module in modules for t in getattr(module, of).values() if t is not None]
+        for of in ("_parameters", "_buffers")
+    )
+    moved = [bytes_of(each) for each in (given, [*parameters, *buffers], made)]
     trained = bytes_of(p for p in parameters if p.requires_grad)
     differentiated = bytes_of(t for t in given if t.requires_grad)
     first = made[0] if made else None
@@ -153,5 +155,6 @@ def facts_of(inputs: Any, output: Any, modules: list[nn.Module]) -> Facts:
         dtype=dtype_name(first.dtype) if first is not None else "",
         given_dtype=dtype_name(floating.dtype) if floating is not None else "",
         memory_format=memory_format_of(first) if first is not None else "",
+        parameters=sum(p.numel() for p in parameters),
         convolution=call,
     )

@@ -40,6 +40,8 @@ class Row:
     memory_format: str = ""
     # The most memory held during the call, above what was held before it.
     peak_bytes: int | None = None
+    # Numbers that are learned in it.
+    parameters: int = 0
     # What could run it, and the microseconds of each, where that was measured.
     candidates: tuple[tuple[str, float], ...] = ()
     # One sentence of what segfast would do; "" if nothing.

@@ -73,7 +73,8 @@ def test_layers_and_functions_in_the_order_of_their_calls():
     assert (row.flops, row.output, row.dtype) == (2 * 2 * 256 * 8 * 27, (2, 8, 16, 16), "float32")
     # The input, the filter with its bias, and the output.
     assert row.bytes == 4 * (2 * 3 * 256 + 8 * 27 + 8 + 2 * 8 * 256)
-    assert row.memory_format == "contiguous"
+    assert (row.memory_format, row.parameters) == ("contiguous", 8 * 27 + 8)
+    assert sum(row.parameters for row in found.rows) == sum(p.numel() for p in Net().parameters())
     assert row.intensity == row.flops / row.bytes
     assert found.batch == 2 and not found.train and found.roof == ROOF
     assert found.title == "Net, forward, input [2, 3, 16, 16] float32"
