@@ -46,7 +46,7 @@ def _depthwise_conv2d_rows_kernel(
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, FLIP: tl.constexpr,
-    ACTIVATION: tl.constexpr, PTX: tl.constexpr,
+    ACTIVATION: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
     ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -96,35 +96,48 @@ def _depthwise_conv2d_rows_kernel(
 
     row = residue + STEP * first - PAD_H
     steps = HEIGHT + DEPTH - 1
-    # The next step's pixels are on their way while this one's are added.
+    # The next steps' pixels are on their way while this one's are added, which is over long before its loads.
+    # AHEAD = 2: in pairs of steps, so that the loads of two are waited for at a time.
     ahead = _load_rows(x_base, row, column, c, c_ok, H, W, stride_xh, stride_xw, KERNEL_W, STRIDE_H,
                        DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
-    for step in tl.range(0, steps, num_stages=1):
-        pixels = ahead
-        row += STEP
-        # Past the last step a row that is nowhere.
-        ahead = _load_rows(x_base, tl.where(step + 1 < steps, row, H), column, c, c_ok, H, W, stride_xh,
-                           stride_xw, KERNEL_W, STRIDE_H, DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
-        for p in tl.static_range(STRIDE_H * KERNEL_W):
-            x = _widen(pixels[p], PTX)
-            added = ()
-            for i in tl.static_range(DEPTH):
-                if i * STRIDE_H + p // KERNEL_W < KERNEL_H:
-                    added = added + (sums[i] + x * weights[i * STRIDE_H * KERNEL_W + p][None, :],)
-                else:
-                    added = added + (sums[i],)
-            sums = added
-        oh = residue + DILATION_H * (first + step - DEPTH + 1)
-        y = _affine(sums[DEPTH - 1], bias_ptr, scale_ptr, shift_ptr, c, c_ok)
-        y = _activate(y, negative_slope, ACTIVATION)
-        ok = _mask(y_ok & (oh < OH) & (step >= DEPTH - 1))
-        y_row = y_base + tl.multiple_of(oh.to(tl.int64) * stride_yh, ALIGN_Y)
-        tl.store(y_row + y_columns, y.to(y_ptr.dtype.element_ty), mask=ok)
-        if sums_ptr is not None:
-            kept = tl.where(ok, y, 0.0)
-            total += kept
-            squares += kept * kept
-        sums = (tl.zeros((BLOCK_W, BLOCK_C), tl.float32),) + sums[: DEPTH - 1]
+    beyond = ahead
+    if AHEAD == 2:
+        beyond = _load_rows(x_base, tl.where(steps > 1, row + STEP, H), column, c, c_ok, H, W, stride_xh,
+                            stride_xw, KERNEL_W, STRIDE_H, DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
+    for start in tl.range(0, steps, AHEAD, num_stages=1):
+        for part in tl.static_range(AHEAD):
+            step = start + part
+            pixels = ahead
+            # Past the last step a row that is nowhere.
+            later = tl.where(step + AHEAD < steps, row + AHEAD * STEP, H)
+            if AHEAD == 1:
+                ahead = _load_rows(x_base, later, column, c, c_ok, H, W, stride_xh, stride_xw, KERNEL_W,
+                                   STRIDE_H, DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
+            for p in tl.static_range(STRIDE_H * KERNEL_W):
+                x = _widen(pixels[p], PTX)
+                added = ()
+                for i in tl.static_range(DEPTH):
+                    if i * STRIDE_H + p // KERNEL_W < KERNEL_H:
+                        added = added + (sums[i] + x * weights[i * STRIDE_H * KERNEL_W + p][None, :],)
+                    else:
+                        added = added + (sums[i],)
+                sums = added
+            oh = residue + DILATION_H * (first + step - DEPTH + 1)
+            y = _affine(sums[DEPTH - 1], bias_ptr, scale_ptr, shift_ptr, c, c_ok)
+            y = _activate(y, negative_slope, ACTIVATION)
+            ok = _mask(y_ok & (oh < OH) & (step >= DEPTH - 1) & (step < steps))
+            y_row = y_base + tl.multiple_of(oh.to(tl.int64) * stride_yh, ALIGN_Y)
+            tl.store(y_row + y_columns, y.to(y_ptr.dtype.element_ty), mask=ok)
+            if sums_ptr is not None:
+                kept = tl.where(ok, y, 0.0)
+                total += kept
+                squares += kept * kept
+            sums = (tl.zeros((BLOCK_W, BLOCK_C), tl.float32),) + sums[: DEPTH - 1]
+            if AHEAD == 2:
+                ahead = beyond
+                beyond = _load_rows(x_base, later, column, c, c_ok, H, W, stride_xh, stride_xw, KERNEL_W,
+                                    STRIDE_H, DILATION_H, DILATION_W, ALIGN_X)  # fmt: skip
+            row += STEP
 
     if sums_ptr is not None:
         # [tiles, 2, C]
@@ -212,6 +225,8 @@ def walk_launch(x, weight, y, geometry, operation, flip=False, activation=None, 
         "FLIP": flip,
         "ACTIVATION": activation,
         "PTX": widens_by_ptx(x),
+        # Two steps' pixels at stride 2, or the sums beside them, would not fit the registers.
+        "AHEAD": 1 if sums or geometry.stride[0] > 1 else 2,
         "ALIGN_X": min(most, pixel_alignment(x)),
         "ALIGN_Y": min(most, pixel_alignment(y)),
         "ALIGN_W": min(most, tap_alignment(weight)),
