@@ -34,7 +34,7 @@ def _separable_conv2d_fused_kernel(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     DEPTHWISE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    TF32: tl.constexpr, PTX: tl.constexpr,
+    TF32: tl.constexpr, PTX: tl.constexpr, UNROLL: tl.constexpr,
     ALIGN_X: tl.constexpr, ALIGN_Y: tl.constexpr, ALIGN_W: tl.constexpr, WIDE_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +61,8 @@ def _separable_conv2d_fused_kernel(
         k = start + tl.arange(0, BLOCK_K)
         k_ok = k < C
         between = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        # A loop: all taps' loads at once would not fit the registers beside the products.
-        for kh in tl.range(0, KERNEL_H, num_stages=1):
+        # UNROLL = KERNEL_H: every tap's loads are on their way at once, where the registers hold them.
+        for kh in tl.range(0, KERNEL_H, num_stages=1, loop_unroll_factor=UNROLL):
             row = ih + kh * DILATION_H
             row_ok = m_ok & (row >= 0) & (row < H)
             x_row = x_pixels + tl.multiple_of(tl.full((), DILATION_H, tl.int64) * kh * stride_xh, ALIGN_X)
@@ -101,6 +101,8 @@ def _candidates(problem: Problem, arch: str) -> list[Tile]:
     outputs = max(64, min(256, triton.next_power_of_2(problem.channels_out)))
     if arch.startswith("gfx") or passes:
         outputs = min(outputs, 128)
+    elif outputs == 256 and depth == 64:
+        depth = 32  # the pixels of all taps beside so many products
     fused = [
         Tile(64, outputs, depth, 8 if outputs >= 128 or passes else 4, 1, form="fused"),
         Tile(128, min(outputs, 128), min(depth, 32), 8, 1, form="fused"),
@@ -133,9 +135,19 @@ def _problem(operation: str, x, channels: int, out, taps: int, variant: str) -> 
     )  # fmt: skip
 
 
+def _unrolls(tile: Tile, taps: int, itemsize: int, arch: str) -> bool:
+    """True if the registers hold the pixels of all taps beside the products."""
+    if itemsize != 2 or not (arch == "sm_90" or arch.startswith("sm_10")):
+        return False
+    registers = tile.block_m * (taps * tile.block_k // 2 + tile.block_n) // (32 * tile.num_warps)
+    return registers <= 104  # of 255, which the addresses and filters share
+
+
 def _fused_launch(x, wd, residual, out, geometry, activations, negative_slope, tile) -> Launch:
     batch, channels_out, out_h, out_w = out.shape
     pixels = batch * out_h * out_w
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    unrolls = _unrolls(tile, taps, x.element_size(), architecture(x.device))
     scalars = (pixels, *x.shape[2:], out_h, out_w, float(negative_slope), *image_strides(x),
                *image_strides(residual), *image_strides(out), *wd.stride()[2:])  # fmt: skip
     constants = geometry.constants() | {
@@ -147,6 +159,7 @@ def _fused_launch(x, wd, residual, out, geometry, activations, negative_slope, t
         "PRECISION": dot_precision(x.dtype),
         "TF32": multiplies_in_tf32(x.dtype),
         "PTX": widens_by_ptx(x),
+        "UNROLL": geometry.kernel[0] if unrolls else 1,
         "ALIGN_X": pixel_alignment(x),
         "ALIGN_Y": pixel_alignment(out, residual),
         "ALIGN_W": tap_alignment(wd),
