@@ -1,6 +1,7 @@
 """The machine code of a kernel compiled offline: registers, spills, matrix instructions, access widths."""
 
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -38,16 +39,27 @@ def inspect(compiled: "triton.compiler.CompiledKernel") -> MachineCode:
     """Read the code of `compiled`, with the `cuobjdump` of Triton's wheel or from the AMD assembly."""
     if "amdgcn" in compiled.asm:
         return _inspect_amd(compiled.asm["amdgcn"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-sass", "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = disassembly(compiled.asm["cubin"])
+    return from_sass(text, *registers_and_stack(text))
+
+
+def registers_and_stack(text: str) -> tuple[int, int]:
+    """A thread's registers and the bytes of its stack, of a disassembly."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump names no registers: {text[:200]!r}")
-    return from_sass(text, int(usage[1]), int(usage[2]))
+    return int(usage[1]), int(usage[2])
+
+
+@functools.lru_cache(maxsize=1)
+def disassembly(cubin: bytes) -> str:
+    """NVIDIA's, with the registers and the stack on a line of their own."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-sass", "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def from_sass(text: str, registers: int, stack: int) -> MachineCode:

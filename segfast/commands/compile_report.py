@@ -3,7 +3,8 @@
 A row is one kernel with one tile, element type and architecture. It fails where the kernel does not compile,
 registers spill, shared memory does not fit, the matrix instruction expected is missing, a store is narrower
 than the channels allow, or a loop over pairs of points has too many instructions. What is compiled are
-launches of the families' cases, by name (`launches` in `segfast/ops/_case.py`).
+launches of the families' cases, by name (`launches` in `segfast/ops/_case.py`). With `--bounds` a second
+table says what each could reach at best on an H200, modeled after its machine code (`_bounds.py`).
 """
 
 import argparse
@@ -28,6 +29,7 @@ from .._errors import UserError
 from .._files import atomic_write
 from .._table import format_table
 from ..ops import FAMILIES, _case
+from ._bounds import Bound, bound_of_launch, bounds_table
 from ._load_model import dtype_name
 from ._output import claim
 
@@ -37,6 +39,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 _TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "tcgen05", "gfx942": "mfma"}
 HEADERS = ("arch", "dtype", "specimen", "kernel", "tile", "regs", "spill", "shared", "limit", "matrix",
            "store", "load", "async", "instr", "pair", "bar", "s", "problem")  # fmt: skip
+# The matrix units' rate for a type, of that for 16 bits; fp32 is three products in TF32.
+_RATES = {"tf32": 1 / 2, "fp32": 1 / 6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Row:
     barriers: int
     seconds: float
     problems: tuple[str, ...]
+    bound: Bound | None = None  # on sm_90
 
     @classmethod
     def failed(cls, task: Task, problem: str, kernel: str = "-", tile: str = "-") -> "Row":
@@ -208,11 +213,21 @@ def compile_launch(launch, pointers, task: Task, store_bytes: int) -> Row:
     per_pair = pair_instructions(launch, code)
     if task.arch == "sm_90" and per_pair > most_per_pair(launch):
         problems.append(f"{per_pair:.2f} instructions a pair")
+    bound = None
+    if task.arch == "sm_90":
+        rate = _RATES.get(task.dtype, 1.0)
+        bound = bound_of_launch(launch, pointers, compiled, _useful_flops(task), rate)
     name, tile, shared = _kernel_name(launch, task), _tile(launch.tile), compiled.metadata.shared
     return Row(task.arch, task.dtype, task.case, name, tile, code.registers, code.spills, shared, limit,
                code.matrix, code.store, code.load, code.async_copy, code.instructions,
                per_pair, code.barriers, seconds,
-               tuple(problems))  # fmt: skip
+               tuple(problems), bound)  # fmt: skip
+
+
+def _useful_flops(task: Task) -> float:
+    """Of the case whose launch it is; 0 where it counts none."""
+    cases = _case.cases(task.family, "compile")
+    return next((case.useful_flops for case in cases if task.case.startswith(f"{case.name} ")), 0.0)
 
 
 def _kernel_name(launch, task: Task) -> str:
@@ -308,6 +323,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), help="default: %(default)s")
     parser.add_argument("--specimen", nargs="+", default=[""], help="only those whose names start so")
     parser.add_argument("--all-candidates", action="store_true", help="also what only the tuner tries")
+    parser.add_argument(
+        "--bounds", action="store_true", help="also what each could reach at best on an H200, modeled"
+    )
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the table here too")
 
@@ -336,6 +354,9 @@ def run(args: argparse.Namespace) -> int:
     units = "store, load and async are bytes a thread moves at a time, instr and bar count the whole program"
     units += ", pair the instructions of a main loop for a pair of points"
     text = f"{table}\n\n{len(rows)} kernels, {bad} with a problem; {units}"
+    if args.bounds:
+        found = [((row.dtype, row.case, row.kernel, row.tile), row.bound) for row in rows if row.bound]
+        text += f"\n\n{bounds_table(found)}"
     print(text)
     if args.out is not None:
         with atomic_write(args.out) as temporary:
@@ -348,7 +369,7 @@ def _without_interpreter(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "segfast", "compile-report", "--processes", str(args.processes)]
     for name in ("arch", "family", "dtype", "specimen"):
         command += [f"--{name}", *getattr(args, name)]
-    command += ["--all-candidates"] * args.all_candidates
+    command += ["--all-candidates"] * args.all_candidates + ["--bounds"] * args.bounds
     command += [] if args.out is None else ["--out", str(args.out)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, env=environment).returncode
