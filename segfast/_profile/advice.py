@@ -77,7 +77,8 @@ def _fusions(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, str]]:
 def with_advice(row: Row, facts: Facts | None, optimized: Optimized, known: "Known", whole_us: float) -> Row:
     """The row with its candidates and one sentence of what would be done about it."""
     if row.kind in _SAVES:
-        telling = row.kind != BETWEEN or row.us >= _MUCH * whole_us
+        # Where medians of the layers miss the whole, more than that is counted to what lies between.
+        telling = row.kind != BETWEEN or row.p20_us >= _MUCH * whole_us
         return replace(row, advice=_SAVES[row.kind] if telling else "")
     choice = known.find(facts) if facts is not None else None
     candidates = tuple(sorted(choice.us.items(), key=lambda item: item[1])) if choice else ()
