@@ -8,13 +8,11 @@ from tests.separable_conv2d import reference as separable_conv2d_reference
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+def small_tiles():
     """Few steps: a tile or two hold each of the sizes here."""
     if not INTERPRETING:
         yield
         return
-    # The interpreter takes as long for a program without work as for another.
-    monkeypatch.setattr("segfast.kernels.dense_crf.lists.processors", lambda device: 1)
     with (
         reference.tiles(64, 16, 64),
         separable_conv2d_reference.tiles(4, 8, 8, 2),

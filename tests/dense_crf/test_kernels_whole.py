@@ -14,7 +14,6 @@ from segfast.crf.utils import unary_from_labels
 from segfast.functional import mean_field, skipped_share
 from segfast.kernels._tiles import Tile, override_tile
 from segfast.kernels.dense_crf import build_exact
-from segfast.kernels.dense_crf import lists as lists_module
 
 from .test_kernels_exact import kept_pairs, kernel_matrix
 
@@ -31,8 +30,7 @@ ALLOWED = 1e-3
 
 @pytest.fixture(autouse=True)
 def few_programs(poisoned_empty, monkeypatch):
-    """Wide tiles and one multiprocessor: the interpreter takes as long for a small program as for another."""
-    monkeypatch.setattr(lists_module, "processors", lambda device: 1)
+    """Wide tiles: the interpreter takes as long for a small program as for another."""
     monkeypatch.setattr("segfast.kernels.dense_crf.lattice_build._TILE", Tile(2048, 1, 1, 8, 1))
     with (
         override_tile("mean_field_update", Tile(1024, 32, 1, 4, 1)),

@@ -13,15 +13,9 @@ import torch
 import segfast
 from segfast.functional import mean_field
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_empty")]
 
 SIZE = (7, 9)
-
-
-@pytest.fixture(autouse=True)
-def small_device(poisoned_empty, monkeypatch):
-    """One multiprocessor: the interpreter takes as long for a program without work as for another."""
-    monkeypatch.setattr("segfast.kernels.dense_crf.lists.processors", lambda device: 1)
 
 
 def weights(kind: str, labels: int, scale: float, generator: torch.Generator) -> float | torch.Tensor:

@@ -175,10 +175,8 @@ def test_mean_field_gradients_in_unary_and_weights(method, normalization):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("method", METHODS)
-def test_the_kernels_way_has_the_same_gradients(method, monkeypatch):
+def test_the_kernels_way_has_the_same_gradients(method):
     """From the public functions, eager and as one operator; thetas that are tensors too."""
-    # The interpreter takes as long for a program without work as for another.
-    monkeypatch.setattr("segfast.kernels.dense_crf.lists.processors", lambda device: 1)
     unary, image = draw(1, 3, 3, 4).float(), draw(1, 2, 3, 4, seed=1, scale=30.0).float()
     thetas = [torch.tensor(theta) for theta in ([2.0, 3.1], [40.0, 55.0], 1.3)]
     inputs = [t.detach().requires_grad_() for t in (unary, image, *thetas)]

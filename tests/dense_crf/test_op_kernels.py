@@ -13,13 +13,6 @@ from segfast.ops.dense_crf import backend, device
 
 pytestmark = pytest.mark.interpreter
 
-
-@pytest.fixture(autouse=True)
-def small_device(monkeypatch):
-    """One multiprocessor: the interpreter takes as long for a program without work as for another."""
-    monkeypatch.setattr(segfast.kernels.dense_crf.lists, "processors", lambda device: 1)
-
-
 THETAS = {"theta_alpha": 6.0, "theta_beta": 45.0, "theta_gamma": (2.0, 1.5)}
 
 
