@@ -5,6 +5,7 @@ import copy
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,10 @@ from ..nn._fused.sequence import fusing
 from ..nn._fused.whole_model import keep_contiguous
 from ..ops._backend import backend, get_backend
 from ..ops._call import AnyCall, Call
-from ..ops._choice import Choice, Collected, choices, collect
+from ..ops._choice import ATEN, Choice, Collected, choices, collect
 from ..ops._gpu_call import ALL, FEW, GpuCall
 from ..ops._measure import clock, measure_and_keep
-from .eligible import record_of
+from .eligible import RECORD, record_of
 from .verify import Inputs, call, leaves, running_mode, undisturbed
 
 # Tests that want no times switch this off.
@@ -32,6 +33,9 @@ _PASSES = 3
 # first run is the only one, if all together take longer than `_SLOW_S`.
 _MODEL_BUDGET_S, _SLOW_S = 1.0, 1.0
 _CLEARLY = 1.1
+# A slow model is not timed in channels_last either where it now takes no more than this part of what its calls
+# alone took ATen in that layout.
+_DECIDED = 0.75
 # What a model must take of its time before to count as faster: less is noise.
 _WORTH_IT = 0.98
 
@@ -162,7 +166,10 @@ def choose(
         if left:
             break
     _note(model, made)
-    record_of(model)["calls"] = tuple(dict.fromkeys(call for each in made for call in each.counts))
+    counts: Counter[AnyCall] = Counter()
+    for each in made:
+        counts.update(each.counts)
+    record_of(model)["calls"] = counts
     return left if any(each.counts for each in made) else None
 
 
@@ -222,22 +229,23 @@ def gain(
     """Time `model` on `inputs` beside what it was before, in two layouts; in eval or, with `train`, a step.
 
     With `fused` outputs are compared also with everything fused that is where images are large. Where they
-    were contiguous before and are no more, they are made so from now on.
+    were contiguous before and are no more, they are made so from now on. Of a model that takes long, what
+    ATen took for its calls stands for the time in channels_last, if that is clearly more than it takes now.
     """
     device = device_of(model, inputs) or torch.device("cpu")
-    models = {"as given": plain, "channels_last": _in_channels_last(plain), "after": model}
+    models = {"as given": plain, "after": model}
+    first: dict[str, float] = {}
+
+    def run_first(name: str, train: bool = False) -> Any:
+        run = _run(models[name], inputs, name != "after", train)
+        begin = clock()
+        result = run()
+        first[name] = clock() - begin
+        return result
+
     with contextlib.ExitStack() as stack:
         for each in models.values():
             stack.enter_context(undisturbed(each))
-        runs = {name: _run(each, inputs, name != "after", False) for name, each in models.items()}
-        first: dict[str, float] = {}
-
-        def run_first(name: str) -> Any:
-            begin = clock()
-            result = runs[name]()
-            first[name] = clock() - begin
-            return result
-
         with contextlib.ExitStack() as evaluating:
             for each in models.values():
                 evaluating.enter_context(running_mode(each, False))
@@ -246,29 +254,38 @@ def gain(
             error = 0.0
             if fused:
                 with fusing(True):
-                    error = _change(expected, runs["after"]())
+                    error = _change(expected, _run(model, inputs, False, False)())
             actual = run_first("after")
             error = max(error, _change(expected, actual))
-            if _lost_layout(expected, actual):
-                record_of(model)["last"] = last[-1:]
-                for each in (model, models["channels_last"]):
-                    keep_contiguous(each, *map(each.get_submodule, last[-1:]))
+            lost = _lost_layout(expected, actual)
             del expected, actual
-        if train:
-            runs = {name: _run(each, inputs, name != "after", True) for name, each in models.items()}
+        allowed = _most_changed(model, dtype, device)
+        least_s = _seconds_on_aten(model)
+        usual = device.type == "cpu" and dtype is None and error <= allowed
+        decided = usual and sum(first.values()) > _SLOW_S and first["after"] <= _DECIDED * least_s
+        if not decided:
+            models = {"as given": plain, "channels_last": _in_channels_last(plain), "after": model}
+            stack.enter_context(undisturbed(models["channels_last"]))
+        if lost:
+            record_of(model)["last"] = last[-1:]
+            for name in models.keys() - {"as given"}:
+                keep_contiguous(models[name], *map(models[name].get_submodule, last[-1:]))
         for each in models.values():
             stack.enter_context(running_mode(each, train))
         if train:
-            run_first("as given")
-            run_first("after")
-        try:
-            run_first("channels_last")
-        except RuntimeError:  # a forward that takes views of contiguous images
-            del runs["channels_last"]
+            run_first("as given", train)
+            run_first("after", train)
+        if decided:
+            first["channels_last"] = least_s
+        else:
+            try:
+                run_first("channels_last", train)
+            except RuntimeError:  # a forward that takes views of contiguous images
+                del models["channels_last"]
+        runs = {name: _run(each, inputs, name != "after", train) for name, each in models.items()}
         ms = _milliseconds(runs, first, device)
     after = ms.pop("after")
     layout = min(ms, key=ms.__getitem__)
-    allowed = _most_changed(model, dtype, device)
     return Gain(
         before_ms=ms[layout],
         after_ms=after,
@@ -298,6 +315,13 @@ def _milliseconds(
     least, budget = (1, _MODEL_BUDGET_S) if clear else (3, 2 * _MODEL_BUDGET_S)
     times = interleave(runs, device, budget_s=budget, min_rounds=least, max_rounds=30, clock=clock)
     return {name: timing.wall_us / 1e3 for name, timing in times.items()}
+
+
+def _seconds_on_aten(model: nn.Module) -> float:
+    """What ATen took for the calls of `model` in channels_last, as they were measured; on a CPU."""
+    calls = vars(model).get(RECORD, {}).get("calls", {})
+    us = {call: choices().measured[call].us for call in calls if call in choices().measured}
+    return sum(calls[call] * each.get(ATEN, 0.0) for call, each in us.items()) / 1e6
 
 
 @contextlib.contextmanager

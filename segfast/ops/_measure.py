@@ -18,14 +18,15 @@ from ._epilogue import ACTIVATIONS
 _ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 7, 2, 0.1
 _SLOPE = 0.01
 # A candidate is out that took so many times as long as the fastest one, after one round, two, and more. Where
-# calls are long one round tells as much as two of short ones, which other work on the machine disturbs.
+# calls are long one round tells as much as two of short ones, which other work on the machine disturbs, and
+# where they are very long as much as three.
 _HOPELESS = (3.0, 1.5, 1.2)
 # A round of one candidate takes at least so long, of several calls if need be.
 _SHORTEST_S = 1e-3
 # What a layer takes to come to anything but ATen, which is to be saved before it pays.
 _ASKING_US = 5.0
 # Of a call that takes so long the first one counts: what else a first call takes is little beside it.
-_LONG_S = 1e-2
+_LONG_S, _VERY_LONG_S = 1e-2, 5e-2
 # Read between two candidates, so that weights come from memory as they do in a network.
 _FLUSH_BYTES = 8 << 20
 # Rows of ATen's output that are compared with exact ones, at the top, in the middle and at the bottom, and
@@ -306,7 +307,8 @@ def _times(runs: dict[str, _Run], input: Tensor) -> dict[str, float]:
                 runs[name]()
             samples[name].append((clock() - begin) / repeats[name])
         fastest = min(min(samples[name]) for name in racing)
-        hopeless = fastest * _HOPELESS[min(turn + (fastest >= _LONG_S), len(_HOPELESS) - 1)]
+        told = turn + (fastest >= _LONG_S) + (fastest >= _VERY_LONG_S)
+        hopeless = fastest * _HOPELESS[min(told, len(_HOPELESS) - 1)]
         racing = [name for name in racing if min(samples[name]) <= hopeless]
         if len(racing) == 1 or (turn + 1 >= _LEAST_ROUNDS and clock() - start > _ENOUGH_S):
             break

@@ -254,6 +254,21 @@ def test_slow_models_are_timed_once_where_the_one_after_is_clearly_faster(monkey
     assert timed[0] == timed[1] > timed[2] > 0
 
 
+@pytest.mark.parametrize("after, before", [(5, 8), (7, 9)])
+def test_a_slow_model_is_not_timed_in_channels_last_where_its_calls_alone_took_longer(
+    after, before, wins, monkeypatch
+):
+    """Its four calls took ATen 2 ms each."""
+    wins("onednn")
+    times = iter([0.020, after / 1e3, 0.009])  # as given, after, channels_last
+    ends = iter(range(99))
+    monkeypatch.setattr(measure, "clock", lambda: next(times) if next(ends) % 2 else 0.0)
+    monkeypatch.setattr(measure, "_SLOW_S", 0.0)
+    gain = segfast.report(segfast.optimize(_net(), _image())).gain
+    assert (gain.before_ms, gain.after_ms) == pytest.approx((before, after))
+    assert gain.kept and gain.layout == "channels_last"
+
+
 class _Misled(nn.Module):
     """Other outputs where anything is fused."""
 
