@@ -13,6 +13,8 @@ from ._epilogue import activate_
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _ONE, _NONE = (1, 1), (0, 0)
+# BLAS takes several times as long for fewer columns of the result, of which the transpose has few rows.
+_FEW = 16
 
 
 def _serves_conv2d(call: Call) -> bool:
@@ -22,7 +24,7 @@ def _serves_conv2d(call: Call) -> bool:
 
 def _as_matrix(weight: Tensor, call: Call) -> Tensor:
     """[C_in, C_out]."""
-    return weight.flatten(1).t().to(call.dtype).contiguous()
+    return _laid_out(weight.flatten(1).t().to(call.dtype))
 
 
 def _run_conv2d(
@@ -33,7 +35,8 @@ def _run_conv2d(
         y.add_(_rows(residual))
     batch, _, height, width = call.input
     y = activate_(y, call.activation, slope)
-    return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    y = y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _serves_conv_transpose2d(call: Call) -> bool:
@@ -43,7 +46,7 @@ def _serves_conv_transpose2d(call: Call) -> bool:
 
 def _as_windows(weight: Tensor, call: Call) -> Tensor:
     """[C_in, kH * kW * C_out]."""
-    return weight.permute(0, 2, 3, 1).flatten(1).to(call.dtype).contiguous()
+    return _laid_out(weight.permute(0, 2, 3, 1).flatten(1).to(call.dtype))
 
 
 def _run_conv_transpose2d(
@@ -51,7 +54,9 @@ def _run_conv_transpose2d(
 ) -> Tensor:
     batch, _, height, width = call.input
     rows, columns = call.stride
-    y = _product(input, matrix, None if bias is None else bias.repeat(math.prod(call.stride)))
+    if bias is not None and len(bias) > 1:
+        bias = bias.repeat(math.prod(call.stride))
+    y = _product(input, matrix, bias)
     if residual is None:
         y = activate_(y, call.activation, slope)
     y = y.view(batch, height, width, rows, columns, -1).permute(0, 1, 3, 2, 4, 5)
@@ -59,8 +64,18 @@ def _run_conv_transpose2d(
     return y if residual is None else activate_(y.add_(residual), call.activation, slope)
 
 
+def _laid_out(matrix: Tensor) -> Tensor:
+    """The matrix as `_product` reads it."""
+    return matrix.t().contiguous().t() if matrix.shape[1] < _FEW else matrix.contiguous()
+
+
 def _product(input: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """A row for each pixel; of few columns, one column after the other in memory."""
     pixels = _rows(input)
+    if matrix.shape[1] < _FEW:
+        columns, pixels = matrix.t(), pixels.t()
+        y = torch.mm(columns, pixels) if bias is None else torch.addmm(bias[:, None], columns, pixels)
+        return y.t()
     return torch.mm(pixels, matrix) if bias is None else torch.addmm(bias, pixels, matrix)
 
 
