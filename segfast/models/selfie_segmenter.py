@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfast._errors import UserError
-from segfast.nn import ConvTranspose2d, DepthwiseConv2d
-from segfast.nn._activation import activation_module
+from segfast.nn import Conv2d, ConvTranspose2d, DepthwiseConv2d
 
 from ._base import SegmentationModel
 
@@ -73,8 +72,7 @@ class Bottleneck(nn.Module):
         self.kernel_size = kernel_size
         self.stride = stride
         self.residual = stride == 1 and in_channels == out_channels
-        self.expand = nn.Conv2d(in_channels, expanded, 1)
-        self.activation = activation_module(activation)
+        self.expand = Conv2d(in_channels, expanded, 1, activation=activation)
         padding = kernel_size // 2 if stride == 1 else 0  # of stride 2: `_pad_for_stride_2`
         self.depthwise = DepthwiseConv2d(
             expanded, expanded, kernel_size, stride, padding, activation=activation
@@ -83,7 +81,7 @@ class Bottleneck(nn.Module):
         self.project = nn.Conv2d(expanded, out_channels, 1)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.activation(self.expand(input))
+        x = self.expand(input)
         if self.stride == 2:
             x = _pad_for_stride_2(x, self.kernel_size)
         x = self.depthwise(x)
@@ -98,12 +96,12 @@ class LRASPP(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.features = nn.Conv2d(in_channels, out_channels, 1)
+        self.features = Conv2d(in_channels, out_channels, 1, activation="relu")
         self.gate = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, input: Tensor) -> Tensor:
         gate = self.gate(input.mean((2, 3), keepdim=True)).sigmoid()
-        return self.features(input).relu() * gate
+        return self.features(input) * gate
 
 
 class DecoderBlock(nn.Module):
@@ -116,13 +114,13 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.reduce = nn.Conv2d(in_channels, channels, 1)
         self.gate = SqueezeExcite(channels, channels)
-        self.conv = nn.Conv2d(channels, channels, 1)
+        self.conv = Conv2d(channels, channels, 1, activation="relu")
         self.depthwise = DepthwiseConv2d(channels, channels, 3, padding=1, activation="relu")
 
     def forward(self, input: Tensor, skip: Tensor) -> Tensor:
         # A 1x1 convolution commutes with bilinear upsampling; before it, it costs a quarter.
         x = F.interpolate(self.reduce(input), size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        x = self.conv(x + skip * self.gate(x + skip)).relu()
+        x = self.conv(x + skip * self.gate(x + skip))
         return x + self.depthwise(x)
 
 
@@ -162,7 +160,7 @@ class SelfieSegmenter(SegmentationModel):
         self.config = {"in_channels": in_channels, "num_classes": num_classes}
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.stem = nn.Conv2d(in_channels, STEM_CHANNELS, 3, stride=2)
+        self.stem = Conv2d(in_channels, STEM_CHANNELS, 3, stride=2, activation="hardswish")
         self.encoder = nn.ModuleList()
         # Each level's finest channels: what the decoder gets as skips.
         channels, skips = STEM_CHANNELS, []
@@ -195,7 +193,7 @@ class SelfieSegmenter(SegmentationModel):
         if input.dim() != 4:
             raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
         height, width = input.shape[-2:]
-        x = F.hardswish(self.stem(_pad_for_stride_2(input, 3)))
+        x = self.stem(_pad_for_stride_2(input, 3))
         skips = []
         for block in self.encoder:
             if block.stride == 2:
