@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .._timing import interleave
-from ..nn._fused.sequence import fusing
+from ..nn._fused.sequence import FusedSequence, fusing, sequence_of, unfuse_some
 from ..nn._fused.whole_model import keep_contiguous
 from ..ops._backend import backend, get_backend
 from ..ops._call import AnyCall, Call
@@ -33,9 +33,12 @@ _PASSES = 3
 # first run is the only one, if all together take longer than `_SLOW_S`.
 _MODEL_BUDGET_S, _SLOW_S = 1.0, 1.0
 _CLEARLY = 1.1
-# A slow model is not timed in channels_last either where it now takes no more than this part of what its calls
+# A slow model is not timed in channels_last either where it takes no more than this part of what its calls
 # alone took ATen in that layout.
 _DECIDED = 0.75
+# What a sequence costs to be asked for in somebody else's forward, and how large images may be for which an
+# activation that is not written over its input costs no more than that.
+_SEQUENCE_US, _SMALL = 15.0, 2**16
 # What a model must take of its time before to count as faster: less is noise.
 _WORTH_IT = 0.98
 
@@ -165,7 +168,9 @@ def choose(
         made = [_calls(model, inputs, training, zeros) for training in modes]
         if left:
             break
-    _note(model, made)
+    by_weight = _note(model, made)
+    if device is not None and device.type == "cpu":
+        record_of(model)["apart"] = _let_go(model, by_weight)
     counts: Counter[AnyCall] = Counter()
     for each in made:
         counts.update(each.counts)
@@ -397,8 +402,8 @@ def _calls(model: nn.Module, inputs: Inputs, train: bool, zeros: bool) -> Collec
     return collected
 
 
-def _note(model: nn.Module, made: Iterable[Collected]) -> None:
-    """Note in each layer's record what runs it, for `report`."""
+def _note(model: nn.Module, made: Iterable[Collected]) -> dict[int, list[AnyCall]]:
+    """Note in each layer's record what runs it, for `report`; returns the calls by the id of their weight."""
     calls: dict[int, list[AnyCall]] = {}
     for collected in made:
         for weight, found in collected.by_weight().items():
@@ -408,6 +413,34 @@ def _note(model: nn.Module, made: Iterable[Collected]) -> None:
         chosen = [_chosen(each) for each in dict.fromkeys(calls.get(id(own), ()))]
         if chosen:
             record_of(module)["choices"] = tuple(chosen)
+    return calls
+
+
+def _let_go(model: nn.Module, calls: Mapping[int, Sequence[AnyCall]]) -> list[str]:
+    """Unfuse the sequences without a norm that save less than they cost; returns their first layers' names.
+
+    All of their layers compute the same on ATen, one by one.
+    """
+    sequences = {}
+    for name, module in model.named_modules():
+        sequence = sequence_of(module)
+        if sequence is not None and sequence.layers[0] is module and not _pays(sequence, calls):
+            sequences[name] = sequence
+    unfuse_some(model, list(sequences.values()))
+    return list(sequences)
+
+
+def _pays(sequence: FusedSequence, calls: Mapping[int, Sequence[AnyCall]]) -> bool:
+    if not all([fused.plain() for _, fused in sequence.options]):
+        return True  # passes over memory are saved
+    owned = [layer._parameters.get("weight") for layer in sequence.layers]
+    over_input = [getattr(layer, "inplace", False) for layer in sequence.layers if not layer._parameters]
+    made = [call for weight in owned for call in calls.get(id(weight), ())]
+    measured = choices().measured
+    known = [(call, measured[call]) for call in made if isinstance(call, Call) and call in measured]
+    saved = sum([choice.us.get(ATEN, 0.0) - choice.us.get(choice.name, 0.0) for _, choice in known])
+    alike = [c.channels_last and (all(over_input) or math.prod(c.output()) <= _SMALL) for c, _ in known]
+    return not known or len(known) < len(made) or not all(alike) or saved >= _SEQUENCE_US
 
 
 def _chosen(made: AnyCall) -> str:

@@ -19,8 +19,6 @@ from ..nn._fused.whole_model import (
     compute_in,
     compute_on_aten,
     keep_contiguous,
-    lay_out_scores,
-    lays_out_scores,
 )
 from ..nn._rules import Rule, all_rules, own_class
 from ..nn.conv2d import Conv2d
@@ -237,10 +235,7 @@ def _choose(
     except RuntimeError:
         return None  # inplace: without a copy nothing can be compared
     dense = [model.get_submodule(name) for name in names]
-    for module in dense:
-        if type(module) is nn.Conv2d:
-            record_of(module)["rule"] = (nn.Conv2d, Conv2d)
-            module.__class__ = Conv2d
+    _make_ours(dense)
     if dtype is not None:
         compute_in(model, dtype)
     try:
@@ -248,10 +243,12 @@ def _choose(
             all_channels_last(model)
         end = time.perf_counter() + budget
         was_quiet = _measure.quiet_check()
-        found = known or _measured(model, plain, inputs, dtype, end, progress, train, fused)
+        found = known or _measured(model, plain, inputs, dense, dtype, end, progress, train, fused)
         calls = vars(model).get(RECORD, {}).pop("calls", ())
         if outcome is not None and known is not None:
             outcome.note(model)
+            _give_back(dense, model)
+            outcome.lay_out(model)
         elif outcome is not None and found is not None:
             outcome.keep(model, found, calls, was_quiet())
     except BaseException as error:
@@ -261,15 +258,6 @@ def _choose(
         run_once(plain, inputs)
         record_of(model)["not_fused"] = f"undone: {first_line(error)}"
         return None
-    for module in dense:
-        if module is model:
-            continue  # what was asked of it as a whole would be undone too
-        chosen = vars(module).get(RECORD, {}).get("choices", ())
-        if own_class(module) is Conv2d and all(name.startswith("aten") for name in chosen):
-            last = lays_out_scores(module)
-            restore(module)
-            if last:
-                lay_out_scores(module)
     if found is None:
         return None
     if not found.kept:
@@ -279,6 +267,28 @@ def _choose(
             record_of(model)["slower"] = slower
     record_of(model)["gain"] = found
     return found
+
+
+def _make_ours(dense: Sequence[nn.Module]) -> None:
+    """Let our operator compute torch's convolutions, so that something can be chosen for them."""
+    for module in dense:
+        if type(module) is nn.Conv2d:
+            record_of(module)["rule"] = (nn.Conv2d, Conv2d)
+            module.__class__ = Conv2d
+
+
+def _give_back(dense: Sequence[nn.Module], model: nn.Module) -> None:
+    """Let torch's own class compute again what ATen was chosen for, but for `model` itself.
+
+    The layout of weights stays.
+    """
+    for module in dense:
+        record = record_of(module)
+        ours = type(module) is Conv2d and module is not model
+        if ours and all(name.startswith("aten") for name in record.get("choices", ())):
+            record.pop("rule")
+            record.pop("choices", None)
+            module.__class__ = nn.Conv2d
 
 
 def _leave(model: nn.Module, layout: str) -> None:
@@ -295,6 +305,7 @@ def _measured(
     model: nn.Module,
     plain: nn.Module,
     inputs: Inputs,
+    dense: Sequence[nn.Module],
     dtype: torch.dtype | None,
     end: float,
     progress: bool,
@@ -303,6 +314,7 @@ def _measured(
 ) -> Gain | None:
     """Choose until `end`, and what it gained; None where there is nothing to choose."""
     left = choose(model, inputs, end - time.perf_counter(), progress, train)
+    _give_back(dense, model)
     # On a GPU filters have got another layout, which is to pay too.
     laid_out = any(p.is_cuda and p.dim() == 4 for p in model.parameters())
     if left is None and dtype is None and not laid_out:
@@ -312,8 +324,9 @@ def _measured(
     if found.kept or dtype is None:
         return found
     compute_as_given(model)
+    _make_ours(dense)
     record_of(model)["slower"] = found
-    return _measured(model, plain, inputs, None, end, progress, train)
+    return _measured(model, plain, inputs, dense, None, end, progress, train)
 
 
 def restore(model: nn.Module) -> nn.Module:

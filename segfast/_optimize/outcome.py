@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .._files import temporary_beside
+from ..nn._fused.sequence import sequence_of, unfuse_some
 from ..nn._fused.whole_model import keep_contiguous
 from ..ops._backend import get_backend
 from ..ops._call import AnyCall
@@ -43,6 +44,7 @@ class Outcome:
         self._layers: dict[nn.Module, tuple[str, ...]] = {}
         self._last: list[str] | None = None
         self._disturbed: Gain | None = None  # what was measured while the machine was busy
+        self._apart: list[nn.Module] = []
 
     def recall(self, model: nn.Module) -> Gain | None:
         """The gain, or None if that is not known; `note` says the rest."""
@@ -59,7 +61,7 @@ class Outcome:
             self._layers = {
                 model.get_submodule(name): tuple(map(str, chosen)) for name, chosen in found["layers"].items()
             }
-            self._last = found["last"]
+            self._last, self._apart = found["last"], [model.get_submodule(name) for name in found["apart"]]
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -68,9 +70,14 @@ class Outcome:
         return gain
 
     def note(self, model: nn.Module) -> None:
-        """Note what runs each layer of the model that was recalled, and lay out its outputs as they were."""
+        """Note what runs each layer of the model that was recalled, and unfuse what was unfused."""
         for layer, chosen in self._layers.items():
             record_of(layer)["choices"] = chosen
+        found = [sequence_of(layer) for layer in self._apart]
+        unfuse_some(model, [sequence for sequence in found if sequence is not None])
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Lay out the outputs of the model that was recalled as they were."""
         if self._last is not None:
             record_of(model)["last"] = self._last
             keep_contiguous(model, *map(model.get_submodule, self._last))
@@ -94,6 +101,7 @@ class Outcome:
             "calls": [{**call_row(call), **choice_row(measured[call])} for call in calls],
             "layers": {name: record["choices"] for name, record in records.items() if "choices" in record},
             "last": record_of(model).get("last"),
+            "apart": record_of(model).get("apart", []),
         }
         try:
             with temporary_beside(self._file) as temporary:

@@ -57,6 +57,78 @@ def test_where_aten_wins_plain_layers_stay_torchs(wins, model_takes):
     assert type(segfast.restore(again).conv) is nn.Conv2d
 
 
+class _Pairs(nn.Module):
+    """Convolutions with an activation and without a norm, called one by one and by a Sequential."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.act = nn.Conv2d(4, 8, 1), activation
+        self.rest = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x):
+        return self.rest(self.act(self.first(x)))
+
+
+def _fused_heads(model):
+    found = {name: sequence.sequence_of(module) for name, module in model.named_modules()}
+    return [
+        name for name, of in found.items() if of is not None and of.layers[0] is model.get_submodule(name)
+    ]
+
+
+_CHANNELS_LAST = torch.channels_last
+
+
+@pytest.mark.parametrize(
+    "winner, layout, activation, large, fused",
+    [
+        (ATEN, _CHANNELS_LAST, nn.ReLU(inplace=True), True, []),
+        (ATEN, _CHANNELS_LAST, nn.Hardswish(), False, []),
+        # It would be written to memory of its own.
+        (ATEN, _CHANNELS_LAST, nn.Hardswish(), True, ["first"]),
+        # Layers of their own would not change the layout.
+        (ATEN, torch.contiguous_format, nn.ReLU(inplace=True), False, ["first"]),
+        ("onednn", _CHANNELS_LAST, nn.ReLU(inplace=True), False, ["first", "rest.0"]),
+    ],
+)
+def test_sequences_that_save_nothing_are_let_go(winner, layout, activation, large, fused, wins, model_takes):
+    """There and in a model that is known."""
+    wins(winner)
+    model_takes(3, 2, 1)
+    side = 96 if large else 16
+    x = torch.randn(1, 4, side, side).contiguous(memory_format=layout)
+    torch.manual_seed(0)
+    net = _Pairs(activation).eval()
+    for _ in range(2):
+        fast = segfast.optimize(net, x)
+        assert _fused_heads(fast) == fused
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+        kinds = {type(m) for m in (fast, fast.rest, fast.act)}
+        if not fused:
+            assert kinds == {_Pairs, nn.Sequential, type(activation)}
+        assert [type(m) for m in segfast.restore(fast).modules()] == [type(m) for m in net.modules()]
+        _choice.forget_choices()
+    assert segfast.report(segfast.optimize(net, x)).gain.measured_on
+
+
+def test_what_is_timed_is_what_runs(wins, model_takes, monkeypatch):
+    """Convolutions that ATen computes are torch's by then."""
+    wins(ATEN)
+    model_takes(3, 2, 1)
+    timed, gain = [], measure.gain
+    from segfast._optimize import optimize as module
+
+    def noted(model, *args):
+        timed.append({name: own_class(each) for name, each in model.named_modules()})
+        return gain(model, *args)
+
+    monkeypatch.setattr(module, "gain", noted)
+    fast = segfast.optimize(_net(), _image())
+    assert timed == [{name: own_class(each) for name, each in fast.named_modules()}]
+    assert timed[0]["conv"] is nn.Conv2d
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_model_that_is_not_faster_is_left_as_it_was(inplace, wins, model_takes):
     wins("onednn")

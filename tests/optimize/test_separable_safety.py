@@ -1,6 +1,7 @@
 """Fused sequences beside hooks, copies, threads, compilers and published models."""
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -72,6 +73,16 @@ def test_hooks_on_a_module_around_a_part_of_the_sequence(x):
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))
     model(x)
     torch.testing.assert_close(seen, [expected])
+
+
+def test_the_module_whose_forward_calls_them_keeps_its_forward_and_gets_no_hooks(x):
+    model = Block().eval()
+    fused = optimized(model, x)
+    assert operations(fused, x) == ["separable_conv2d"]
+    assert inspect.signature(fused.forward) == inspect.signature(model.forward)
+    assert not (fused._forward_hooks or fused._forward_pre_hooks)
+    assert type(fused).forward is type(model).forward
+    assert type(segfast.restore(fused)) is type(model)
 
 
 def test_a_shared_layer_is_not_fused(x):

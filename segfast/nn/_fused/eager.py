@@ -9,8 +9,6 @@ from ...ops._aten_only import fusion_could_help
 from ...ops._backend import _INTERPRETING
 from .folding import runs_eagerly
 
-# In the __dict__ of a module whose forward calls fused sequences.
-CALLER = "_segfast_caller"
 _LOSSLESS = (torch.float32, torch.float64)
 # Of an input on a CPU: below, the operator's own overhead may show.
 _LEAST_ELEMENTS = 2**15
@@ -32,10 +30,9 @@ def worth_fusing(input: Any, growth: float = 1) -> bool:
 
 def only_forward(module: nn.Module) -> bool:
     """True if calling `module` is no more than its class's forward: no hooks, no forward of its own."""
-    ours = CALLER in vars(module)  # one hook before its forward, one after it
     return not (
-        len(module._forward_hooks) > ours
-        or len(module._forward_pre_hooks) > ours
+        module._forward_hooks
+        or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)

@@ -6,25 +6,25 @@ exactly that tensor. Called by themselves, compiled, exported or traced, under h
 replica, they compute what they always did. A sequence that was begun and not ended is an error.
 """
 
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._rules import own_class
-from .eager import CALLER, only_forward, worth_fusing
+from .eager import only_forward, worth_fusing
 from .folding import runs_eagerly
 from .layers import FusedLayer
-from .swap import FusedModule, fused_class
+from .swap import FusedModule, fused_class, unmix
 
 # In the __dict__ of a sequence's layers, and of an `nn.Sequential` that calls sequences itself: by position.
 _PLACE = "_segfast_sequence"
 _SEQUENCES = "_segfast_sequences"
+# In that of a module whose forward calls them one by one.
+_CALLER = "_segfast_caller"
 
 
 _NOT_BEGUN = (-1, -1, None)
@@ -37,19 +37,10 @@ class _Caller:
 class _Run:
     """One forward of a caller: the sequences begun in it, each with its next layer, end and tensor."""
 
-    def __init__(self, frame: FrameType, outer: "_Run | None"):
-        self.frame = frame
-        self.error = sys.exc_info()[1]
-        self.outer = outer
-        self.begun: dict[FusedSequence, tuple[int, int, Tensor]] = {}
+    __slots__ = ("begun",)
 
-    def goes_on(self) -> bool:
-        """False after an interrupt, which passes by torch's hooks."""
-        try:
-            self.frame.clear()
-        except RuntimeError:  # what the frame of a running function does
-            return True
-        return False
+    def __init__(self) -> None:
+        self.begun: dict[FusedSequence, tuple[int, int, Tensor]] = {}
 
 
 class _Threads(threading.local):
@@ -109,11 +100,8 @@ class FusedSequence:
         some = layers[: len(self.layers)]
         return len(some) == len(self.layers) and all([a is b for a, b in zip(some, self.layers, strict=True)])
 
-    def compute(self, input: Any, may: Callable[[], bool] = lambda: True) -> tuple[Tensor, int] | None:
-        """The result of its first layers and of how many, or None if they shall compute it themselves.
-
-        may: a last condition, which costs something to ask.
-        """
+    def compute(self, input: Any) -> tuple[Tensor, int] | None:
+        """The result of its first layers and of how many, or None if they shall compute it themselves."""
         if _threads.forced is False or not self._is_unwatched():
             return None
         if not self.in_train and any([m.training for m in self.layers]):
@@ -121,9 +109,9 @@ class FusedSequence:
         length, first = self.options[0]
         known = first.ready(input)
         if known is not None:
-            return (known.run(input, None), length) if may() else None
+            return known.run(input, None), length
         # Costs as much as a small layer, and is asked last.
-        if not runs_fused(input, self.growth) or not may() or not runs_eagerly() or _is_checkpointed():
+        if not runs_fused(input, self.growth) or not runs_eagerly() or _is_checkpointed():
             return None
         for length, fused in self.options:
             if fused.is_eligible():
@@ -132,10 +120,8 @@ class FusedSequence:
 
     def _begin(self, run: _Run, input: Any) -> Tensor | None:
         if self in run.begun:
-            if run.goes_on():
-                raise self._broken(run)
-            return None
-        found = self.compute(input, run.goes_on)
+            raise self.broken(run)
+        found = self.compute(input)
         if found is None:
             return None
         output, length = found
@@ -145,7 +131,8 @@ class FusedSequence:
     def _is_unwatched(self) -> bool:
         return all([only_forward(m) for m in self.others])
 
-    def _broken(self, run: _Run) -> RuntimeError:
+    def broken(self, run: _Run) -> RuntimeError:
+        """The error of a sequence that was begun and not ended."""
         following, length, _ = run.begun[self]
         return RuntimeError(
             f"the fused layers {', '.join(self.names[:length])} were not called one after the other: "
@@ -188,6 +175,39 @@ class _Sequential(FusedModule):
         return input
 
 
+class _Calling(FusedModule):
+    """Mixed into the class of a module whose forward calls the layers of sequences, around its call.
+
+    The forward and its signature stay its own.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        caller = vars(self).get(_CALLER)
+        if caller is None or not _may_compute(self, args):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        runs, run = _threads.runs, _Run()
+        outer = runs.get(caller)
+        runs[caller] = run
+        try:
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if outer is None:
+                del runs[caller]
+            else:
+                runs[caller] = outer
+        if run.begun:
+            raise next(iter(run.begun)).broken(run)
+        return output
+
+
+def _may_compute(module: Any, args: tuple[Any, ...]) -> bool:
+    """True if some sequence may be computed in the module's call."""
+    if torch.compiler.is_compiling() or getattr(module, "_is_replica", False) or not runs_eagerly():
+        return False
+    # Channels grow by 6 in the blocks of MobileNets: no sequence in here will be worth it.
+    return _threads.forced is not None or len(args) != 1 or worth_fusing(args[0], 8)
+
+
 def fuse(caller: nn.Module, sequences: Sequence[FusedSequence]) -> None:
     """Let `caller`'s forward compute each sequence at once."""
     children = list(caller._modules.values())
@@ -198,8 +218,11 @@ def fuse(caller: nn.Module, sequences: Sequence[FusedSequence]) -> None:
             layer.__class__ = fused_class(_Layer, kind)
         begin = _place_in(children, sequence)
         if begin is None or own_class(caller).forward is not nn.Sequential.forward:
-            _hook(caller)
-            sequence.caller = vars(caller)[CALLER]
+            if _CALLER not in vars(caller):
+                vars(caller)[_CALLER] = _Caller()
+                kind = type(caller)
+                caller.__class__ = fused_class(_Calling, kind)
+            sequence.caller = vars(caller)[_CALLER]
             continue
         if _SEQUENCES not in vars(caller):
             vars(caller)[_SEQUENCES] = {}
@@ -214,29 +237,37 @@ def _place_in(children: Sequence[nn.Module | None], sequence: FusedSequence) -> 
     return first if first is not None and sequence.begins(children[first:]) else None
 
 
-def _hook(caller: nn.Module) -> None:
-    if CALLER not in vars(caller):
-        vars(caller)[CALLER] = _Caller()
-        caller.register_forward_pre_hook(_enter)
-        caller.register_forward_hook(_leave, always_call=True)
-
-
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse` for every sequence with a layer in `model`."""
     for module in list(model.modules()):
         if _PLACE in vars(module):
             for layer in vars(module)[_PLACE][0].layers:
                 if vars(layer).pop(_PLACE, None) is not None:
-                    layer.__class__ = layer.unfused_class
+                    unmix(layer, _Layer)
         if vars(module).pop(_SEQUENCES, None) is not None:
-            sequential: Any = module
-            sequential.__class__ = sequential.unfused_class
-        if vars(module).pop(CALLER, None) is not None:
-            for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _enter]:
-                del module._forward_pre_hooks[key]
-            for key in [k for k, hook in module._forward_hooks.items() if hook is _leave]:
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+            unmix(module, _Sequential)
+        if vars(module).pop(_CALLER, None) is not None:
+            unmix(module, _Calling)
+
+
+def unfuse_some(model: nn.Module, sequences: Collection[FusedSequence]) -> None:
+    """Undo `fuse` for these sequences, all of whose layers are in `model`."""
+    for sequence in sequences:
+        for layer in sequence.layers:
+            del vars(layer)[_PLACE]
+            unmix(layer, _Layer)
+    left = {place[0].caller for m in model.modules() if (place := vars(m).get(_PLACE)) is not None}
+    for module in model.modules():
+        places = vars(module).get(_SEQUENCES)
+        if places is not None:
+            for position in [position for position, sequence in places.items() if sequence in sequences]:
+                del places[position]
+            if not places:
+                del vars(module)[_SEQUENCES]
+                unmix(module, _Sequential)
+        if _CALLER in vars(module) and vars(module)[_CALLER] not in left:
+            del vars(module)[_CALLER]
+            unmix(module, _Calling)
 
 
 def sequence_of(module: nn.Module) -> FusedSequence | None:
@@ -258,30 +289,6 @@ def fusing(forced: bool) -> Iterator[None]:
         yield
     finally:
         _threads.forced = None
-
-
-def _enter(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or getattr(module, "_is_replica", False) or not runs_eagerly():
-        return
-    # Channels grow by 6 in the blocks of MobileNets: no sequence in here will be worth it.
-    if _threads.forced is None and len(args) == 1 and not worth_fusing(args[0], 8):
-        return
-    caller = vars(module)[CALLER]
-    _threads.runs[caller] = _Run(sys._getframe(1), _threads.runs.get(caller))
-
-
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    caller = vars(module)[CALLER]
-    run = _threads.runs.pop(caller, None)
-    if run is None:
-        return
-    if run.outer is not None and run.outer.goes_on():
-        _threads.runs[caller] = run.outer
-    # Where the forward itself failed, its own error says more.
-    if run.begun and sys.exc_info()[1] is run.error:
-        raise next(iter(run.begun))._broken(run)
 
 
 def _is_checkpointed() -> bool:

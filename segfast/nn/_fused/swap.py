@@ -33,11 +33,7 @@ class FusedModule:
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time: copies and pickles name those it was made from.
-        mixins, kind = [], type(self)
-        while issubclass(kind, FusedModule):
-            mixins.append(kind.__bases__[0])
-            kind = kind.unfused_class  # type: ignore[assignment]
-        return _remake, (tuple(mixins), kind), super().__reduce_ex__(protocol)[2]
+        return _remake, _mixins(type(self)), super().__reduce_ex__(protocol)[2]
 
 
 @functools.cache
@@ -46,6 +42,23 @@ def fused_class(mixin: Any, kind: Any) -> Any:
     # Of the same Python module, by which torch.fx tells what is torch's own.
     body = {"unfused_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(f"Fused{kind.__name__}", (mixin, kind), body)
+
+
+def unmix(module: nn.Module, mixin: Any) -> None:
+    """Take `mixin` out of the class of a fused module, whichever others are mixed in too."""
+    mixins, kind = _mixins(type(module))
+    for each in reversed(mixins):
+        kind = kind if each is mixin else fused_class(each, kind)
+    module.__class__ = kind
+
+
+def _mixins(kind: Any) -> tuple[tuple[Any, ...], Any]:
+    """What a class was made of: the mixins, the last one first, and the class of the module itself."""
+    mixins = []
+    while issubclass(kind, FusedModule):
+        mixins.append(kind.__bases__[0])
+        kind = kind.unfused_class
+    return tuple(mixins), kind
 
 
 def runs_in_eval(module: Any) -> bool:

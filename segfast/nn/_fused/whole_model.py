@@ -170,11 +170,6 @@ def lay_out_scores(last: nn.Module) -> None:
     _mix(_Last, last)
 
 
-def lays_out_scores(module: nn.Module) -> bool:
-    """True if `lay_out_scores` was called for it."""
-    return isinstance(module, _Last)
-
-
 def compute_on_aten(model: nn.Module) -> None:
     """Let `model` compute by ATen alone where "auto" would choose, without gradients."""
     _mix(_OnATen, model)
