@@ -76,7 +76,9 @@ def test_the_page_on_optimize_lists_the_candidates():
 
 def test_the_page_on_optimize_gives_the_numbers_that_are_so():
     page = " ".join(OPTIMIZE.split())
-    assert "at least 2 % faster" in page and measure._WORTH_IT == 0.98
+    assert "at least 1 % faster" in page and measure._WORTH_IT == 0.99
+    assert "no more than three quarters of what its calls" in page and measure._DECIDED == 0.75
+    assert "save less than 15 us" in page and measure._SEQUENCE_US == 15
     assert "at most 4 times smaller or larger" in page and _choice.FARTHEST == 4
     budget = inspect.signature(segfast.optimize).parameters["budget"].default
     assert "`budget=` (60 seconds)" in page and budget == 60

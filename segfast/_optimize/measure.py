@@ -40,7 +40,7 @@ _DECIDED = 0.75
 # activation that is not written over its input costs no more than that.
 _SEQUENCE_US, _SMALL = 15.0, 2**16
 # What a model must take of its time before to count as faster: less is noise.
-_WORTH_IT = 0.98
+_WORTH_IT = 0.99
 
 
 @dataclass(frozen=True)

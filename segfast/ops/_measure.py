@@ -23,8 +23,9 @@ _SLOPE = 0.01
 _HOPELESS = (3.0, 1.5, 1.2)
 # A round of one candidate takes at least so long, of several calls if need be.
 _SHORTEST_S = 1e-3
-# What a layer takes to come to anything but ATen, which is to be saved before it pays.
-_ASKING_US = 5.0
+# What a layer takes in a network, where caches are cold, to come to anything but ATen: to be saved before it
+# pays.
+_ASKING_US = 10.0
 # Of a call that takes so long the first one counts: what else a first call takes is little beside it.
 _LONG_S, _VERY_LONG_S = 1e-2, 5e-2
 # Read between two candidates, so that weights come from memory as they do in a network.
