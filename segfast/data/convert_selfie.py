@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from segfast._files import atomic_write
 from segfast.models import SelfieSegmenter
-from segfast.nn import ConvTranspose2d, DepthwiseConv2d
+from segfast.nn import Conv2d, ConvTranspose2d, DepthwiseConv2d
 
 # Each kind of layer with the name of its tensors in the file and the axes that make its kernel torch's.
 # The file numbers the layers of a kind in the order they run, in which `SelfieSegmenter` declares them; its
 # kernels are [out, H, W, in], those of depthwise layers [1, H, W, channels].
-KINDS: list[tuple[type[nn.Module], str, tuple[int, ...]]] = [
-    (nn.Conv2d, "conv2d", (0, 3, 1, 2)),
-    (DepthwiseConv2d, "depthwise_conv2d", (3, 0, 1, 2)),
-    (ConvTranspose2d, "segment", (3, 0, 1, 2)),
+KINDS: list[tuple[tuple[type[nn.Module], ...], str, tuple[int, ...]]] = [
+    ((nn.Conv2d, Conv2d), "conv2d", (0, 3, 1, 2)),
+    ((DepthwiseConv2d,), "depthwise_conv2d", (3, 0, 1, 2)),
+    ((ConvTranspose2d,), "segment", (3, 0, 1, 2)),
 ]
 
 
@@ -50,8 +50,8 @@ def convert(path: str | os.PathLike) -> dict[str, Tensor]:
     constant = tflite_constants(path)
     model = SelfieSegmenter()
     state = {}
-    for kind, source, axes in KINDS:
-        names = [name for name, module in model.named_modules() if type(module) is kind]
+    for kinds, source, axes in KINDS:
+        names = [name for name, module in model.named_modules() if type(module) in kinds]
         for number, name in enumerate(names):
             layer = f"{source}_{number}" if number else source
             state[f"{name}.weight"] = torch.from_numpy(constant(f"{layer}/Kernel").transpose(axes).copy())
