@@ -53,7 +53,7 @@ def unmix(module: nn.Module, mixin: Any) -> None:
 
 
 def _mixins(kind: Any) -> tuple[tuple[Any, ...], Any]:
-    """What a class was made of: the mixins, the last one first, and the class of the module itself."""
+    """The parts a class was made of: the mixins, the last one first, and the class of the module itself."""
     mixins = []
     while issubclass(kind, FusedModule):
         mixins.append(kind.__bases__[0])
