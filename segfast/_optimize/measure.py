@@ -323,7 +323,7 @@ def _milliseconds(
 
 
 def _seconds_on_aten(model: nn.Module) -> float:
-    """The seconds that ATen took for the calls of `model` in channels_last, as they were measured; on a CPU."""
+    """The seconds that ATen took for the calls of `model` in channels_last, as measured on a CPU."""
     calls = vars(model).get(RECORD, {}).get("calls", {})
     us = {call: choices().measured[call].us for call in calls if call in choices().measured}
     return sum(calls[call] * each.get(ATEN, 0.0) for call, each in us.items()) / 1e6
