@@ -280,13 +280,13 @@ def _make_ours(dense: Sequence[nn.Module]) -> None:
 def _give_back(dense: Sequence[nn.Module], model: nn.Module) -> None:
     """Let torch's own class compute again what ATen was chosen for, but for `model` itself.
 
-    The layout of weights stays.
+    Layers that were built as ours stay ours. The layout of weights stays.
     """
     for module in dense:
-        record = record_of(module)
-        ours = type(module) is Conv2d and module is not model
-        if ours and all(name.startswith("aten") for name in record.get("choices", ())):
-            record.pop("rule")
+        record = vars(module).get(RECORD, {})
+        replaced = type(module) is Conv2d and "rule" in record and module is not model
+        if replaced and all(name.startswith("aten") for name in record.get("choices", ())):
+            del record["rule"]
             record.pop("choices", None)
             module.__class__ = nn.Conv2d
 

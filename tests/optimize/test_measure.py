@@ -129,6 +129,16 @@ def test_what_is_timed_is_what_runs(wins, model_takes, monkeypatch):
     assert timed[0]["conv"] is nn.Conv2d
 
 
+def test_a_layer_that_was_built_as_ours_stays_ours_where_aten_computes_it(wins, model_takes):
+    wins(ATEN)
+    model_takes(3, 2, 1)
+    net = nn.Sequential(segfast.nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    kinds = [type(m) for m in net]
+    fast = segfast.optimize(net, _image())
+    assert [own_class(m) for m in fast] == kinds
+    assert [type(m) for m in segfast.restore(fast)] == kinds
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_model_that_is_not_faster_is_left_as_it_was(inplace, wins, model_takes):
     wins("onednn")
