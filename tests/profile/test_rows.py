@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import segfast
 from segfast._profile import timed
@@ -243,6 +244,18 @@ def test_a_dict_of_inputs():
         Named(), {"left": images(), "right": images()}, seconds=0.01, budget=0, progress=False
     )
     assert layers(found) == [("", "add")]
+
+
+def test_flops_that_no_row_has_are_told_with_their_unit():
+    class Recomputed(nn.Sequential):
+        def forward(self, x):  # autograd sees one node, in whose backward there is another
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    images = torch.ones(1, 2, 3, 5, requires_grad=True)
+    found = segfast.profile(Recomputed(nn.Conv2d(2, 4, 1)), images, True, seconds=0.01, budget=0)
+    assert sum(row.flops for row in found.rows) == 240
+    # The forward once more, and of the backward two parts.
+    assert "The rows have 240 FLOP of the 960 FLOP that the whole model has." in found.remarks
 
 
 def test_kernels_on_a_cpu_are_operators():
