@@ -26,7 +26,7 @@ from .verify import cloned, running_mode, undisturbed
 from .without_values import WithoutValues, tensors, written
 
 # Functions that hand out values, and call no operator that says so.
-_VALUES = ("numpy", "tolist", "array", "dlpack")
+_VALUES = ("numpy", "tolist", "array", "dlpack", "data_ptr")
 _ASK = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     attributes = [(module, _attributes(module)) for module in modules]
     modes = [(module, module.training) for module in modules]
     buffers = [(m, name, *_kept(buffer)) for m in modules for name, buffer in m._buffers.items()]
+    registered = [(module, set(module._buffers.keys())) for module in modules]
     parameters = [(p, p.requires_grad, *_kept(p.grad)) for p in model.parameters()]
     # manual_seed seeds every GPU.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -104,6 +105,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, names in registered:
+                for name in set(module._buffers.keys()) - names:
+                    delattr(module, name)
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
                     module._buffers[name] = _put_back(buffer, value)
@@ -136,8 +140,12 @@ def _copy_attributes(attributes: list[tuple[nn.Module, dict[str, Any]]], shared:
     memo = {id(each): each for each in shared}
     for module, kept in attributes:
         for name, value in kept.items():
-            with suppress(Exception):
+            known = len(memo)
+            try:
                 vars(module)[name] = copy.deepcopy(value, memo)
+            except Exception:
+                while len(memo) > known:  # copies of its parts may lack what follows
+                    memo.popitem()
 
 
 def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -148,9 +156,10 @@ def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def _put_back(tensor: Tensor | None, values: Tensor | None) -> Tensor | None:
     """The tensor with its values, written only if somebody changed them."""
     # Not by its version: a batch norm in training writes its statistics without counting it.
-    if tensor is not None and values is not None and not torch.equal(tensor, values):
-        tensor.copy_(values)
-    return tensor
+    if tensor is None or values is None or (tensor.layout == torch.strided and torch.equal(tensor, values)):
+        return tensor
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        return tensor.copy_(values)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ module's that is keyed by sizes, or a hook, it gets the values that a run of the
 """
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,13 @@ class _Number(NamedTuple):
     number: int
 
 
+class _Made(NamedTuple):
+    """A tensor that an operator made without values: its number, and how it lies in memory."""
+
+    number: int
+    stride: tuple[int, ...]
+
+
 class WithoutValues:
     """Computes operations: those of tensors without values give more of these, the others what they give."""
 
@@ -30,7 +37,7 @@ class WithoutValues:
         self._numbers = WeakTensorKeyDictionary()
         self._count = 0
         self._given: list[Tensor] = []
-        self._ran: list[tuple[Callable[..., Any], list[Any], Any, list[int]]] = []
+        self._ran: list[tuple[Any, list[Any], Any, list[_Made | None]]] = []
 
     def bare(self, t: Tensor) -> Tensor:
         """A tensor like `t`, without its values.
@@ -65,7 +72,11 @@ class WithoutValues:
             result = function(*args, **kwargs)
         else:
             result = self._shaped(function, leaves, structure, read)
-        self._ran.append((function, operands, structure, [self._number(t) for t in tensors(result)]))
+        made = [
+            _Made(self._number(leaf), leaf.stride()) if isinstance(leaf, Tensor) else None
+            for leaf in _pytree.tree_leaves(result)
+        ]
+        self._ran.append((function, operands, structure, made))
         return result
 
     def _shaped(self, function: Any, leaves: list[Any], structure: Any, read: list[Tensor]) -> Any:
@@ -124,12 +135,21 @@ class WithoutValues:
             for function, operands, structure, results in self._ran:
                 operands = [values[o.number] if isinstance(o, _Number) else o for o in operands]
                 args, kwargs = _pytree.tree_unflatten(operands, structure)
-                values.update(zip(results, tensors(function(*args, **kwargs)), strict=True))
+                for made, value in zip(results, _pytree.tree_leaves(function(*args, **kwargs)), strict=True):
+                    if made is not None and isinstance(value, Tensor):  # some tell of none that is not needed
+                        values[made.number] = _lying(value, made.stride, function)
             for t, number in alive.items():
                 value = values[number]
                 for dim in [dim for dim, stride in enumerate(t.stride()) if stride == 0]:
                     t, value = t.narrow(dim, 0, 1), value.narrow(dim, 0, 1)  # expanded
                 t.detach().copy_(value)
+
+
+def _lying(t: Tensor, stride: tuple[int, ...], function: Any) -> Tensor:
+    """What `function` made, as it lies without values, where torch tells of another layout than it makes."""
+    if t.stride() == stride or function.is_view or function._schema.is_mutable:
+        return t
+    return torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def tensors(value: Any) -> list[Tensor]:

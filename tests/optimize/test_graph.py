@@ -1,5 +1,6 @@
 """The graph of a forward: listed on a copy without values, or with them where they are asked for."""
 
+import ctypes
 import dataclasses
 import functools
 import threading
@@ -143,6 +144,7 @@ def test_operations_of_scripted_code_are_listed():
         lambda y: y.max().item(),
         lambda y: y.tolist(),
         lambda y: y.numpy().sum(),
+        lambda y: (ctypes.c_float * 2).from_address(y.data_ptr())[:],
         lambda y: torch.equal(y, y),
         lambda y: y[y > 0],
         lambda y: y.nonzero(),
@@ -293,6 +295,27 @@ def test_what_a_hook_takes_has_the_values_of_a_run():
         net(x)
     first, second = taken
     torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net, y: F.pixel_shuffle(y, 2).flatten(1),
+        lambda net, y: net.lstm(y.flatten(2))[0],
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layouts_and_results_that_torch_does_not_know_without_values(make, layout):
+    net, taken = Net(lambda net, y: y), []
+    net.lstm = nn.LSTM(36, 5, batch_first=True)
+    net.conv = nn.Conv2d(3, 4, 3, groups=1)
+    net.bn.register_forward_hook(lambda module, args, output: taken.append(make(net_of[0], output)))
+    net_of = [net.eval()]
+    x = torch.randn(1, 3, 8, 8).contiguous(memory_format=layout)
+    Graph(net, (x,), False)
+    with torch.no_grad():
+        net(x)
+    torch.testing.assert_close(taken[0], taken[-1])
 
 
 def test_the_random_state_and_buffers_stay():

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -36,6 +37,42 @@ def test_a_model_made_in_inference_mode_stays_as_it_was():
     with undisturbed(model), torch.no_grad():
         model(torch.zeros(1, 3, 8, 8))
     assert not model[1].num_batches_tracked
+
+
+@pytest.mark.parametrize("kind", ["sparse", "inference"])
+def test_unusual_buffers_are_put_back(kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with torch.inference_mode(kind == "inference"), torch.no_grad():
+        kept = torch.eye(3)
+        model.register_buffer("kept", kept.to_sparse() if kind == "sparse" else kept)
+    with undisturbed(model), torch.inference_mode():
+        model.kept.mul_(2)
+    assert model.kept.is_inference() == (kind == "inference")
+    torch.testing.assert_close(model.kept.to_dense(), torch.eye(3))
+
+
+def test_buffers_that_a_run_registers_are_gone():
+    model = nn.Conv2d(3, 4, 3)
+    with undisturbed(model):
+        model.register_buffer("grid", torch.zeros(3), persistent=False)
+    assert not hasattr(model, "grid") and not model._non_persistent_buffers_set
+    model.register_buffer("grid", torch.zeros(3))
+
+
+class Uncopyable:
+    """Something that holds what cannot be copied, and is of several modules."""
+
+    def __init__(self):
+        self.lock, self.scale = threading.Lock(), 2.0
+
+
+def test_what_cannot_be_copied_stays_whole_in_every_module():
+    shared = Uncopyable()
+    model = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU())
+    model[0].own, model[1].own, model[2].own = shared, shared, [shared, [1]]
+    with undisturbed(model):
+        assert model[1].own.scale == model[2].own[0].scale == 2
+    assert model[0].own is model[1].own is shared
 
 
 def undone(model):
