@@ -16,7 +16,6 @@ from segfast.ops.dense_crf import backend, device, device_filters, operators
 from segfast.ops.dense_crf.compute import Crf
 
 from .test_op_far_features import huge
-from .test_op_kernels import small_device  # noqa: F401
 
 
 @pytest.mark.interpreter
@@ -169,7 +168,7 @@ def test_spatial_kernel_narrower_than_its_number_format():
 
 
 @pytest.mark.interpreter
-@pytest.mark.usefixtures("small_device", "checked_launches")
+@pytest.mark.usefixtures("checked_launches")
 def test_launches_are_for_the_factors_that_there_are():
     kernels, factors, scale = segfast.kernels, torch.rand(1, 20), torch.rand(1, 3)
     features, values, unary = torch.rand(1, 20, 2), torch.rand(1, 20, 3), torch.rand(1, 3, 4, 5)
@@ -227,7 +226,6 @@ def test_features_are_known_to_fit_by_sizes_and_thetas_alone():
 
 
 @pytest.mark.interpreter
-@pytest.mark.usefixtures("small_device")
 def test_tolerance_and_thetas_reach_the_kernels_from_every_function(monkeypatch):
     tolerances, thetas = [], []
     build, choose = segfast.kernels.build_exact, device_filters.choose_kernels_method
