@@ -146,7 +146,7 @@ class WithoutValues:
 
 
 def _lying(t: Tensor, stride: tuple[int, ...], function: Any) -> Tensor:
-    """What `function` made, as it lies without values, where torch tells of another layout than it makes."""
+    """The result of `function` laid out as torch foretold it, where it makes another layout than that."""
     if t.stride() == stride or function.is_view or function._schema.is_mutable:
         return t
     return torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
