@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -250,7 +251,7 @@ class _Listing(TorchFunctionMode):
         """Add a line about a call: what it was given, tensors by where they are from."""
         if self._lines is not None:
             leaves, structure = _pytree.tree_flatten((args, kwargs))
-            given = [self._place(each) if isinstance(each, Tensor) else repr(each) for each in leaves]
+            given = [self._place(each) if isinstance(each, Tensor) else _whole(each) for each in leaves]
             self._lines.append(f"{self._stack[-1:]} {name} {structure} {given}")
 
     def _place(self, t: Tensor) -> str:
@@ -312,6 +313,13 @@ def _shares(t: Tensor, others: Iterable[Tensor]) -> bool:
 
 def _described(t: Tensor) -> str:
     return f"{t.dtype} {list(t.shape)} {list(t.stride())}"
+
+
+def _whole(value: Any) -> str:
+    """A text that tells `value` from others; NumPy's own leaves out what is in the middle of large arrays."""
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return repr(value)
 
 
 def digest_of_values(t: Tensor) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,7 +301,7 @@ def test_what_a_hook_takes_has_the_values_of_a_run():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda net, y: F.pixel_shuffle(y, 2).flatten(1),
+        lambda net, y: F.pixel_shuffle(net.wide(y), 2).flatten(1),
         lambda net, y: net.lstm(y.flatten(2))[0],
     ],
 )
@@ -308,7 +309,7 @@ def test_what_a_hook_takes_has_the_values_of_a_run():
 def test_layouts_and_results_that_torch_does_not_know_without_values(make, layout):
     net, taken = Net(lambda net, y: y), []
     net.lstm = nn.LSTM(36, 5, batch_first=True)
-    net.conv = nn.Conv2d(3, 4, 3, groups=1)
+    net.wide = nn.Conv2d(4, 16, 1)
     net.bn.register_forward_hook(lambda module, args, output: taken.append(make(net_of[0], output)))
     net_of = [net.eval()]
     x = torch.randn(1, 3, 8, 8).contiguous(memory_format=layout)
@@ -316,6 +317,15 @@ def test_layouts_and_results_that_torch_does_not_know_without_values(make, layou
     with torch.no_grad():
         net(x)
     torch.testing.assert_close(taken[0], taken[-1])
+
+
+def test_a_number_amid_a_large_array_makes_another_digest():
+    table, x = np.zeros(2000, np.float32), torch.zeros(1, 3, 8, 8)
+    net = Net(lambda net, y: y + torch.from_numpy(table).sum()).eval()
+    first = Graph(net, (x,), False).digest
+    assert first is not None and first == Graph(net, (x,), False).digest
+    table[1000] = 1
+    assert first != Graph(net, (x,), False).digest
 
 
 def test_the_random_state_and_buffers_stay():
