@@ -18,6 +18,7 @@ from ..nn._fused.aspp import FusedASPP
 from ..nn._fused.conv import FusedConv
 from ..nn._fused.separable import FusedSeparable
 from ..nn._fused.sequence import FusedSequence
+from ..ops.conv_transpose2d import functional as transposed
 from .facts import is_copying, kind_of_function, kind_of_fused, kind_of_module, parts_of_fused
 
 Clock = Callable[[], Any]
@@ -128,7 +129,8 @@ class Watch:
                 (FusedConv, "run", self._of_fused),
                 (FusedSeparable, "run", self._of_fused),
                 (FusedASPP, "run", self._of_aspp),
-                (whole_model, "interpolate", self._of_resize),
+                (whole_model, "interpolate", self._of_function("resize")),
+                (transposed, "by_axis", self._of_function("conv_transpose2d")),
             ):
                 watched = self._watched(vars(owner)[name], key_of)
                 stack.enter_context(_replaced(owner, name, watched))
@@ -158,8 +160,8 @@ class Watch:
                 self._in_leaf = False
                 if popped:
                     self._mode.__enter__()
-            if output is None and type(args[0]) is FusedSequence:
-                self.spans.pop()  # its layers shall compute it themselves
+            if output is None and not isinstance(args[0], nn.Module):
+                self.spans.pop()  # others shall compute it
             elif self._observe is not None:
                 self._observe(span, (args, kwargs), output)
             return output
@@ -189,8 +191,8 @@ class Watch:
     def _of_aspp(self, fused: FusedASPP, owner: nn.Module, *args: Any) -> Key | None:
         return self._of_parts(list(owner.modules()), "aspp")
 
-    def _of_resize(self, *args: Any) -> Key | None:
-        return Key(self.innermost(), "resize", is_leaf=True)
+    def _of_function(self, kind: str) -> Callable[..., Key]:
+        return lambda *_: Key(self.innermost(), kind, is_leaf=True)
 
     def _of_parts(self, parts: Sequence[nn.Module], kind: str) -> Key | None:
         """The key of layers that are computed as one; None of layers of another model."""

@@ -131,3 +131,20 @@ def test_calls_of_one_layer_have_their_own():
 
     found = segfast.profile(Twice(), torch.randn(1, 4, 8, 8), seconds=0.01, budget=0, progress=False)
     assert [row.flops for row in found.rows if row.name == "conv" and row.flops] == [2048, 1024]
+
+
+def test_a_fixed_enlargement_that_a_forward_calls_is_one_row():
+    """It runs one axis at a time, and where a counter looks as one transposed convolution."""
+    weight, matrix = segfast.nn.init.bilinear_(torch.empty(4, 4, 16, 16)), torch.ones(24, 2)
+
+    class Enlarges(nn.Module):
+        def forward(self, x):
+            return segfast.functional.conv_transpose2d(x, weight, stride=8, padding=4) @ matrix
+
+    net, images = Enlarges(), torch.randn(1, 4, 3, 3)
+    found = segfast.profile(net, images, seconds=0.01, budget=0, progress=False)
+    product = 2 * 4 * 24 * 24 * 2
+    # Copies within it are rows beside it.
+    copies = ("layout copy", "between layers")
+    layers = [(row.kind, row.flops) for row in found.rows if row.kind not in copies]
+    assert layers == [("conv_transpose2d", torchs(net, images, False) - product), ("other", product)]

@@ -91,20 +91,35 @@ def conv_transpose2d(
             input, weight, bias, scale, shift, residual, steps, pads, extra, groups, rates, activation,
             negative_slope,
         )  # fmt: skip
-    factors = channelwise_factors(input, weight, stride, groups, dilation)
-    if factors is None and input.is_cpu and scale is None and shift is None:
-        y = conv_transpose2d_chosen(
+    y = by_axis(input, weight, bias, steps, pads, extra, groups, rates)
+    if y is None and input.is_cpu and scale is None and shift is None:
+        whole = conv_transpose2d_chosen(
             input, weight, bias, steps, pads, extra, rates, groups, residual, activation, negative_slope
         )
-        if y is not None:
-            return y
-    if factors is None:
+        if whole is not None:
+            return whole
+    if y is None:
         # As they came: torch makes less work of numbers than of pairs.
         y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    else:
-        check_conv_transpose2d(input, weight, bias, steps, pads, extra, groups, rates)
-        y = upsample_separable(input, factors, steps, pads, extra, bias)
     if activation is not None or scale is not None or shift is not None or residual is not None:
         check_epilogue(y.shape, input.device, scale, shift, residual)
         y = apply_epilogue(y, scale, shift, residual, activation, negative_slope)
     return y
+
+
+def by_axis(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    groups: int,
+    dilation: Pair,
+) -> Tensor | None:
+    """The transposed convolution, one axis after the other; None where the weight does not allow it."""
+    factors = channelwise_factors(input, weight, stride, groups, dilation)
+    if factors is None:
+        return None
+    check_conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return upsample_separable(input, factors, stride, padding, output_padding, bias)
