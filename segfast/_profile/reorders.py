@@ -32,8 +32,8 @@ _Read = tuple[bytes, float]
 
 
 def reorders_of(task: Task, plan: Plan) -> tuple[Copies, Copies]:
-    """The copies that oneDNN makes forward and backward; none on a GPU, or where torch has no oneDNN."""
-    if task.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """The copies that oneDNN makes forward and backward; none on a GPU, without oneDNN or without a stdout."""
+    if task.device.type != "cpu" or not torch.backends.mkldnn.is_available() or sys.stdout is None:
         return {}, {}
     with _stdout_to_file() as (written, file):
 
@@ -74,6 +74,7 @@ def _stdout_to_file() -> Iterator[tuple[Callable[[], int], IO[bytes]]]:
     """Stdout goes to a file meanwhile; yields a function that tells how much was written, and the file."""
     library = ctypes.CDLL(None)
     sys.stdout.flush()
+    library.fflush(None)
     saved = os.dup(1)
     try:
         with tempfile.TemporaryFile() as file:

@@ -1,6 +1,7 @@
 """`segfast profile`: a table in the terminal, files in a folder, a model in every form."""
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,12 @@ def test_options(capsys):
     )
     assert "forward and backward, input [2, 3, 32, 32] bfloat16" in out
     assert "backward" in out and "aten::" in out
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch, folder):
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+    assert cli.main(["profile", "models.py:net", "-o", "out", *QUICK]) == 0
+    assert (folder / "out" / "profile.csv").exists()
 
 
 def test_files(capsys, folder):

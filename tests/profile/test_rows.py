@@ -1,6 +1,7 @@
 """The rows of networks: a row for each layer, function, copy and cast; and the network as it was."""
 
 import copy
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import segfast
 from segfast._profile import timed
 from segfast._profile.facts import LAYOUT_COPY
-from segfast._profile.reorders import copies_told
+from segfast._profile.reorders import _stdout_to_file, copies_told
 from segfast._profile.rows import Profile
 from segfast.nn._fused.sequence import fusing
 from tests.profile.conftest import ROOF
@@ -145,6 +146,13 @@ def test_what_onednn_lays_out_anew_is_a_row():
         b"dst:bf16::blocked:ABcd16b16a::f0,attr-scratchpad:user,,64x64x3x3,0.5\n"
     )
     assert copies_told(2 * lines, 0.02, 2) == [(LAYOUT_COPY, 0.25, 64 * 56 * 56), ("cast", 0.05, 64 * 64 * 9)]
+
+
+def test_what_was_written_before_still_reaches_stdout(capfd):
+    ctypes.CDLL(None).printf(b"written by C before")
+    with _stdout_to_file() as (written, _):
+        assert written() == 0
+    assert capfd.readouterr().out == "written by C before"
 
 
 def test_fused_layers_are_one_row():
