@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,8 @@ from .rows import Profile, Row
 from .spans import Span
 from .timed import MOST_OFF, times_of
 
-_STAGES = 6
+# While one thread watches, the call of every module and stdout are not as they are: others wait for it.
+_alone = threading.RLock()
 
 
 def profile(
@@ -49,7 +51,7 @@ def profile(
     under its profiler. The roof (the rate of matrix products in each dtype, and of a copy) is measured on the
     device and remembered in the user's cache. A copy of the model goes through `segfast.optimize`, for the
     times of the candidates and the gain to expect. The model, its gradients, its buffers and modes, the
-    inputs and the random state stay as they are.
+    inputs and the random state stay as they are. Of several threads one profiles at a time.
 
     Args:
         model: any module, on a CPU or a CUDA GPU.
@@ -87,7 +89,7 @@ def profile(
     _check(task, nvtx, seconds, budget, optimize)
     if compile and (optimize or nvtx):
         raise ValueError("compile: layers are not told apart in a graph; leave out optimize and nvtx")
-    with _bar(progress) as stage, undisturbed(model), running_mode(model, train):
+    with _alone, _bar(progress) as stage, undisturbed(model), running_mode(model, train):
         optimized = Optimized()
         if compile:
             stage("compiling and timing")
@@ -203,7 +205,7 @@ def _bar(shown: bool) -> Iterator[Callable[[str], None]]:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            bar = tqdm(total=_STAGES, desc="profiling", unit="stage", leave=False)
+            bar = tqdm(desc="profiling", unit=" stages", leave=False)
 
     def stage(name: str) -> None:
         if bar is not None:

@@ -32,7 +32,7 @@ _Read = tuple[bytes, float]
 
 
 def reorders_of(task: Task, plan: Plan) -> tuple[Copies, Copies]:
-    """The copies that oneDNN makes forward and backward; none on a GPU, without oneDNN or without a stdout."""
+    """The copies that oneDNN makes forward and backward; none on a GPU, or without oneDNN or stdout."""
     if task.device.type != "cpu" or not torch.backends.mkldnn.is_available() or sys.stdout is None:
         return {}, {}
     with _stdout_to_file() as (written, file):

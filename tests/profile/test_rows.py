@@ -4,6 +4,8 @@ import copy
 import ctypes
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,27 @@ def test_the_network_is_as_it_was(train):
     assert torch.equal(x, given) and x.grad is None
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     assert os.path.samestat(os.fstat(1), stdout)
+
+
+def test_of_two_threads_one_profiles_at_a_time():
+    running = [threading.Event(), threading.Event()]
+    met = []
+
+    def profile(turn: int) -> None:
+        class Waits(nn.Module):
+            def forward(self, x):
+                if not running[turn].is_set():
+                    running[turn].set()
+                    met.append(running[1 - turn].wait(0.3))
+                return x + 1
+
+        profiled(Waits(), images())
+
+    call = nn.Module.__call__
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(profile, range(2)))
+    # The first ran alone, when the second did the first was done.
+    assert met == [False, True] and nn.Module.__call__ is call
 
 
 def test_what_raises_leaves_no_trace():
