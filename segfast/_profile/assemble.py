@@ -42,7 +42,7 @@ def rows_of(
 def with_roof(row: Row, roof: Roof) -> Row:
     """The row with what bounds it, and its share of that roof.
 
-    A call whose work would at the roof be done in less than any call takes is bound by the launch.
+    Work that would at the roof be done in less than any call takes has no share: the launch bounds it.
     """
     if row.kind == BETWEEN:
         return replace(row, bound="launch")
@@ -50,13 +50,14 @@ def with_roof(row: Row, roof: Roof) -> Row:
     compute = 1e6 * row.flops / roof.flops_per_s.get(dtype, math.inf)
     memory = 1e6 * row.bytes / roof.bytes_per_s
     least = max(compute, memory)
+    is_measurable = least > roof.call_us
     if row.kind in (LAYOUT_COPY, CAST):
         bound = "layout copy"
-    elif least <= roof.call_us:
-        return replace(row, bound="launch")
-    else:
+    elif is_measurable:
         bound = "compute" if compute >= memory else "memory"
-    return replace(row, bound=bound, roof_share=least / row.us if least and row.us else None)
+    else:
+        bound = "launch"
+    return replace(row, bound=bound, roof_share=least / row.us if is_measurable and row.us else None)
 
 
 def _forward(

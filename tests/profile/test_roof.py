@@ -95,6 +95,7 @@ ROOF = Roof("device", 1, {"float32": 1e12, "bfloat16": 4e12}, 1e10, 3.0)
         ({"flops": 10**6, "bytes": 10**4, "dtype": "float32"}, "launch", None),
         ({"kind": "layout copy", "bytes": 10**6}, "layout copy", 0.5),
         ({"kind": "cast", "bytes": 10**6}, "layout copy", 0.5),
+        ({"kind": "cast", "bytes": 10**4}, "layout copy", None),
         ({"kind": "between layers"}, "launch", None),
     ],
 )
