@@ -43,16 +43,13 @@ class Optimized:
 
 def optimized_copy(task: Task, budget: float, progress: bool) -> Optimized:
     """A copy of the model after `segfast.optimize`, which measures for `budget` seconds at most."""
-    on_gpu = task.device.type == "cuda"
-    if task.train and not on_gpu:
+    if task.train and task.device.type == "cpu":
         return Optimized(remark="On a CPU segfast.optimize measures inference alone: profile without train.")
     try:
         model = copy.deepcopy(task.model)
     except Exception as error:
         return Optimized(remark=f"The model cannot be deep-copied ({error}), so it was not optimized.")
-    model = optimize(
-        model, task.inputs, inplace=True, budget=budget, progress=progress, train=task.train and on_gpu
-    )
+    model = optimize(model, task.inputs, inplace=True, budget=budget, progress=progress, train=task.train)
     gain = report(model).gain
     remark = (
         "segfast.optimize found nothing in the model that it could run otherwise." if gain is None else ""

@@ -4,11 +4,12 @@ A mark bears the id of its row in the table (`data-r`), where the text that is s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from .colors import layers
 from .quantities import (
+    at_the_roof,
     digits,
     kind_of,
     kinds_of,
@@ -17,6 +18,7 @@ from .quantities import (
     milliseconds,
     percent,
     scaled,
+    shape,
     sums,
     timeline,
 )
@@ -108,11 +110,7 @@ def _axes(plot: Roofline) -> list[str]:
 
 def _roofs(plot: Roofline, parts: list[str]) -> list[tuple[float, float, float, float]]:
     """Add the slope, the levels and their names to `parts`; the ends of each line."""
-    start = max(plot.x[0], plot.y[0] / plot.bytes_per_s)
-    top = plot.levels[0][1]
-    ends = [((start, start * plot.bytes_per_s), (top / plot.bytes_per_s, top))]
-    ends += [((rate / plot.bytes_per_s, rate), (plot.x[1], rate)) for _, rate in plot.levels]
-    lines = [(*_place(plot, *first), *_place(plot, *last)) for first, last in ends]
+    lines = [(*_place(plot, *first), *_place(plot, *last)) for first, last in plot.roofs()]
     parts += [_line("roof", *line) for line in lines]
     heights = spread([line[1] for line in lines[1:]], _TEXT_HEIGHT)
     for (name, _), y in zip(plot.levels, heights, strict=True):
@@ -155,16 +153,10 @@ def name_html(name: str) -> str:
     return f'<span class="name" title="{escape(name)}"><bdi>{escape(name)}</bdi></span>'
 
 
-def kind_bars(profile: Profile, classes: Classes) -> str:
-    """A bar for each kind of operation."""
-    groups = sums(profile.rows, kind_of)
-    return _bars(profile, [(kind, f"{len(rows)}", rows, "") for kind, rows in groups], classes)
-
-
-def bound_bars(profile: Profile, classes: Classes) -> str:
-    """A bar for each of what bounds the rows, in the colors of their kinds."""
-    groups = sums(profile.rows, lambda row: row.bound or "not known")
-    return _bars(profile, [(bound, f"{len(rows)}", rows, "") for bound, rows in groups], classes)
+def sum_bars(profile: Profile, key: Callable[[Row], str], classes: Classes) -> str:
+    """A bar for all rows that share a key, in the colors of their kinds."""
+    bars = [(name, f"{len(rows)}", rows, "") for name, rows in sums(profile.rows, key)]
+    return _bars(profile, bars, classes)
 
 
 def layer_bars(profile: Profile, view: str, classes: Classes) -> str:
@@ -195,8 +187,7 @@ def _bars(
             for kind, part in sums([row for row in rows if row.direction == direction], kind_of)
         )
         known = roofs and all(row.roof_share is not None for row in rows)
-        at_roof = sum(row.us * min(1.0, row.roof_share or 0.0) for row in rows)
-        tick = f'<b style="left:{100 * at_roof / longest:.3f}%"></b>' if known else ""
+        tick = f'<b style="left:{100 * at_the_roof(rows) / longest:.3f}%"></b>' if known else ""
         mark = f' data-r="{row_id}"' if row_id else ""
         parts.append(
             f'<div class="bar"{mark}>{name_html(name)}'
@@ -258,7 +249,7 @@ def _extent(start: float, length: float, whole: float) -> str:
 
 def tip(row: Row, whole_us: float) -> str:
     """All there is to say of a row, a line each."""
-    facts = [kind_of(row), row.direction, "x".join(map(str, row.output)), row.dtype, row.memory_format]
+    facts = [kind_of(row), row.direction, shape(row), row.dtype, row.memory_format]
     lines = [label(row), ", ".join(filter(None, facts))]
     lines.append(
         f"{milliseconds(row.us)} (p20 {milliseconds(row.p20_us)}, p80 {milliseconds(row.p80_us)}), "
@@ -268,8 +259,8 @@ def tip(row: Row, whole_us: float) -> str:
         arithmetic = f"{scaled(row.flops, 'FLOP')}, " if row.flops else ""
         intensity = f", {digits(row.intensity)} FLOP/B" if row.flops else ""
         lines.append(f"{arithmetic}{scaled(row.bytes, 'B')} at least{intensity}")
-    rates = [f"{scaled(row.flops / row.us * 1e6, 'FLOP/s')}"] if row.flops and row.us else []
-    rates += [f"{scaled(row.bytes / row.us * 1e6, 'B/s')}"] if row.bytes and row.us else []
+    rates = [scaled(row.flops / row.us * 1e6, "FLOP/s")] if row.flops and row.us else []
+    rates += [scaled(row.bytes / row.us * 1e6, "B/s")] if row.bytes and row.us else []
     rates += [] if row.roof_share is None else [f"{percent(row.roof_share)} of the roof"]
     rates += [f"bound by {row.bound}"] if row.bound else []
     lines += [", ".join(rates)] if rates else []

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .quantities import BETWEEN, kind_of, label, sums
+from .facts import BETWEEN, CAST, LAYOUT_COPY
+from .quantities import kind_of, label, sums
 from .rows import Row
 
 # On a light and on a dark ground. Work has hues of its own, what a user can avoid is red, the rest gray.
@@ -15,8 +16,8 @@ COLORS = {
     "resize": ("#008300", "#37a037"),
     "cat": ("#eb6834", "#d95926"),
     "add": ("#a0622d", "#b98050"),
-    "layout copy": ("#c3202f", "#f06a6a"),
-    "cast": ("#8c1d5b", "#c9689c"),
+    LAYOUT_COPY: ("#c3202f", "#f06a6a"),
+    CAST: ("#8c1d5b", "#c9689c"),
     BETWEEN: ("#b5b4ad", "#6f6e69"),
     "other": ("#85847e", "#8f8e88"),
 }

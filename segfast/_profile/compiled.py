@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from .._timing import quantiles
 from ..commands._memory import profiler_silenced
 from .facts import BETWEEN, kind_of_name
 from .passes import Stopwatch, Task, plain_pass
-from .profiled import PREFIX, device_us, kernels_of
+from .profiled import PREFIX, device_us, kernels_of, profiler_of
 from .roof import roof_of
 from .rows import Profile, Row
-from .timed import Interval, Samples
+from .timed import Interval, Samples, Times, add_whole
 
 _ROUNDS = 10
 # What ran, apart from the runtime around it: operators, and inductor's kernels.
@@ -29,51 +29,40 @@ def compiled_profile(task: Task, title: str, seconds: float, wants_kernels: bool
 
     stopwatch = Stopwatch(task.device)
     times: dict[str, dict[tuple[int, str], Samples]] = {"forward": {}, "backward": {}}
-    whole: tuple[list[float], list[float]] = ([], [])
-    plain: tuple[list[float], list[float]] = ([], [])
+    wholes = Times()
     with inductor.patch({"cpp.enable_kernel_profile": True}):
         compiled = replace(task, model=torch.compile(task.model))  # type: ignore[arg-type]
         for _ in range(2):
             plain_pass(compiled, stopwatch.now)
         begun = time.perf_counter()
         for turn in range(_ROUNDS):
-            _add(plain, plain_pass(compiled, stopwatch.now), stopwatch)
-            profiler = _profiler(task.device)
+            found = plain_pass(compiled, stopwatch.now)
+            stopwatch.wait()
+            add_whole(wholes.plain, found, stopwatch)
+            profiler = profiler_of(task.device)
             with profiler_silenced(), profiler:
                 found = plain_pass(compiled, stopwatch.now, lambda part: record_function(PREFIX + part))
                 stopwatch.wait()
-            _add(whole, found, stopwatch)
+            add_whole(wholes.whole, found, stopwatch)
             for direction, parts in times.items():
                 _collect(parts, profiler, direction, task.device.type == "cuda")
             if turn + 1 >= 3 and time.perf_counter() - begun > seconds:
                 break
     rows: list[Row] = []
-    for direction, walls in zip(times, whole, strict=True):
+    for direction, walls in zip(times, wholes.whole, strict=True):
         rows += _rows(times[direction], direction, walls)
     dtypes = {t.dtype for t in (*task.model.parameters(), *task.model.buffers())}
     return Profile(
         title=title,
         rows=tuple(rows),
         roof=roof_of(task.device, dtypes),
-        whole_us=sum(quantiles(each)[0] for each in whole if each),
-        plain_us=sum(quantiles(each)[0] for each in plain if each),
+        whole_us=wholes.whole_us(),
+        plain_us=wholes.plain_us(),
         train=task.train,
         batch=task.batch(),
         kernels=kernels_of(profiler, task.device.type == "cuda") if wants_kernels else (),
         remarks=("Of compiled graphs FLOPs and bytes are not known kernel by kernel, nor what bounds each.",),
     )
-
-
-def _profiler(device: torch.device) -> profile:
-    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    return profile(activities=[ProfilerActivity.CPU, *on_gpu])
-
-
-def _add(walls: tuple[list[float], list[float]], found: Any, stopwatch: Stopwatch) -> None:
-    stopwatch.wait()
-    for wall, reading in zip(walls, (found.forward, found.backward), strict=True):
-        if reading is not None:
-            wall.append(stopwatch.us(*reading))
 
 
 def _collect(parts: dict[tuple[int, str], Samples], profiler: Any, direction: str, on_gpu: bool) -> None:

@@ -64,28 +64,23 @@ def roofline_figure(profile: Profile) -> Any:
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=_SMALL)
     else:
         axes.text(0.5, 0.2, NO_POINTS, transform=axes.transAxes, ha="center", color=_INK)
-    roofs = _draw_roofs(axes, plot)
+    _draw_roofs(axes, plot)
     figure.draw_without_rendering()  # lays the axes out: from here on places in pixels are known
     title.set_x(axes.get_position().x0)
-    lines = [(*_pixels(axes, *start), *_pixels(axes, *end)) for start, end in roofs]
-    _name_slope(axes, plot, roofs[0][0], lines[0])
+    lines = [(*_pixels(axes, *start), *_pixels(axes, *end)) for start, end in plot.roofs()]
+    _name_slope(axes, plot, lines[0])
     _name_points(axes, profile, plot, lines)
     return figure
 
 
-def _draw_roofs(axes: Any, plot: Roofline) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """Draw the slope and the levels; the ends of each line."""
-    top = plot.levels[0][1]
-    start = max(plot.x[0], plot.y[0] / plot.bytes_per_s)
-    lines = [((start, start * plot.bytes_per_s), (top / plot.bytes_per_s, top))]
-    lines += [((rate / plot.bytes_per_s, rate), (plot.x[1], rate)) for _, rate in plot.levels]
-    for (x0, y0), (x1, y1) in lines:
+def _draw_roofs(axes: Any, plot: Roofline) -> None:
+    """Draw the slope and the levels."""
+    for (x0, y0), (x1, y1) in plot.roofs():
         axes.plot((x0, x1), (y0, y1), color=_MUTED, linewidth=1.4, zorder=1)
     # In shares of the height, downward.
     heights = [math.log(plot.y[1] / rate) / math.log(plot.y[1] / plot.y[0]) for _, rate in plot.levels]
     for (name, _), height in zip(plot.levels, spread(heights, 0.04), strict=True):
         axes.text(1.01, 1 - height, name, transform=axes.transAxes, va="center", **_NOTE)
-    return lines
 
 
 def _pixels(axes: Any, x: float, y: float) -> tuple[float, float]:
@@ -94,11 +89,17 @@ def _pixels(axes: Any, x: float, y: float) -> tuple[float, float]:
     return right, -up
 
 
-def _name_slope(axes: Any, plot: Roofline, start: tuple[float, float], line: Box) -> None:
+def _name_slope(axes: Any, plot: Roofline, line: Box) -> None:
     angle = math.degrees(math.atan2(line[1] - line[3], line[2] - line[0]))
     name = f"memory {scaled(plot.bytes_per_s, 'B/s')}"
     axes.annotate(
-        name, start, (8, 12), textcoords="offset points", rotation=angle, rotation_mode="anchor", **_NOTE
+        name,
+        plot.roofs()[0][0],
+        (8, 12),
+        textcoords="offset points",
+        rotation=angle,
+        rotation_mode="anchor",
+        **_NOTE,
     )
 
 

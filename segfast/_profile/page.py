@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 from .charts import (
     Classes,
-    bound_bars,
-    kind_bars,
     layer_bars,
     legend,
     name_html,
     roofline_svg,
     stacked,
+    sum_bars,
     timeline_html,
     tip,
 )
@@ -55,12 +54,9 @@ def html_page(profile: Profile) -> str:
     views = [("a", profile)] + ([("b", profile.optimized)] if profile.optimized is not None else [])
     hues = colors([row for _, each in views for row in each.rows])
     classes = {kind: f"k{i}" for i, kind in enumerate(hues)}
-    body = [
-        _header(profile),
-        _advice(profile),
-        *([_comparison(profile, classes)] if profile.optimized else []),
-    ]
+    body = [_header(profile), _advice(profile)]
     if profile.optimized is not None:
+        body.append(_comparison(profile, profile.optimized, classes))
         body.append(
             '<div class="switch"><button data-view="a">before</button>'
             '<button data-view="b">after</button></div>'
@@ -98,13 +94,8 @@ def _header(profile: Profile) -> str:
         tiles.append(("optimized", milliseconds(after), f"{profile.plain_us / after:.2f} times as fast"))
     elif profile.expected_gain is not None and profile.expected_gain > 1:
         after = profile.plain_us / profile.expected_gain
-        tiles.append(
-            (
-                "expected of segfast.optimize",
-                milliseconds(after),
-                f"{profile.expected_gain:.2f} times as fast",
-            )
-        )
+        gain = f"{profile.expected_gain:.2f} times as fast"
+        tiles.append(("expected of segfast.optimize", milliseconds(after), gain))
     cells = "".join(
         f'<div class="tile"><span>{name}</span><strong>{value}</strong><span>{note}</span></div>'
         for name, value, note in tiles
@@ -136,11 +127,8 @@ def _advice(profile: Profile) -> str:
     return _card("What segfast would do", text + (f'<p class="note">{gain}</p>' if gain else ""))
 
 
-def _comparison(profile: Profile, classes: Classes) -> str:
+def _comparison(profile: Profile, after: Profile, classes: Classes) -> str:
     """Before and after: the whole by kind, and the layers whose time changed the most."""
-    after = profile.optimized
-    if after is None:
-        return ""
     longest = max(microseconds(profile.rows), microseconds(after.rows)) or 1.0
     bars = "".join(
         f'<div class="bar"><span>{name}</span>{stacked(each.rows, longest, classes)}'
@@ -190,8 +178,8 @@ def _view(profile: Profile, view: str, classes: Classes) -> str:
     zoom = "".join(f'<button data-zoom="{times}">{times}x</button>' for times in (1, 4, 16))
     cards = [
         '<div class="pair">'
-        + _card("By kind of operation", kind_bars(profile, mine))
-        + _card("By what bounds it", bound_bars(profile, mine))
+        + _card("By kind of operation", sum_bars(profile, kind_of, mine))
+        + _card("By what bounds it", sum_bars(profile, lambda row: row.bound or "not known", mine))
         + "</div>",
         _card("Roofline", roofline_svg(profile, view, mine), "A point a row; its area is its time."),
         _card(

@@ -42,8 +42,7 @@ def profiled_pass(task: Task, plan: Plan, wants_kernels: bool) -> Profiled:
     """Run one pass under the profiler."""
     on_gpu = task.device.type == "cuda"
     watch = plan.watch(_no_clock, annotate=lambda span: record_function(f"{PREFIX}{span.index}"))
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    profiler = profile(activities=activities, record_shapes=True, profile_memory=not on_gpu)
+    profiler = profiler_of(task.device, record_shapes=True, profile_memory=not on_gpu)
     with profiler_silenced(), profiler:
         plan.check(watched_pass(task, watch, _no_clock, _no_clock))
     copies: Copies = {}
@@ -54,6 +53,12 @@ def profiled_pass(task: Task, plan: Plan, wants_kernels: bool) -> Profiled:
             copies[index] = _copies(event, on_gpu) if plan.keys[index].kind != LAYOUT_COPY else []
     peaks = _gpu_peaks(task, plan) if on_gpu else _peaks(profiler, plan)
     return Profiled(copies, peaks, kernels_of(profiler, on_gpu) if wants_kernels else ())
+
+
+def profiler_of(device: torch.device, **options: Any) -> profile:
+    """torch's profiler of a device, not yet begun."""
+    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    return profile(activities=[ProfilerActivity.CPU, *on_gpu], **options)
 
 
 def _no_clock() -> int:

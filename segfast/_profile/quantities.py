@@ -4,11 +4,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from .facts import BETWEEN
 from .rows import Profile, Row
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-# The rest between the layers: nothing runs there, so a timeline shows it as the gaps that it is.
-BETWEEN = "between layers"
 
 
 def digits(value: float) -> str:
@@ -114,7 +113,7 @@ def timeline(rows: Sequence[Row]) -> list[Span]:
     """Every row that runs, in the order of time, the backward pass after the forward pass.
 
     Starts and times are medians of their own, so that a row could begin before the one before it is over: it
-    is moved behind that.
+    is moved behind that. Where nothing runs, between the layers, are gaps.
     """
     spans = []
     cursor = 0.0

@@ -40,6 +40,12 @@ class Roofline(NamedTuple):
     x: tuple[float, float]
     y: tuple[float, float]
 
+    def roofs(self) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+        """The ends of the slope, then of each level, in FLOP a byte and FLOP a second."""
+        start, top = max(self.x[0], self.y[0] / self.bytes_per_s), self.levels[0][1]
+        slope = (start, start * self.bytes_per_s), (top / self.bytes_per_s, top)
+        return [slope, *[((rate / self.bytes_per_s, rate), (self.x[1], rate)) for _, rate in self.levels]]
+
 
 def plots(row: Row) -> bool:
     """True if the row does arithmetic that is counted, and has a place in the plot."""

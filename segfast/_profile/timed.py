@@ -2,7 +2,6 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,7 +90,6 @@ def times_of(
     stopwatch: Stopwatch,
     budget_s: float,
     annotate: Any = None,
-    on_round: Callable[[], None] = lambda: None,
 ) -> Times:
     """Time passes that are watched and passes that are not, in turns, for about `budget_s` seconds.
 
@@ -113,15 +111,15 @@ def times_of(
             else:
                 found = plain_pass(task, stopwatch.now)
                 stopwatch.wait()
-            _add_whole(times.whole if watched else times.plain, found, stopwatch)
+            add_whole(times.whole if watched else times.plain, found, stopwatch)
         done += 1
         spent = time.perf_counter() - begin
         rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(budget_s / spent * done) if spent > 0 else done))
-        on_round()
     return times
 
 
-def _add_whole(whole: tuple[list[float], list[float]], found: Pass, stopwatch: Stopwatch) -> None:
+def add_whole(whole: tuple[list[float], list[float]], found: Pass, stopwatch: Stopwatch) -> None:
+    """Add the microseconds of a pass that is over, forward and backward."""
     whole[0].append(stopwatch.us(*found.forward))
     if found.backward is not None:
         whole[1].append(stopwatch.us(*found.backward))

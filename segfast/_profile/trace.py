@@ -7,7 +7,8 @@ https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 from typing import Any
 
 from .. import __version__
-from .quantities import BETWEEN, label, timeline
+from .facts import BETWEEN
+from .quantities import label, timeline
 from .rows import Profile, Row
 
 _TRACKS = {"forward": 1, "backward": 2}
