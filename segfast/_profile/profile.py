@@ -59,7 +59,7 @@ def profile(
             model's device.
         train: a forward and backward pass in train mode, from random gradients of the outputs; otherwise a
             forward pass in eval and without gradients.
-        optimize: profile the optimized copy too.
+        optimize: profile the optimized copy too, unless it was left as it was.
         compile: profile `torch.compile(model)`: the rows are the kernels and operators of its graphs.
         kernels: list the kernels (on a CPU the operators) that ran.
         nvtx: put each layer into an NVTX range while it is timed, for Nsight Systems.
@@ -98,7 +98,8 @@ def profile(
             stage("what segfast.optimize would do")
             optimized = optimized_copy(task, budget, progress)
         found = _profiled(task, optimized, seconds, kernels, nvtx, stage)
-        if optimize and optimized.model is not None:
+        # A model that was left as it was would be timed against itself.
+        if optimize and optimized.model is not None and found.expected_gain != 1.0:
             after = replace(task, model=optimized.model)
             with undisturbed(after.model), running_mode(after.model, train):
                 again = _profiled(after, Optimized(), seconds, kernels, nvtx, stage)

@@ -142,8 +142,11 @@ def test_the_expected_gain_is_the_measured_one(monkeypatch, gain, expected):
     found = segfast.profile(net(), torch.rand(1, 3, 16, 16), seconds=0.01, progress=False, optimize=True)
     assert found.expected_gain == expected
     assert str(gain) in found.remarks
-    assert found.optimized is not None and found.optimized.title.endswith(", optimized")
-    assert {row.name for row in found.optimized.rows} >= {"0", "3"}
+    if gain is LEFT:  # the same model once more would only seem faster or slower
+        assert found.optimized is None and "is not expected to make it faster" in str(found)
+    else:
+        assert found.optimized is not None and found.optimized.title.endswith(", optimized")
+        assert {row.name for row in found.optimized.rows} >= {"0", "3"}
 
 
 def test_the_model_itself_is_not_optimized():
