@@ -38,7 +38,14 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(own_cache, request, monkeypatch):
-    """Nothing comes from one test into another either; benchmarks that measure share what they found."""
-    if not request.config.getoption("--benchmark"):
-        monkeypatch.setenv("SEGFAST_CACHE", str(own_cache / str(next(_NUMBERS))))
+def cache(own_cache, request, monkeypatch):
+    """The test's own cache, empty, and nothing is known yet; benchmarks that measure see to theirs."""
+    if request.config.getoption("--benchmark"):
+        yield own_cache
+        return
+    from tests.forget import forget
+
+    monkeypatch.setenv("SEGFAST_CACHE", str(folder := own_cache / str(next(_NUMBERS))))
+    forget()
+    yield folder
+    forget()

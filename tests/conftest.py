@@ -45,20 +45,6 @@ def no_choices(request, monkeypatch):
 
     if "measures" not in request.keywords:
         monkeypatch.setattr(measure, "MEASURES", False)
-    forget()
-    yield
-    forget()
-
-
-def forget() -> None:
-    """Read choices and proofs anew at their next use, and warn anew."""
-    from segfast.ops import _backend, _choice, _choice_files, _gpu, _proofs
-
-    _choice_files._warn_once.cache_clear()
-    _backend.CHOSEN.clear()
-    _choice.forget_choices()
-    _gpu.forget()
-    _proofs.forget()
 
 
 @pytest.fixture(autouse=INTERPRETING, scope="session")
@@ -190,15 +176,6 @@ def small_tiles():
 
     with tiles(4, 8, 8, 2), in_form("fused"):
         yield
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache of the test's own, from which nothing is known yet."""
-    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
-    forget()
-    yield tmp_path / "cache"
-    forget()
 
 
 def is_taken(file) -> bool:

@@ -28,10 +28,8 @@ OPTIMIZE = (ROOT / "docs" / "optimize.md").read_text()
 
 @pytest.fixture
 def faster(monkeypatch, tmp_path):
-    """Every model is found to be twice as fast, and nothing was measured before."""
-    monkeypatch.setenv("SEGFAST_CACHE", str(tmp_path / "cache"))
+    """Every model is found to be twice as fast."""
     monkeypatch.chdir(tmp_path)
-    _choice.forget_choices()
 
     def gain(model, plain, inputs, dtype, train, fused):
         name, error = (None, 0.0) if dtype is None else ("bfloat16", 0.01)
@@ -51,7 +49,7 @@ def test_the_example_runs(faster, capsys):
 
 
 @pytest.mark.measures
-def test_the_examples_on_optimize_run(faster, tmp_path, capsys):
+def test_the_examples_on_optimize_run(faster, cache, tmp_path, capsys):
     space, printed = {}, []
     for code in re.findall(r"```python\n(.*?)```", OPTIMIZE, re.DOTALL):
         exec(compile(code, "optimize.md", "exec"), space)
@@ -60,7 +58,7 @@ def test_the_examples_on_optimize_run(faster, tmp_path, capsys):
     assert "\n2.00 times as fast on this CPU with" in first and "\nconv_transpose2d: " in first
     assert autotuned == shipped == ""
     assert "in bfloat16, where outputs changed by 0.01 of the largest value" in half
-    assert (tmp_path / "choices.json").exists() and path().parent == tmp_path / "cache" / "choices"
+    assert (tmp_path / "choices.json").exists() and path().parent == cache / "choices"
     assert {call.input[2:] for call in _choice.choices().measured} == {(256, 256), (480, 640)}
     assert segfast.report(space["fast"]).gain.dtype == "bfloat16"
 

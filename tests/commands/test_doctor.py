@@ -14,7 +14,7 @@ from segfast.kernels import source_digest
 from segfast.ops import _choice_files, _proofs
 from segfast.ops._choice import Choice
 from segfast.ops._choice_files import machine, path
-from tests.conftest import forget
+from tests.forget import forget
 from tests.ops.test_gpu import CALL
 
 OPERATION = "conv_transpose2d_forward"

@@ -16,12 +16,22 @@ import segfast
 from segfast.ops import _choice, _choice_files, _gpu
 from segfast.ops._call import CANDIDATES
 from segfast.ops._choice import ATEN, Choice, choices
-from tests.conftest import forget, is_taken
+from tests.conftest import is_taken
+from tests.forget import forget
 from tests.ops.test_choice_candidates import CONV2D, TRANSPOSED
 from tests.ops.test_gpu import CALL
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = {CONV2D: Choice("onednn", {"onednn": 1.25, ATEN: 2.5}), TRANSPOSED: Choice(ATEN, {})}
+
+
+@pytest.mark.parametrize("turn", ["before", "after"])
+def test_a_test_knows_nothing_of_others(turn, cache):
+    """Of two the one that runs later fails if what the first measured came into it."""
+    assert not cache.exists() and not choices().measured
+    _choice_files.write(FOUND)
+    _choice_files.remember(CONV2D, FOUND[CONV2D])
+    assert cache.exists() and choices().measured
 
 
 class TestFiles:

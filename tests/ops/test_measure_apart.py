@@ -15,7 +15,7 @@ import segfast
 from segfast.ops import _apart, _choice_files, _gpu, _gpu_tune, _measure_apart
 from segfast.ops._choice import ATEN, Choice, choices
 from segfast.ops._measure_apart import compile_apart, measure_apart
-from tests.conftest import forget
+from tests.forget import forget
 from tests.ops.test_gpu import CALL
 
 ROOT = Path(__file__).resolve().parents[2]

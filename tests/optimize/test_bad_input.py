@@ -15,7 +15,7 @@ from segfast._optimize import fuse, measure, optimize, outcome
 from segfast.ops import _choice_files, _proofs, _prove_apart
 from segfast.ops._choice import Choice, choices
 from segfast.ops._prove import ProofRow
-from tests.conftest import forget
+from tests.forget import forget
 from tests.ops.test_gpu import CALL
 from tests.optimize.measured_network import image, net, ran
 
@@ -147,8 +147,8 @@ def no_space(*args):
 
 
 @pytest.fixture(params=["a file", "below a file", "read-only", "full"])
-def unwritable(request, cache, monkeypatch):
-    """A cache that cannot be written, of a kind that root meets too."""
+def unwritable(request, cache, tmp_path, monkeypatch):
+    """A cache that cannot be written, of a kind that root meets too; `tmp_path` is made before."""
     if request.param == "read-only":
 
         def mkdir(path, *args, **kwargs):
