@@ -127,6 +127,9 @@ def test_the_table_of_networks_is_that_of_the_committed_rows():
     (two,) = [line for line in lines if line[0] == "geometric mean" and line[2] == "2"]
     words = "compile + freezing {}, segfast {}, eager bf16 {}, segfast bf16 {}".format(*two[5:9])
     assert words in " ".join(README.split())
+    compile_s, optimize_s = ([float(line[place]) for line in lines if line[place]] for place in (-2, -1))
+    took = f"`optimize` took {min(optimize_s):.0f} to {max(optimize_s):.0f} seconds, `torch.compile` "
+    assert took + f"{min(compile_s):.0f} to {max(compile_s):.0f};" in README
     lines = [line for line in lines if line[2] == "1"]  # thread
     for network, _, _, eager, _, compiled, ours, bf16, ours_in_bf16, *_ in lines:
         line = " | ".join([network, eager, compiled, ours, bf16, ours_in_bf16])
