@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._table import format_table
-from ._loops import Instruction, Loop, find_loops, read_code, read_source, with_trips
+from ._loops import Instruction, Loop, access_bytes, find_loops, read_code, read_source, with_trips
 
 # Of a multiprocessor and clock. NVIDIA's "H100 Tensor Core GPU Architecture" (the table of the SXM5's units
 # and rates, of which the H200 has as many) and "CUDA C++ Programming Guide", arithmetic instructions of
@@ -27,22 +27,22 @@ FP32 = 128 / 32  # warps' instructions: multiply-adds, additions
 INTEGER = 64 / 32  # the same for integers: multiply-adds on one pipe, all else on another
 SPECIAL = 16 / 32
 TENSOR = 2048  # multiply-adds of 16 bits
-# What mma.sync reaches of wgmma: "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking", 2024.
+# The share that mma.sync reaches, on average on an H800: "Dissecting the NVIDIA Hopper Architecture through
+# Microbenchmarking and Multiple Level Analysis", arXiv 2501.12084.
 OLDER_MATRIX = 0.63
 SHARED = 128  # bytes to or from L1 and shared memory
 REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # "Hopper Tuning Guide", occupancy
 SHARED_MEMORY, RESERVED = 233472, 1024
-# Measured on an H200, 4.3 TB/s; what a published matrix product with 128x256 tiles must read, 6.6 TB/s, a
-# floor of what L2 gives. 1.755 GHz.
+# Assumed: the clock; of the data sheet's 4.8 TB/s from DRAM 4.3; from L2 what a published matrix product with
+# 128x256 tiles must read, a floor; and how long a load takes.
 CLOCK = 1.755e9
 DRAM = 4.3e12 / CLOCK / PROCESSORS
 L2 = 6.6e12 / CLOCK / PROCESSORS
-LATENCY = 700e-9 * CLOCK  # of a load from DRAM on a busy GPU
+LATENCY = 700e-9 * CLOCK  # from DRAM on a busy GPU
 PIPES = ("tensor", "alu", "mufu", "lsu")
 # A launch that whole programs a multiprocessor make longer by so much is bound by them.
 TAIL = 1.1
 
-_WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 _FLOATS = re.compile(r"(FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2)\b")
 _INTEGERS = re.compile(
     r"(IADD3|VIADD|VIADDMNMX|LOP3|SHF|LEA|ISETP|SEL|PRMT|PLOP3|IMNMX|VIMNMX|IABS|FMNMX|FSETP|FSEL|FCHK|F2FP|MOV|CS2R"
@@ -69,7 +69,7 @@ def cost(operation: str) -> dict[str, float]:
     elif _INTEGERS.match(operation):
         found["integer"] = 1
     elif _MEMORY.match(operation):
-        width = next((_WIDTH[part] for part in operation.split(".") if part in _WIDTH), 4)
+        width = access_bytes(operation)
         if operation.startswith(("LDSM", "STSM")):  # 8x8 matrices of 16 bits
             width = 4 * int(operation[-1]) if operation[-2] == "." else 4
         found.update(memory=1, lsu=max(1.0, 32 * width / SHARED))

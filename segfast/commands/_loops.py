@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 _SASS = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)(?:[^;\n]*?\b(0x[0-9a-f]+)\s*;)?",
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)(?:[^;\n]*?\b(0x[0-9a-f]+)\s*;)?",
     re.MULTILINE,
 )
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 _SAMPLE = 61  # programs of a launch that are looked at
 
 
@@ -32,9 +33,14 @@ def read_code(text: str) -> list[Instruction]:
     lines = _SASS.findall(text)
     places = {int(address, 16): place for place, (address, *_) in enumerate(lines)}
     return [
-        Instruction(operation, places.get(int(operand or "-1", 16), -1) if operation == "BRA" else -1)
-        for _, _, operation, operand in lines
+        Instruction(op, places.get(int(operand or "-1", 16), -1) if re.match(r"BRA\b", op) else -1)
+        for _, op, operand in lines
     ]
+
+
+def access_bytes(operation: str) -> int:
+    """The bytes that a load or store moves for a thread."""
+    return next((_BYTES[part] for part in operation.split(".") if part in _BYTES), 4)
 
 
 def find_loops(code: Sequence[Instruction]) -> list[Loop]:

@@ -10,13 +10,10 @@ from pathlib import Path
 
 import triton
 
+from ._loops import access_bytes, find_loops, read_code
+
 # The newest first: the first found is the one a kernel is said to use.
 _MATRIX = {r"UTC\w*MMA": "tcgen05", "HGMMA": "HGMMA", "HMMA": "HMMA", "v_mfma": "mfma", "v_wmma": "wmma"}
-_SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-_SASS = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)(?:[^;\n]*?\b(0x[0-9a-f]+)\s*;)?",
-    re.MULTILINE,
-)
 _AMD = re.compile(r"^\s+([a-z]+_\w+)", re.MULTILINE)
 
 
@@ -64,36 +61,21 @@ def disassembly(cubin: bytes) -> str:
 
 def from_sass(text: str, registers: int, stack: int) -> MachineCode:
     """Read NVIDIA's disassembly."""
-    lines = _SASS.findall(text)
-    operations = [operation for _, operation, _ in lines]
+    code = read_code(text)
+    operations = [instruction.operation for instruction in code]
     local = sum(re.match(r"(LDL|STL)\b", op) is not None for op in operations)
+    loops = [operations[loop.first : loop.last + 1] for loop in find_loops(code)]
     return MachineCode(
         registers,
         stack + local,
         _matrix(operations),
-        _widths(_sass_bytes(op) for op in operations if re.match(r"STG\b", op)),
-        _widths(_sass_bytes(op) for op in operations if re.match(r"LDG\b", op)),
-        _widths(_sass_bytes(op) for op in operations if re.match(r"LDGSTS\b", op)),
+        _widths(access_bytes(op) for op in operations if re.match(r"STG\b", op)),
+        _widths(access_bytes(op) for op in operations if re.match(r"LDG\b", op)),
+        _widths(access_bytes(op) for op in operations if re.match(r"LDGSTS\b", op)),
         len(operations),
         sum(op.startswith("BAR.SYNC") for op in operations),
-        _matrix_loop(lines),
+        min((len(loop) for loop in loops if _matrix(loop)), default=0),
     )
-
-
-def _matrix_loop(lines: list[tuple[str, str, str]]) -> int:
-    """The length of the shortest stretch with a matrix instruction that a branch goes back over."""
-    places = {int(address, 16): place for place, (address, _, _) in enumerate(lines)}
-    found = []
-    for end, (_, operation, operand) in enumerate(lines):
-        if re.match(r"BRA\b", operation) and operand:
-            start = places.get(int(operand, 16), end)
-            if start < end and _matrix([op for _, op, _ in lines[start:end]]):
-                found.append(end + 1 - start)
-    return min(found, default=0)
-
-
-def _sass_bytes(operation: str) -> int:
-    return next((_SASS_BYTES[part] for part in operation.split(".") if part in _SASS_BYTES), 4)
 
 
 def _inspect_amd(text: str) -> MachineCode:
