@@ -22,7 +22,7 @@ from .._tiles import (
     operands_in_registers,
     register_candidates,
 )
-from .phases import _conv_transpose2d_forward_phase_kernel, _copy_skip, inverse_dilations
+from .phases import _conv_transpose2d_forward_phase_kernel, _copy_skip, phase_constants
 
 
 @triton.jit
@@ -160,7 +160,8 @@ def _candidates(problem: Problem, arch: str) -> list[Tile]:
         # Odd channel counts (21 classes): short runs, and narrow accesses that want few to a thread. With 4
         # warps each has more rows and columns for the same divisions: to be timed, for some compilers spill.
         found = [Tile(64, 256, depth, 8, 3), Tile(128, 128, depth, 8, 3), Tile(128, 64, depth, 8, 3)]
-        found[1:1] = [Tile(64, 256, depth, 4, 3)] if arch == "sm_90" else []
+        if arch == "sm_90":
+            found.insert(1, Tile(64, 256, depth, 4, 3))
         return [fit_registers(tile, 32 // passes) for tile in found] if passes else found
     wide = max(16, min(256, triton.next_power_of_2(problem.columns)))
     found = []
@@ -275,7 +276,7 @@ def _make(
         constants |= {"EXACT": exact, "FOLD": fold}
         function = _conv_transpose2d_forward_wide_kernel
     else:
-        constants |= inverse_dilations(stride, dilation)
+        constants |= phase_constants(stride, dilation)
         function = _conv_transpose2d_forward_phase_kernel
     # Groups share the skip: its tiles belong to group 0, which up_concat has alone.
     return Launch(function, (tiles + copies, groups), scalars, constants, tile)

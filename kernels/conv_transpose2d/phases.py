@@ -125,7 +125,7 @@ def _conv_transpose2d_forward_phase_kernel(
         tl.store(y_ptr + offsets[:, None] + (SKIP + channel)[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-def inverse_dilations(stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
+def phase_constants(stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
     """The constants by which a phase finds its taps: see STEP_H and STEP_W in the kernel."""
     constants: dict[str, int] = {}
     for axis, s, d in zip("HW", stride, dilation, strict=True):
