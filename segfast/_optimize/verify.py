@@ -1,6 +1,5 @@
 """Comparing a model's outputs with its layers fused and without."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..nn._fused.sequence import fusing
+from .snapshot import Snapshot, write_back
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -96,11 +96,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(m, name, *_kept(buffer)) for m in modules for name, buffer in m._buffers.items()]
     registered = [(module, set(module._buffers.keys())) for module in modules]
     parameters = [(p, p.requires_grad, *_kept(p.grad)) for p in model.parameters()]
+    elsewhere = (*modules, *model.parameters(), *model.buffers())
+    states = Snapshot([v for _, kept in attributes for v in kept.values()], without=elsewhere)
     # manual_seed seeds every GPU.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(gpus):
         try:
-            _copy_attributes(attributes, (*modules, *model.parameters(), *model.buffers()))
             yield
         finally:
             for module, mode in modes:
@@ -119,6 +120,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 for name in _attributes(module).keys() - kept.keys():
                     del vars(module)[name]
                 vars(module).update(kept)
+            states.put_back()
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
@@ -135,31 +137,16 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _copy_attributes(attributes: list[tuple[nn.Module, dict[str, Any]]], shared: tuple[Any, ...]) -> None:
-    """Give each module copies of its attributes, but for what is `shared` and what cannot be copied."""
-    memo = {id(each): each for each in shared}
-    for module, kept in attributes:
-        for name, value in kept.items():
-            known = len(memo)
-            try:
-                vars(module)[name] = copy.deepcopy(value, memo)
-            except Exception:
-                while len(memo) > known:  # copies of its parts may lack what follows
-                    memo.popitem()
-
-
 def _kept(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A tensor and its values."""
     return tensor, None if tensor is None else tensor.detach().clone()
 
 
 def _put_back(tensor: Tensor | None, values: Tensor | None) -> Tensor | None:
-    """The tensor with its values, written only if somebody changed them."""
-    # Not by its version: a batch norm in training writes its statistics without counting it.
-    if tensor is None or values is None or (tensor.layout == torch.strided and torch.equal(tensor, values)):
-        return tensor
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        return tensor.copy_(values)
+    """The tensor with its values."""
+    if tensor is not None and values is not None:
+        write_back(tensor, values)
+    return tensor
 
 
 @contextmanager
