@@ -22,6 +22,11 @@ class SegmentationModel(Unscriptable, nn.Module):
     num_classes: int
     config: dict[str, Any]
 
+    def _check_input(self, input: Tensor) -> None:
+        """Raise ValueError for images that are not 4-D."""
+        if input.dim() != 4:
+            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+
     def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `segfast.models.remap_state_dict`: of a network that no other code base has, its own keys.
 
@@ -32,6 +37,13 @@ class SegmentationModel(Unscriptable, nn.Module):
         if state.keys() != own.keys():
             raise ValueError(f"the checkpoint is not of {type(self).__name__}: {unlike(state, own)}")
         return state
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError for the first that is below 1."""
+    for option, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
 
 
 # Under which training scripts keep the state_dict beside an epoch and an optimizer.

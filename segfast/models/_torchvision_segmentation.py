@@ -9,7 +9,7 @@ from segfast.nn import Conv2d
 from segfast.nn._fused.folding import Remembers
 from segfast.nn._fused.layers import run_layers
 
-from ._base import SegmentationModel, tensors, unlike
+from ._base import SegmentationModel, check_counts, tensors, unlike
 from ._layers import resize
 from .encoders import Encoder
 
@@ -79,8 +79,7 @@ class TorchvisionSegmentation(SegmentationModel):
         Raises:
             ValueError: an input that is not 4-D.
         """
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        self._check_input(input)
         scores = self.coarse_scores(self.backbone(input))
         if not upsample:
             return scores
@@ -129,7 +128,6 @@ def refuse_weights(*weights: object) -> None:
 
 def check_options(num_classes: int, output_stride: int) -> None:
     """Raise ValueError for options out of range."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_counts(num_classes=num_classes)
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {output_stride!r}")

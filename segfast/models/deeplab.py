@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segfast.nn import Conv2d, DenseCRF
 
-from ._base import SegmentationModel, tensors, unlike
+from ._base import SegmentationModel, check_counts, tensors, unlike
 from ._layers import resize
 from .encoders import Encoder, ResNetEncoder, VGG16Encoder
 from .encoders._base import scaled
@@ -83,8 +83,7 @@ class DeepLab(SegmentationModel):
         Raises:
             ValueError: an input that is not 4-D; `upsample=False` with a CRF, which needs all pixels.
         """
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        self._check_input(input)
         if self.crf is not None and not upsample:
             raise ValueError("upsample must be True with a CRF, which refines scores of the image's size")
         size = input.shape[2:]
@@ -136,16 +135,11 @@ class DeepLab(SegmentationModel):
         return renamed
 
 
-def _check(num_classes: int) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-
-
 def _vgg16(name: str, rates: Sequence[int], config: dict[str, Any]) -> DeepLab:
     """The network of the arguments that the function of that name was called with."""
     options = dict(config)
     num_classes, dropout = options.pop("num_classes"), options.pop("dropout")
-    _check(num_classes)
+    check_counts(num_classes=num_classes)
     encoder = VGG16Encoder(options.pop("in_channels"), 8, width_mult := options.pop("width_mult"))
     channels, wide = encoder.channels[-1], scaled(1024, width_mult)
     branches = [
@@ -175,7 +169,8 @@ def deeplabv1_vgg16(
     """DeepLab-LargeFOV on VGG16: 20.5 million parameters.
 
     VGG16 with holes in place of the last two poolings' strides; fc6 is a 3x3 convolution of dilation 12, and
-    fc6 and fc7 have 1024 channels.
+    fc6 and fc7 have 1024 channels. The published network differs in its poolings: those with a stride are
+    3x3, and before fc6 lies an average over 3x3.
 
     Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H, W]` (see `DeepLab.forward`).
 
@@ -246,7 +241,7 @@ def deeplabv2_resnet101(
     torch.Size([1, 21, 65, 50])
     """
     config = dict(locals()) | {"scales": list(scales)}
-    _check(num_classes)
+    check_counts(num_classes=num_classes)
     encoder = ResNetEncoder(in_channels, 8, width_mult, 101)
     channels = encoder.channels[-1]
     branches = [Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in ASPP_L]

@@ -19,7 +19,7 @@ from segfast.nn._fused.folding import PooledBatchNorm2d, Remembers
 from segfast.nn._fused.layers import FusedLayer, fused_layer
 from segfast.nn._fused.separable import FusedSeparable
 
-from ._base import SegmentationModel, tensors, unlike
+from ._base import SegmentationModel, check_counts, tensors, unlike
 from ._layers import conv_norm_activation, resize
 from .encoders import Encoder, MobileNetV2Encoder, ResNetEncoder, Xception65Encoder
 
@@ -136,9 +136,7 @@ class DeepLabV3Plus(SegmentationModel):
         output_stride = encoder.reductions[-1]
         if output_stride not in OUTPUT_STRIDES:
             raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {output_stride}")
-        for option, value in (("num_classes", num_classes), ("decoder_channels", decoder_channels)):
-            if value < 1:
-                raise ValueError(f"{option} must be at least 1, got {value}")
+        check_counts(num_classes=num_classes, decoder_channels=decoder_channels)
         self.name = name
         self.config = dict(config)
         self.num_classes = num_classes
@@ -163,8 +161,7 @@ class DeepLabV3Plus(SegmentationModel):
         Raises:
             ValueError: an input that is not 4-D.
         """
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        self._check_input(input)
         features = self.encoder(input)
         low = self.low_level(features[1])
         high = resize(self.aspp(features[-1]), low.shape[2:])

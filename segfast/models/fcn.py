@@ -15,7 +15,7 @@ from segfast.functional import conv_transpose2d
 from segfast.nn import Conv2d, ConvTranspose2d
 from segfast.nn.init import bilinear_
 
-from ._base import SegmentationModel, tensors
+from ._base import SegmentationModel, check_counts, tensors
 from ._classifiers import CLASSIFIERS, Stage, pooled, pooled_length, rescaled, torchvision_names
 
 STRIDES = (8, 16, 32)
@@ -120,9 +120,7 @@ class FCN(SegmentationModel):
         transform_input: bool = False,
     ) -> None:
         super().__init__()
-        for option, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{option} must be at least 1, got {value}")
+        check_counts(num_classes=num_classes, in_channels=in_channels, width=width)
         if backbone not in CLASSIFIERS:
             raise ValueError(f"backbone must be one of {tuple(CLASSIFIERS)}, got {backbone!r}")
         if stride not in STRIDES:
@@ -229,8 +227,7 @@ class FCN(SegmentationModel):
         raise AssertionError("the last step has no skip")
 
     def _pools(self, x: Tensor) -> list[Tensor]:
-        if x.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(x.shape)}")
+        self._check_input(x)
         if self.smallest > 1 and (x.shape[2] < self.smallest or x.shape[3] < self.smallest):
             raise ValueError(
                 f"input is {x.shape[2]}x{x.shape[3]}; {self.name} needs at least "

@@ -2,6 +2,10 @@
 
 Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015. AlexNet is
 torchvision's: Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014.
+
+The authors published FCN-32s alone (voc-fcn-alexnet in github.com/shelhamer/fcn.berkeleyvision.org), on the
+wider AlexNet with groups and local response normalization. Kernel and offset of its enlarging layer are as
+there.
 """
 
 from .fcn import FCN
@@ -21,15 +25,7 @@ def fcn32s_alexnet(
     >>> fcn32s_alexnet(width=2).eval()(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 21, 37, 50])
     """
-    return FCN(
-        num_classes,
-        in_channels,
-        backbone="alexnet",
-        stride=32,
-        padded=padded,
-        width=width,
-        dropout=dropout,
-    )
+    return FCN(backbone="alexnet", stride=32, **locals())
 
 
 def fcn16s_alexnet(
@@ -46,15 +42,7 @@ def fcn16s_alexnet(
     >>> fcn16s_alexnet(width=2).eval()(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 21, 37, 50])
     """
-    return FCN(
-        num_classes,
-        in_channels,
-        backbone="alexnet",
-        stride=16,
-        padded=padded,
-        width=width,
-        dropout=dropout,
-    )
+    return FCN(backbone="alexnet", stride=16, **locals())
 
 
 def fcn8s_alexnet(
@@ -71,12 +59,4 @@ def fcn8s_alexnet(
     >>> fcn8s_alexnet(width=2).eval()(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 21, 37, 50])
     """
-    return FCN(
-        num_classes,
-        in_channels,
-        backbone="alexnet",
-        stride=8,
-        padded=padded,
-        width=width,
-        dropout=dropout,
-    )
+    return FCN(backbone="alexnet", stride=8, **locals())

@@ -21,15 +21,7 @@ def fcn32s_googlenet(
     >>> fcn32s_googlenet(width=8).eval()(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 21, 37, 50])
     """
-    return FCN(
-        num_classes,
-        in_channels,
-        backbone="googlenet",
-        stride=32,
-        width=width,
-        dropout=dropout,
-        transform_input=transform_input,
-    )
+    return FCN(backbone="googlenet", stride=32, **locals())
 
 
 def fcn16s_googlenet(
@@ -46,15 +38,7 @@ def fcn16s_googlenet(
     >>> fcn16s_googlenet(width=8).eval()(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 21, 37, 50])
     """
-    return FCN(
-        num_classes,
-        in_channels,
-        backbone="googlenet",
-        stride=16,
-        width=width,
-        dropout=dropout,
-        transform_input=transform_input,
-    )
+    return FCN(backbone="googlenet", stride=16, **locals())
 
 
 def fcn8s_googlenet(
@@ -71,12 +55,4 @@ def fcn8s_googlenet(
     >>> fcn8s_googlenet(width=8).eval()(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 21, 37, 50])
     """
-    return FCN(
-        num_classes,
-        in_channels,
-        backbone="googlenet",
-        stride=8,
-        width=width,
-        dropout=dropout,
-        transform_input=transform_input,
-    )
+    return FCN(backbone="googlenet", stride=8, **locals())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._base import SegmentationModel, tensors
+from ._base import SegmentationModel, check_counts, tensors
 from ._layers import resize
 from .encoders import Encoder, ResNetEncoder, VGG16Encoder
 
@@ -42,8 +42,7 @@ class Hypercolumns(SegmentationModel):
         levels: Sequence[int],
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_counts(num_classes=num_classes)
         if not levels or len({*levels}) < len(levels) or not {*levels} <= {*range(len(encoder.channels))}:
             raise ValueError(
                 f"levels must be different numbers from 0 to {len(encoder.channels) - 1}, got {list(levels)}"
@@ -68,8 +67,7 @@ class Hypercolumns(SegmentationModel):
         Raises:
             ValueError: an input that is not 4-D; points of another shape or dtype.
         """
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        self._check_input(input)
         if points is not None and (
             points.dim() != 3 or points.shape[::2] != (len(input), 2) or points.dtype != torch.int64
         ):
@@ -127,8 +125,7 @@ def draw_points(
     """
     if targets.dim() != 3 or 0 in targets.shape[1:]:
         raise ValueError(f"targets must be [N, H, W] of at least a pixel, got shape {list(targets.shape)}")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    check_counts(count=count)
     images, height, width = targets.shape
     pixels = torch.randint(height * width, (images, count), generator=generator, device="cpu")
     pixels = pixels.to(targets.device)

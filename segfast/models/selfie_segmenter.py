@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from segfast._errors import UserError
 from segfast.nn import Conv2d, ConvTranspose2d, DepthwiseConv2d
 
-from ._base import SegmentationModel
+from ._base import SegmentationModel, check_counts
 
 WEIGHTS = "selfie_segmenter.safetensors"
 STEM_CHANNELS = 16
@@ -149,9 +149,7 @@ class SelfieSegmenter(SegmentationModel):
 
     def __init__(self, in_channels: int = 3, num_classes: int = 1, *, pretrained: bool = False) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(in_channels=in_channels, num_classes=num_classes)
         if pretrained and (in_channels, num_classes) != (3, 1):
             raise ValueError(
                 "the pretrained weights are for in_channels=3 and num_classes=1, "
@@ -190,8 +188,7 @@ class SelfieSegmenter(SegmentationModel):
         nn.init.normal_(self.head.weight, std=self.head.in_channels**-0.5)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        self._check_input(input)
         height, width = input.shape[-2:]
         x = self.stem(_pad_for_stride_2(input, 3))
         skips = []

@@ -18,7 +18,7 @@ from segfast.nn._fused.layers import run_layers
 from segfast.ops.conv2d import prefers_virtual_concat
 from segfast.ops.conv_transpose2d.up_concat import geometry, up_convolution
 
-from ._base import SegmentationModel
+from ._base import SegmentationModel, check_counts
 from ._milesial import remap
 
 UNET_ACTIVATIONS = ("relu", "leaky_relu")
@@ -161,14 +161,7 @@ class UNet(SegmentationModel):
         up: str = "transposed",
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("in_channels", in_channels),
-            ("num_classes", num_classes),
-            ("width", width),
-            ("depth", depth),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(in_channels=in_channels, num_classes=num_classes, width=width, depth=depth)
         if activation not in UNET_ACTIVATIONS:
             raise ValueError(f"activation must be one of {UNET_ACTIVATIONS}, got {activation!r}")
         if norm not in NORMS:
@@ -266,8 +259,7 @@ class UNet(SegmentationModel):
         return length
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        self._check_input(input)
         height, width = input.shape[-2:]
         self.check_size(height, width)
         if self.padded and (height < self.size_divisor or width < self.size_divisor):

@@ -115,13 +115,19 @@ def test_parameters_are_the_classifiers_and_those_of_the_scores(name, parameters
 
 
 @pytest.mark.parametrize(
-    ("name", "offsets"),
-    [("fcn32s", [19]), ("fcn16s", [-5, 27]), ("fcn8s", [-5, -9, 31]), ("fcn32s_alexnet", [18])],
+    ("name", "kernels", "offsets"),
+    [
+        ("fcn32s", [64], [19]),
+        ("fcn16s", [4, 32], [-5, 27]),
+        ("fcn8s", [4, 4, 16], [-5, -9, 31]),
+        ("fcn32s_alexnet", [63], [18]),
+    ],
 )
-def test_crops_are_the_papers(name, offsets):
+def test_kernels_and_crops_are_the_papers(name, kernels, offsets):
     """Of the published voc-fcn32s, -16s, -8s and -alexnet: those of the skips, then that of the image."""
     with torch.device("meta"):
-        assert [step.offset for step in create(name).steps] == offsets
+        steps = create(name).steps
+    assert [step.kernel for step in steps] == kernels and [step.offset for step in steps] == offsets
 
 
 # Of each network, padded and not: where in the image the first of its coarse scores stands, and how many of

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._base import tensors
+from .._base import check_counts, tensors
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -24,8 +24,7 @@ class Encoder(nn.Module):
 
     def __init__(self, in_channels: int, width_mult: float) -> None:
         super().__init__()
-        if in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        check_counts(in_channels=in_channels)
         if not width_mult > 0:
             raise ValueError(f"width_mult must be positive, got {width_mult}")
         self.in_channels = in_channels
