@@ -11,6 +11,7 @@ from segfast.models.encoders import (
     MobileNetV2Encoder,
     MobileNetV3LargeEncoder,
     ResNetEncoder,
+    VGG16Encoder,
     Xception65Encoder,
 )
 from segfast.models.encoders._base import strides_and_dilations
@@ -230,9 +231,12 @@ def test_features_of_mobilenet_v3_are_torchvisions(output_stride, size):
         assert feature.shape == (2, channels, *(-(-side // reduction) for side in size))
 
 
-def test_bad_output_stride_of_mobilenet_v3():
-    with pytest.raises(ValueError, match="output_stride must be 16 or 32, got 8"):
-        MobileNetV3LargeEncoder(output_stride=8)
+@pytest.mark.parametrize(
+    ("encoder", "known", "given"), [(MobileNetV3LargeEncoder, "16 or 32", 8), (VGG16Encoder, "8 or 16", 32)]
+)
+def test_bad_output_strides(encoder, known, given):
+    with pytest.raises(ValueError, match=f"output_stride must be {known}, got {given}"):
+        encoder(output_stride=given)
 
 
 def test_bad_depth():

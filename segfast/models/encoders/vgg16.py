@@ -24,7 +24,7 @@ class VGG16Encoder(Encoder):
 
     `state_dict` keys are those of `torchvision.models.vgg16`; `segfast.models.remap_state_dict` drops its
     classifier. A pooling whose stride is gone, for a smaller `output_stride`, is 3x3 around each pixel, as in
-    DeepLab's published networks.
+    DeepLab's published networks; those that keep it are VGG16's own, 2x2, where DeepLab's are 3x3 too.
 
     Args:
         in_channels: of the image.
@@ -45,6 +45,8 @@ class VGG16Encoder(Encoder):
 
     def __init__(self, in_channels: int = 3, output_stride: int = 16, width_mult: float = 1.0) -> None:
         super().__init__(in_channels, width_mult)
+        if output_stride not in (8, 16):
+            raise ValueError(f"output_stride must be 8 or 16, got {output_stride!r}")
         self.features = nn.ModuleDict()
         self.stages: list[list[str]] = []
         self.strides, self.channels, self.reductions = [], (), ()
