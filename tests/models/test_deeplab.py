@@ -86,7 +86,7 @@ def images(count=2, height=65, width=50):
 
 
 def plain_vgg16(state, x, rates):
-    """The paper's network from torch's functions: holes where the last two poolings lost their strides."""
+    """The network from torch's functions: holes where the last two poolings lost their strides."""
     index = 0
     for stage, convolutions in enumerate((2, 2, 3, 3, 3)):
         hole = 2 if stage == 4 else 1
