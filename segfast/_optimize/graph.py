@@ -1,10 +1,9 @@
 """The graph of a model's forward: the evidence for fusing layers that no Sequential calls.
 
-The forward is run on a copy of the model whose tensors have shapes but no values, while every function of
-torch that it calls is listed. A forward that asks for values is run as it is, with its own model.
+The forward is run once, while every function of torch that it calls is listed. What follows a question for
+values in it may be something else for others.
 """
 
-import copy
 import gc
 import hashlib
 import threading
@@ -24,7 +23,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..nn._fused.sequence import fusing
 from ..ops import backend
 from .verify import cloned, running_mode, undisturbed
-from .without_values import WithoutValues, tensors, written
 
 # Functions that hand out values, and call no operator that says so.
 _VALUES = ("numpy", "tolist", "array", "dlpack", "data_ptr")
@@ -61,13 +59,8 @@ class Graph:
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any], training: bool):
-        without = WithoutValues()
-        try:
-            listing = _listed_without_values(model, inputs, training, without)
-        except Exception:  # it asks for values
-            listing = None
-        without.fill()
-        nodes, self.digest = listing or _listed_with_values(model, inputs, training)
+        with undisturbed(model), running_mode(model, training):
+            nodes, self.digest = _listed(model, cloned(inputs))
         self.nodes: dict[str, set[Node]] = {}
         self.calls: dict[str, set[Any]] = {}
         for node in nodes:
@@ -107,24 +100,10 @@ class Graph:
 Listed = tuple[list[Node], str | None]
 
 
-def _listed_without_values(model: nn.Module, inputs: Any, training: bool, without: WithoutValues) -> Listed:
-    """The operations of a forward and their digest, by running a copy without values."""
-    # A hook may know the caller's own model, which is no copy.
-    with undisturbed(model), torch.inference_mode(False):
-        memo: dict[int, Any] = {id(t): without.bare(t) for t in (*model.parameters(), *model.buffers())}
-        bare = copy.deepcopy(model, memo).train(training)
-        return _listed(bare, _pytree.tree_map_only(Tensor, without.bare, inputs), without)
-
-
-def _listed_with_values(model: nn.Module, inputs: Any, training: bool) -> Listed:
-    """The same, by running the model itself, which may ask for values."""
-    with undisturbed(model), running_mode(model, training):
-        return _listed(model, cloned(inputs), lambda function, args, kwargs: function(*args, **kwargs))
-
-
-def _listed(model: nn.Module, inputs: Any, compute: Callable[..., Any]) -> Listed:
+def _listed(model: nn.Module, inputs: Any) -> Listed:
+    """The operations of a forward, and their digest."""
     args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    listing = _Listing(model, tensors(inputs), compute)
+    listing = _Listing(model, _tensors(inputs))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(backend("aten"))
@@ -141,25 +120,51 @@ def _listed(model: nn.Module, inputs: Any, compute: Callable[..., Any]) -> Liste
 def _asks(function: Any, args: tuple[Any, ...]) -> bool:
     """True if the result of an operator, or its size, tells values."""
     if function.overloadpacket is torch.ops.aten.index:
-        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1:]))
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
     return bool(_ASK & set(function.tags))
 
 
-class _Operators(TorchDispatchMode):
-    """Computes operators, and tells of those that no function of torch has asked for: scripted code's."""
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a structure that pytree knows."""
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
-    def __init__(self, compute: Callable[..., Any], on_unseen: Callable[..., None]) -> None:
+
+def _without_vmap(t: Tensor) -> Tensor:
+    """The tensor that `torch.vmap` hands to a function as a `t` of fewer dimensions."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def _written_by(function: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> list[StorageWeakRef]:
+    """The memory that an operator says it writes to."""
+    arguments = function._schema.arguments
+    given = [(argument, value) for argument, value in zip(arguments, args, strict=False)]
+    given += [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
+    return [
+        StorageWeakRef(t.untyped_storage())
+        for argument, value in given
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for t in _tensors(value)
+        if t.layout == torch.strided
+    ]
+
+
+class _Operators(TorchDispatchMode):
+    """Tells of operators that no function of torch has asked for: scripted code's."""
+
+    def __init__(self, on_unseen: Callable[..., None]) -> None:
         super().__init__()
         self.calls = 0  # of such functions that run now
         self.written: list[StorageWeakRef] = []
         self.asks = False  # one of them gives what only values tell
-        self._compute, self._on_unseen = compute, on_unseen
+        self._on_unseen = on_unseen
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
-            result = self._compute(function, args, kwargs)
-        self.written += written(function, args, kwargs)
+            result = function(*args, **kwargs)
+        self.written += _written_by(function, args, kwargs)
         self.asks |= _asks(function, args)
         if not self.calls:
             self._on_unseen(function.overloadpacket, args, kwargs, result)
@@ -169,10 +174,9 @@ class _Operators(TorchDispatchMode):
 class _Listing(TorchFunctionMode):
     """Lists the functions that are called in a forward, and which tensors they hand to one another."""
 
-    def __init__(self, model: nn.Module, inputs: Iterable[Tensor], compute: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Iterable[Tensor]) -> None:
         super().__init__()
-        self.operators = _Operators(compute, self._add_call)
-        self._is_bare = compute.is_bare if isinstance(compute, WithoutValues) else lambda t: False
+        self.operators = _Operators(self._add_call)
         self._thread = threading.get_ident()
         self._nodes: list[Node] = []
         self._paths = {id(module): name for name, module in model.named_modules()}
@@ -193,18 +197,11 @@ class _Listing(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        asks = getattr(function, "__name__", "").strip("_") in _VALUES
-        read = tensors((args, kwargs))
-        bare = any(map(self._is_bare, read))
-        if bare and asks:
-            raise RuntimeError(f"{function} asks for values")
         self.operators.calls += 1
-        self.operators.asks = asks
+        self.operators.asks = getattr(function, "__name__", "").strip("_") in _VALUES
         self.operators.written.clear()
         try:
             result = function(*args, **kwargs)
-            if bare and any(not self._is_bare(t) and not _shares(t, read) for t in tensors(result)):
-                raise RuntimeError(f"{function} asks for values, though no operator does")
             self._add_call(function, args, kwargs, result)
         finally:  # a digest is made by functions of torch too
             self.operators.calls -= 1
@@ -216,10 +213,11 @@ class _Listing(TorchFunctionMode):
         asks, writes = operators.asks, list(operators.written)
         operators.asks = False
         operators.written.clear()
-        read, made = tensors((args, kwargs)), tensors(result)
+        read, made = _tensors((args, kwargs)), _tensors(result)
+        name = getattr(function, "__name__", str(function)).strip("_")
+        made += read[:1] if name == "set" else []  # an attribute of it, `data` say
         if not (made or writes or asks):
             return
-        name = getattr(function, "__name__", str(function)).strip("_")
         inputs = [node for node in map(self._origin, read) if node is not None]
         of_values = any(node.of_values for node in inputs) or any(id(t) in self._owned for t in read)
         if asks and of_values:
@@ -236,7 +234,7 @@ class _Listing(TorchFunctionMode):
             node.asks, self._question = True, node
 
     def _add(self, node: Node, made: Iterable[Tensor], writes: Iterable[StorageWeakRef] = ()) -> None:
-        for t in made:
+        for t in map(_without_vmap, made):
             self._made[t] = len(self._nodes)
         for memory in writes:
             self._written[memory] = len(self._nodes)
@@ -259,11 +257,13 @@ class _Listing(TorchFunctionMode):
         return f"{last} {_described(t)}" if last >= 0 else f"weight {self._owned.get(id(t))}"
 
     def _last(self, t: Tensor) -> int:
+        t = _without_vmap(t)
         memory = StorageWeakRef(t.untyped_storage()) if t.layout == torch.strided else None
         return max(self._made.get(t, -1), self._written.get(memory, -1) if memory is not None else -1)
 
     def _origin(self, t: Tensor) -> Node | None:
         """The node that computed `t`; None of a weight."""
+        t = _without_vmap(t)
         last = self._last(t)
         if last < 0 and id(t) not in self._owned:
             self._add(Node("a constant", ()), (t,))
@@ -294,7 +294,7 @@ class _Listing(TorchFunctionMode):
 
     def ended(self, outputs: Any) -> Listed:
         """All that was listed, and its digest; somebody reads the outputs, and what else the model keeps."""
-        read = [self._origin(t) for t in tensors(outputs)]
+        read = [self._origin(t) for t in _tensors(outputs)]
         self._describe("output", (outputs,), {})
         # In an attribute of the model, in an object that no pytree knows.
         if any(node not in read for node in self._made_before()):
@@ -303,12 +303,6 @@ class _Listing(TorchFunctionMode):
         self._nodes.append(Node("output", filter(None, read)))
         lines = None if self._lines is None else "\n".join(self._lines)
         return self._nodes, None if lines is None else hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _shares(t: Tensor, others: Iterable[Tensor]) -> bool:
-    """True if one of the others has the same memory."""
-    memory = t.untyped_storage()._cdata
-    return any(other.untyped_storage()._cdata == memory for other in others)
 
 
 def _described(t: Tensor) -> str:

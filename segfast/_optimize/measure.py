@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .._timing import interleave
+from ..nn._fused.eager import only_forward
 from ..nn._fused.sequence import FusedSequence, fusing, sequence_of, unfuse_some
 from ..nn._fused.whole_model import keep_contiguous
 from ..ops._backend import backend, get_backend
@@ -146,7 +147,7 @@ def choose(
     known: Mapping[AnyCall, Choice] = {} if _most == ALL else choices().measured
     tried: set[AnyCall] = set()
     proven: set[tuple[str, torch.dtype]] = set()
-    zeros = True
+    zeros = all(map(only_forward, model.modules()))  # a hook may keep what it sees
     try:
         made = [_calls(model, inputs, training, zeros) for training in modes]
     except Exception:  # a forward that does not take any values

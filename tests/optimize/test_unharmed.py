@@ -127,6 +127,19 @@ def test_what_a_model_keeps_is_what_it_computed(where, kept, inplace, wins, mode
         torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_hook_keeps_is_what_the_model_computed(wins, model_takes):
+    """Not the zeros that calls give while they are only listed."""
+    wins("onednn")
+    model_takes(3, 2, 1)
+    net, x, taken = _net(), _image(), []
+    net.classifier.register_forward_hook(lambda module, args, output: taken.append(output.detach()))
+    segfast.optimize(net, x)
+    with torch.no_grad():
+        expected = net(x)
+    for each in taken:
+        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-5)
+
+
 class Remembers(nn.Module):
     """A recurrent one: each result depends on the last."""
 
