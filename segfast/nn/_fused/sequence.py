@@ -239,23 +239,17 @@ def _place_in(children: Sequence[nn.Module | None], sequence: FusedSequence) -> 
 
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse` for every sequence with a layer in `model`."""
-    for module in list(model.modules()):
-        if _PLACE in vars(module):
-            for layer in vars(module)[_PLACE][0].layers:
-                if vars(layer).pop(_PLACE, None) is not None:
-                    unmix(layer, _Layer)
-        if vars(module).pop(_SEQUENCES, None) is not None:
-            unmix(module, _Sequential)
-        if vars(module).pop(_CALLER, None) is not None:
-            unmix(module, _Calling)
+    found = [sequence_of(module) for module in model.modules()]
+    found += [each for module in model.modules() for each in vars(module).get(_SEQUENCES, {}).values()]
+    unfuse_some(model, {sequence for sequence in found if sequence is not None})
 
 
 def unfuse_some(model: nn.Module, sequences: Collection[FusedSequence]) -> None:
-    """Undo `fuse` for these sequences, all of whose layers are in `model`."""
+    """Undo `fuse` for these sequences, and for what in `model` would call them."""
     for sequence in sequences:
         for layer in sequence.layers:
-            del vars(layer)[_PLACE]
-            unmix(layer, _Layer)
+            if vars(layer).pop(_PLACE, None) is not None:
+                unmix(layer, _Layer)
     left = {place[0].caller for m in model.modules() if (place := vars(m).get(_PLACE)) is not None}
     for module in model.modules():
         places = vars(module).get(_SEQUENCES)
