@@ -16,7 +16,7 @@ LAYERS = ("segfast.kernels", "segfast.ops", "segfast.functional", "segfast.nn", 
 # What sits on top of the layers, for whom they must not care.
 ABOVE = (
     *("segfast._optimize", "segfast._profile", "segfast.commands", "segfast.train", "segfast.data"),
-    *("segfast.cli", "benchmarks", "tests"),
+    *("segfast.predict", "segfast.cli", "benchmarks", "tests"),
 )
 # What is private in the root of the package: packages of their own, and what every layer may use.
 IN_ROOT = {"_errors.py", "_files.py", "_optimize", "_profile", "_table.py", "_timing.py"}
