@@ -160,6 +160,11 @@ class _Operators(TorchDispatchMode):
         self.asks = False  # one of them gives what only values tell
         self._on_unseen = on_unseen
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: to keep torch's compiler from this class, torch would import it, which takes a second."""
+        return False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():

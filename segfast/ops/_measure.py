@@ -44,6 +44,8 @@ _MOST_ROUNDED = 16
 _LEAST_RUNNING = 0.8
 # So many random numbers, a prime, are repeated: to draw each takes as long as to compute with it.
 _DRAWN = 65521
+# Of filters of so many numbers and more, which come from memory at each call, parts of that size tell enough.
+_LARGE_WEIGHT = 2**24
 
 
 class _Operands(NamedTuple):
@@ -133,6 +135,7 @@ def measure(call: Call) -> Choice:
         others = [name for name, it in CANDIDATES[call.operation].items() if name != ATEN and it.serves(call)]
         if not others:
             return Choice(ATEN, {})
+        call, parts = _part(call)
         operands = _random_operands(call)
         aten = _Run(call, ATEN, operands)
         exact = _reference(call, operands, aten.first())
@@ -145,8 +148,16 @@ def measure(call: Call) -> Choice:
                 runs[name] = run
         if len(runs) == 1:
             return Choice(ATEN, {})
-        us = _times(runs, operands.input)
+        us = {name: parts * us for name, us in _times(runs, operands.input).items()}
         return Choice(min(us, key=lambda name: us[name] + (name != ATEN) * _ASKING_US), us)
+
+
+def _part(call: Call) -> tuple[Call, int]:
+    """The call of so many parts of the output channels as its filters are large, and how many these are."""
+    parts = 1 if call.transposed or call.groups > 1 else max(1, math.prod(call.weight) // _LARGE_WEIGHT)
+    while call.weight[0] % parts:
+        parts -= 1
+    return call._replace(weight=(call.weight[0] // parts, *call.weight[1:])), parts
 
 
 def _random_operands(call: Call) -> _Operands:

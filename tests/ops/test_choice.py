@@ -143,6 +143,19 @@ class TestMeasuring:
         found = _measure.measure_and_keep([CONV2D, CALLS["1x1"], CALLS["large"]], budget_s=2.5)
         assert list(found) == seen == [CALLS["large"], CONV2D]
 
+    @pytest.mark.parametrize("numbers, parts", [(72 * 6, 1), (72 * 2, 3), (80, 3), (100, 3), (72, 6)])
+    def test_of_very_large_filters_a_part_is_measured(self, numbers, parts, clock, monkeypatch):
+        clock.costs = {"onednn": 1.0, ATEN: 2.0}
+        monkeypatch.setattr(_measure, "_LARGE_WEIGHT", numbers)
+        choice, weights = _measure.measure(CONV2D), set()
+        assert choice.name == "onednn" and choice.us[ATEN] == pytest.approx(2e6 * parts)
+        for call in (CONV2D, CALLS["transposed"], CALLS["depthwise"]):
+            monkeypatch.setattr(_measure, "_random_operands", lambda call: weights.add(call.weight) or 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                _measure.measure(call)
+        whole = {CALLS["transposed"].weight, CALLS["depthwise"].weight}
+        assert weights == {(6 // parts, 8, 3, 3)} | whole
+
     @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
     def test_aten_is_always_one(self, call, clock):
         assert ATEN in _measure.measure(call).us or _measure.measure(call).name == ATEN

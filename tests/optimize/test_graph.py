@@ -3,6 +3,8 @@
 import ctypes
 import dataclasses
 import functools
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -345,3 +347,15 @@ def test_a_digest_is_of_the_values_however_they_lie(tensor):
     assert digest_of_values(tensor) == digest_of_values(same)
     if tensor.numel():
         assert digest_of_values(tensor) != digest_of_values(same.logical_not().to(tensor.dtype))
+
+
+def test_torchs_compiler_is_not_imported():
+    """That takes a second, of each process that optimizes a model."""
+    code = (
+        "import sys, torch\n"
+        "from segfast._optimize.graph import Graph\n"
+        "net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()\n"
+        "assert Graph(net, (torch.zeros(1, 3, 8, 8),), False).digest\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
