@@ -7,15 +7,16 @@ from pathlib import Path
 
 from .._errors import UserError
 
-# How the files that commands write begin, by suffix: what a PNG's text, a checkpoint's header, a JSON, a
-# profile's first line and an ONNX model say.
+# How the files that commands write begin, by suffix: what a PNG's text, a network's header, a JSON, the first
+# line of a profile or of a training's metrics, a training's checkpoint and an ONNX model say.
 MARKS = {
-    ".png": b"tEXtSoftware\0segfast",
-    ".safetensors": b'"__metadata__":{"segfast":',
-    ".html": b"<title>segfast",
-    ".json": b'"written by": "segfast ',
-    ".csv": b"model,name,kind,direction,start_us,",
-    ".onnx": b"\x12\x07segfast",  # its second field: the producer
+    ".png": (b"tEXtSoftware\0segfast",),
+    ".safetensors": (b'"__metadata__":{"segfast":',),
+    ".html": (b"<title>segfast",),
+    ".json": (b'"written by": "segfast ',),
+    ".csv": (b"model,name,kind,direction,start_us,", b"step,epoch,learning_rate,loss"),
+    ".checkpoint": (b"segfast train",),
+    ".onnx": (b"\x12\x07segfast",),  # its second field: the producer
 }
 # No more of a file is looked at: matplotlib writes its text before the pixels, too.
 HEAD = 1024
@@ -62,8 +63,9 @@ def claim_each(outputs: Sequence[Path], inputs: Sequence[Path], *, force: bool =
 
 
 def _own(path: Path) -> bool:
-    mark = MARKS.get(path.suffix.lower())
-    if mark is None or not path.is_file():
+    marks = MARKS.get(path.suffix.lower(), ())
+    if not marks or not path.is_file():
         return False
     with path.open("rb") as file:
-        return mark in file.read(HEAD)
+        head = file.read(HEAD)
+    return any(mark in head for mark in marks)

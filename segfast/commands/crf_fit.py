@@ -38,8 +38,8 @@ from ._crf_search import (
 from ._load_model import add_device, check_seed, parse_device
 from ._output import claim
 from ._threads import one_thread
+from ._train_data import nuclei_samples
 from .demo import STEPS, trained_model
-from .train import nuclei_samples
 
 DEFAULT_OUTPUT = "out/crf.json"
 # How far the sum of a pixel's probabilities may be from 1: half precision's worth.

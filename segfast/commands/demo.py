@@ -36,9 +36,9 @@ from ._crf_search import (
 from ._load_model import add_device, check_seed, parse_device
 from ._output import claim
 from ._threads import one_thread
+from ._train_data import nuclei_samples
 from .check import check_model
 from .segment import load_segmenter, overlay, person_mask, refined_mask
-from .train import nuclei_samples
 
 REPORT = Path("benchmark", "quick", "report.html")
 STEPS = 350

@@ -2,197 +2,178 @@
 
 import argparse
 import ast
+import contextlib
+import copy
+import json
 import math
-import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from segfast._errors import UserError
 from segfast._table import format_table
-from segfast.commands._load_model import add_device, check_seed, parse_device
+from segfast.commands._load_model import parse_device
 from segfast.commands._output import claim
-from segfast.data import IGNORE_INDEX, NUCLEI_TRAIN_COLUMNS, Sample, nuclei, read_folder, split_columns
-from segfast.models import SegmentationModel, UNet, create
-from segfast.models.unet import UNET_ACTIVATIONS
+from segfast.data import ClassList
+from segfast.models import SegmentationModel, UNet, create, model_name
 
 from ..train._augment import PatchSampler
+from ..train._batches import batches
 from ..train._checkpoint import save_checkpoint
-from ..train._figures import loss_figure, save_figure
-from ..train._loop import OPTIMIZERS, Options, evaluate, fit
-from ..train._metrics import Scores
-from ..train._predict import channels_last
-from ..train._progress import progress
+from ..train._figures import curves_figure, predictions_figure, save_figure
+from ..train._loop import Trainer
+from ..train._metrics import BOUNDARY, RegressionScores, Scores
+from ..train._optimizers import Options
+from ..train._parallel import Ranks, joined, parallel, sync_batch_norm, units
+from ..train._predict import channels_last, predict, predict_scores
+from ..train._record import Record
+from ..train._run import Course, readable, row_of, run_steps, scored, trained
+from ..train._state import read_state, remove_leftovers
+from . import _train_data
+from ._train_data import TrainingData
+from ._train_options import (
+    UNET_OPTIONS,
+    add_model,
+    add_survival,
+    add_training,
+    augmentations,
+    training_options,
+    with_class_weights,
+)
 
 DEFAULT_OUTPUT = "out/unet.safetensors"
-MAX_RATE = 1e3
-DEFAULT_LR = {"adamw": 3e-3, "sgd": 0.05}
-# What the command has of its own for the U-Net, and what it is by default.
-UNET_OPTIONS = {
-    "width": 16,
-    "depth": 4,
-    "unpadded": False,
-    "activation": "relu",
-    "negative_slope": 0.01,
-    "norm": "batch",
-}
+# Of the command's own options those that a training that goes on must have as before.
+SETTINGS = (
+    *("batch", "size", "augment", "seed", "channels", "foreground", "ignore"),
+    *("holdout", "holdout_images"),
+)
+# Of the samples held out, those that are drawn.
+DRAWN = 4
+# Classes for whom the confusion matrix is printed.
+MOST_COLUMNS = 10
+
+
+class Outputs(NamedTuple):
+    """Where everything goes, beside the network."""
+
+    network: Path
+    checkpoint: Path
+    metrics: Path
+    curves: Path
+    predictions: Path
+    board: Path
+
+
+ENDINGS = (".safetensors", ".checkpoint", ".metrics.csv", ".png", ".predictions.png", ".tensorboard")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `segfast train`."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", metavar="FOLDER", help="holds images/ and masks/, same names (the nuclei shipped)"
+    parser.add_argument(
+        "model", nargs="?", default="unet", metavar="MODEL", help="one of segfast.models.list_models() (unet)"
     )
-    data.add_argument("--channels", type=int, default=1, help="of the images: 1 gray, 3 color (1)")
-    data.add_argument("--foreground", action="store_true", help="any mask value above 0 is class 1")
-    data.add_argument(
-        "--classes", type=int, metavar="N", help="of the masks, 0 to N-1 (up to the largest, if all occur)"
-    )
-    data.add_argument(
-        "--holdout", type=float, default=0.25, help="rightmost share of each image, for testing"
-    )
-    model = parser.add_argument_group("model", "all but the first two are for the U-Net")
-    model.add_argument(
-        "--model", default="unet", metavar="NAME", help="one of segfast.models.list_models() (unet)"
-    )
-    model.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of segfast.models.create(MODEL), as in width_mult=0.5; may be repeated",
-    )
-    model.add_argument("--width", type=int, help="channels of the first level (16)")
-    model.add_argument("--depth", type=int, help="poolings (4)")
-    model.add_argument("--unpadded", action="store_true", help="the paper's unpadded convolutions")
-    model.add_argument("--activation", choices=UNET_ACTIVATIONS, help="(relu)")
-    model.add_argument("--negative-slope", type=float, help="of leaky_relu (0.01)")
-    model.add_argument("--norm", choices=("none", "batch"), help="(batch)")
-    parser.set_defaults(**UNET_OPTIONS)
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=350, help="(350)")
-    training.add_argument("--batch", type=int, default=4, help="patches a step (4)")
-    training.add_argument("--size", type=int, default=128, help="height and width of a patch, pixels (128)")
-    training.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(adamw)")
-    training.add_argument("--lr", type=float, help="peak learning rate (adamw 0.003, sgd 0.05)")
-    training.add_argument("--momentum", type=float, default=0.9, help="of sgd (0.9)")
-    training.add_argument("--weight-decay", type=float, default=1e-4, help="(0.0001)")
-    training.add_argument("--no-augment", action="store_true", help="plain random crops")
-    training.add_argument("--seed", type=int, default=0, help="of weights and patches (0)")
-    add_device(training)
-    parser.add_argument("--output", default=DEFAULT_OUTPUT, metavar="FILE", help=f"({DEFAULT_OUTPUT})")
+    _train_data.add_arguments(parser)
+    add_model(parser)
+    add_training(parser)
+    add_survival(parser)
+    parser.add_argument("--output", metavar="FILE", help="(out/MODEL.safetensors)")
     parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, score the held-out region, write checkpoint and loss curve; under torchrun, on all ranks."""
-    _check_options(args)
-    output = Path(args.output)
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: expected a name ending in .safetensors")
-    outputs = [claim(path, force=args.force) for path in (output, output.with_suffix(".png"))]
-    train, test = _data(args)
-    num_classes = _num_classes([*train, *test], args.classes)
-    for part, samples in (("training", train), ("held-out", test)):
-        if not any((sample.target != IGNORE_INDEX).any() for sample in samples):
-            raise UserError(f"--holdout {args.holdout}: no pixel of the {part} part is scored, all are 255")
-    rank, device = _start(args.device)
-    torch.manual_seed(args.seed)
-    model = channels_last(_model(args, num_classes).to(device))
-    sampler = PatchSampler(train, args.size, args.batch, args.seed + rank, augment=not args.no_augment)
-    options = Options(
-        steps=args.steps,
-        optimizer=args.optimizer,
-        lr=DEFAULT_LR[args.optimizer] if args.lr is None else args.lr,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
+    """Train, score what is held out, write network, metrics and pictures; under torchrun, on all ranks."""
+    device = parse_device(args.device)
+    with joined(device) as (ranks, device), _own_random_numbers(device):
+        outputs, options = ranks.together(lambda: _checked(args, ranks))
+        data = _train_data.training_data(args, ranks)
+        if ranks.rank == 0:
+            print(data.table)
+        options = ranks.together(lambda: with_class_weights(options, args.class_weights, data))
+        model = ranks.together(lambda: channels_last(_model(args, data, ranks).to(device)))
+        settings = _settings(args, model, options, data)
+        trainer = _trainer(args, model, options, ranks)
+        if args.resume and outputs.checkpoint.exists():
+            state = ranks.together(lambda: read_state(outputs.checkpoint, settings))
+            trainer.load_state_dict(state)
+        return _train(args, trainer, model, data, outputs, settings)
+
+
+@contextlib.contextmanager
+def _own_random_numbers(device: torch.device):
+    """The caller's generators are afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _train(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    model: SegmentationModel,
+    data: TrainingData,
+    outputs: Outputs,
+    settings: Mapping[str, str],
+) -> int:
+    ranks, options = trainer.ranks, trainer.options
+    share = range(trainer.step, options.steps)
+    sampler = PatchSampler(data.train, args.size, args.batch, args.seed, augmentations(args.augment))
+    pins = trainer.device.type == "cuda"
+    read = batches(sampler, ranks, share, args.skip_bad, args.workers, pins)
+    course = Course(
+        outputs.checkpoint,
+        settings,
+        args.checkpoint_every,
+        args.evaluate_every or max(1, options.steps // 10),
+        len(data.train) / args.batch,
     )
+    results: list[Scores | RegressionScores] = []
+
+    def evaluate() -> Mapping[str, float]:
+        results[:] = [scored(trainer, model, data.test, args.skip_bad)]
+        return row_of(results[0])
+
+    start = trainer.step
+    record = ranks.together(lambda: _record(outputs, data, start) if ranks.rank == 0 else None)
     try:
-        with progress(args.steps, shown=rank == 0) as on_step:
-            losses = fit(_parallel(model, device), sampler, options, on_step)
-    except FloatingPointError as error:
-        raise UserError(str(error)) from error
+        stop = run_steps(trainer, read, course, record, evaluate)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if rank == 0:
-        result = evaluate(model, test, model.num_classes)
-        save_checkpoint(model, outputs[0])
-        save_figure(loss_figure(losses, f"{output.stem}: held-out mIoU {result.miou:.3f}"), outputs[1])
-        print(scores_table(result))
-        print(f"wrote {outputs[0]} and {outputs[1]}")
+        if record is not None:
+            record.close()
+    if stop:
+        if ranks.rank == 0:
+            print(
+                f"segfast: stopped after step {trainer.step} of {options.steps}; with --resume it goes on",
+                file=sys.stderr,
+            )
+        return 128 + stop
+    if not results:  # all steps had been taken before
+        evaluate()
+    network = trained(trainer, model)
+    ranks.together(lambda: _finish(args, network, data, outputs, record, results[0]))
     return 0
 
 
-def scores_table(result: Scores) -> str:
-    """IoU of each class and their mean, on the region never trained on."""
-    absent = [k for k, value in enumerate(result.iou.tolist()) if math.isnan(value)]
-    rows = [
-        [f"class {k}", "absent" if k in absent else f"{value:.4f}"]
-        for k, value in enumerate(result.iou.tolist())
-    ]
-    table = format_table(["held-out region", "IoU"], [*rows, ["mean", f"{result.miou:.4f}"]])
-    if not absent:
-        return table
-    names = f"class{'es' * (len(absent) > 1)} {', '.join(map(str, absent))}"
-    return (
-        f"{table}\nThe mean leaves out {names}: neither in the held-out region's masks nor predicted there."
-    )
+def _checked(args: argparse.Namespace, ranks: Ranks) -> tuple[Outputs, Options]:
+    """The outputs, which may be written, and the options, before any work is done for them."""
+    args.model = args.model.removeprefix("segfast:")
+    options = training_options(args, ranks)
+    output = Path(args.output or DEFAULT_OUTPUT.replace("unet", args.model))
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: expected a name ending in .safetensors")
+    outputs = Outputs(*map(output.with_suffix, ENDINGS))
+    if ranks.rank == 0:
+        for path in outputs[:-1]:
+            claim(path, force=args.force)
+        if outputs.board.exists() and not outputs.board.is_dir():
+            raise UserError(f"{outputs.board}: is not a folder")
+        remove_leftovers(outputs.checkpoint)
+    return outputs, options
 
 
-def nuclei_samples() -> tuple[list[Sample], list[Sample]]:
-    """The training and the held-out region of `segfast.data.nuclei`, class 1 being nucleus."""
-    image, labels = nuclei()
-    target, column = (labels > 0).long(), NUCLEI_TRAIN_COLUMNS
-    train = Sample(image[..., :column], target[:, :column])
-    return [train], [Sample(image[..., column:], target[:, column:])]
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    for name in ("channels", "width", "depth", "steps", "batch", "size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    check_seed(args.seed)
-    if args.classes is not None and not 2 <= args.classes <= IGNORE_INDEX:
-        raise UserError(f"--classes must be from 2 to {IGNORE_INDEX}, got {args.classes}")
-    if not math.isfinite(args.negative_slope):
-        raise UserError(f"--negative-slope must be finite, got {args.negative_slope}")
-    for name in ("lr", "momentum", "weight_decay"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= MAX_RATE:
-            raise UserError(f"--{name.replace('_', '-')} must be between 0 and {MAX_RATE:g}, got {value}")
-
-
-def _data(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
-    if args.data is not None:
-        return split_columns(read_folder(args.data, args.channels, args.foreground), args.holdout)
-    if args.channels != 1:
-        raise UserError(f"--channels {args.channels}: the nuclei image has 1")
-    return nuclei_samples()
-
-
-def _num_classes(samples: list[Sample], given: int | None) -> int:
-    """`given`, or as many as there are up to the largest, of which none may be missing."""
-    found = set().union(*(sample.target.unique().tolist() for sample in samples)) - {IGNORE_INDEX}
-    largest = max(found, default=0)
-    if given is not None:
-        if largest >= given:
-            raise UserError(f"--classes {given}: the masks have class {largest}, expected 0 to {given - 1}")
-        return given
-    missing = sorted(set(range(largest)) - found - {0})
-    if missing:
-        raise UserError(
-            f"the masks have class {largest} and none of {', '.join(map(str, missing[:5]))}"
-            f"{', ...' * (len(missing) > 5)}: --classes {largest + 1} if those are classes nevertheless, "
-            "--foreground if every value above 0 is one class"
-        )
-    return max(2, 1 + largest)
-
-
-def _model(args: argparse.Namespace, num_classes: int) -> SegmentationModel:
+def _model(args: argparse.Namespace, data: TrainingData, ranks: Ranks) -> SegmentationModel:
+    """The network, with weights that depend on --seed alone."""
     options: dict[str, Any] = {}
     for text in args.option:
         name, equals, value = text.partition("=")
@@ -208,23 +189,30 @@ def _model(args: argparse.Namespace, num_classes: int) -> SegmentationModel:
         own["padded"] = not own.pop("unpadded")
         options = own | options
     elif strange := [name for name, value in own.items() if value != UNET_OPTIONS[name]]:
-        raise UserError(f"--{strange[0].replace('_', '-')} is for --model unet; of {args.model} use --option")
+        raise UserError(f"--{strange[0].replace('_', '-')} is for unet; of {args.model} use --option")
+    torch.manual_seed(args.seed)
     try:
-        model = create(args.model, **{"in_channels": args.channels, "num_classes": num_classes, **options})
+        model = create(args.model, **{"in_channels": args.channels, "num_classes": data.planes, **options})
     except (TypeError, ValueError) as error:
-        raise UserError(f"--model {args.model}: {error}") from error
+        raise UserError(f"MODEL {args.model}: {error}") from error
+    if (model.in_channels, model.num_classes) != (args.channels, data.planes):
+        raise UserError(
+            f"MODEL {args.model} is for {model.in_channels} channels and {model.num_classes} classes, "
+            f"the data has {args.channels} and {data.planes}"
+        )
     _check_step(model, args)
     return model
 
 
 def _check_step(model: SegmentationModel, args: argparse.Namespace) -> None:
     """Raise UserError if the model cannot be trained on patches of this size, so many a step."""
+    batch = args.batch // args.accumulate
     if isinstance(model, UNet):
         try:
             model.check_size(args.size, args.size)
         except ValueError as error:
             raise UserError(f"--size {args.size}: {error}") from error
-        if args.norm == "batch" and args.batch * model.bottleneck_pixels(args.size, args.size) == 1:
+        if args.norm == "batch" and batch * model.bottleneck_pixels(args.size, args.size) == 1:
             raise UserError(
                 f"--batch {args.batch} --size {args.size}: at --depth {args.depth} the deepest map of a step "
                 "is one pixel, of which batch norm has no statistics; give a larger batch or size, or "
@@ -232,26 +220,114 @@ def _check_step(model: SegmentationModel, args: argparse.Namespace) -> None:
             )
         return
     try:
-        with torch.device("meta"):
-            twin = create(args.model, **model.config)
-            twin(torch.empty(args.batch, model.in_channels, args.size, args.size))
+        _pass_on_meta(model, batch, args.size)
     except ValueError as error:
         raise UserError(f"--batch {args.batch} --size {args.size}: {error}") from error
 
 
-def _start(device: str | None) -> tuple[int, torch.device]:
-    """Join the process group if torchrun started us; our rank and device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return 0, parse_device(device)
-    found = parse_device(device)
-    if found.type == "cuda":
-        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(found)
-    torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    return torch.distributed.get_rank(), found
+def _pass_on_meta(model: SegmentationModel, batch: int, size: int) -> set[str]:
+    """Run a twin of the model that has no values; the names of its modules that were called."""
+    called: set[str] = set()
+    with torch.device("meta"):
+        twin = create(model_name(model), **model.config)
+        for name, module in twin.named_modules():
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+        twin(torch.empty(batch, model.in_channels, size, size))
+    return called
 
 
-def _parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    if not torch.distributed.is_initialized():
-        return model
-    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+def _trainer(args: argparse.Namespace, model: SegmentationModel, options: Options, ranks: Ranks) -> Trainer:
+    """The trainer of a model that is on its device, with the ranks' wrapping if there are several."""
+    try:
+        if ranks.world == 1:
+            return Trainer(model, options, seed=args.seed)
+        sharded = None
+        if args.fsdp:
+            sharded = units(model, _pass_on_meta(model, 2, args.size))
+        model = sync_batch_norm(model, ranks.device)
+        average = copy.deepcopy(model) if options.ema else None
+        return Trainer(
+            model, options, ranks, parallel(model, average, ranks.device, sharded), average, args.seed
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _settings(
+    args: argparse.Namespace, model: SegmentationModel, options: Options, data: TrainingData
+) -> dict[str, str]:
+    """What a training that goes on must have in common with the one that was stopped, the model first."""
+    named = {"MODEL": args.model, "the model's options": json.dumps(model.config, default=str)}
+    own = options._asdict() | {name: getattr(args, name) for name in SETTINGS}
+    named |= {f"--{name.replace('_', '-')}": str(value) for name, value in own.items()}
+    return named | {"--data": data.digest}
+
+
+def _record(outputs: Outputs, data: TrainingData, step: int) -> Record:
+    columns = ["rmse", "r2"]
+    if data.classes is not None:
+        ious = [f"iou_{k}" for k in range(data.planes)]
+        columns = ["miou", "pixel_accuracy", "boundary_accuracy", *ious]
+    return Record(outputs.metrics, columns, step, outputs.board)
+
+
+def _finish(
+    args: argparse.Namespace,
+    network: SegmentationModel,
+    data: TrainingData,
+    outputs: Outputs,
+    record: Record | None,
+    result: Scores | RegressionScores,
+) -> None:
+    """The first rank's: write network and pictures, print the scores."""
+    if record is None:
+        return
+    save_checkpoint(network, outputs.network)
+    name = outputs.network.stem
+    if isinstance(result, RegressionScores) or data.classes is None:
+        assert isinstance(result, RegressionScores)
+        title, confusion, names, colors = f"{name}: held-out RMSE {result.rmse:.4g}", None, (), None
+    else:
+        title, confusion = f"{name}: held-out mIoU {result.miou:.3f}", result.confusion
+        names, colors = data.classes.names, data.classes.colors
+    save_figure(curves_figure(record.rows, args.loss, title, confusion, names), outputs.curves)
+    shown = list(readable(data.test, range(min(DRAWN, len(data.test))), args.skip_bad))
+    run = predict if colors is not None else predict_scores
+    if shown:
+        found = [run(network, sample.image) for sample in shown]
+        save_figure(predictions_figure(shown, found, colors), outputs.predictions)
+    print(scores_table(result, data.classes))
+    print("wrote " + ", ".join(map(str, outputs[:-1])))
+
+
+def scores_table(result: Scores | RegressionScores, classes: ClassList | None = None) -> str:
+    """How good the network is on what it was never trained on."""
+    if isinstance(result, RegressionScores):
+        rows = [["RMSE", f"{result.rmse:.4g}"], ["R2", f"{result.r2:.4f}"]]
+        return format_table(["held out", "value"], rows)
+    names = [f"class {k}" for k in range(len(result.iou))]
+    if classes is not None:
+        names = [
+            name if name == own else f"{name} {own}" for name, own in zip(names, classes.names, strict=True)
+        ]
+    ious = result.iou.tolist()
+    absent = [k for k, value in enumerate(ious) if math.isnan(value)]
+    few = len(names) <= MOST_COLUMNS
+    rows = [
+        [name, "absent" if k in absent else f"{ious[k]:.4f}", *(result.confusion[k].tolist() if few else [])]
+        for k, name in enumerate(names)
+    ]
+    blank = [""] * (len(names) if few else 0)
+    rows += [
+        ["mean", f"{result.miou:.4f}", *blank],
+        ["pixel accuracy", f"{result.pixel_accuracy:.4f}", *blank],
+        [f"accuracy within {BOUNDARY} pixels of a boundary", f"{result.boundary_accuracy:.4f}", *blank],
+    ]
+    headers = ["held-out region", "IoU", *(f"predicted {k}" for k in range(len(names)) if few)]
+    table = format_table(headers, rows)
+    if not absent:
+        return table
+    missing = f"class{'es' * (len(absent) > 1)} {', '.join(map(str, absent))}"
+    return (
+        f"{table}\nThe mean leaves out {missing}: neither in the held-out region's masks nor predicted there."
+    )

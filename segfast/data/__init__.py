@@ -6,23 +6,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._classes import ClassList, read_classes
 from ._folder import Sample, image_and_mask_paths, read_folder, split_columns
-from ._images import IGNORE_INDEX, normalize, read_colors, read_image, read_mask, write_mask
+from ._images import IGNORE_INDEX, normalize, read_colors, read_image, read_mask, read_values, write_mask
 from ._photo import read_photo, write_image
 
 __all__ = [
     "IGNORE_INDEX",
     "NUCLEI_TRAIN_COLUMNS",
+    "ClassList",
     "Sample",
     "astronaut",
     "image_and_mask_paths",
     "normalize",
     "nuclei",
+    "read_classes",
     "read_colors",
     "read_folder",
     "read_image",
     "read_mask",
     "read_photo",
+    "read_values",
     "split_columns",
     "write_image",
     "write_mask",

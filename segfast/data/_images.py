@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,27 @@ def _read_channels(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, 
     return array, in_8_bits
 
 
-def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
+def read_mask(
+    path: str | os.PathLike,
+    foreground: bool = False,
+    ignore: int | None = None,
+    from_colors: Callable[[np.ndarray, Path], Tensor] | None = None,
+) -> Tensor:
     """Read a mask of class indices as int64 `[H, W]`; 255 means "do not score this pixel".
 
     Args:
         path: a single-channel image, a palette image, or an `.npz` with an array `labels` (or only one).
         foreground: take the mask as instances, or as 0/255: every value above 0 is class 1.
+        ignore: one more value that means "do not score".
+        from_colors: makes class indices of a color image, uint8 `[3, H, W]`, as `ClassList.labels` does.
 
     Raises:
-        UserError: as `read_image`; also for color images, negative or fractional values, values above 255.
+        UserError: as `read_image`; also for color images without `from_colors`, negative or fractional
+            values, values above 255.
     """
     array = _read_array(path, "labels", mask=True)
+    if array.ndim == 3 and len(array) == 3 and from_colors is not None and array.dtype == np.uint8:
+        return from_colors(array, Path(path))
     if array.ndim == 3 and len(array) == 1:
         array = array[0]
     if array.ndim != 2 or 0 in array.shape:
@@ -100,20 +110,67 @@ def read_mask(path: str | os.PathLike, foreground: bool = False) -> Tensor:
     if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"{path}: expected integer class indices, got {array.dtype}")
     labels = torch.from_numpy(array.astype(np.int64))
+    unscored = torch.zeros_like(labels, dtype=torch.bool) if ignore is None else labels == ignore
     if foreground:
-        return (labels > 0).long()
+        return (labels > 0).long().masked_fill(unscored, IGNORE_INDEX)
+    labels = labels.masked_fill(unscored, IGNORE_INDEX)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > IGNORE_INDEX:
         raise UserError(
             f"{path}: expected class indices 0 to 254 (255 is ignored), got {low} to {high}; "
             "--foreground takes every value above 0 as class 1"
         )
-    if high == IGNORE_INDEX and not ((labels > 0) & (labels < IGNORE_INDEX)).any():
+    if ignore is None and high == IGNORE_INDEX and not ((labels > 0) & (labels < IGNORE_INDEX)).any():
         raise UserError(
             f"{path}: the mask holds only 0 and 255, and 255 means 'do not score'; "
             "--foreground takes every value above 0 as class 1"
         )
     return labels
+
+
+def read_values(path: str | os.PathLike) -> Tensor:
+    """Read real values, a target to regress, as float32 `[H, W]` or `[K, H, W]`; NaN is not known.
+
+    Args:
+        path: a single-channel image of any depth, or an `.npz` with an array `values` (or only one).
+
+    Raises:
+        UserError: no such file, not an image, empty, infinite, or another shape or dtype.
+    """
+    array = _read_array(path, "values", mask=True)
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise UserError(f"{path}: expected real values [H, W] or [K, H, W], got shape {list(array.shape)}")
+    if array.dtype.kind not in "uif" or np.isinf(array).any():
+        raise UserError(f"{path}: expected finite real values or NaN, got {array.dtype} with others")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def palette_of(path: str | os.PathLike, count: int) -> list[tuple[int, int, int]] | None:
+    """The first `count` colors of a palette image; None of another file, or if there are fewer."""
+    path = existing(path)
+    if path.suffix.lower() == ".npz":
+        return None
+    with opened(path) as image:
+        flat = (image.getpalette() or []) if image.mode == "P" else []
+    colors = [tuple(flat[i : i + 3]) for i in range(0, min(len(flat), 3 * count), 3)]
+    return colors if len(colors) == count else None
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of an image, from its file's header where it has one.
+
+    Raises:
+        UserError: no such file, not an image, several pages.
+    """
+    path = existing(path)
+    if path.suffix.lower() == ".npz":
+        shape = _read_npz(path, "image").shape
+        if len(shape) < 2:
+            raise UserError(f"{path}: expected an image [H, W] or [C, H, W], got shape {list(shape)}")
+        return shape[-2], shape[-1]
+    with opened(path) as image:
+        _check_pages(path, image)
+        return image.height, image.width
 
 
 def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
@@ -144,11 +201,15 @@ def _read_array(path: str | os.PathLike, name: str, mask: bool = False) -> np.nd
     if path.suffix.lower() == ".npz":
         return _read_npz(path, name)
     with opened(path) as image:
-        pages = getattr(image, "n_frames", 1)
-        if pages > 1:
-            raise UserError(f"{path}: the file has {pages} pages, expected one")
+        _check_pages(path, image)
         array = np.array(image.convert(_plain_mode(image.mode, mask)))
     return array if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def _check_pages(path: Path, image: Any) -> None:
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise UserError(f"{path}: the file has {pages} pages, expected one")
 
 
 def existing(path: str | os.PathLike) -> Path:

@@ -1,118 +1,212 @@
-"""The reference training loop: a loss of every pixel, AdamW or SGD with momentum, a cosine schedule."""
+"""The reference training loop, and the state of a training run: all that changes from step to step."""
 
+import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from segfast.data import IGNORE_INDEX, Sample
-from segfast.models._base import main_scores
+from segfast.data import Sample
 
-from ._augment import center_crop
-from ._metrics import RegressionScores, Scores, confusion_matrix, regression_scores, scores
+from ._augment import seed_of
+from ._losses import CLASS_LOSSES, LOSSES, class_loss, regression_loss
+from ._metrics import (
+    RegressionScores,
+    Scores,
+    confusion_matrix,
+    near_boundary,
+    regression_scores,
+    scores,
+)
+from ._optimizers import PRECISIONS, Options, learning_rate, make_optimizer
+from ._parallel import Ranks
 from ._predict import predict, predict_scores
 
-OPTIMIZERS = ("adamw", "sgd")
-REGRESSION_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "l1": F.l1_loss,
-    "l2": F.mse_loss,
-    "huber": F.huber_loss,
-}
-LOSSES = ("cross_entropy", *REGRESSION_LOSSES)
-# Of an auxiliary head's loss, as in torchvision's training reference.
-AUX_WEIGHT = 0.5
 
-
-class Options(NamedTuple):
-    """How `fit` trains.
-
-    `lr` rises linearly over the first `warmup` share of the steps and falls to 0 along a cosine (Loshchilov
-    and Hutter, ICLR 2017). `momentum` is SGD's only; AdamW's `weight_decay` is decoupled (ICLR 2019). `loss`
-    is "cross_entropy", of classes, or "l1", "l2" or "huber", of real values (see `regression_loss`).
-    """
-
-    steps: int = 350
-    optimizer: str = "adamw"
-    lr: float = 3e-3
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
-    warmup: float = 0.05
-    class_weights: tuple[float, ...] | None = None
-    loss: str = "cross_entropy"
-
-
-def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """The optimizer of `options`.
-
-    Raises:
-        ValueError: `options.optimizer` is not one of "adamw", "sgd".
-    """
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-        )
-    raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {options.optimizer!r}")
-
-
-def learning_rate(step: int, options: Options) -> float:
-    """The learning rate of step `step`, counted from 0.
-
-    >>> options = Options(steps=100, lr=1.0, warmup=0.1)
-    >>> learning_rate(0, options), learning_rate(9, options), round(learning_rate(99, options), 3)
-    (0.1, 1.0, 0.0)
-    """
-    warmup = max(1, round(options.warmup * options.steps))
-    if step < warmup:
-        return options.lr * (step + 1) / warmup
-    progress = (step + 1 - warmup) / max(1, options.steps - warmup)
-    return options.lr * (1 + math.cos(math.pi * progress)) / 2
-
-
-def cross_entropy(
-    output: Tensor | Mapping[str, Tensor], targets: Tensor, weight: Tensor | None = None
-) -> Tensor:
-    """The mean cross-entropy of class scores, of either form that a `SegmentationModel` returns.
-
-    To the loss of "out" half that of "aux" is added, if there is one. Targets are center-cropped to smaller
-    scores.
-    """
-    if not isinstance(output, Tensor):
-        loss = cross_entropy(output["out"], targets, weight)
-        return loss + AUX_WEIGHT * cross_entropy(output["aux"], targets, weight) if "aux" in output else loss
-    return F.cross_entropy(
-        output, center_crop(targets, output.shape[-2:]), weight=weight, ignore_index=IGNORE_INDEX
-    )
-
-
-def regression_loss(output: Tensor | Mapping[str, Tensor], targets: Tensor, loss: str = "l2") -> Tensor:
-    """The mean error of real values: absolute ("l1"), squared ("l2"), or squared below 1 only ("huber").
+class Trainer:
+    """A model in training, with its optimizer, its average and the number of steps taken.
 
     Args:
-        output: `[N, K, H', W']`, or a dictionary with that under "out".
-        targets: floating point, `[N, K, H, W]`, or `[N, H, W]` for K = 1; center-cropped to smaller outputs.
-            What is NaN is not known and left out.
-        loss: see above.
+        model: in training mode from now on; with parameters that are whole, or sharded by `fully_shard`.
+        options: see `Options`.
+        ranks: those that train together, each with its share of every batch.
+        wrapped: what calls the model, such as `DistributedDataParallel`; the model itself if None.
+        average: a second model, of equal weights, that becomes the moving average of `options.ema`.
+        seed: of what layers draw (dropout) in a step on a rank; None leaves torch's generators alone.
 
     Raises:
-        ValueError: another loss; targets of another dtype or shape.
+        ValueError: an unknown loss, optimizer, schedule or precision, class weights for real values.
     """
-    if loss not in REGRESSION_LOSSES:
-        raise ValueError(f"loss must be one of {tuple(REGRESSION_LOSSES)}, got {loss!r}")
-    values = main_scores(output)
-    cropped = center_crop(targets, values.shape[-2:])
-    cropped = cropped[:, None] if cropped.dim() == 3 else cropped
-    if cropped.shape != values.shape or not targets.is_floating_point():
-        raise ValueError(
-            f"targets must be real values for an output of shape {list(values.shape)}, "
-            f"got {targets.dtype} {list(targets.shape)}"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        ranks: Ranks | None = None,
+        wrapped: nn.Module | None = None,
+        average: nn.Module | None = None,
+        seed: int | None = None,
+    ) -> None:
+        for name, known in (("loss", LOSSES), ("precision", PRECISIONS)):
+            if getattr(options, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(options, name)!r}")
+        if options.loss not in CLASS_LOSSES and options.class_weights is not None:
+            raise ValueError(f"class_weights are for cross_entropy, got loss={options.loss!r}")
+        self.model, self.options, self.seed = model, options, seed
+        self.ranks = ranks or Ranks()
+        self.wrapped = wrapped or model
+        self.step = 0
+        like = next(model.parameters())
+        self.device = like.device
+        self.weight = None
+        if options.class_weights is not None:
+            self.weight = torch.tensor(options.class_weights, dtype=like.dtype, device=like.device)
+        self.optimizer = make_optimizer(model, options)
+        self.average = None
+        if options.ema:
+            self.average = AveragedModel(average or model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+        halves = options.precision == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves)
+        # Scores that the loss upsamples never exist in the image's size.
+        takes = inspect.signature(model.forward).parameters
+        self.coarse = (
+            options.loss in CLASS_LOSSES and "upsample" in takes and getattr(model, "crf", None) is None
         )
-    known = ~cropped.isnan()
-    return REGRESSION_LOSSES[loss](values[known], cropped[known])
+
+    def train_step(self, images: Tensor, targets: Tensor) -> float:
+        """Take a step; the loss of the whole batch, that of all ranks.
+
+        Args:
+            images: this rank's, float32 `[N, C, H, W]`, on any device.
+            targets: int64 `[N, H, W]` or, for real values, what `regression_loss` takes.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the step is not taken.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.options)
+        if self.seed is not None:
+            torch.manual_seed(seed_of(self.seed, 2, self.step, self.ranks.rank))
+        images, targets = (tensor.to(self.device, non_blocking=True) for tensor in (images, targets))
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.options.accumulate
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, pair in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
+            with self._gradients_shared(index == parts - 1):
+                loss = self._loss(*pair, targets)
+                # The ranks' gradients are averaged, and are to be added up.
+                self.scaler.scale(loss * self.ranks.world).backward()
+            total += loss.detach()
+        found = self.ranks.sum(total).item()
+        if not math.isfinite(found):
+            raise FloatingPointError(
+                f"the loss is {found} at step {self.step + 1}; a smaller learning rate may help"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        return found
+
+    def _loss(self, images: Tensor, targets: Tensor, whole: Tensor) -> Tensor:
+        dtype = getattr(torch, self.options.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            output = self.wrapped(images, upsample=False) if self.coarse else self.wrapped(images)
+            if self.options.loss not in CLASS_LOSSES:
+                return regression_loss(output, targets, self.options.loss, whole=whole, total=self.ranks.sum)
+            return class_loss(
+                output,
+                targets,
+                self.options.loss,
+                self.weight,
+                coarse=self.coarse,
+                whole=whole,
+                total=self.ranks.sum,
+            )
+
+    @contextlib.contextmanager
+    def _gradients_shared(self, last: bool):
+        """Inside, a backward sums gradients over the ranks only for the batch's last part."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
+            with self.wrapped.no_sync():
+                yield
+            return
+        if hasattr(self.wrapped, "set_requires_gradient_sync"):
+            self.wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in whole tensors on the CPU that fit any number of ranks; to be called on every rank."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        moments = {
+            names[parameter]: _whole(state) for parameter, state in self.optimizer.state.items() if state
+        }
+        return {
+            "step": self.step,
+            "model": _whole(self.model.state_dict()),
+            "optimizer": moments,
+            "average": None if self.average is None else _whole(self.average.state_dict()),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was called, on any number of ranks.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: the state is of another model or other options.
+        """
+        _load(self.model, state["model"])
+        moments = dict(state["optimizer"])
+        for name, parameter in self.model.named_parameters():
+            if name in moments:
+                self.optimizer.state[parameter] = {
+                    key: _like(parameter, value) for key, value in moments.pop(name).items()
+                }
+        if moments or (self.average is None) != (state["average"] is None):
+            raise ValueError(f"no place for the optimizer's {', '.join(moments) or 'average'}")
+        if self.average is not None:
+            _load(self.average, state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to be used, of the average if there is one, whole and on the CPU; on every rank."""
+        return _whole((self.model if self.average is None else self.average.module).state_dict())
+
+
+def _whole(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies on the CPU, of sharded tensors in full."""
+    found = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            value = value.detach().to("cpu", copy=True)
+        found[name] = value
+    return found
+
+
+def _like(parameter: Any, value: Any) -> Any:
+    """An entry of the parameter's state in the optimizer, sharded and laid out as it is; numbers stay."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value.clone() if isinstance(value, Tensor) else value
+    if not hasattr(parameter, "placements"):
+        return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    from torch.distributed.tensor import distribute_tensor  # not with torch; it takes its time
+
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """As `load_state_dict`, of whole tensors into a model that may be sharded."""
+    own = model.state_dict()
+    model.load_state_dict({k: _like(own[k], v) if k in own else v for k, v in state.items()})
 
 
 def fit(
@@ -121,12 +215,12 @@ def fit(
     options: Options | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train `model` in place; it is left in training mode.
+    """Train `model` in place; it is left in training mode, with its own weights also where `ema` is on.
 
     Works as it stands on a model wrapped in `DistributedDataParallel`: give each rank's sampler its own seed.
 
     Args:
-        model: `[N, C, H, W]` -> `[N, K, H', W']`, or a dictionary of such (see `cross_entropy`).
+        model: `[N, C, H, W]` -> `[N, K, H', W']`, or a dictionary of such (see `class_loss`).
         sampler: returns a batch, float32 `[N, C, H, W]` and int64 `[N, H, W]` or, for real values, what
             `regression_loss` takes, on any device.
         options: see `Options`.
@@ -137,48 +231,31 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite.
-        ValueError: an unknown loss, optimizer, or class weights for real values.
+        ValueError: an unknown loss, optimizer, schedule or precision, class weights for real values.
     """
     options = options or Options()
-    if options.loss not in LOSSES:
-        raise ValueError(f"loss must be one of {LOSSES}, got {options.loss!r}")
-    regresses = options.loss != "cross_entropy"
-    if regresses and options.class_weights is not None:
-        raise ValueError(f"class_weights are for cross_entropy, got loss={options.loss!r}")
-    like = next(model.parameters())
-    device = like.device
-    weight = None if options.class_weights is None else like.new_tensor(options.class_weights)
-    optimizer = make_optimizer(model, options)
-    model.train()
+    trainer = Trainer(model, options)
     losses = []
     for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
-        images, targets = (tensor.to(device, non_blocking=True) for tensor in sampler())
-        output = model(images)
-        if regresses:
-            loss = regression_loss(output, targets, options.loss)
-        else:
-            loss = cross_entropy(output, targets, weight)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(
-                f"the loss is {losses[-1]} at step {step + 1}; a smaller learning rate may help"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        losses.append(trainer.train_step(*sampler()))
         if on_step is not None:
             on_step(step, losses[-1])
     return losses
 
 
 def evaluate(model: nn.Module, samples: Iterable[Sample], num_classes: int) -> Scores:
-    """IoU per class and their mean over all pixels of `samples`, each predicted whole (see `predict`)."""
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device="cpu")
+    """The scores over all pixels of `samples`, each predicted whole (see `predict`)."""
+    return scores(*confusions(model, samples, num_classes))
+
+
+def confusions(model: nn.Module, samples: Iterable[Sample], num_classes: int) -> Tensor:
+    """int64 `[2, K, K]`: the confusion matrix of all pixels, and that of those near a boundary."""
+    found = torch.zeros(2, num_classes, num_classes, dtype=torch.int64, device="cpu")
     for image, target in samples:
-        confusion += confusion_matrix(predict(model, image), target, num_classes)
-    return scores(confusion)
+        prediction, near = predict(model, image), near_boundary(target)
+        found[0] += confusion_matrix(prediction, target, num_classes)
+        found[1] += confusion_matrix(prediction[near], target[near], num_classes)
+    return found
 
 
 def evaluate_regression(model: nn.Module, samples: Iterable[Sample]) -> RegressionScores:
@@ -186,6 +263,11 @@ def evaluate_regression(model: nn.Module, samples: Iterable[Sample]) -> Regressi
 
     Their targets are floating point, `[K, H, W]`, or `[H, W]` for K = 1; NaN is left out.
     """
+    return regression_scores(*predicted_values(model, samples))
+
+
+def predicted_values(model: nn.Module, samples: Iterable[Sample]) -> tuple[Tensor, Tensor]:
+    """What the model predicts at all pixels of all samples, and their targets, both `[M]`."""
     pairs = [(predict_scores(model, image).flatten(), target.flatten().cpu()) for image, target in samples]
-    predictions, targets = zip(*pairs, strict=True)
-    return regression_scores(torch.cat(predictions), torch.cat(targets))
+    predictions, targets = zip(*pairs, strict=True) if pairs else ([torch.empty(0)], [torch.empty(0)])
+    return torch.cat(predictions), torch.cat(targets)

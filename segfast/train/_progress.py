@@ -8,14 +8,17 @@ from segfast._errors import UserError
 
 
 @contextlib.contextmanager
-def progress(steps: int, shown: bool = True) -> Iterator[Callable[[int, float], None]]:
-    """Yield an `on_step` for `fit` that moves a bar on stderr and shows the loss.
+def progress(steps: int, shown: bool = True, done: int = 0) -> Iterator[Callable[[int, float], None]]:
+    """Yield an `on_step` for `fit` that moves a bar on stderr and shows the loss and the time left.
+
+    The first `done` steps were taken before.
 
     Raises:
         UserError: the package tqdm is missing.
     """
     tqdm = load_tqdm()
-    with tqdm(total=steps, desc="training", unit="step", disable=not shown, mininterval=0.5) as bar:
+    options = {"desc": "training", "unit": "step", "disable": not shown, "mininterval": 0.5}
+    with tqdm(total=steps, initial=done, **options) as bar:
 
         def on_step(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

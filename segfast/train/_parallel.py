@@ -1,0 +1,160 @@
+"""Ranks that train together: as torchrun starts them, or a single one."""
+
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from segfast._errors import UserError
+from segfast.nn._fused.folding import PooledBatchNorm2d
+
+Result = TypeVar("Result")
+
+
+class Ranks(NamedTuple):
+    """This process among those that train together; a single one is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, in their order."""
+        values = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """`work()`, which does not talk to other ranks; an error of one ends all, and is told once.
+
+        Raises:
+            UserError: that of the first rank that had one; on rank 0.
+            SystemExit: with code 2, on the others.
+        """
+        error, result = None, None
+        try:
+            result = work()
+        except UserError as caught:
+            if self.world == 1:
+                raise
+            error = str(caught)
+        if self.largest(error is not None):
+            if self.rank == 0:
+                raise UserError(next(text for text in self.gather(error) if text is not None))
+            self.gather(error)
+            raise SystemExit(2)
+        return result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the process group if torchrun started us; this rank and its device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Ranks(), device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device), device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class _SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all ranks; torch's own, `nn.SyncBatchNorm`, is for GPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and self.track_running_stats):
+            return super().forward(input)
+        from torch.distributed.nn.functional import all_reduce  # not with torch; it takes its time
+
+        count = input.numel() // input.shape[1] * torch.distributed.get_world_size()
+        mean = all_reduce(input.sum((0, 2, 3))) / count
+        centered = input - mean[:, None, None]
+        variance = all_reduce(centered.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.item()
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * (count / max(1, count - 1)), share)
+        scale = torch.rsqrt(variance + self.eps)
+        if not self.affine:
+            return centered * scale[:, None, None]
+        return centered * (scale * self.weight)[:, None, None] + self.bias[:, None, None]
+
+
+def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, with statistics of all ranks' batches in training and the same state_dict."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm2d, PooledBatchNorm2d):
+            module.__class__ = _SyncBatchNorm2d
+    return model
+
+
+def parallel(
+    model: nn.Module, average: nn.Module | None, device: torch.device, sharded: Sequence[str] | None
+) -> nn.Module:
+    """What calls the model on every rank: it and its average sharded in place by FSDP2, or wrapped by DDP.
+
+    Args:
+        model: with equal weights on every rank.
+        average: see `Trainer`; or None.
+        device: this rank's.
+        sharded: names of the submodules whose weights are gathered together, each when it runs; the rest are
+            gathered for the whole pass. None for DDP, where every rank keeps all.
+    """
+    if sharded is None:
+        return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    from torch.distributed.device_mesh import init_device_mesh  # not with torch; it takes its time
+    from torch.distributed.fsdp import fully_shard  # the same
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for each in (model, average):
+        if each is not None:
+            for name in sharded:
+                fully_shard(each.get_submodule(name), mesh=mesh)
+            fully_shard(each, mesh=mesh)
+    return model
+
+
+def units(model: nn.Module, called: Collection[str]) -> list[str]:
+    """The names of the largest submodules with parameters that are among the `called`, none within another.
+
+    `called` are those that a pass called as functions: others' weights are read from outside of them, and
+    must be whole there.
+    """
+    found: list[str] = []
+
+    def look(prefix: str, module: nn.Module) -> None:
+        for name, child in module.named_children():
+            if prefix + name in called and next(child.parameters(), None) is not None:
+                found.append(prefix + name)
+            else:
+                look(f"{prefix}{name}.", child)
+
+    look("", model)
+    return found

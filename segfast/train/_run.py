@@ -1,0 +1,181 @@
+"""A training that survives: its steps, records, scores and checkpoints, until it is done or told to stop."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from segfast._errors import UserError
+from segfast.data import Sample
+from segfast.models import SegmentationModel, create, model_name
+
+from ._batches import Batch
+from ._loop import Trainer, confusions, predicted_values
+from ._losses import CLASS_LOSSES
+from ._metrics import RegressionScores, Scores, regression_scores, scores
+from ._parallel import Ranks
+from ._predict import channels_last
+from ._progress import progress
+from ._record import Record
+from ._state import write_state
+
+
+class Interruption:
+    """Inside, Ctrl-C and SIGTERM are noted and do nothing else; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():  # others may set no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+class Course(NamedTuple):
+    """What is done when in a training, and where its files go. `skip_bad` is of the samples held out, too."""
+
+    checkpoint: Path
+    settings: Mapping[str, str]
+    checkpoint_every: int
+    evaluate_every: int
+    epoch_steps: float
+    skip_bad: bool = False
+
+
+def run_steps(
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    course: Course,
+    record: Record | None,
+    evaluate: Callable[[], Mapping[str, float]],
+) -> int:
+    """Take the steps that are left; `record` is the first rank's, `evaluate` is called on every rank.
+
+    Returns:
+        0 when all are taken, else the number of the signal that stopped them; a checkpoint was written.
+
+    Raises:
+        UserError: a bad image, a loss that is not finite, a file that cannot be written.
+    """
+    steps, ranks = trainer.options.steps, trainer.ranks
+    told: set[str] = set()
+    with (
+        Interruption() as interruption,
+        progress(steps, shown=ranks.rank == 0, done=trainer.step) as on_step,
+    ):
+        while trainer.step < steps:
+            loss = _step(trainer, next(batches), told)
+            last = trainer.step == steps
+            row = {
+                "step": trainer.step,
+                "epoch": 1 + int((trainer.step - 1) / course.epoch_steps),
+                "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+                "loss": loss,
+            }
+            if last or trainer.step % course.evaluate_every == 0:
+                row |= evaluate()
+            on_step(trainer.step - 1, loss)
+            stop = _loudest(interruption.number, ranks)
+            state = None
+            if stop or last or trainer.step % course.checkpoint_every == 0:
+                state = trainer.state_dict()
+            ranks.together(lambda: _write(record, row, state, course))  # noqa: B023 (called at once)
+            if stop:
+                return stop
+    return 0
+
+
+def _step(trainer: Trainer, batch: Batch, told: set[str]) -> float:
+    for line in batch.skipped:
+        if line not in told:
+            told.add(line)
+            print(f"segfast: skipped: {line}", file=sys.stderr)
+    trainer.ranks.together(lambda: _raise(batch.error))
+    assert batch.tensors is not None
+    try:
+        return trainer.train_step(*batch.tensors)
+    except FloatingPointError as error:  # on all ranks alike
+        found = str(error)
+    return trainer.ranks.together(lambda: _raise(UserError(found)))
+
+
+def _raise(error: UserError | None) -> Any:
+    if error is not None:
+        raise error
+
+
+def _loudest(number: int, ranks: Ranks) -> int:
+    """The largest signal that any rank was sent, so that all stop after the same step."""
+    return max(ranks.gather(number))
+
+
+def _write(
+    record: Record | None, row: Mapping[str, float], state: Mapping[str, Any] | None, course: Course
+) -> None:
+    if record is None:
+        return
+    record.add(row)
+    if state is not None:
+        write_state(course.checkpoint, course.settings, state)
+
+
+def trained(trainer: Trainer, model: SegmentationModel) -> SegmentationModel:
+    """A copy of `model` for inference, with the weights so far (see `Trainer.weights`); on every rank."""
+    copy = create(model_name(model), **model.config)
+    copy.load_state_dict(trainer.weights())
+    return channels_last(copy.to(trainer.device)).eval()
+
+
+def scored(
+    trainer: Trainer, model: SegmentationModel, samples: Sequence[Sample], skip_bad: bool
+) -> Scores | RegressionScores:
+    """The scores of all ranks together, each of which looks at its share of the samples."""
+    ranks, network = trainer.ranks, trained(trainer, model)
+    share = readable(samples, range(ranks.rank, len(samples), ranks.world), skip_bad)
+    if trainer.options.loss in CLASS_LOSSES:
+        found = ranks.together(lambda: confusions(network, share, model.num_classes))
+        return scores(*torch.stack(ranks.gather(found)).sum(0))
+    parts = ranks.gather(ranks.together(lambda: predicted_values(network, share)))
+    return regression_scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def readable(samples: Sequence[Sample], indices: Iterable[int], skip_bad: bool) -> Iterator[Sample]:
+    """Those of the samples; with `skip_bad` without those that cannot be read.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    for index in indices:
+        try:
+            yield samples[index]
+        except UserError:
+            if not skip_bad:
+                raise
+
+
+def row_of(result: Scores | RegressionScores) -> dict[str, float]:
+    """The scores by the names of their columns in `metrics.csv`."""
+    if isinstance(result, RegressionScores):
+        return result._asdict()
+    row = {
+        "miou": result.miou,
+        "pixel_accuracy": result.pixel_accuracy,
+        "boundary_accuracy": result.boundary_accuracy,
+    }
+    return row | {f"iou_{k}": value for k, value in enumerate(result.iou.tolist())}
