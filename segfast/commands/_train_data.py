@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -86,10 +85,10 @@ class _Files(NamedTuple):
     by_columns: bool
 
 
-def training_data(args: argparse.Namespace, ranks: Ranks) -> TrainingData:
+def training_data(args: argparse.Namespace, ranks: Ranks, skipped: Callable[[str], None]) -> TrainingData:
     """Find the files, read every mask once, each rank its share, and count what is in them.
 
-    To be called on all ranks.
+    To be called on all ranks. With --skip-bad the first one's `skipped` is told of files that are bad.
 
     Raises:
         UserError: files that are missing, bad or do not go together, masks beyond the classes or of one only.
@@ -103,7 +102,7 @@ def training_data(args: argparse.Namespace, ranks: Ranks) -> TrainingData:
     found = {pair: result for part in ranks.gather(checked) for pair, result in part.items()}
     for error in found.values():
         if isinstance(error, UserError) and ranks.rank == 0:
-            print(f"segfast: skipped: {error}", file=sys.stderr)
+            skipped(str(error))
     return ranks.together(lambda: _assembled(args, files, classes, found))
 
 

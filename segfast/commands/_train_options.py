@@ -141,8 +141,9 @@ def _check_numbers(args: argparse.Namespace, ranks: Ranks) -> None:
     for name in (*counts, *(["evaluate_every"] if args.evaluate_every is not None else [])):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.workers < 0:
-        raise UserError(f"--workers must be at least 0, got {args.workers}")
+    for name in ("workers", *(["ignore"] if args.ignore is not None else [])):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
     check_seed(args.seed)
     if args.classes is not None and not 2 <= args.classes <= IGNORE_INDEX:
         raise UserError(f"--classes must be from 2 to {IGNORE_INDEX}, got {args.classes}")

@@ -3,11 +3,11 @@
 import argparse
 import ast
 import contextlib
-import copy
+import functools
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,12 @@ from segfast.data import ClassList
 from segfast.models import SegmentationModel, UNet, create, model_name
 
 from ..train._augment import PatchSampler
-from ..train._batches import batches
+from ..train._batches import Skipped, batches
 from ..train._checkpoint import save_checkpoint
 from ..train._figures import curves_figure, predictions_figure, save_figure
 from ..train._loop import Trainer
 from ..train._metrics import BOUNDARY, RegressionScores, Scores
-from ..train._optimizers import Options
+from ..train._optimizers import Options, make_average
 from ..train._parallel import Ranks, joined, parallel, sync_batch_norm, units
 from ..train._predict import channels_last, predict, predict_scores
 from ..train._record import Record
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     device = parse_device(args.device)
     with joined(device) as (ranks, device), _own_random_numbers(device):
         outputs, options = ranks.together(lambda: _checked(args, ranks))
-        data = _train_data.training_data(args, ranks)
+        skipped = Skipped()
+        data = _train_data.training_data(args, ranks, skipped)
         if ranks.rank == 0:
             print(data.table)
         options = ranks.together(lambda: with_class_weights(options, args.class_weights, data))
@@ -98,7 +99,16 @@ def run(args: argparse.Namespace) -> int:
         if args.resume and outputs.checkpoint.exists():
             state = ranks.together(lambda: read_state(outputs.checkpoint, settings))
             trainer.load_state_dict(state)
-        return _train(args, trainer, model, data, outputs, settings)
+        build = functools.partial(create, args.model, **model.config)
+        course = Course(
+            outputs.checkpoint,
+            settings,
+            args.checkpoint_every,
+            args.evaluate_every or max(1, options.steps // 10),
+            len(data.train) / args.batch,
+            skipped,
+        )
+        return _train(args, trainer, build, data, outputs, course)
 
 
 @contextlib.contextmanager
@@ -111,27 +121,21 @@ def _own_random_numbers(device: torch.device):
 def _train(
     args: argparse.Namespace,
     trainer: Trainer,
-    model: SegmentationModel,
+    build: Callable[[], SegmentationModel],
     data: TrainingData,
     outputs: Outputs,
-    settings: Mapping[str, str],
+    course: Course,
 ) -> int:
     ranks, options = trainer.ranks, trainer.options
     share = range(trainer.step, options.steps)
     sampler = PatchSampler(data.train, args.size, args.batch, args.seed, augmentations(args.augment))
     pins = trainer.device.type == "cuda"
     read = batches(sampler, ranks, share, args.skip_bad, args.workers, pins)
-    course = Course(
-        outputs.checkpoint,
-        settings,
-        args.checkpoint_every,
-        args.evaluate_every or max(1, options.steps // 10),
-        len(data.train) / args.batch,
-    )
+    skipped = course.skipped if args.skip_bad else None
     results: list[Scores | RegressionScores] = []
 
     def evaluate() -> Mapping[str, float]:
-        results[:] = [scored(trainer, model, data.test, args.skip_bad)]
+        results[:] = [scored(trainer, build, data.test, skipped)]
         return row_of(results[0])
 
     start = trainer.step
@@ -150,8 +154,8 @@ def _train(
         return 128 + stop
     if not results:  # all steps had been taken before
         evaluate()
-    network = trained(trainer, model)
-    ranks.together(lambda: _finish(args, network, data, outputs, record, results[0]))
+    network = trained(trainer, build)
+    ranks.together(lambda: _finish(args.loss, network, data, outputs, record, results[0], skipped))
     return 0
 
 
@@ -244,11 +248,10 @@ def _trainer(args: argparse.Namespace, model: SegmentationModel, options: Option
         sharded = None
         if args.fsdp:
             sharded = units(model, _pass_on_meta(model, 2, args.size))
-        model = sync_batch_norm(model, ranks.device)
-        average = copy.deepcopy(model) if options.ema else None
-        return Trainer(
-            model, options, ranks, parallel(model, average, ranks.device, sharded), average, args.seed
-        )
+        sync_batch_norm(model, ranks.device)
+        average = make_average(model, options)
+        wrapped = parallel(model, average and average.module, ranks.device, sharded)
+        return Trainer(model, options, ranks, wrapped, average, args.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -272,26 +275,27 @@ def _record(outputs: Outputs, data: TrainingData, step: int) -> Record:
 
 
 def _finish(
-    args: argparse.Namespace,
+    loss: str,
     network: SegmentationModel,
     data: TrainingData,
     outputs: Outputs,
     record: Record | None,
     result: Scores | RegressionScores,
+    skipped: Callable[[str], None] | None,
 ) -> None:
     """The first rank's: write network and pictures, print the scores."""
     if record is None:
         return
     save_checkpoint(network, outputs.network)
     name = outputs.network.stem
+    names: tuple[str, ...] = ()
     if isinstance(result, RegressionScores) or data.classes is None:
-        assert isinstance(result, RegressionScores)
-        title, confusion, names, colors = f"{name}: held-out RMSE {result.rmse:.4g}", None, (), None
+        title, confusion, colors = f"{name}: held-out RMSE {row_of(result)['rmse']:.4g}", None, None
     else:
         title, confusion = f"{name}: held-out mIoU {result.miou:.3f}", result.confusion
         names, colors = data.classes.names, data.classes.colors
-    save_figure(curves_figure(record.rows, args.loss, title, confusion, names), outputs.curves)
-    shown = list(readable(data.test, range(min(DRAWN, len(data.test))), args.skip_bad))
+    save_figure(curves_figure(record.rows, loss, title, confusion, names), outputs.curves)
+    shown = list(readable(data.test, range(min(DRAWN, len(data.test))), skipped))
     run = predict if colors is not None else predict_scores
     if shown:
         found = [run(network, sample.image) for sample in shown]

@@ -1,6 +1,7 @@
 """The batches of a training: read ahead by workers if wanted, bad images named and skipped if allowed."""
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,18 @@ class Batch:
         if self.tensors is not None:
             self.tensors = self.tensors[0].pin_memory(), self.tensors[1].pin_memory()
         return self
+
+
+class Skipped:
+    """Names on stderr, once, each file that is skipped."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            print(f"segfast: skipped: {line}", file=sys.stderr)
 
 
 class _Patches(Dataset):

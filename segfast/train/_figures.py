@@ -17,6 +17,7 @@ WRONG = (0.9, 0.62, 0.0)
 # Pixels that are not scored, and the most classes whose names and shares fit into a confusion matrix.
 UNSCORED = (128, 128, 128)
 MOST_NAMED = 12
+LABELS = {"miou": "mean IoU", "rmse": "RMSE", "r2": "R2"}
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
@@ -54,12 +55,18 @@ def curves_figure(
         for name in ("miou", "pixel_accuracy", "boundary_accuracy", "rmse", "r2")
         if any(row.get(name) for row in rows)
     }
-    figure = new_figure(figsize=(7 + 5 + 5 * (confusion is not None), 4))
+    widths = (6, 6, 5)[: 2 + (confusion is not None)]
+    figure = new_figure(figsize=(sum(widths), 4))
     figure.suptitle(title)
-    left, middle, *right = figure.subplots(1, 2 + (confusion is not None))
+    left, middle, *right = figure.subplots(1, len(widths), width_ratios=widths)
     _draw_loss(left, rows, loss)
     for name, points in scored.items():
-        middle.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name.replace("_", " "))
+        middle.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=3,
+            label=LABELS.get(name, name.replace("_", " ")),
+        )
     middle.set(xlabel="step", title="held out", ylim=(None, None) if confusion is None else (0, 1.02))
     middle.xaxis.get_major_locator().set_params(integer=True)
     middle.grid(alpha=0.3)
@@ -74,7 +81,7 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, str]], loss: str) -> None:
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="each step")
     window = max(1, len(losses) // 20)
     mean = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(1)
-    axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window} steps")
+    axes.plot(steps[window - 1 :], mean.tolist(), color="C0", label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel=loss.replace("_", "-"), title="loss", ylim=(min(0, *losses), None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -83,15 +90,13 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, str]], loss: str) -> None:
 
 def _draw_confusion(figure: Any, axes: Any, confusion: Tensor, names: Sequence[str]) -> None:
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp_min(1)
-    figure.colorbar(
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), ax=axes, label="share of the true class"
-    )
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class")
     if few := len(names) <= MOST_NAMED:
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_yticks(range(len(names)), names)
-        for (row, column), share in (
-            (divmod(i, len(names)), s) for i, s in enumerate(shares.flatten().tolist())
-        ):
+        for place, share in enumerate(shares.flatten().tolist()):
+            row, column = divmod(place, len(names))
             color = "white" if share > 0.5 else "black"
             axes.text(column, row, f"{share:.1%}", ha="center", va="center", color=color, fontsize=8)
     axes.set(xlabel="predicted" if few else "predicted class", ylabel="truth", title="confusion, held out")
@@ -112,12 +117,12 @@ def predictions_figure(
     height = sum(2.6 * s.image.shape[1] / largest for s in samples)
     figure = new_figure(figsize=(width + 0.6, height + 0.7))
     grid = figure.subplots(len(samples), 4, squeeze=False)
-    for row, (image, target), prediction in zip(grid, samples, predictions, strict=True):
+    for index, (row, (image, target), prediction) in enumerate(zip(grid, samples, predictions, strict=True)):
         shown = image.mean(0) if len(image) != 3 else image.movedim(0, -1)
         panels: dict[str, tuple[Any, dict[str, Any]]] = {"image": (shown, {"cmap": "gray"})}
         if colors is None:
             truth, found = target.reshape(-1, *target.shape[-2:])[0], prediction[0]
-            limits = {"vmin": truth.nan_to_num().min(), "vmax": truth.nan_to_num().max()}
+            limits = {"vmin": truth.nan_to_num().min().item(), "vmax": truth.nan_to_num().max().item()}
             panels |= {"truth": (truth, limits), "prediction": (found, limits)}
             panels["difference"] = (found - truth, {"cmap": "RdBu"})
         else:
@@ -127,7 +132,7 @@ def predictions_figure(
         for axes, (title, (panel, options)) in zip(row, panels.items(), strict=True):
             axes.imshow(panel.numpy(), interpolation="nearest", **options)
             axes.axis("off")
-            if row is grid[0]:
+            if index == 0:
                 axes.set_title(title, fontsize=10)
     return figure
 

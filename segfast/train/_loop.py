@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from segfast.data import Sample
 
@@ -22,7 +22,7 @@ from ._metrics import (
     regression_scores,
     scores,
 )
-from ._optimizers import PRECISIONS, Options, learning_rate, make_optimizer
+from ._optimizers import PRECISIONS, Options, learning_rate, make_average, make_optimizer
 from ._parallel import Ranks
 from ._predict import predict, predict_scores
 
@@ -35,7 +35,7 @@ class Trainer:
         options: see `Options`.
         ranks: those that train together, each with its share of every batch.
         wrapped: what calls the model, such as `DistributedDataParallel`; the model itself if None.
-        average: a second model, of equal weights, that becomes the moving average of `options.ema`.
+        average: what `make_average` made of the model, if its weights are sharded like those of the model.
         seed: of what layers draw (dropout) in a step on a rank; None leaves torch's generators alone.
 
     Raises:
@@ -48,7 +48,7 @@ class Trainer:
         options: Options,
         ranks: Ranks | None = None,
         wrapped: nn.Module | None = None,
-        average: nn.Module | None = None,
+        average: AveragedModel | None = None,
         seed: int | None = None,
     ) -> None:
         for name, known in (("loss", LOSSES), ("precision", PRECISIONS)):
@@ -66,9 +66,7 @@ class Trainer:
         if options.class_weights is not None:
             self.weight = torch.tensor(options.class_weights, dtype=like.dtype, device=like.device)
         self.optimizer = make_optimizer(model, options)
-        self.average = None
-        if options.ema:
-            self.average = AveragedModel(average or model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+        self.average = average or make_average(model, options)
         halves = options.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves)
         # Scores that the loss upsamples never exist in the image's size.

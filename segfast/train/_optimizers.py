@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "poly")
@@ -55,6 +56,13 @@ def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
             model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
     raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {options.optimizer!r}")
+
+
+def make_average(model: nn.Module, options: Options) -> AveragedModel | None:
+    """A copy of the model that becomes the moving average of its weights; None if `options.ema` is 0."""
+    if not options.ema:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
 
 
 def learning_rate(step: int, options: Options) -> float:

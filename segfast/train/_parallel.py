@@ -80,18 +80,32 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         torch.distributed.destroy_process_group()
 
 
+class _RankSum(torch.autograd.Function):
+    """The sum over all ranks, in whose gradient every rank's use of it counts."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # type: ignore[override]
+        total = grads[0].contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
 class _SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all ranks; torch's own, `nn.SyncBatchNorm`, is for GPUs."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and self.track_running_stats):
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce  # not with torch; it takes its time
-
         count = input.numel() // input.shape[1] * torch.distributed.get_world_size()
-        mean = all_reduce(input.sum((0, 2, 3))) / count
+        mean = _RankSum.apply(input.sum((0, 2, 3))) / count
         centered = input - mean[:, None, None]
-        variance = all_reduce(centered.square().sum((0, 2, 3))) / count
+        variance = _RankSum.apply(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None
             assert self.num_batches_tracked is not None
@@ -105,14 +119,14 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
         return centered * (scale * self.weight)[:, None, None] + self.bias[:, None, None]
 
 
-def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, with statistics of all ranks' batches in training and the same state_dict."""
+def sync_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Let batch norms within the model take all ranks' batches in training; its state_dict stays the same."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
     for module in model.modules():
         if type(module) in (nn.BatchNorm2d, PooledBatchNorm2d):
             module.__class__ = _SyncBatchNorm2d
-    return model
 
 
 def parallel(
@@ -135,6 +149,7 @@ def parallel(
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for each in (model, average):
         if each is not None:
+            each.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # it takes no other
             for name in sharded:
                 fully_shard(each.get_submodule(name), mesh=mesh)
             fully_shard(each, mesh=mesh)

@@ -1,7 +1,6 @@
 """A training that survives: its steps, records, scores and checkpoints, until it is done or told to stop."""
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from segfast._errors import UserError
 from segfast.data import Sample
-from segfast.models import SegmentationModel, create, model_name
+from segfast.models import SegmentationModel
 
 from ._batches import Batch
 from ._loop import Trainer, confusions, predicted_values
@@ -48,14 +47,14 @@ class Interruption:
 
 
 class Course(NamedTuple):
-    """What is done when in a training, and where its files go. `skip_bad` is of the samples held out, too."""
+    """When a training is scored and saved, where to, and who is told of images that are skipped."""
 
     checkpoint: Path
     settings: Mapping[str, str]
     checkpoint_every: int
     evaluate_every: int
     epoch_steps: float
-    skip_bad: bool = False
+    skipped: Callable[[str], None]
 
 
 def run_steps(
@@ -74,13 +73,12 @@ def run_steps(
         UserError: a bad image, a loss that is not finite, a file that cannot be written.
     """
     steps, ranks = trainer.options.steps, trainer.ranks
-    told: set[str] = set()
     with (
         Interruption() as interruption,
         progress(steps, shown=ranks.rank == 0, done=trainer.step) as on_step,
     ):
         while trainer.step < steps:
-            loss = _step(trainer, next(batches), told)
+            loss = _step(trainer, next(batches), course.skipped)
             last = trainer.step == steps
             row = {
                 "step": trainer.step,
@@ -101,11 +99,9 @@ def run_steps(
     return 0
 
 
-def _step(trainer: Trainer, batch: Batch, told: set[str]) -> float:
+def _step(trainer: Trainer, batch: Batch, skipped: Callable[[str], None]) -> float:
     for line in batch.skipped:
-        if line not in told:
-            told.add(line)
-            print(f"segfast: skipped: {line}", file=sys.stderr)
+        skipped(line)
     trainer.ranks.together(lambda: _raise(batch.error))
     assert batch.tensors is not None
     try:
@@ -135,38 +131,57 @@ def _write(
         write_state(course.checkpoint, course.settings, state)
 
 
-def trained(trainer: Trainer, model: SegmentationModel) -> SegmentationModel:
-    """A copy of `model` for inference, with the weights so far (see `Trainer.weights`); on every rank."""
-    copy = create(model_name(model), **model.config)
-    copy.load_state_dict(trainer.weights())
-    return channels_last(copy.to(trainer.device)).eval()
+def trained(trainer: Trainer, build: Callable[[], SegmentationModel]) -> SegmentationModel:
+    """A new model for inference, with the weights so far (see `Trainer.weights`); on every rank."""
+    model = build()
+    model.load_state_dict(trainer.weights())
+    return channels_last(model.to(trainer.device)).eval()
 
 
 def scored(
-    trainer: Trainer, model: SegmentationModel, samples: Sequence[Sample], skip_bad: bool
+    trainer: Trainer,
+    build: Callable[[], SegmentationModel],
+    samples: Sequence[Sample],
+    skipped: Callable[[str], None] | None,
 ) -> Scores | RegressionScores:
-    """The scores of all ranks together, each of which looks at its share of the samples."""
-    ranks, network = trainer.ranks, trained(trainer, model)
-    share = readable(samples, range(ranks.rank, len(samples), ranks.world), skip_bad)
-    if trainer.options.loss in CLASS_LOSSES:
-        found = ranks.together(lambda: confusions(network, share, model.num_classes))
-        return scores(*torch.stack(ranks.gather(found)).sum(0))
-    parts = ranks.gather(ranks.together(lambda: predicted_values(network, share)))
-    return regression_scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-
-def readable(samples: Sequence[Sample], indices: Iterable[int], skip_bad: bool) -> Iterator[Sample]:
-    """Those of the samples; with `skip_bad` without those that cannot be read.
+    """The scores of all ranks together, each of which looks at its share of the samples (see `readable`).
 
     Raises:
-        UserError: one cannot be read.
+        UserError: a sample cannot be read, or none can.
+    """
+    ranks, network = trainer.ranks, trained(trainer, build)
+    share = readable(samples, range(ranks.rank, len(samples), ranks.world), skipped)
+    if trainer.options.loss in CLASS_LOSSES:
+        found = ranks.together(lambda: confusions(network, share, network.num_classes))
+        whole, boundary = torch.stack(ranks.gather(found)).sum(0)
+        ranks.together(lambda: _check_some(whole.any()))
+        return scores(whole, boundary)
+    parts = ranks.gather(ranks.together(lambda: predicted_values(network, share)))
+    predictions, targets = (torch.cat(values) for values in zip(*parts, strict=True))
+    ranks.together(lambda: _check_some(targets.numel()))
+    return regression_scores(predictions, targets)
+
+
+def _check_some(found: Any) -> None:
+    if not found:
+        raise UserError("no pixel of the held-out images is left to score")
+
+
+def readable(
+    samples: Sequence[Sample], indices: Iterable[int], skipped: Callable[[str], None] | None
+) -> Iterator[Sample]:
+    """Those of the samples; without those that cannot be read if `skipped` is there to be told.
+
+    Raises:
+        UserError: one cannot be read, and `skipped` is None.
     """
     for index in indices:
         try:
             yield samples[index]
-        except UserError:
-            if not skip_bad:
+        except UserError as error:
+            if skipped is None:
                 raise
+            skipped(str(error))
 
 
 def row_of(result: Scores | RegressionScores) -> dict[str, float]:

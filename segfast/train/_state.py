@@ -43,8 +43,8 @@ def read_state(path: Path, settings: Mapping[str, str]) -> dict[str, Any]:
     for name, value in settings.items():
         if found.get(name) != value:
             raise UserError(
-                f"{path}: this training began with {name} {found.get(name)}, not {value}; --resume goes on with "
-                "the same options, without it a new training begins"
+                f"{path}: this training began with {name} {found.get(name)}, not {value}; --resume goes on "
+                "with the same options, without it a new training begins"
             )
     return state
 

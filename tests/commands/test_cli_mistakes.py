@@ -36,7 +36,10 @@ COMMON = {
 MISTAKES = [
     *[
         ("train", [f"--{name}", value], f"--{name} must be at least 1, got {value}")
-        for name in ("channels", "width", "depth", "steps", "batch", "size")
+        for name in (
+            *("channels", "width", "depth", "steps", "batch", "size", "accumulate", "checkpoint-every"),
+            "evaluate-every",
+        )
         for value in ("0", "-1")
     ],
     *[
@@ -44,13 +47,41 @@ MISTAKES = [
         for name in ("lr", "momentum", "weight-decay")
         for value in ("-1", "nan", "inf")
     ],
-    ("train", ["--model", "fcn8s"], "--width is for --model unet; of fcn8s use --option"),
+    *[
+        ("train", [f"--{name}", "-1"], f"--{name} must be at least 0, got -1")
+        for name in ("workers", "ignore")
+    ],
+    *[
+        ("train", [f"--{name}", value], f"--{name} must be at least 0 and below 1, got {float(value)}")
+        for name in ("ema", "warmup")
+        for value in ("-1", "1", "nan")
+    ],
+    ("train", ["--accumulate", "3"], "--batch 4: expected a multiple of 3, 1 processes times --accumulate 3"),
+    ("train", ["--fsdp"], "--fsdp shards over processes: torchrun"),
+    ("train", ["--augment", "flip,mirror"], "--augment must be all, none, or some of flip, "),
+    *[
+        (
+            "train",
+            ["--class-weights", value],
+            f"--class-weights {value}: expected balanced, or 2 numbers from 0",
+        )
+        for value in ("1", "1,2,3", "1,x", "1,-1", "0,0", "nan,1")
+    ],
+    ("train", ["--class-weights", "1,2", "--loss", "dice"], "--class-weights 1,2: --loss dice has none"),
+    ("train", ["--class-list", "absent.json"], "absent.json: not a readable JSON"),
+    ("train", ["--class-list", "text.json"], "text.json: not a readable JSON"),
+    ("train", ["--class-list", "list.json"], "list.json: expected 2 to 255 classes, got 0"),
+    ("train fcn8s --width 1", ["--option", "width=1"], "--width is for unet; of fcn8s use --option"),
     ("train", ["--option", "width"], "--option must be NAME=VALUE, as in width_mult=0.5; got 'width'"),
     ("train", ["--negative-slope", "nan"], "--negative-slope must be finite, got nan"),
     *[("train", ["--holdout", value], "--holdout") for value in ("0", "1", "-1", "nan", "0.999")],
     *[("train", ["--seed", value], "--seed must be from 0 to 2**63 - 1") for value in ("-1", str(2**63))],
     *[("train", ["--classes", value], "--classes must be from 2 to 255") for value in ("0", "-1", "256")],
-    ("train", ["--data", "seven", "--classes", "5"], "--classes 5: the masks have class 7, expected 0 to 4"),
+    (
+        "train",
+        ["--data", "seven", "--classes", "5"],
+        "--classes 5: the masks have class 7, expected 0 to 4 (seven/masks/a.png)",
+    ),
     ("train", ["--data", "seven"], "the masks have class 7 and none of 1, 2, 3, 4, 5, ...: --classes 8 if"),
     ("train", ["--data", "unscored"], "no pixel of the training part is scored"),
     (
@@ -69,6 +100,8 @@ MISTAKES = [
         for value in ("tpu", "meta")
     ],
     ("train --steps 1", ["--channels", "3"], "--channels 3: the nuclei image has 1"),
+    ("train --steps 1", ["--loss", "l2"], "--loss l2 is of real values, for --data that has them"),
+    ("train", ["--holdout-images"], "--holdout 0.25: of 1 images none would be left on one side"),
     ("train", ["--data", "absent"], "absent/images: no such folder"),
     ("train", ["--data", "photo.png"], "photo.png/images: no such folder"),
     ("train", ["--data", "empty"], "empty/images: no file ending in"),

@@ -24,7 +24,7 @@ from segfast.commands._crf_parameters import (
     write_parameters,
 )
 from segfast.commands._crf_search import Accuracy, Labeled, accuracy, search, split, verdict
-from segfast.commands.train import nuclei_samples
+from segfast.commands._train_data import nuclei_samples
 from segfast.data import normalize, nuclei, read_colors
 from segfast.functional import mean_field
 from segfast.models import UNet

@@ -13,7 +13,7 @@ from segfast.commands import demo
 from segfast.commands._crf_parameters import TEXTBOOK, refine
 from segfast.commands._crf_search import Labeled
 from segfast.commands._load_model import default_device
-from segfast.commands.train import nuclei_samples
+from segfast.commands._train_data import nuclei_samples
 from segfast.data import Sample, astronaut
 from segfast.train import load_checkpoint
 

@@ -17,6 +17,7 @@ from segfast.train import (
     regression_loss,
     regression_scores,
 )
+from segfast.train._augment import AUGMENTATIONS
 
 LOSSES = ("l1", "l2", "huber")
 
@@ -32,9 +33,9 @@ def field(height=48, width=56) -> Sample:
 def test_patches_of_real_values_are_read_with_the_image():
     """Bilinearly, under the same augmentation, in as many planes as the target has."""
     image = torch.rand(2, 40, 50, generator=torch.Generator().manual_seed(0))
+    moves = [name for name in AUGMENTATIONS if name != "color"]
     for target in (image[0], image):
-        sampler = PatchSampler([Sample(image, target)], 24, 3, seed=1)
-        sampler._intensity = lambda patch: patch
+        sampler = PatchSampler([Sample(image, target)], 24, 3, seed=1, augment=moves)
         images, targets = sampler()
         assert targets.dtype is torch.float32
         assert torch.equal(targets, images[:, 0] if target.dim() == 2 else images)
@@ -102,7 +103,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"loss must be one of .*'huber'.*, got 'l3'"):
         regression_loss(output, output, "l3")
     sampler = PatchSampler([field()], 16, 1)
-    with pytest.raises(ValueError, match=r"loss must be one of .*'cross_entropy', 'l1'.*, got 'l3'"):
+    with pytest.raises(ValueError, match=r"loss must be one of .*'both', 'l1'.*, got 'l3'"):
         fit(model, sampler, Options(loss="l3"))
     with pytest.raises(ValueError, match="class_weights are for cross_entropy, got loss='l1'"):
         fit(model, sampler, Options(loss="l1", class_weights=(1.0, 1.0)))

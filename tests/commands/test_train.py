@@ -1,12 +1,9 @@
 """The sampler, the metrics, the loop, whole-image prediction, checkpoints, and the two commands."""
 
 import json
-import os
 import re
 import runpy
-import socket
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from segfast.models import UNet, create, model_name
 from segfast.train import (
     Options,
     PatchSampler,
+    class_loss,
     confusion_matrix,
     evaluate,
     fit,
@@ -33,7 +31,6 @@ from segfast.train import (
     scores,
 )
 from segfast.train._augment import center_crop
-from segfast.train._loop import cross_entropy
 
 
 def blobs(height=60, width=80) -> Sample:
@@ -131,10 +128,10 @@ def test_unpadded_network_trains_on_the_middle():
 
 def test_an_auxiliary_head_counts_half():
     scores, targets = torch.randn(2, 3, 5, 5), torch.randint(3, (2, 5, 5))
-    alone = cross_entropy(scores, targets)
-    assert alone == nn.functional.cross_entropy(scores, targets)
-    assert cross_entropy({"out": scores}, targets) == alone
-    both = cross_entropy({"out": scores, "aux": scores[:, :, 1:4, 1:4]}, targets)
+    alone = class_loss(scores, targets)
+    torch.testing.assert_close(alone, nn.functional.cross_entropy(scores, targets))
+    assert class_loss({"out": scores}, targets) == alone
+    both = class_loss({"out": scores, "aux": scores[:, :, 1:4, 1:4]}, targets)
     aux = nn.functional.cross_entropy(scores[:, :, 1:4, 1:4], targets[:, 1:4, 1:4])
     torch.testing.assert_close(both, alone + 0.5 * aux)
 
@@ -301,7 +298,10 @@ def test_train_then_predict(folder, capsys):
     assert Path("out/unet.safetensors").read_bytes() == first
     assert sorted(p.name for p in Path("out").iterdir()) == [
         "cells.mask.png",
+        "unet.checkpoint",
+        "unet.metrics.csv",
         "unet.png",
+        "unet.predictions.png",
         "unet.safetensors",
     ]
 
@@ -335,7 +335,7 @@ def test_train_on_a_folder_of_color_images(folder, capsys):
     ],
 )
 def test_train_a_model_by_name(folder, name, options):
-    command = ["train", "--model", name, *options, "--steps", "2", "--size", "32", "--batch", "2"]
+    command = ["train", name, *options, "--steps", "2", "--size", "32", "--batch", "2"]
     assert main([*command, "--output", "model.safetensors"]) == 0
     model = load_checkpoint("model.safetensors")
     assert model_name(model) == name and model.in_channels == 1
@@ -346,13 +346,13 @@ def test_train_a_model_by_name(folder, name, options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "vnet"], "--model vnet: segfast has no model 'vnet'; the nearest are unet, "),
-        (["--model", "fcn8s", "--depth", "3"], "--depth is for --model unet; of fcn8s use --option"),
-        (["--model", "fcn8s", "--option", "stride=8"], "--model fcn8s: .*unexpected keyword argument"),
-        (["--model", "fcn8s", "--option", "width=0"], "--model fcn8s: width must be at least 1, got 0"),
+        (["vnet"], "MODEL vnet: segfast has no model 'vnet'; the nearest are unet, "),
+        (["fcn8s", "--depth", "3"], "--depth is for unet; of fcn8s use --option"),
+        (["fcn8s", "--option", "stride=8"], "MODEL fcn8s: .*unexpected keyword argument"),
+        (["fcn8s", "--option", "width=0"], "MODEL fcn8s: width must be at least 1, got 0"),
         (["--option", "width"], "--option must be NAME=VALUE, as in width_mult=0.5; got 'width'"),
         (
-            ["--model", "deeplabv3plus_mobilenet_v2", "--batch", "1", "--size", "16"],
+            ["deeplabv3plus_mobilenet_v2", "--batch", "1", "--size", "16"],
             "--batch 1 --size 16: Expected more than 1 value per channel",
         ),
     ],
@@ -403,48 +403,3 @@ def test_examples_run(folder, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "held-out foreground IoU" in output and "of cells.png is foreground" in output
     assert read_mask("out/cells.mask.png").shape == (37, 53)
-
-
-def test_two_ranks_train_one_model(folder):
-    """Under torchrun's variables, gloo: both ranks end with the same weights, and one of them writes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = (
-        "import sys, torch, segfast.commands.train as command\n"
-        "from segfast.cli import main\n"
-        "fit = command.fit\n"
-        "def recorded(model, *args):\n"
-        "    losses = fit(model, *args)\n"
-        "    total = sum(p.double().sum().item() for p in model.parameters())\n"
-        "    print('RANK', total, losses)\n"
-        "    return losses\n"
-        "command.fit = recorded\n"
-        "torch.set_num_threads(1)\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    root = str(Path(__file__).parents[2])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, "train", "--steps", "3", *SMALL],
-            env={
-                **os.environ,
-                "PYTHONPATH": root,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    lines = [next(x for x in out.splitlines() if x.startswith("RANK")).split() for out, _ in outputs]
-    assert lines[0][1] == lines[1][1]  # the weights
-    assert lines[0][2:] != lines[1][2:]  # the patches
-    assert ["wrote" in out for out, _ in outputs] == [True, False]

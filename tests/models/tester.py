@@ -13,8 +13,7 @@ from torch import nn
 import segfast
 from segfast.models import SegmentationModel, create, list_models, model_name, remap_state_dict
 from segfast.models._base import main_scores
-from segfast.train import load_checkpoint, predict, save_checkpoint
-from segfast.train._loop import cross_entropy
+from segfast.train import class_loss, load_checkpoint, predict, save_checkpoint
 
 
 def each_scores(output) -> dict[str, torch.Tensor]:
@@ -108,7 +107,7 @@ class ModelTester:
             if isinstance(module, nn.Dropout):
                 module.eval()
         images, targets = self.batch(model, count=1)
-        before = cross_entropy(model(images), targets)
+        before = class_loss(model(images), targets)
         parameters = list(model.parameters())
         grads = torch.autograd.grad(before, parameters)
         # So far down the gradient that a plane would fall by a hundredth.
@@ -116,7 +115,7 @@ class ModelTester:
         with torch.no_grad():
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter -= step * grad
-        fallen = before.item() - cross_entropy(model(images), targets).item()
+        fallen = before.item() - class_loss(model(images), targets).item()
         assert 0.002 < fallen / before.item() < 0.02
 
     def test_training_lowers_the_loss_and_reaches_every_parameter(self):
@@ -125,7 +124,7 @@ class ModelTester:
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr)
         losses = []
         for _ in range(12):
-            loss = cross_entropy(model(images), targets)
+            loss = class_loss(model(images), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
