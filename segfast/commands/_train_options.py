@@ -113,7 +113,7 @@ def add_survival(parser: argparse.ArgumentParser) -> None:
 
 
 def training_options(args: argparse.Namespace, ranks: Ranks) -> Options:
-    """What the options say, class weights excepted.
+    """The options as `Trainer` takes them, still without class weights.
 
     Raises:
         UserError: a value that an option does not take.

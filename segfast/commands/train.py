@@ -259,7 +259,7 @@ def _trainer(args: argparse.Namespace, model: SegmentationModel, options: Option
 def _settings(
     args: argparse.Namespace, model: SegmentationModel, options: Options, data: TrainingData
 ) -> dict[str, str]:
-    """What a training that goes on must have in common with the one that was stopped, the model first."""
+    """All that a training that goes on has in common with the one that was stopped, the model first."""
     named = {"MODEL": args.model, "the model's options": json.dumps(model.config, default=str)}
     own = options._asdict() | {name: getattr(args, name) for name in SETTINGS}
     named |= {f"--{name.replace('_', '-')}": str(value) for name, value in own.items()}

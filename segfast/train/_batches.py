@@ -13,6 +13,7 @@ from segfast._errors import UserError
 
 from ._augment import PatchSampler
 from ._parallel import Ranks
+from ._progress import load_tqdm
 
 
 class Batch:
@@ -42,7 +43,7 @@ class Skipped:
     def __call__(self, line: str) -> None:
         if line not in self._told:
             self._told.add(line)
-            print(f"segfast: skipped: {line}", file=sys.stderr)
+            load_tqdm().write(f"segfast: skipped: {line}", file=sys.stderr)  # above the bar, if there is one
 
 
 class _Patches(Dataset):

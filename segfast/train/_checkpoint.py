@@ -28,7 +28,10 @@ def save_checkpoint(model: SegmentationModel, path: str | os.PathLike) -> None:
     metadata = {HEADER: json.dumps({"model": model_name(model), "config": model.config})}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata=metadata)
+        try:
+            safetensors.torch.save_file(state, temporary, metadata=metadata)
+        except safetensors.SafetensorError as error:  # so it tells of a write that failed
+            raise OSError(describe(error)) from error
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> SegmentationModel:

@@ -113,8 +113,7 @@ class Trainer:
         return found
 
     def _loss(self, images: Tensor, targets: Tensor, whole: Tensor) -> Tensor:
-        dtype = getattr(torch, self.options.precision)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with self._precision():
             output = self.wrapped(images, upsample=False) if self.coarse else self.wrapped(images)
             if self.options.loss not in CLASS_LOSSES:
                 return regression_loss(output, targets, self.options.loss, whole=whole, total=self.ranks.sum)
@@ -127,6 +126,11 @@ class Trainer:
                 whole=whole,
                 total=self.ranks.sum,
             )
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.options.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.options.precision))
 
     @contextlib.contextmanager
     def _gradients_shared(self, last: bool):
@@ -265,7 +269,7 @@ def evaluate_regression(model: nn.Module, samples: Iterable[Sample]) -> Regressi
 
 
 def predicted_values(model: nn.Module, samples: Iterable[Sample]) -> tuple[Tensor, Tensor]:
-    """What the model predicts at all pixels of all samples, and their targets, both `[M]`."""
+    """The predictions at all pixels of all samples, and their targets, both `[M]`."""
     pairs = [(predict_scores(model, image).flatten(), target.flatten().cpu()) for image, target in samples]
     predictions, targets = zip(*pairs, strict=True) if pairs else ([torch.empty(0)], [torch.empty(0)])
     return torch.cat(predictions), torch.cat(targets)

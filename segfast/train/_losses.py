@@ -123,7 +123,7 @@ def regression_loss(
 
 
 def _weight_of(labels: Tensor, weight: Tensor | None) -> Tensor:
-    """What all pixels that are scored weigh together; never 0."""
+    """The sum of the weights of all pixels that are scored; never 0."""
     scored = labels[labels != IGNORE_INDEX]
     sum = scored.new_tensor(scored.numel(), dtype=torch.float32) if weight is None else weight[scored].sum()
     return sum.clamp_min(torch.finfo(torch.float32).tiny)

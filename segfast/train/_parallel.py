@@ -36,7 +36,7 @@ class Ranks(NamedTuple):
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank has, in their order."""
+        """The values of all ranks, in their order."""
         values = [value] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(values, value)
@@ -132,7 +132,7 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> None:
 def parallel(
     model: nn.Module, average: nn.Module | None, device: torch.device, sharded: Sequence[str] | None
 ) -> nn.Module:
-    """What calls the model on every rank: it and its average sharded in place by FSDP2, or wrapped by DDP.
+    """The caller of the model on every rank: it, sharded in place like its average (FSDP2), or DDP around it.
 
     Args:
         model: with equal weights on every rank.

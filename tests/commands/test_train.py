@@ -32,6 +32,8 @@ from segfast.train import (
 )
 from segfast.train._augment import center_crop
 
+from ..train.conftest import files_up_to
+
 
 def blobs(height=60, width=80) -> Sample:
     """An image that equals its classes: two discs."""
@@ -258,6 +260,13 @@ def test_truncated_checkpoint_and_failed_save(tmp_path, monkeypatch):
         "a.safetensors",
         "b.safetensors",
     ]
+
+
+def test_a_network_that_finds_no_space(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with files_up_to(1000), pytest.raises(UserError, match=r"a.safetensors: cannot be written \("):
+        save_checkpoint(small_unet(), path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # The commands.

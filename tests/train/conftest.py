@@ -1,8 +1,23 @@
 """A folder of images and masks to train on, and the arguments of a small training."""
 
+import contextlib
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file may grow beyond so many bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
 
 SMALL = ["train", "--data", "data", "--width", "2", "--depth", "1", "--size", "16", "--batch", "2"]
 
