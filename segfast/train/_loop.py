@@ -93,14 +93,14 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.options.accumulate
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        shares = []
         for index, pair in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
             with self._gradients_shared(index == parts - 1):
                 loss = self._loss(*pair, targets)
                 # The ranks' gradients are averaged, and are to be added up.
                 self.scaler.scale(loss * self.ranks.world).backward()
-            total += loss.detach()
-        found = self.ranks.sum(total).item()
+            shares.append(loss.detach())
+        found = self.ranks.sum(torch.stack(shares).sum()).item()
         if not math.isfinite(found):
             raise FloatingPointError(
                 f"the loss is {found} at step {self.step + 1}; a smaller learning rate may help"

@@ -81,7 +81,7 @@ def class_loss(
             counted = total(_weight_of(all_labels, weight))
             result = result + factor * _cross_entropy_sum(scores, labels, weight) / counted
         if loss != "cross_entropy":
-            images = total(all_labels.new_tensor(len(all_labels), dtype=torch.float32))
+            images = total(all_labels.new_full((), len(all_labels), dtype=torch.float32))
             result = result + factor * _dice_sum(scores, labels) / images
     return result
 
@@ -124,9 +124,11 @@ def regression_loss(
 
 def _weight_of(labels: Tensor, weight: Tensor | None) -> Tensor:
     """The sum of the weights of all pixels that are scored; never 0."""
-    scored = labels[labels != IGNORE_INDEX]
-    sum = scored.new_tensor(scored.numel(), dtype=torch.float32) if weight is None else weight[scored].sum()
-    return sum.clamp_min(torch.finfo(torch.float32).tiny)
+    scored = labels != IGNORE_INDEX
+    if weight is None:
+        return scored.sum(dtype=torch.float32).clamp_min(1)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight[labels[scored]].sum(dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
 
 
 def _cross_entropy_sum(scores: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
