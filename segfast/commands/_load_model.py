@@ -16,8 +16,8 @@ from torch import nn
 from .._errors import UserError, describe
 
 FORMS = (
-    "segfast:unet, path/to/file.py:factory, package.module:factory, torchvision:NAME, smp:NAME, timm:NAME, "
-    "or a checkpoint of segfast train, file.safetensors"
+    "unet or another of segfast.models.list_models(), path/to/file.py:factory, package.module:factory, "
+    "torchvision:NAME, smp:NAME, timm:NAME, or a checkpoint of segfast train, file.safetensors"
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Both spellings are taken wherever a dtype is.
@@ -37,7 +37,9 @@ def load_model(spec: str) -> nn.Module:
         from ..train._checkpoint import load_checkpoint  # which takes as long as the rest
 
         return load_checkpoint(spec)
-    source, _, name = spec.rpartition(":")
+    source, colon, name = spec.rpartition(":")
+    if not colon and spec.isidentifier():
+        source = "segfast"
     if not source or not name:
         raise UserError(f"MODEL must be one of {FORMS}; got {spec!r}")
     if source in _LIBRARIES:

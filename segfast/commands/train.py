@@ -172,7 +172,8 @@ def _checked(args: argparse.Namespace, ranks: Ranks) -> tuple[Outputs, Options]:
             claim(path, force=args.force)
         if outputs.board.exists() and not outputs.board.is_dir():
             raise UserError(f"{outputs.board}: is not a folder")
-        remove_leftovers(outputs.checkpoint)
+        for path in outputs[:-1]:
+            remove_leftovers(path)
     return outputs, options
 
 

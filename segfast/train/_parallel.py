@@ -12,6 +12,9 @@ from segfast._errors import UserError
 from segfast.nn._fused.folding import PooledBatchNorm2d
 
 Result = TypeVar("Result")
+# The last to drop a group waits for its threads, which may wait for Python: DDP's C++, which does not let go
+# of Python meanwhile, must not be the last.
+_groups: list[Any] = []
 
 
 class Ranks(NamedTuple):
@@ -74,6 +77,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _groups.append(torch.distributed.group.WORLD)
     try:
         yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device), device
     finally:
@@ -102,8 +106,9 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and self.track_running_stats):
             return super().forward(input)
+        dtype = torch.promote_types(input.dtype, torch.float32)
         count = input.numel() // input.shape[1] * torch.distributed.get_world_size()
-        mean = _RankSum.apply(input.sum((0, 2, 3))) / count
+        mean = _RankSum.apply(input.sum((0, 2, 3), dtype=dtype)) / count
         centered = input - mean[:, None, None]
         variance = _RankSum.apply(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
@@ -115,8 +120,9 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * (count / max(1, count - 1)), share)
         scale = torch.rsqrt(variance + self.eps)
         if not self.affine:
-            return centered * scale[:, None, None]
-        return centered * (scale * self.weight)[:, None, None] + self.bias[:, None, None]
+            return (centered * scale[:, None, None]).to(input.dtype)
+        normal = centered * (scale * self.weight)[:, None, None] + self.bias[:, None, None]
+        return normal.to(input.dtype)
 
 
 def sync_batch_norm(model: nn.Module, device: torch.device) -> None:

@@ -16,7 +16,6 @@ from ._batches import Batch
 from ._loop import Trainer, confusions, predicted_values
 from ._losses import CLASS_LOSSES
 from ._metrics import RegressionScores, Scores, regression_scores, scores
-from ._parallel import Ranks
 from ._predict import channels_last
 from ._progress import progress
 from ._record import Record
@@ -89,7 +88,7 @@ def run_steps(
             if last or trainer.step % course.evaluate_every == 0:
                 row |= evaluate()
             on_step(trainer.step - 1, loss)
-            stop = _loudest(interruption.number, ranks)
+            stop = ranks.largest(interruption.number)  # all stop after the same step
             state = None
             if stop or last or trainer.step % course.checkpoint_every == 0:
                 state = trainer.state_dict()
@@ -114,11 +113,6 @@ def _step(trainer: Trainer, batch: Batch, skipped: Callable[[str], None]) -> flo
 def _raise(error: UserError | None) -> Any:
     if error is not None:
         raise error
-
-
-def _loudest(number: int, ranks: Ranks) -> int:
-    """The largest signal that any rank was sent, so that all stop after the same step."""
-    return max(ranks.gather(number))
 
 
 def _write(

@@ -331,7 +331,7 @@ class TestCommand:
         assert "training step" in out and "float64" in out and "no kernels for float64" in out
 
     def test_our_unet(self, capsys):
-        assert self.check("segfast:unet", "--size", "16x16") == 0
+        assert self.check("unet", "--size", "16x16") == 0
         assert "input [1, 1, 16, 16]" in capsys.readouterr().out
 
     def test_a_difference_exits_1(self, file, monkeypatch, capsys):
@@ -351,7 +351,8 @@ class TestCommand:
             (["{file}:SIZE", "--size", "8x8"], "is a int, neither a factory nor a module"),
             (["{file}:fails", "--size", "8x8"], "mine.py:fails raised ValueError: no weights here"),
             (["{file}:number", "--size", "8x8"], "returned int, not a torch.nn.Module"),
-            (["unet", "--size", "8x8"], "MODEL must be one of segfast:unet, path/to/file.py:factory"),
+            (["unet.py", "--size", "8x8"], "MODEL must be one of unet or another of segfast.models.list"),
+            (["vnet", "--size", "8x8"], "segfast has no model 'vnet'; the nearest are unet, "),
             (["keras:unet", "--size", "8x8"], "MODEL must be one of"),
             (["segfast:vnet", "--size", "8x8"], "segfast has no model 'vnet'; the nearest are unet, "),
         ],

@@ -70,6 +70,8 @@ def _run(arguments, folder, environment, log, kill_at, signal_at):
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # Threads that wait for Python get it only when the one that has it waits, too: the worst of orders.
+    sys.setswitchinterval(100)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from segfast.commands.train import _pass_on_meta
-from segfast.models import create
+from segfast.models import create, list_models
 from segfast.train import load_checkpoint
-from segfast.train._parallel import units
+from segfast.train._parallel import sync_batch_norm, units
 
 from .conftest import SMALL, write_pair
 from .processes import segfast
@@ -89,11 +89,38 @@ def test_an_error_of_one_rank_is_told_once_and_ends_all(work):
     assert "--batch 3: expected a multiple of 2, 2 processes times --accumulate 1" in both[0].output
 
 
-@pytest.mark.parametrize("name", ["unet", "deeplabv3_resnet50", "fcn32s_googlenet", "deeplabv2_vgg16"])
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_batch_norm_over_ranks_is_torchs_over_one(alone):
+    torch.manual_seed(0)
+    values = 3 + torch.randn(4, 3, 5, 7, dtype=torch.float64)
+    ours, torchs = torch.nn.BatchNorm2d(3).double(), torch.nn.BatchNorm2d(3).double()
+    sync_batch_norm(ours, torch.device("cpu"))
+    found = []
+    for norm in (ours, torchs):
+        x = values.clone().requires_grad_()
+        y = norm(x)
+        (y * values.roll(1, 0)).sum().backward()
+        found.append([y, x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    torch.testing.assert_close(*found)
+    # Under autocast: halves go in and come out, between them sums are of single precision.
+    halves = ours.float()(values.bfloat16())
+    assert halves.dtype == torch.bfloat16
+    torch.testing.assert_close(halves, torchs.float()(values.bfloat16()))
+    torch.testing.assert_close(list(ours.buffers()), list(torchs.buffers()))
+
+
+@pytest.mark.parametrize("name", list_models())
 def test_what_is_sharded_together_owns_its_weights_alone(name):
     """Submodules that a pass calls, none within another, with most of the parameters."""
     with torch.device("meta"):
-        model = create(name)
+        model = create(name, in_channels=1, num_classes=2)
     called = _pass_on_meta(model, 2, 64)
     found = units(model, called)
     assert found and set(found) <= called
