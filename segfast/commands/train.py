@@ -322,11 +322,12 @@ def scores_table(result: Scores | RegressionScores, classes: ClassList | None = 
         [name, "absent" if k in absent else f"{ious[k]:.4f}", *(result.confusion[k].tolist() if few else [])]
         for k, name in enumerate(names)
     ]
+    near = "none" if math.isnan(result.boundary_accuracy) else f"{result.boundary_accuracy:.4f}"
     blank = [""] * (len(names) if few else 0)
     rows += [
         ["mean", f"{result.miou:.4f}", *blank],
         ["pixel accuracy", f"{result.pixel_accuracy:.4f}", *blank],
-        [f"accuracy within {BOUNDARY} pixels of a boundary", f"{result.boundary_accuracy:.4f}", *blank],
+        [f"accuracy within {BOUNDARY} pixels of a boundary", near, *blank],
     ]
     headers = ["held-out region", "IoU", *(f"predicted {k}" for k in range(len(names)) if few)]
     table = format_table(headers, rows)
