@@ -130,7 +130,7 @@ class ModelTrial:
             "cudnn_fused", lambda: _run(network, images), note=f"{count} fused calls", tolerance=TOLERANCE
         )
 
-    def ours(self) -> Iterator[Peer]:
+    def ours(self, compiled: bool = False) -> Iterator[Peer]:
         """segfast's model of that name with the twin's weights, on a GPU optimized, in its first call."""
         if _segfast_model(self.case, self.network) is None:
             yield Skipped("segfast", f"segfast has no {self.case['model']} yet")

@@ -16,10 +16,10 @@ from benchmarks.rows import geometric_mean, read_rows, time_us
 
 Row = Mapping[str, Any]
 EAGER = ("eager_nchw", "eager_nhwc")
-WAYS = ("compile_freezing", "segfast", "eager_bf16", "segfast_bf16")
+WAYS = ("compile_freezing", "segfast", "segfast_compile", "eager_bf16", "segfast_bf16")
 HEADERS = [
     "network", "size", "threads", "eager fp32 ms", "layout", "compile + freezing", "segfast",
-    "eager bf16", "segfast bf16", "compile s", "optimize s",
+    "segfast compile", "eager bf16", "segfast bf16", "compile s", "optimize s", "segfast compile s",
 ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def _lines(runs: Iterable[Sequence[Row]]) -> list[list[str]]:
             continue
         name, side, *_ = eager["case"].rsplit("_", 2 if eager["gpu"] == "cpu" else 1)
         ratios = [time_us(eager) / time_us(timed[way]) if way in timed else 0.0 for way in WAYS]
-        seconds = [f"{timed[way]['cold_ms'] / 1e3:.3g}" if way in timed else "" for way in WAYS[:2]]
+        seconds = [f"{timed[way]['cold_ms'] / 1e3:.3g}" if way in timed else "" for way in WAYS[:3]]
         layout = eager["candidate"].removeprefix("eager_").upper()
         line = [name, f"{side}x{side}", eager["threads"], f"{time_us(eager) / 1e3:.3g}", layout]
         failed = {row["candidate"]: row["status"] for row in run if row["status"] in ("wrong", "failed")}
@@ -75,7 +75,7 @@ def _lines(runs: Iterable[Sequence[Row]]) -> list[list[str]]:
     for (side, threads), members in sorted(kinds.items()):
         found += [line for _, line, _ in sorted(members)]
         means = [_mean(column) for column in zip(*(ratios for *_, ratios in members), strict=True)]
-        found.append(["geometric mean", f"{side}x{side}", str(threads or ""), "", "", *means, "", ""])
+        found.append(["geometric mean", f"{side}x{side}", str(threads or ""), "", "", *means, "", "", ""])
     return found
 
 

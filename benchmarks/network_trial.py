@@ -12,6 +12,7 @@ import segfast
 from benchmarks.networks import SIDES, build_network, draw_images
 from benchmarks.peers import Peer
 from benchmarks.timing import Candidate, Skipped
+from segfast._optimize.compiled import segfast_backend
 from segfast.models._base import main_scores
 from segfast.ops._case import Case
 from segfast.ops._gpu_measure import without_search
@@ -32,6 +33,7 @@ class NetworkTrial:
 
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
         self.case, self.device = case, device
+        self._compiles = False
         self.network = build_network(case["model"], seed).to(device)
         self.images = draw_images(case["n"], case["h"], seed + 1).to(device)
         with without_search(), torch.no_grad():
@@ -64,11 +66,16 @@ class NetworkTrial:
             "eager_bf16", lambda: _channels_last(self.network).to(torch.bfloat16), images, bf16=True
         )
 
-    def ours(self) -> Iterator[Peer]:
-        """The network after `segfast.optimize`, in fp32 and, where there is bf16, in bf16."""
+    def ours(self, compiled: bool = False) -> Iterator[Peer]:
+        """The network after `segfast.optimize`, in fp32 and, where there is bf16, in bf16.
+
+        And `compiled` by the backend of that name, which runs what `optimize` has found before.
+        """
         yield self._candidate(
             "segfast", lambda: segfast.optimize(self.network, self.images), self.images, ours=True
         )
+        if compiled:
+            yield self._candidate("segfast_compile", self._compiled_by_ours, self.images, ours=True)
         reason = no_bf16(self.device)
         if reason:
             yield Skipped("segfast_bf16", reason)
@@ -105,14 +112,25 @@ class NetworkTrial:
         return candidate
 
     def _compiled(self) -> Callable[..., Any]:
-        """A copy, compiled: freezing holds for its first call alone, and nothing is taken from a cache."""
+        """A copy, compiled with freezing, which holds for its first call alone."""
         from torch._inductor import config
+
+        with config.patch(freezing=True):
+            return self._by_backend("inductor")
+
+    def _compiled_by_ours(self) -> Callable[..., Any]:
+        return self._by_backend(segfast_backend)
+
+    def _by_backend(self, backend: Any) -> Callable[..., Any]:
+        """A copy, compiled in its first call; nothing is taken from a cache."""
         from torch._inductor.utils import fresh_cache
 
-        # All networks of a package share one `forward`, which is compiled for only so many of them.
-        torch.compiler.reset()
-        network = torch.compile(copy.deepcopy(self.network), dynamic=False)
-        with fresh_cache(), config.patch(freezing=True), torch.no_grad():
+        if not self._compiles:
+            # All networks of a package share one `forward`, which is compiled for only so many of them.
+            torch.compiler.reset()
+            self._compiles = True
+        network = torch.compile(copy.deepcopy(self.network), backend=backend, dynamic=False)
+        with fresh_cache(), torch.no_grad():
             network(self.images)
         return network
 

@@ -52,7 +52,7 @@ def candidates(trial: AnyTrial, *, compiled: bool = False) -> list[Peer]:
     """The peers of a trial, and ours on the backend in force."""
     if isinstance(trial, Trial):
         return [*peers(trial, compiled=compiled), *ours(trial)]
-    return [*trial.peers(compiled), *trial.ours()]
+    return [*trial.peers(compiled), *trial.ours(compiled)]
 
 
 def measure_trial(

@@ -118,6 +118,9 @@ def test_wheel_installs_and_imports_from_elsewhere(wheel, tmp_path):
     code = "from segfast.ops._choice_files import measured_folders; print(measured_folders()[0])"
     (folder,) = run(code, tmp_path / "site", cwd=tmp_path)
     assert (Path(folder) / "proven.json").is_file()
+    # torch.compile(backend="segfast") needs no import of segfast before.
+    code = "import torch, sys; f = torch._dynamo.lookup_backend('segfast'); print(f.__module__)"
+    assert run(code, tmp_path / "site", cwd=tmp_path) == ["segfast._optimize.compiled"]
 
 
 def test_sdist_installs_and_imports_from_elsewhere(sdist, tmp_path):

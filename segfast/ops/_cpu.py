@@ -36,7 +36,7 @@ def conv2d(
     if input.is_cpu and scale is None and (bias is None or shift is None):
         geometry = (stride, padding, _NO_PADDING, dilation, groups)
         term = bias if shift is None else shift
-        y = _chosen("conv2d", input, weight, term, *geometry, residual, activation, negative_slope)
+        y = chosen("conv2d", input, weight, term, *geometry, residual, activation, negative_slope)
         if y is not None:
             return y
     operands = (input, weight, bias, stride, padding, dilation, groups)
@@ -90,10 +90,10 @@ def conv_transpose2d_chosen(
 ) -> Tensor | None:
     """act(convT(input, weight) + bias + residual), or None where ATen is to compute it."""
     geometry = (stride, padding, output_padding, dilation, groups)
-    return _chosen("conv_transpose2d", input, weight, bias, *geometry, residual, activation, negative_slope)
+    return chosen("conv_transpose2d", input, weight, bias, *geometry, residual, activation, negative_slope)
 
 
-def _chosen(
+def chosen(
     operation: str,
     input: Tensor,
     weight: Tensor,

@@ -16,7 +16,7 @@ from ._backend import _INTERPRETING, get_backend
 from ._fallback import give_up
 from ._operands import empty, kernel_output, load_kernels
 
-_LIBRARY = torch.library.Library("segfast", "DEF")
+LIBRARY = torch.library.Library("segfast", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
 
 
@@ -48,12 +48,12 @@ class Operator:
         self.reference = reference
         self._kernels = kernels
         self._per_sample = frozenset(per_sample)
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, self._run, "CUDA")
-        _LIBRARY.impl(self.name, self._run if _INTERPRETING else reference, "CPU")
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._run, "CUDA")
+        LIBRARY.impl(self.name, self._run if _INTERPRETING else reference, "CPU")
         qualified = f"segfast::{self.name}"
-        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-        torch.library.register_vmap(qualified, self._vmap, lib=_LIBRARY)
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        torch.library.register_vmap(qualified, self._vmap, lib=LIBRARY)
         self.packet = getattr(torch.ops.segfast, self.name)
         self.overload = self.packet.default
         register_flop_formula(self.packet)(flops)

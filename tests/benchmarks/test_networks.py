@@ -207,6 +207,7 @@ def test_the_table_compares_within_the_last_run(tmp_path, capsys):
         _row(case, "eager_nhwc", 100.0, date="2026-01-02"),
         _row(case, "compile_freezing", 80.0, date="2026-01-02"),
         _row(case, "segfast", 50.0, date="2026-01-02"),
+        _row(case, "segfast_compile", 40.0, date="2026-01-02"),
         _row(case, "segfast_bf16", 1.0, status="wrong", date="2026-01-02"),
         _row(large, "eager_nchw", 10.0),
         _row(large, "segfast", 20.0),
@@ -219,9 +220,23 @@ def test_the_table_compares_within_the_last_run(tmp_path, capsys):
     assert "A, AVX2: torch 2.13, commit abc, 2026-01-01 to 2026-01-02" in title
     assert "B, AVX2" in other
     assert lines == [
-        ["smp_pan_resnet34", "256x256", "1", "100", "NHWC", "1.25", "2.00", "", "wrong", "2", "2"],
-        ["segfast_unet", "256x256", "1", "10", "NCHW", "", "0.50", "", "", "", "2"],
-        ["geometric mean", "256x256", "1", "", "", "1.25 of 1", "1.00", "", "", "", ""],
+        [
+            "smp_pan_resnet34",
+            "256x256",
+            "1",
+            "100",
+            "NHWC",
+            "1.25",
+            "2.00",
+            "2.50",
+            "",
+            "wrong",
+            "2",
+            "2",
+            "2",
+        ],
+        ["segfast_unet", "256x256", "1", "10", "NCHW", "", "0.50", "", "", "", "", "2", ""],
+        ["geometric mean", "256x256", "1", "", "", "1.25 of 1", "1.00", "2.50 of 1", "", "", "", "", ""],
     ]
     assert main([str(tmp_path / "networks.csv")]) == 0
     assert "| smp_pan_resnet34 | 256x256 | 1 | 100 |" in capsys.readouterr().out

@@ -103,8 +103,8 @@ def folded(norm: Any) -> Affine:
         return _NOTHING
     tensors = norm_tensors(norm)
     if not runs_eagerly() or needs_gradient(tensors):
-        return _affine(tensors, norm.eps)
-    return remembered(norm, tensors, norm.eps, lambda: _affine(tensors, norm.eps))
+        return affine(tensors, norm.eps)
+    return remembered(norm, tensors, norm.eps, lambda: affine(tensors, norm.eps))
 
 
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
@@ -123,9 +123,11 @@ def folded_filter(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     tensors = (conv.weight, conv.bias, *norm_tensors(norm))
 
     def fold() -> tuple[Tensor, Tensor]:
-        affine: Any = _affine(tensors[2:], norm.eps)
-        scale, shift = (t.to(conv.weight.dtype) for t in affine)
-        return _scaled(conv, scale), (shift if conv.bias is None else shift + conv.bias * scale)
+        both: Any = affine(tensors[2:], norm.eps)
+        scale, shift = (t.to(conv.weight.dtype) for t in both)
+        return scaled(conv.weight, scale, conv.transposed, conv.groups), (
+            shift if conv.bias is None else shift + conv.bias * scale
+        )
 
     # Not the tensor alone: its layout may have been changed under it.
     weight, bias = remembered(conv, tensors, (norm.eps, conv.weight.stride()), fold)
@@ -133,12 +135,12 @@ def folded_filter(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _scaled(conv: Any, scale: Tensor) -> Tensor:
+def scaled(weight: Tensor, scale: Tensor, transposed: bool, groups: int) -> Tensor:
     """The filter of `scale * conv`, [C_out, C_in/groups, ...]; [C_in, C_out/groups, ...] if transposed."""
-    if not conv.transposed:
-        return conv.weight * scale[:, None, None, None]
-    by_group = conv.weight.unflatten(0, (conv.groups, -1))
-    return (by_group * scale.view(conv.groups, 1, -1, 1, 1)).flatten(0, 1)
+    if not transposed:
+        return weight * scale[:, None, None, None]
+    by_group = weight.unflatten(0, (groups, -1))
+    return (by_group * scale.view(groups, 1, -1, 1, 1)).flatten(0, 1)
 
 
 def norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
@@ -218,7 +220,7 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[Any]:
     return [None if t is None else (t._version, t.data_ptr()) for t in tensors]
 
 
-def _affine(tensors: tuple[Tensor | None, ...], eps: float) -> Affine:
+def affine(tensors: tuple[Tensor | None, ...], eps: float) -> Affine:
     """The scale and shift of a batch norm whose `norm_tensors` these are."""
     weight, bias, mean, var, _ = tensors
     assert mean is not None and var is not None
