@@ -6,13 +6,15 @@ import triton.language as tl
 
 from .._epilogue import _activate, _affine
 from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._pixels import _pixel, reciprocal
 from .._tiles import Tile
 
 
 @triton.jit
 def _conv2d_finish_kernel(
     partials_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
-    M, OH, OW, negative_slope, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
+    M, OH, OW, reciprocal_h, reciprocal_w, negative_slope,
+    stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
     C: tl.constexpr, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr,
     WIDE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -31,9 +33,7 @@ def _conv2d_finish_kernel(
         total += tl.load(pointers, mask=ok, other=0.0)
         pointers += tl.full((), C, tl.int64) * M
     y = _affine(total, bias_ptr, scale_ptr, shift_ptr, c, c_ok)
-    ow = m % OW
-    oh = m // OW % OH
-    n = m // OW // OH
+    n, oh, ow = _pixel(m, OH, OW, reciprocal_h, reciprocal_w)
     if residual_ptr is not None:
         offsets = tl.multiple_of(n * stride_rn + oh * stride_rh + ow * stride_rw, ALIGN)
         y += tl.load(residual_ptr + offsets[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -55,7 +55,8 @@ def finish_partials(partials, bias, scale, shift, residual, out, activation, slo
     def make() -> Launch:
         tile = Tile(16, min(256, max(16, triton.next_power_of_2(channels))), 1, 4, 2)
         rows = batch * height * width
-        scalars = (rows, height, width, float(slope), *image_strides(residual), *image_strides(out))
+        scalars = (rows, height, width, reciprocal(height), reciprocal(width), float(slope),
+                   *image_strides(residual), *image_strides(out))  # fmt: skip
         constants = {
             "C": channels,
             "SPLIT": partials.shape[0],

@@ -19,6 +19,7 @@ from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
 from .._fold import can_fold, fold_alignment, taps_inside
 from .._launch import Launch, image_strides, needs_wide_index, pixel_alignment
+from .._pixels import _pixel, reciprocal
 from .._tf32 import _rounded, multiplies_in_tf32
 from .._tiles import Problem, Tile, fit_operands, fit_registers, operands_in_registers, register_candidates
 from ._partials import finish_partials, workspace
@@ -27,7 +28,7 @@ from ._partials import finish_partials, workspace
 @triton.jit
 def _conv2d_dense_kernel(
     x_ptr, x1_ptr, x2_ptr, x3_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
-    M, H, W, OH, OW, negative_slope,
+    M, H, W, OH, OW, reciprocal_h, reciprocal_w, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_1n, stride_1h, stride_1w, stride_2n, stride_2h, stride_2w,
     stride_3n, stride_3h, stride_3w, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
     stride_wo,
@@ -51,9 +52,7 @@ def _conv2d_dense_kernel(
     m = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     c_ok = c < CO
-    ow = m % OW
-    oh = m // OW % OH
-    n = m // OW // OH
+    n, oh, ow = _pixel(m, OH, OW, reciprocal_h, reciprocal_w)
     row_ok = m < M
     row_h = oh * STRIDE_H - PAD_H
     row_w = ow * STRIDE_W - PAD_W
@@ -280,7 +279,7 @@ def make_dense(
         tile = fit_registers(tile, 64 if x.element_size() == 2 else 32)
     split = tile.split_k
     strides = [s for t in (x, *further) for s in image_strides(t)]
-    scalars = (rows, *size, out_h, out_w, float(slope), *strides,
+    scalars = (rows, *size, out_h, out_w, reciprocal(out_h), reciprocal(out_w), float(slope), *strides,
                *image_strides(residual), *image_strides(out), w.stride(0))  # fmt: skip
     constants = {
         "CI": channels,

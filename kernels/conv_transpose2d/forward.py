@@ -12,6 +12,7 @@ from .._device import dot_precision
 from .._epilogue import _activate, _affine
 from .._fold import can_fold, fold_alignment
 from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._pixels import _pixel, reciprocal
 from .._tf32 import _rounded, multiplies_in_tf32
 from .._tiles import (
     Problem,
@@ -28,9 +29,9 @@ from .phases import _conv_transpose2d_forward_phase_kernel, _copy_skip, phase_co
 @triton.jit
 def _conv_transpose2d_forward_wide_kernel(
     x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, skip_ptr, y_ptr,
-    M, H, W, OH, OW, GRID_H, GRID_W, tiles, negative_slope,
+    M, H, W, OH, OW, GRID_H, GRID_W, reciprocal_h, reciprocal_w, tiles, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
-    skip_pixels, top, left, stride_sn, stride_sh, stride_sw,
+    skip_pixels, reciprocal_oh, reciprocal_ow, top, left, stride_sn, stride_sh, stride_sw,
     CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, EXACT: tl.constexpr, FOLD: tl.constexpr,
@@ -46,7 +47,7 @@ def _conv_transpose2d_forward_wide_kernel(
     if WIDE_INDEX:
         pid = pid.to(tl.int64)
     if SKIP > 0 and pid >= tiles:
-        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left,
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, reciprocal_oh, reciprocal_ow, top, left,
                    stride_sn, stride_sh, stride_sw, stride_yn, stride_yh, stride_yw,
                    SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
@@ -79,9 +80,9 @@ def _conv_transpose2d_forward_wide_kernel(
             phase_w = column // CO % STRIDE_W
 
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        j_w = m % GRID_W + PAD_W // STRIDE_W
-        j_h = m // GRID_W % GRID_H + PAD_H // STRIDE_H
-        n = m // GRID_W // GRID_H
+        n, j_h, j_w = _pixel(m, GRID_H, GRID_W, reciprocal_h, reciprocal_w)
+        j_h += PAD_H // STRIDE_H
+        j_w += PAD_W // STRIDE_W
         row_ok = m < M
 
         TAPS_H: tl.constexpr = KERNEL_H // STRIDE_H
@@ -241,12 +242,14 @@ def _make(
         width,
         *out_size,
         *grid_size,
+        *map(reciprocal, grid_size),
         tiles,
         float(slope),
         *image_strides(x),
         *image_strides(residual),
         *image_strides(out),
         skip_pixels,
+        *map(reciprocal, out_size),
         *crop,
         *image_strides(skip),
     )

@@ -10,21 +10,20 @@ import triton
 import triton.language as tl
 
 from .._epilogue import _activate, _affine
+from .._pixels import _pixel
 from .._tf32 import _rounded
 
 
 @triton.jit
-def _copy_skip(skip_ptr, y_ptr, tile, M, H, W, top, left, stride_sn, stride_sh, stride_sw,
-               stride_yn, stride_yh, stride_yw, SKIP: tl.constexpr,
+def _copy_skip(skip_ptr, y_ptr, tile, M, H, W, reciprocal_h, reciprocal_w, top, left,
+               stride_sn, stride_sh, stride_sw, stride_yn, stride_yh, stride_yw, SKIP: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     # One [BLOCK_M pixels, BLOCK_N channels] tile of the cropped skip into the first channels of the output.
     TILES_N: tl.constexpr = (SKIP + BLOCK_N - 1) // BLOCK_N
     m = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = (m < M)[:, None] & (c < SKIP)[None, :]
-    w = m % W
-    h = m // W % H
-    n = m // W // H
+    n, h, w = _pixel(m, H, W, reciprocal_h, reciprocal_w)
     source = tl.multiple_of(n * stride_sn + (h + top) * stride_sh + (w + left) * stride_sw, ALIGN)
     target = tl.multiple_of(n * stride_yn + h * stride_yh + w * stride_yw, ALIGN)
     values = tl.load(skip_ptr + source[:, None] + c[None, :], mask=ok, other=0.0)
@@ -34,9 +33,9 @@ def _copy_skip(skip_ptr, y_ptr, tile, M, H, W, top, left, stride_sn, stride_sh, 
 @triton.jit
 def _conv_transpose2d_forward_phase_kernel(
     x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, skip_ptr, y_ptr,
-    M, H, W, OH, OW, PHASE_H, PHASE_W, tiles, negative_slope,
+    M, H, W, OH, OW, PHASE_H, PHASE_W, reciprocal_h, reciprocal_w, tiles, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
-    skip_pixels, top, left, stride_sn, stride_sh, stride_sw,
+    skip_pixels, reciprocal_oh, reciprocal_ow, top, left, stride_sn, stride_sh, stride_sw,
     CI: tl.constexpr, CO: tl.constexpr, SKIP: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -51,7 +50,7 @@ def _conv_transpose2d_forward_phase_kernel(
     if WIDE_INDEX:
         pid = pid.to(tl.int64)
     if SKIP > 0 and pid >= tiles:
-        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, top, left,
+        _copy_skip(skip_ptr, y_ptr, pid - tiles, skip_pixels, OH, OW, reciprocal_oh, reciprocal_ow, top, left,
                    stride_sn, stride_sh, stride_sw, stride_yn, stride_yh, stride_yw,
                    SKIP, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     else:
@@ -63,9 +62,7 @@ def _conv_transpose2d_forward_phase_kernel(
         tile_m = pid // (STRIDE_W * STRIDE_H * TILES_N)
 
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        i_w = m % PHASE_W
-        i_h = m // PHASE_W % PHASE_H
-        n = m // PHASE_W // PHASE_H
+        n, i_h, i_w = _pixel(m, PHASE_H, PHASE_W, reciprocal_h, reciprocal_w)
         oh = i_h * STRIDE_H + phase_h
         ow = i_w * STRIDE_W + phase_w
         row_ok = (m < M) & (oh < OH) & (ow < OW)

@@ -19,6 +19,7 @@ import triton.language as tl
 from .._device import architecture, bounded
 from .._epilogue import _activate, _affine
 from .._launch import TRITON, Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._pixels import _pixel, reciprocal
 from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._shared import (
     Geometry,
@@ -149,7 +150,7 @@ def _depthwise_conv2d_rows_kernel(
 @triton.jit
 def _depthwise_conv2d_taps_kernel(
     x_ptr, w_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr,
-    M, H, W, OH, OW,
+    M, H, W, OH, OW, reciprocal_h, reciprocal_w,
     stride_xn, stride_xh, stride_xw, stride_yn, stride_yh, stride_yw, stride_kc, stride_kh, stride_kw,
     negative_slope,
     C: tl.constexpr, MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
@@ -167,9 +168,7 @@ def _depthwise_conv2d_taps_kernel(
     c_ok = c < C
     m = pid // CHANNEL_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     m_ok = m < M
-    ow = m % OW
-    oh = m // OW % OH
-    n = m // OW // OH
+    n, oh, ow = _pixel(m, OH, OW, reciprocal_h, reciprocal_w)
     accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tap in tl.range(0, KERNEL_H * KERNEL_W, num_stages=1):
         kh = tap // KERNEL_W
@@ -247,8 +246,9 @@ def _taps_launch(x, weight, y, geometry, activation, negative_slope) -> Launch:
     tile = choose_tile(make_problem("depthwise_conv2d_taps", x, y, geometry), x.device)
     batch, channels, out_h, out_w = y.shape
     pixels = batch * out_h * out_w
-    scalars = (pixels, *x.shape[2:], out_h, out_w, *image_strides(x), *image_strides(y),
-               *filter_strides(weight), float(negative_slope))  # fmt: skip
+    scalars = (pixels, *x.shape[2:], out_h, out_w, reciprocal(out_h), reciprocal(out_w),
+               *image_strides(x), *image_strides(y), *filter_strides(weight),
+               float(negative_slope))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
         "MULTIPLIER": geometry.multiplier,

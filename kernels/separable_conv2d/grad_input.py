@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._pixels import _pixel, reciprocal
 from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._shared import (
     Geometry,
@@ -106,7 +107,7 @@ def _depthwise_conv2d_phases_kernel(
 @triton.jit
 def _depthwise_conv2d_grad_input_taps_kernel(
     gy_ptr, w_ptr, gx_ptr,
-    M, H, W, OH, OW,
+    M, H, W, OH, OW, reciprocal_h, reciprocal_w,
     stride_gn, stride_gh, stride_gw, stride_xn, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw,
     C: tl.constexpr, MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -123,9 +124,7 @@ def _depthwise_conv2d_grad_input_taps_kernel(
     c_ok = c < C
     m = pid // CHANNEL_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     m_ok = m < M
-    iw = m % W
-    ih = m // W % H
-    n = m // W // H
+    n, ih, iw = _pixel(m, H, W, reciprocal_h, reciprocal_w)
     accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tap in tl.range(0, KERNEL_H * KERNEL_W * MULTIPLIER, num_stages=1):
         kh = tap // MULTIPLIER // KERNEL_W
@@ -182,8 +181,8 @@ def _taps_launch(gy, weight, gx, geometry) -> Launch:
     tile = choose_tile(make_problem("depthwise_conv2d_grad_input_taps", gx, gy, geometry), gx.device)
     batch, channels, height, width = gx.shape
     pixels = batch * height * width
-    scalars = (pixels, height, width, *gy.shape[2:], *image_strides(gy), *image_strides(gx),
-               *filter_strides(weight))  # fmt: skip
+    scalars = (pixels, height, width, *gy.shape[2:], reciprocal(height), reciprocal(width),
+               *image_strides(gy), *image_strides(gx), *filter_strides(weight))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
         "MULTIPLIER": geometry.multiplier,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._pixels import _pixel, reciprocal
 from .._tiles import Problem, Tile, choose_tile, register_candidates
 from ._shared import (
     Geometry,
@@ -97,7 +98,7 @@ def _depthwise_conv2d_grad_weight_rows_kernel(
 @triton.jit
 def _depthwise_conv2d_grad_weight_taps_kernel(
     x_ptr, gy_ptr, partials_ptr,
-    M, CHUNK, H, W, OH, OW,
+    M, CHUNK, H, W, OH, OW, reciprocal_h, reciprocal_w,
     stride_xn, stride_xh, stride_xw, stride_gn, stride_gh, stride_gw,
     C: tl.constexpr, MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -118,9 +119,7 @@ def _depthwise_conv2d_grad_weight_taps_kernel(
         m = start + tl.arange(0, BLOCK_M)
         m_ok = m < M
         m = m.to(tl.int64 if WIDE_INDEX else tl.int32)
-        ow = m % OW
-        oh = m // OW % OH
-        n = m // OW // OH
+        n, oh, ow = _pixel(m, OH, OW, reciprocal_h, reciprocal_w)
         ih = oh * STRIDE_H - PAD_H + tap // KERNEL_W * DILATION_H
         iw = ow * STRIDE_W - PAD_W + tap % KERNEL_W * DILATION_W
         ok = m_ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
@@ -220,7 +219,8 @@ def _taps_launch(x, gy, geometry) -> Launch:
     batch, channels, out_h, out_w = gy.shape
     pixels = batch * out_h * out_w
     chunk = triton.cdiv(triton.cdiv(pixels, tile.split_k), tile.block_m) * tile.block_m
-    scalars = (pixels, chunk, *x.shape[2:], out_h, out_w, *image_strides(x), *image_strides(gy))
+    scalars = (pixels, chunk, *x.shape[2:], out_h, out_w, reciprocal(out_h), reciprocal(out_w),
+               *image_strides(x), *image_strides(gy))  # fmt: skip
     constants = geometry.constants() | {
         "C": channels,
         "MULTIPLIER": geometry.multiplier,

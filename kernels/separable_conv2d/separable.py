@@ -16,6 +16,7 @@ import triton.language as tl
 from .._device import architecture, bounded, dot_precision
 from .._epilogue import _activate, _affine
 from .._launch import Launch, image_strides, launch_for, layout_key, needs_wide_index, pixel_alignment
+from .._pixels import _pixel, reciprocal
 from .._tf32 import _rounded, multiplies_in_tf32
 from .._tiles import Problem, Tile, choose_tile, geometry_variant, operands_in_registers, register_candidates
 from ..conv2d.dense import candidates, make_dense
@@ -27,7 +28,7 @@ from .depthwise import depthwise_conv2d_forward
 def _separable_conv2d_fused_kernel(
     x_ptr, wd_ptr, depthwise_bias_ptr, depthwise_scale_ptr, depthwise_shift_ptr,
     w_ptr, bias_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
-    M, H, W, OH, OW, negative_slope,
+    M, H, W, OH, OW, reciprocal_h, reciprocal_w, negative_slope,
     stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_yn, stride_yh, stride_yw,
     stride_kh, stride_kw,
     C: tl.constexpr, CO: tl.constexpr, MULTIPLIER: tl.constexpr,
@@ -48,9 +49,7 @@ def _separable_conv2d_fused_kernel(
     c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     m_ok = m < M
     c_ok = c < CO
-    ow = m % OW
-    oh = m // OW % OH
-    n = m // OW // OH
+    n, oh, ow = _pixel(m, OH, OW, reciprocal_h, reciprocal_w)
     ih = oh * STRIDE_H - PAD_H
     iw = ow * STRIDE_W - PAD_W
     x_pixels = x_ptr + tl.multiple_of(n * stride_xn + ih * stride_xh + iw * stride_xw, ALIGN_X)
@@ -148,8 +147,9 @@ def _fused_launch(x, wd, residual, out, geometry, activations, negative_slope, t
     pixels = batch * out_h * out_w
     taps = geometry.kernel[0] * geometry.kernel[1]
     unrolls = _unrolls(tile, taps, x.element_size(), architecture(x.device))
-    scalars = (pixels, *x.shape[2:], out_h, out_w, float(negative_slope), *image_strides(x),
-               *image_strides(residual), *image_strides(out), *wd.stride()[2:])  # fmt: skip
+    scalars = (pixels, *x.shape[2:], out_h, out_w, reciprocal(out_h), reciprocal(out_w),
+               float(negative_slope), *image_strides(x), *image_strides(residual), *image_strides(out),
+               *wd.stride()[2:])  # fmt: skip
     constants = geometry.constants() | {
         "C": wd.shape[0],
         "CO": channels_out,

@@ -10,6 +10,7 @@ from torch import Tensor
 import segfast.functional as SF
 
 from ..fused_conv import REFERENCE_ACTIVATIONS, fused
+from ..kernels.test_pixels import check_quotients
 from .tester import Case, check, check_once, check_rounding_to_tf32
 
 pytestmark = pytest.mark.device
@@ -337,3 +338,7 @@ RANDOM = {"conv2d": 6, "conv_transpose2d": 6, "depthwise": 6, "pointwise": 3, "s
 @pytest.mark.parametrize("family, seed", [(name, seed) for name, n in RANDOM.items() for seed in range(n)])
 def test_random_convolution(family, seed, arithmetic, device):
     check(random_case(family, random.Random(f"{family} {arithmetic} {seed}")), arithmetic, device, seed)
+
+
+def test_pixels_are_numbered_without_a_division(device):
+    check_quotients(device)
