@@ -41,6 +41,7 @@ _MODELS = [
     _model("deeplabv3plus_mobilenetv2_513", "DeepLabV3+, MobileNetV2, dense decoder",
            "deeplabv3plus_mobilenetv2", 513, 54, small=65),
     _model("fcn_r50_513", "FCN, ResNet-50, OS8", "fcn_resnet50", 513, 285, small=65),
+    _model("segnet_vgg16_360", "SegNet, VGG16, 360 pixels", "segnet_vgg16", 360, 162, small=64),
 ]  # fmt: skip
 MODELS = [case for both in zip(*_MODELS, strict=True) for case in both]
 
@@ -66,6 +67,8 @@ _CONVOLUTIONS = ("conv_transpose2d", "conv2d", "separable_conv2d")
 
 def directions(case: Case) -> tuple[str, ...]:
     """The gradients that are measured besides the forward of `case`."""
+    if case.family == "packed_pool2d":
+        return ("train",)
     if case.family not in _CONVOLUTIONS or case.direction != "forward":
         return ()
     if case.family == "conv2d" and case.op == "conv2d" and case.epilogue in ((), ("bias",)):

@@ -21,6 +21,8 @@ from segfast.functional import (
     conv_transpose2d,
     depthwise_conv2d,
     mean_field,
+    packed_max_pool2d,
+    packed_max_unpool2d,
     parallel_conv2d,
     separable_conv2d,
     upsample_cross_entropy,
@@ -198,6 +200,7 @@ def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[torch.Ten
             lambda x, w: depthwise_conv2d(x, w, None, 1, 1, activation="relu6"), x, filters
         ),
         **{f"separable_conv2d, {f}": step_of(partial(separable, f), x, filters, weight) for f in FORMS},
+        "packed pooling": step_of(lambda x: packed_max_unpool2d(*packed_max_pool2d(x)), x),
         "upsample_cross_entropy": step_of(lambda x: upsample_cross_entropy(x, target), x.contiguous()),
         **{f"mean_field, {m}": step_of(partial(refine, m), x) for m in ("exact", "lattice")},
         **{

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import segfast
-from benchmarks.networks import SIDES, build_network, draw_images
+from benchmarks.networks import NETWORKS, SIDES, build_network, draw_images
 from benchmarks.peers import Peer
-from benchmarks.timing import Candidate, Skipped
+from benchmarks.timing import Candidate, Skipped, relative_error
 from segfast._optimize.compiled import segfast_backend
 from segfast.models._base import main_scores
 from segfast.ops._case import Case
@@ -20,6 +20,10 @@ from segfast.ops._gpu_measure import without_search
 # Of the largest error over the largest score. A GPU's convolutions may round fp32 to tf32.
 TOLERANCES = {"cpu": 1e-4, "cuda": 2e-2}
 BF16_TOLERANCE = 0.15  # after up to a hundred layers
+# Of the norm of all errors over that of all scores, where some values are at other places. With random
+# weights SegNet's two eager layouts differ by 3e-3 in fp32, and bf16 from these by 0.2.
+UNSTEADY_TOLERANCES = {"cpu": 1e-2, "cuda": 0.1}
+UNSTEADY_BF16_TOLERANCE = 0.3
 BF16_CANDIDATES = ("eager_bf16", "segfast_bf16")
 COMPILE_OPTION = "SEGFAST_BENCH_COMPILE"
 
@@ -42,7 +46,8 @@ class NetworkTrial:
         if not 1e-3 < largest < 1e6:
             raise ValueError(f"the largest score of {case['model']} is {largest}: of no use as a reference")
         self.sample: Callable[[Any], Any] = lambda output: output
-        self.error = largest_error
+        self.steady = NETWORKS[case["model"]].steady
+        self.error = largest_error if self.steady else relative_error
 
     def reference(self) -> torch.Tensor:
         """The scores in fp32, of the network as it was built."""
@@ -107,7 +112,10 @@ class NetworkTrial:
                 with torch.no_grad():
                     return main_scores(built[0](images))
 
-        tolerance = BF16_TOLERANCE if bf16 else TOLERANCES[self.device.type]
+        if self.steady:
+            tolerance = BF16_TOLERANCE if bf16 else TOLERANCES[self.device.type]
+        else:
+            tolerance = UNSTEADY_BF16_TOLERANCE if bf16 else UNSTEADY_TOLERANCES[self.device.type]
         candidate = Candidate(name, run, ours, tolerance=tolerance, dtype="bfloat16" if bf16 else "")
         return candidate
 

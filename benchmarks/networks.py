@@ -29,11 +29,15 @@ class NetworkCase(Case):
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network by the name of its rows; `title` says whose it is."""
+    """A network by the name of its rows; `title` says whose it is.
+
+    Of one that is not `steady` a rounding moves whole values to other places.
+    """
 
     name: str
     title: str
     build: Callable[[], nn.Module]
+    steady: bool = True
 
 
 def _torchvision(function: str) -> Network:
@@ -53,13 +57,13 @@ def _smp(architecture: str, encoder: str) -> Network:
     return Network(f"smp_{architecture.lower()}_{short}", f"smp {architecture}, {encoder}", build)
 
 
-def _segfast(name: str, num_classes: int = CLASSES) -> Network:
+def _segfast(name: str, num_classes: int = CLASSES, steady: bool = True) -> Network:
     def build() -> nn.Module:
         from segfast.models import create
 
         return create(name, in_channels=3, num_classes=num_classes)
 
-    return Network(f"segfast_{name}", f"segfast {name}", build)
+    return Network(f"segfast_{name}", f"segfast {name}", build, steady)
 
 
 NETWORKS = {
@@ -84,6 +88,7 @@ NETWORKS = {
         _segfast("deeplabv3plus_mobilenet_v2"),
         _segfast("deeplabv3plus_resnet50"),
         _segfast("hypercolumns_vgg16"),
+        _segfast("segnet_vgg16", steady=False),  # by the places of maxima
         _segfast("selfie_segmenter", num_classes=1),  # as published
     )
 }

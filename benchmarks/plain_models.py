@@ -1,6 +1,7 @@
 """Whole networks in plain torch.nn: what segfast's models are measured against."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,47 @@ class FCN8sVGG16(nn.Module):
         return _at(y, self.OFFSETS[2], size).contiguous(memory_format=torch.channels_last)
 
 
+class SegNet(nn.Module):
+    """Badrinarayanan, Kendall, Cipolla 2017: VGG16 with batch norm and its mirror, int64 pooling indices.
+
+    Its layers bear the names that segfast's have.
+    """
+
+    def __init__(self, num_classes: int = 21, width: int = 64) -> None:
+        super().__init__()
+        encoder, decoder, c_in = [], [], 3
+        for count, times in [(2, 1), (2, 2), (3, 4), (3, 8), (3, 8)]:
+            widths = [c_in] + [times * width] * count
+            encoder.append(_conv_norms(widths))
+            decoder.append(_conv_norms(widths[::-1] if c_in != 3 else widths[:0:-1]))
+            c_in = widths[-1]
+        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(reversed(decoder))
+        self.classifier = nn.Conv2d(width, num_classes, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = []
+        for stage in self.encoder:
+            features = stage(x)
+            x, indices = F.max_pool2d(features, 2, ceil_mode=True, return_indices=True)
+            pooled.append((indices, features.shape[2:]))
+        for stage in self.decoder:
+            indices, size = pooled.pop()
+            x = stage(F.max_unpool2d(x, indices, 2, output_size=size))
+        return self.classifier(x)
+
+
+def _conv_norms(widths: Sequence[int]) -> nn.Sequential:
+    return nn.Sequential(
+        *(
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+            for i, o in itertools.pairwise(widths)
+        )
+    )
+
+
 def _at(x: torch.Tensor, offset: int, size: torch.Size) -> torch.Tensor:
     return x[:, :, offset : offset + size[0], offset : offset + size[1]]
 
@@ -126,6 +168,8 @@ def plain_model(name: str, small: bool = False) -> tuple[nn.Module, int] | str:
         return UNet(width=width), 1
     if name == "fcn8s_vgg16":
         return FCN8sVGG16(width=width), 3
+    if name == "segnet_vgg16":
+        return SegNet(width=width), 3
     if name in plain_resnet.NAMES:
         return plain_resnet.ResNetSegmentation(name), 3
     if name in DEEPLABV3PLUS:

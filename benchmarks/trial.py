@@ -16,8 +16,8 @@ _WHOLE = ("upsample_cross_entropy", "upsample_dice")  # one result for the whole
 Formula = Callable[[Tensors], torch.Tensor]
 
 IMAGES = ("x", "skip", "residual", "unary", "image", "values", "features")
-# Never differentiated: labels, and of an eval-mode batch norm all, or what it comes to.
-CONSTANT = ("mean", "var", "gamma", "beta", "scale", "shift", "labels")
+# Never differentiated: labels, places in windows, and of an eval-mode batch norm all, or what it comes to.
+CONSTANT = ("mean", "var", "gamma", "beta", "scale", "shift", "labels", "indices", "places")
 
 
 class Trial:

@@ -79,6 +79,7 @@ else:
         permutohedral_slice,
         spatial_gaussian,
     )
+    from .packed_pool2d import packed_max_pool2d, packed_max_unpool2d, packed_max_unpool2d_backward
     from .segmentation_head import (
         softmax_expectation,
         upsample_argmax,
@@ -130,6 +131,9 @@ else:
         "multiplies_in_tf32",
         "operations",
         "override_tile",
+        "packed_max_pool2d",
+        "packed_max_unpool2d",
+        "packed_max_unpool2d_backward",
         "packed_width",
         "parallel_conv2d_forward",
         "permutohedral_blur",

@@ -6,6 +6,7 @@ from .ops._roi_pool import roi_pool
 from .ops.conv2d import conv2d, parallel_conv2d
 from .ops.conv_transpose2d import conv_transpose2d, up_concat
 from .ops.dense_crf import gaussian_filter, mean_field, skipped_share
+from .ops.packed_pool2d import packed_max_pool2d, packed_max_unpool2d
 from .ops.segmentation_head import upsample_argmax, upsample_cross_entropy, upsample_dice
 from .ops.separable_conv2d import depthwise_conv2d, separable_conv2d
 
@@ -15,6 +16,8 @@ __all__ = [
     "depthwise_conv2d",
     "gaussian_filter",
     "mean_field",
+    "packed_max_pool2d",
+    "packed_max_unpool2d",
     "parallel_conv2d",
     "roi_pool",
     "separable_conv2d",

@@ -76,6 +76,14 @@ def separable_conv2d():
     )
 
 
+def packed_pool2d():
+    x, y = draw(2, 5, 7, 6, grad=True), draw(2, 5, 4, 3, seed=1, grad=True)
+    places = functional.packed_max_pool2d(x.detach(), ceil_mode=True)[1]
+    yield lambda: functional.packed_max_pool2d(x.detach())
+    yield lambda: with_gradients(lambda: functional.packed_max_pool2d(x, ceil_mode=True)[0], x)
+    yield lambda: with_gradients(lambda: functional.packed_max_unpool2d(y, places, (7, 6)), y)
+
+
 def segmentation_head():
     logits, target = draw(2, 5, 4, 3, grad=True), labels(2, 13, 7, classes=5)
     for mode, corners in (("bilinear", False), ("bilinear", True), ("nearest", None)):

@@ -23,6 +23,7 @@ from .fcn_googlenet import fcn8s_googlenet, fcn16s_googlenet, fcn32s_googlenet
 from .fcn_resnet import FCNResNet, fcn_resnet50, fcn_resnet101
 from .hypercolumns import Hypercolumns, draw_points, hypercolumns_resnet50, hypercolumns_vgg16
 from .lraspp import LRASPP, lraspp_mobilenet_v3_large
+from .segnet import SegNet, segnet_vgg16
 from .selfie_segmenter import SelfieSegmenter
 from .unet import UNet
 
@@ -34,6 +35,7 @@ __all__ = [
     "DeepLabV3Plus",
     "FCNResNet",
     "Hypercolumns",
+    "SegNet",
     "SegmentationModel",
     "SelfieSegmenter",
     "UNet",
@@ -65,6 +67,7 @@ __all__ = [
     "list_models",
     "lraspp_mobilenet_v3_large",
     "remap_state_dict",
+    "segnet_vgg16",
 ]
 
 # Classes, and the functions that build one class in several ways: `name` then tells its networks apart.
@@ -93,6 +96,7 @@ _MODELS: dict[str, Callable[..., SegmentationModel]] = {
     "hypercolumns_resnet50": hypercolumns_resnet50,
     "hypercolumns_vgg16": hypercolumns_vgg16,
     "lraspp_mobilenet_v3_large": lraspp_mobilenet_v3_large,
+    "segnet_vgg16": segnet_vgg16,
     "selfie_segmenter": SelfieSegmenter,
     "unet": UNet,
 }
@@ -160,7 +164,7 @@ def remap_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[st
     For `FCN`: torchvision's `vgg16`, `alexnet` or `googlenet`, whose linear layers become convolutions. For
     `FCNResNet`, `DeepLabV3` and `LRASPP`: torchvision's networks of the same names, with or without the
     auxiliary head, and its `resnet50`, `resnet101` and `mobilenet_v3_large`. For `DeepLab` and
-    `Hypercolumns`: torchvision's `vgg16`, `resnet50` and `resnet101`.
+    `Hypercolumns`: torchvision's `vgg16`, `resnet50` and `resnet101`. For `SegNet`: torchvision's `vgg16_bn`.
 
     Keys that already are the model's own come back unchanged.
 

@@ -167,9 +167,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _are_plain(values: Any) -> bool:
-    """True if each is a tensor of no subclass, or an integer such as an image's size."""
-    return type(values) in (list, tuple) and all(
-        [type(value) in _PLAIN or type(value) is int for value in values]
+    """True if each is a tensor of no subclass, or an integer such as an image's size; or for a flag."""
+    return type(values) is bool or (
+        type(values) in (list, tuple)
+        and all([type(value) in _PLAIN or type(value) is int for value in values])
     )
 
 

@@ -1,5 +1,6 @@
 """The whole networks' benchmark: weights that are of use, what a first call is, the table of its rows."""
 
+import dataclasses
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from benchmarks.network_trial import BF16_TOLERANCE, NetworkTrial, largest_error
 from benchmarks.networks import NETWORKS, TINY, Network, network_case, network_cases
 from benchmarks.suite import candidates, measure_trial
 from benchmarks.timing import Candidate, Measurement, Skipped, Timing, relative_error
+from segfast.models import create
 
 CPU = torch.device("cpu")
 SELFIE = network_case("segfast_selfie_segmenter", TINY)
@@ -148,6 +150,24 @@ def test_bf16_where_the_cpu_has_it(trial, monkeypatch, has_bf16):
         assert found["segfast_bf16"].run().dtype == torch.float32
     else:
         assert skipped == dict.fromkeys(("eager_bf16", "segfast_bf16"), "this CPU has none")
+
+
+def test_where_values_move_errors_count_as_a_whole(monkeypatch):
+    """Of SegNet roundings choose other pixels: right in bf16 all the same, and wrong is still wrong."""
+    name, case = "segfast_segnet_vgg16", network_case("segfast_segnet_vgg16", TINY)
+
+    def build():
+        return create("segnet_vgg16", width_mult=0.25, num_classes=3)
+
+    monkeypatch.setitem(NETWORKS, name, dataclasses.replace(NETWORKS[name], build=build))
+    monkeypatch.setattr(network_trial, "no_bf16", lambda device: "")
+    trial = NetworkTrial(case, CPU)
+    found = [c for c in candidates(trial) if c.name in ("eager_nhwc", "eager_bf16")]
+    run = found[0].run
+    found.append(dataclasses.replace(found[0], name="moved", run=lambda: run().roll(1, 2)))
+    assert largest_error(found[1].run(), trial.expected) > BF16_TOLERANCE
+    measured = measure_trial(trial, found, budget_s=0.0, min_rounds=1, log=lambda text: None)
+    assert [m.status for m in measured] == ["ok", "ok", "wrong"]
 
 
 def test_choices_are_of_ours_alone(trial, monkeypatch):

@@ -46,6 +46,7 @@ SAMPLE = {
     "conv2d": ("aspp_r12 scale+relu", "aspp_branches_n8_33 parallel", "resnet_layer3_d2"),
     "separable_conv2d": ("xception_middle_dw forward", "xception_middle_dw stat", "xception_middle_dw grad",
                          "mobilenetv2_dw96_s2 grad_input", "entry_sep_128", "multiplier_2"),
+    "packed_pool2d": ("segnet_pool1 ", "24 channels "),
     "segmentation_head": ("ade20k_upsample ",),
     "dense_crf": ("21 labels exact", "21 labels lattice", "21 labels spatial", "21 labels update", "build"),
 }  # fmt: skip

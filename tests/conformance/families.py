@@ -17,6 +17,7 @@ from torch import Tensor
 import segfast
 from segfast import functional as sf
 from segfast.ops import _backend
+from segfast.ops.packed_pool2d import formulas
 from tests.conv2d.reference import conv2d_of_images, define_of_images, define_parallel, parallel_of_named
 from tests.fused_conv import REFERENCE_ACTIVATIONS, draw, fused
 from tests.segmentation_head import reference as reference_module
@@ -152,6 +153,34 @@ def _statistics(**tensors_and_options):
     return sf.depthwise_conv2d(**tensors_and_options, return_statistics=True)
 
 
+def _pooled(input, **options):
+    return sf.packed_max_pool2d(input, **options)[0]
+
+
+def _define_pooled(input, ceil_mode):
+    return F.max_pool2d(input, 2, ceil_mode=ceil_mode)
+
+
+def _places(input) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """The places in windows of an image of some odd size, as torch has them and as we do; and the size."""
+    size = 2 * input.shape[2] - 1, 2 * input.shape[3]
+    image = torch.zeros(*input.shape[:2], *size)
+    image[:, 1::2, ::2, 1::2] = 1
+    image[:, ::2, 1::4] = 1
+    torchs = F.max_pool2d(image, 2, ceil_mode=True, return_indices=True)[1]
+    return torchs, formulas.pool(image, True)[1], size
+
+
+def _unpooled(input):
+    _, places, size = _places(input)
+    return sf.packed_max_unpool2d(input, places, size)
+
+
+def _define_unpooled(input):
+    indices, _, size = _places(input)
+    return F.max_unpool2d(input, indices, 2, output_size=size)
+
+
 _, _TARGET = reference_module.head((2, 3, 3, 4), {"size": (5, 7)})
 _LOGITS = {"required": 1, "batched": ("logits",), "activations": ()}
 
@@ -271,6 +300,15 @@ EXAMPLES = [
         {"padding": 1}, required=3, activations=("depthwise_activation", "activation"),
         others=({}, {"padding": 1, "stride": 2}, {"padding": 1, "dilation": 2}),
         flops=2 * (2 * 3 * 4) * 3 * (9 + 4),
+    ),
+    Example(
+        "packed_max_pool2d", "packed_pool2d", _pooled, _define_pooled,
+        lambda c: {"input": (2, c, 5, 6)}, {"ceil_mode": True}, required=1, batched=("input",),
+        activations=(),
+    ),
+    Example(
+        "packed_max_unpool2d", "packed_pool2d", _unpooled, _define_unpooled,
+        lambda c: {"input": (2, c, 3, 4)}, required=1, batched=("input",), activations=(),
     ),
     Example(
         "upsample_cross_entropy", "segmentation_head", _entropy, _define_entropy,

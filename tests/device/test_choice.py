@@ -75,6 +75,9 @@ class Draw:
     def logits(self):
         return torch.randn(1, 5, 6, 7, dtype=DTYPE, device=self.device).requires_grad_(self.gradients)
 
+    def places(self):
+        return torch.zeros(1, 4, 7, 9, dtype=torch.uint8, device=self.device)
+
     def labels(self):
         return torch.randint(5, (1, 12, 14), device=self.device)
 
@@ -89,6 +92,8 @@ CALLS = {
     "separable_conv2d": lambda d: F.separable_conv2d(
         d(1, 16, 7, 9), d(16, 1, 3, 3), d(8, 16, 1, 1), padding=1
     ),
+    "packed_max_pool2d": lambda d: F.packed_max_pool2d(d(1, 16, 7, 9), ceil_mode=True),
+    "packed_max_unpool2d": lambda d: F.packed_max_unpool2d(d(1, 16, 7, 9), d.places(), (13, 18)),
     "upsample_cross_entropy": lambda d: F.upsample_cross_entropy(d.logits(), d.labels()),
     "upsample_argmax": lambda d: F.upsample_argmax(d.logits(), (12, 14), return_confidence=True),
     "upsample_dice": lambda d: F.upsample_dice(d.logits(), d.labels()),

@@ -43,6 +43,10 @@ def labels(t, *shape):
     return t(*shape, dtype=torch.int64)
 
 
+def places(t, *size):
+    return t(size[0], 2, *size[1:], dtype=torch.uint8)
+
+
 def separable(t, **operands):
     return F.separable_conv2d(x(t), t(8, 1, 3, 3), t(4, 8, 1, 1), **operands)
 
@@ -72,6 +76,8 @@ RIGHT = {
     "up_concat": up,
     "depthwise_conv2d": lambda t: F.depthwise_conv2d(x(t), t(8, 1, 3, 3), t(8)),
     "separable_conv2d": lambda t: separable(t, depthwise_bias=t(8), bias=t(4), residual=t(2, 4, 7, 5)),
+    "packed_max_pool2d": lambda t: F.packed_max_pool2d(x(t)),
+    "packed_max_unpool2d": lambda t: F.packed_max_unpool2d(x(t), places(t, 2, 9, 7), (18, 13)),
     "upsample_cross_entropy": lambda t: F.upsample_cross_entropy(x(t), labels(t, 2, 18, 14)),
     "upsample_argmax": lambda t: F.upsample_argmax(x(t), (18, 14)),
     "upsample_dice": lambda t: F.upsample_dice(x(t), labels(t, 2, 18, 14)),
@@ -106,6 +112,8 @@ WRONG = {
     "residual, separable": lambda t: separable(t, residual=t(2, 4, 9, 7)),
     "pointwise": lambda t: F.separable_conv2d(x(t), t(8, 1, 3, 3), t(4, 9, 1, 1)),
     "pointwise of 3x3": lambda t: F.separable_conv2d(x(t), t(8, 1, 3, 3), t(4, 8, 3, 3)),
+    "places": lambda t: F.packed_max_unpool2d(x(t), places(t, 1, 9, 7)),
+    "an image without a window": lambda t: F.packed_max_pool2d(t(2, 8, 1, 7)),
     "labels": lambda t: F.upsample_cross_entropy(x(t), labels(t, 1, 18, 14)),
 }
 

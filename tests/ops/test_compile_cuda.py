@@ -81,6 +81,12 @@ def separable_conv2d():
     yield lambda: sf.separable_conv2d(x, weight, pointwise, padding=1, depthwise_activation="relu")
 
 
+def packed_pool2d():
+    x, y, places = draw(2, 8, 9, 8), draw(2, 8, 5, 4), draw(2, 2, 5, 4, dtype=torch.uint8)
+    yield lambda: sf.packed_max_pool2d(x, ceil_mode=True)
+    yield lambda: sf.packed_max_unpool2d(y, places, (9, 8))
+
+
 def segmentation_head():
     logits, target = draw(2, 5, 4, 3), draw(2, 13, 7, dtype=torch.int64)
     yield lambda: sf.upsample_cross_entropy(logits, target)

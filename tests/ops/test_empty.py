@@ -41,6 +41,12 @@ CALLS = {
     "up_concat": ((0, 7, 6, 6), sf.up_concat, (0, 8, 3, 3), (0, 3, 6, 6), (8, 4, 2, 2)),
     "depthwise_conv2d": ((0, 8, 3, 3), sf.depthwise_conv2d, (0, 8, 5, 5), (8, 1, 3, 3), (8,)),
     "separable_conv2d": ((0, 4, 3, 3), sf.separable_conv2d, (0, 8, 5, 5), (8, 1, 3, 3), (4, 8, 1, 1)),
+    "packed_max_pool2d": ((0, 3, 2, 3), lambda x: sf.packed_max_pool2d(x, True)[0], (0, 3, 4, 5)),
+    "packed_max_unpool2d": (
+        (0, 3, 4, 5),
+        lambda x: sf.packed_max_unpool2d(x, torch.zeros(0, 1, 2, 3, dtype=torch.uint8), (4, 5)),
+        (0, 3, 2, 3),
+    ),
     "upsample_cross_entropy": (
         (0, 8, 8),
         lambda x: sf.upsample_cross_entropy(x, NO_LABELS, reduction="none"),

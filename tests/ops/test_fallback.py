@@ -35,6 +35,10 @@ CALLS = {
     "up_concat": lambda: (sf.up_concat, draw(*IMAGE), draw(1, 4, 8, 10), draw(8, 4, 2, 2)),
     "depthwise_conv2d": lambda: (sf.depthwise_conv2d, draw(*IMAGE), draw(8, 1, 3, 3), draw(8)),
     "separable_conv2d": lambda: (sf.separable_conv2d, draw(*IMAGE), draw(8, 1, 3, 3), draw(8, 8, 1, 1)),
+    "packed_max_pool2d": lambda: (lambda x: sf.packed_max_pool2d(x)[0], draw(*IMAGE)),
+    "packed_max_unpool2d": lambda: (
+        lambda x: sf.packed_max_unpool2d(x, torch.zeros(1, 2, 4, 5, dtype=torch.uint8)), draw(*IMAGE)
+    ),
     "upsample_cross_entropy": lambda: (lambda x: sf.upsample_cross_entropy(x, LABELS), draw(1, 4, 2, 2)),
     "upsample_dice": lambda: (lambda x: sf.upsample_dice(x, LABELS), draw(1, 4, 2, 2)),
     "upsample_argmax": lambda: (lambda x: sf.upsample_argmax(x, scale_factor=2).double(), draw(1, 4, 2, 2)),
@@ -123,6 +127,8 @@ def test_aten_computes_what_every_kernel_fails_at(name, broken):
         ("conv_transpose2d", "conv2d_dense"),  # what the gradient of the input runs
         ("depthwise_conv2d", "grad_weight"),
         ("separable_conv2d", "grad_weight"),
+        ("packed_max_pool2d", "unpool"),
+        ("packed_max_unpool2d", "backward"),
         ("upsample_cross_entropy", "grad_logits"),
         ("upsample_dice", "grad_logits"),
         ("gaussian_filter", "grad_features"),

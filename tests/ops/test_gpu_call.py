@@ -74,6 +74,17 @@ def separable_conv2d():
     yield sf.separable_conv2d, (x, weight, pointwise), {"depthwise_scale": draw(8), "shift": draw(6)}
 
 
+def packed_max_pool2d():
+    yield sf.packed_max_pool2d, (draw(2, 6, 5, 4),), {}
+    yield sf.packed_max_pool2d, (draw(2, 6, 5, 4),), {"ceil_mode": True}
+
+
+def packed_max_unpool2d():
+    places = torch.zeros(2, 2, 3, 2, dtype=torch.uint8)
+    yield sf.packed_max_unpool2d, (draw(2, 6, 3, 2), places), {}
+    yield sf.packed_max_unpool2d, (draw(2, 6, 3, 2), places), {"output_size": (6, 5)}
+
+
 LABELS = torch.randint(5, (2, 13, 7))
 
 

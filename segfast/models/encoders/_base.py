@@ -1,7 +1,7 @@
 """The interface of an encoder to a decoder, output strides, and reading other code bases' checkpoints."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,25 +62,37 @@ class Encoder(nn.Module):
             state = {
                 key.removeprefix("encoder."): v for key, v in state.items() if key.startswith("encoder.")
             }
-        own = self.state_dict()
-        renamed: dict[str, Tensor] = {}
-        for key, value in state.items():
-            name = self.rename(key)
-            if name is None:
-                continue
-            if name not in own or name in renamed:
-                raise ValueError(f"the checkpoint has a key that {type(self).__name__} does not know: {key}")
+        return rename_keys(state, self.rename, self.state_dict(), type(self).__name__)
+
+
+def rename_keys(
+    state: Mapping[str, Tensor], rename: Callable[[str], str | None], own: Mapping[str, Tensor], model: str
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names that `rename` gives its keys, which are those of `own`.
+
+    Keys without a name are dropped; counters `num_batches_tracked` that it lacks are `own`'s.
+
+    Raises:
+        ValueError: a key that the `model` does not know, none for one of its own, or another shape.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = rename(key)
+        if name is None:
+            continue
+        if name not in own or name in renamed:
+            raise ValueError(f"the checkpoint has a key that {model} does not know: {key}")
+        renamed[name] = value
+    for name, value in own.items():
+        if name not in renamed:
+            if not name.endswith(".num_batches_tracked"):
+                raise ValueError(f"the checkpoint has nothing for {name}")
             renamed[name] = value
-        for name, value in own.items():
-            if name not in renamed:
-                if not name.endswith(".num_batches_tracked"):
-                    raise ValueError(f"the checkpoint has nothing for {name}")
-                renamed[name] = value
-            if renamed[name].shape != value.shape:
-                raise ValueError(
-                    f"{name}: the checkpoint has {list(renamed[name].shape)}, the model {list(value.shape)}"
-                )
-        return renamed
+        if renamed[name].shape != value.shape:
+            raise ValueError(
+                f"{name}: the checkpoint has {list(renamed[name].shape)}, the model {list(value.shape)}"
+            )
+    return renamed
 
 
 def strides_and_dilations(
