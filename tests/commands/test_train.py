@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import struct
 import sys
 from pathlib import Path
@@ -401,14 +400,3 @@ def test_missing_package_is_named(folder, capsys, monkeypatch, package):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("segfast: ") and "(the extra 'demo' has it)" in last
     assert {"PIL": "pillow"}.get(package, package) in last
-
-
-def test_examples_run(folder, capsys, monkeypatch):
-    examples = Path(__file__).parents[2] / "examples"
-    monkeypatch.setattr(sys, "argv", ["train_nuclei.py", "2"])
-    runpy.run_path(str(examples / "train_nuclei.py"))
-    monkeypatch.setattr(sys, "argv", ["predict_image.py", "cells.png"])
-    runpy.run_path(str(examples / "predict_image.py"))
-    output = capsys.readouterr().out
-    assert "held-out foreground IoU" in output and "of cells.png is foreground" in output
-    assert read_mask("out/cells.mask.png").shape == (37, 53)
