@@ -1,68 +1,155 @@
-"""`segfast predict`: class masks of images, with a network that `segfast train` wrote."""
+"""`segfast predict`: class masks of images of any size, with a network that `segfast train` wrote."""
 
 import argparse
+import os
 from pathlib import Path
+
+import torch
 
 from segfast._errors import UserError, do_each
 from segfast._table import format_table
 from segfast.commands._load_model import add_device, parse_device
 from segfast.commands._output import claim_each
-from segfast.data import read_image, write_mask
-from segfast.data._images import existing
+from segfast.data._images import SUFFIXES, existing, mask_writer
+from segfast.data._mapped import open_image
+from segfast.models import SegmentationModel
+from segfast.predict import METHODS, TiledPredictor
+from segfast.predict._tiled import AVERAGES, FLIPS, classes
 
 from ..train._checkpoint import load_checkpoint
-from ..train._predict import MAX_TILE, channels_last, predict
+from ..train._parallel import Ranks, joined
+from ..train._predict import MAX_TILE, channels_last
 from .train import DEFAULT_OUTPUT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `segfast predict`."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG or .npz, of any size")
-    parser.add_argument("--checkpoint", default=DEFAULT_OUTPUT, metavar="FILE", help=f"({DEFAULT_OUTPUT})")
-    parser.add_argument("--output", metavar="FILE", help="of a single image (out/NAME.mask.png)")
     parser.add_argument(
-        "--tile", type=int, default=MAX_TILE, help=f"largest side computed at once ({MAX_TILE})"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="PNG, TIFF, JPEG or .npz, of any size; or a folder of those. Under torchrun the processes share "
+        "them",
     )
+    parser.add_argument("--checkpoint", default=DEFAULT_OUTPUT, metavar="FILE", help=f"({DEFAULT_OUTPUT})")
+    parser.add_argument(
+        "--output", metavar="PNG", help="of a single image; or a folder, for NAME.mask.png (out)"
+    )
+    tiles = parser.add_argument_group("tiles", "of images larger than one")
+    tiles.add_argument("--tile", type=int, default=MAX_TILE, help=f"its side, pixels ({MAX_TILE})")
+    tiles.add_argument(
+        "--method",
+        choices=METHODS,
+        default="auto",
+        help="exact: the whole image's scores; blend: neighbors fade into each other; auto: exact where the "
+        "network does not look at the whole image (auto)",
+    )
+    tiles.add_argument(
+        "--overlap", type=int, metavar="PIXELS", help="of neighbors, of blend (a quarter of a tile)"
+    )
+    average = parser.add_argument_group("test-time augmentation")
+    average.add_argument(
+        "--flips", choices=tuple(FLIPS), default="none", help="average over the image's mirror images (none)"
+    )
+    average.add_argument(
+        "--scales", default="1", metavar="S,S,...", help="average over these sizes, 1 being the image's (1)"
+    )
+    average.add_argument("--average", choices=AVERAGES, default="scores", help="of what (scores)")
     add_device(parser)
     parser.add_argument("--force", action="store_true", help="replace files that segfast did not write")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write one palette PNG for each image: class indices to a reader, colors to a viewer."""
-    if args.tile < 1:
-        raise UserError(f"--tile must be at least 1, got {args.tile}")
-    images = [Path(image) for image in args.images]
-    outputs = _outputs(images, args.output, args.force)
-    model = channels_last(load_checkpoint(args.checkpoint, parse_device(args.device)))
-    rows: list[list[object]] = []
-
-    def segment(pair: tuple[Path, Path]) -> None:
-        path, output = pair
-        labels = predict(model, read_image(path, model.in_channels), args.tile)
-        write_mask(output, labels)
-        shares = labels.flatten().bincount(minlength=model.num_classes) / labels.numel()
-        size = f"{labels.shape[0]}x{labels.shape[1]}"
-        rows.append([path, size, " ".join(f"{share:.1%}" for share in shares.tolist()), output])
-
-    code = do_each(zip(images, outputs, strict=True), segment)
-    if rows:
-        print(format_table(["image", "height x width", "share of each class", "mask"], rows))
-    return code
+    with joined(parse_device(args.device)) as (ranks, device):
+        return _run(args, ranks, device)
 
 
-def _outputs(images: list[Path], output: str | None, force: bool) -> list[Path]:
-    """Where each mask goes; every name checked before the first is computed."""
-    for image in images:
-        existing(image)
-    if output is not None:
-        if len(images) > 1:
-            raise UserError(
-                f"--output names one file, there are {len(images)} images; without it each goes to out/"
-            )
-        if Path(output).suffix.lower() != ".png":
-            raise UserError(f"--output {output}: expected a name ending in .png")
-        paths = [Path(output)]
+def _run(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
+    pairs = ranks.together(lambda: _pairs(args, ranks))
+    model = ranks.together(lambda: channels_last(load_checkpoint(args.checkpoint, device)))
+    predictor = ranks.together(lambda: _predictor(args, model))
+    rows: dict[int, list[object]] = {}
+
+    def segment(index: int) -> None:
+        rows[index] = segmented(predictor, model, *pairs[index])
+
+    code = do_each(range(ranks.rank, len(pairs), ranks.world), segment)
+    for part in ranks.gather(rows):
+        rows |= part
+    if rows and ranks.rank == 0:
+        table = [rows[index] for index in sorted(rows)]
+        print(format_table(["image", "height x width", "share of each class", "mask"], table))
+    return ranks.largest(code)
+
+
+def _predictor(args: argparse.Namespace, model: SegmentationModel) -> TiledPredictor:
+    try:
+        scales = tuple(float(word) for word in args.scales.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"--scales must be numbers with commas between, as in 0.75,1,1.25; got {args.scales}"
+        ) from error
+    try:
+        return TiledPredictor(
+            model,
+            args.tile,
+            method=args.method,
+            overlap=args.overlap,
+            flips=args.flips,
+            scales=scales,
+            average=args.average,
+        )
+    except ValueError as error:  # begins with the option's name
+        raise UserError(f"--{error}") from error
+
+
+def segmented(predictor: TiledPredictor, model: SegmentationModel, path: Path, output: Path) -> list[object]:
+    """Write an image's mask, rows of tiles at a time; what the table says of it.
+
+    Raises:
+        UserError: the image cannot be read or run in such tiles, or the mask not be written.
+    """
+    image = open_image(path, model.in_channels)
+    height, width = image.shape[1:]
+    pixels = torch.zeros(max(2, model.num_classes), dtype=torch.int64)
+    try:
+        tiles = predictor(image)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    with mask_writer(output, height, width) as add:
+        for rows, columns, scores in tiles:
+            if columns.start == 0:
+                band = torch.empty(rows.stop - rows.start, width, dtype=torch.uint8)
+            band[:, columns] = classes(scores, predictor.average)
+            if columns.stop == width:
+                add(band)
+                pixels += band.flatten().bincount(minlength=len(pixels))
+    shares = " ".join(f"{share:.1%}" for share in (pixels / pixels.sum()).tolist())
+    return [path, f"{height}x{width}", shares, output]
+
+
+def _pairs(args: argparse.Namespace, ranks: Ranks) -> list[tuple[Path, Path]]:
+    """Every image, and where its mask goes; all names checked before the first is computed."""
+    images = [path for name in args.images for path in _images(Path(name))]
+    output = Path(args.output or "out")
+    if args.output is None or not output.suffix or os.path.isdir(output):
+        paths = [output / f"{image.stem}.mask.png" for image in images]
+    elif output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: expected a name ending in .png, or a folder")
+    elif len(images) > 1:
+        raise UserError(f"--output names one file, there are {len(images)} images; a folder takes all")
     else:
-        paths = [Path("out") / f"{image.stem}.mask.png" for image in images]
-    claim_each(paths, images, force=force)
-    return paths
+        paths = [output]
+    if ranks.rank == 0:
+        claim_each(paths, images, force=args.force)
+    return list(zip(images, paths, strict=True))
+
+
+def _images(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [existing(path)]
+    found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    if not found:
+        raise UserError(f"{path}: no file ending in one of {', '.join(SUFFIXES)}")
+    return found

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npz")
 # What a viewer shows for class 0, 1, 2, ... of a mask: black, white, then the colors of Okabe and Ito; for
 # class 8 and on the same again.
 PALETTE = [*bytes.fromhex("000000 ffffff e69f00 56b4e9 009e73 f0e442 0072b2 d55e00")]
+# A PNG's kind of pixels: indices into its palette.
+PNG_PALETTE = 3
+# Of an image's values: those that become 0 and 1.
+PERCENTILES = (1, 99.8)
 
 
 def normalize(image: np.ndarray) -> Tensor:
@@ -31,7 +37,7 @@ def normalize(image: np.ndarray) -> Tensor:
         float32 `[C, H, W]`; a constant channel becomes 0.
     """
     values = image.astype(np.float32)
-    low, high = np.percentile(values, (1, 99.8), axis=(1, 2), keepdims=True)
+    low, high = np.percentile(values, PERCENTILES, axis=(1, 2), keepdims=True)
     span = np.where(high > low, high - low, 1)
     return torch.from_numpy(((values - low) / span).clip(0, 1).astype(np.float32))
 
@@ -175,12 +181,37 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 def write_mask(path: str | os.PathLike, labels: Tensor) -> None:
     """Write class indices `[H, W]` (0 to 255) as a palette PNG: colors to a viewer, indices to a reader."""
-    from PIL import Image
+    with mask_writer(path, *labels.shape) as add:
+        add(labels)
 
-    image = Image.fromarray(labels.to(torch.uint8).cpu().numpy())
-    # With fewer colors than values pillow would write as few bits as the colors need.
-    image.putpalette((PALETTE * 32)[: 3 * 256])
-    save_png(image, path)
+
+@contextlib.contextmanager
+def mask_writer(path: str | os.PathLike, height: int, width: int) -> Iterator[Callable[[Tensor], None]]:
+    """As `write_mask`, but yield a function that takes the next rows `[h, W]`, until there are `height`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+
+        def chunk(kind: bytes, content: bytes) -> None:
+            check = zlib.crc32(kind + content)
+            file.write(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check))
+
+        def add(labels: Tensor) -> None:
+            rows = np.zeros((len(labels), 1 + width), np.uint8)  # before each row 0: it is not filtered
+            rows[:, 1:] = labels.to(torch.uint8).cpu().numpy()
+            if packed := packer.compress(rows.data):
+                chunk(b"IDAT", packed)
+
+        packer = zlib.compressobj()
+        file.write(b"\x89PNG\r\n\x1a\n")
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, PNG_PALETTE, 0, 0, 0))
+        chunk(b"tEXt", b"Software\0segfast")  # see `segfast.commands._output`
+        chunk(b"PLTE", bytes((PALETTE * 32)[: 3 * 256]))
+        yield add
+        chunk(b"IDAT", packer.flush())
+        chunk(b"IEND", b"")
 
 
 def save_png(image: Any, path: str | os.PathLike) -> None:

@@ -119,7 +119,7 @@ class TiledPredictor:
         found = tiles(self._average, image, self.tile, overlap, reach)
         while True:
             # Between two tiles the caller's model is in its own mode.
-            with evaluating(self.model), torch.inference_mode():
+            with evaluating(self.model), torch.no_grad():
                 tile = next(found, None)
             if tile is None:
                 return

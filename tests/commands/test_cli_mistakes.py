@@ -126,7 +126,13 @@ MISTAKES = [
     ("predict photo.png", [], "out/unet.safetensors: no such checkpoint"),
     ("predict photo.png text.png", ["--output", "a.png"], "--output names one file, there are 2 images"),
     ("predict photo.png ./photo.png", [], "would both be written to out/photo.mask.png"),
-    ("predict data", ["--checkpoint", "good.safetensors"], "data: not a file"),
+    ("predict data", ["--checkpoint", "good.safetensors"], "data: no file ending in one of .png"),
+    ("predict", ["--overlap", "513"], "--overlap must be from 0 to half of tile=1024, 512; got 513"),
+    ("predict", ["--scales", "1,x"], "--scales must be numbers with commas between, as in 0.75,1,1.25; got"),
+    *[
+        ("predict", [f"--{name}", "some"], f"argument --{name}: invalid choice: 'some'")
+        for name in ("method", "flips", "average")
+    ],
     ("segment", ["absent.png"], "absent.png: no such file"),
     ("segment", ["data"], "data: not a file"),
     *[

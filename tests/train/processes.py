@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+FROM_SERVER = multiprocessing.get_context("forkserver")
+FROM_SERVER.set_forkserver_preload(
     [
         *("segfast.commands.train", "torch._dynamo", "tqdm", "PIL.Image", "safetensors.torch"),
         *("torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib.backends.backend_agg"),
@@ -48,7 +48,7 @@ def segfast(
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = folder / f"rank{rank}.log"
         last = signal_at if rank == ranks - 1 else 0
-        process = _CONTEXT.Process(target=_run, args=(arguments, folder, environment, log, kill_at, last))
+        process = FROM_SERVER.Process(target=_run, args=(arguments, folder, environment, log, kill_at, last))
         process.start()
         started.append((process, log))
     for process, _ in started:
