@@ -23,9 +23,11 @@ class SegmentationModel(Unscriptable, nn.Module):
     config: dict[str, Any]
 
     def _check_input(self, input: Tensor) -> None:
-        """Raise ValueError for images that are not 4-D."""
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got shape {list(input.shape)}")
+        """Raise ValueError for images that are not 4-D, or without a pixel."""
+        if input.dim() != 4 or 0 in input.shape[2:]:
+            raise ValueError(
+                f"input must be [N, {self.in_channels}, H, W] with H, W >= 1, got shape {list(input.shape)}"
+            )
 
     def remap_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `segfast.models.remap_state_dict`: of a network that no other code base has, its own keys.

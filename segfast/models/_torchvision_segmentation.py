@@ -77,7 +77,7 @@ class TorchvisionSegmentation(SegmentationModel):
         left at the features' size, for `segfast.nn.UpsampleCrossEntropyLoss` and `UpsampleArgmax`.
 
         Raises:
-            ValueError: an input that is not 4-D.
+            ValueError: an input that is not 4-D or has no pixel.
         """
         self._check_input(input)
         scores = self.coarse_scores(self.backbone(input))

@@ -81,7 +81,8 @@ class DeepLab(SegmentationModel):
         `segfast.nn.UpsampleCrossEntropyLoss` and `UpsampleArgmax`.
 
         Raises:
-            ValueError: an input that is not 4-D; `upsample=False` with a CRF, which needs all pixels.
+            ValueError: an input that is not 4-D or has no pixel; `upsample=False` with a CRF, which needs all
+                pixels.
         """
         self._check_input(input)
         if self.crf is not None and not upsample:

@@ -159,7 +159,7 @@ class DeepLabV3Plus(SegmentationModel):
         full size then never exist.
 
         Raises:
-            ValueError: an input that is not 4-D.
+            ValueError: an input that is not 4-D or has no pixel.
         """
         self._check_input(input)
         features = self.encoder(input)

@@ -65,7 +65,7 @@ class Hypercolumns(SegmentationModel):
         them by `draw_points`, and give `torch.nn.functional.cross_entropy` the scores and their classes.
 
         Raises:
-            ValueError: an input that is not 4-D; points of another shape or dtype.
+            ValueError: an input that is not 4-D or has no pixel; points of another shape or dtype.
         """
         self._check_input(input)
         if points is not None and (

@@ -72,7 +72,7 @@ class SegNet(SegmentationModel):
         Odd sides are pooled to halves rounded up, as Caffe's, and enlarged to what they were.
 
         Raises:
-            ValueError: an input that is not 4-D.
+            ValueError: an input that is not 4-D or has no pixel.
         """
         self._check_input(input)
         pooled = []

@@ -139,7 +139,7 @@ class SelfieSegmenter(SegmentationModel):
     Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H, W]`.
 
     Raises:
-        ValueError: no such pretrained weights; an input that is not 4-D.
+        ValueError: no such pretrained weights; an input that is not 4-D or has no pixel.
         UserError: the package safetensors, which reads the weights, is missing.
 
     >>> import torch

@@ -137,7 +137,8 @@ class UNet(SegmentationModel):
     Shapes: `[N, in_channels, H, W]` -> `[N, num_classes, H', W']`.
 
     Raises:
-        ValueError: an option out of range; an input that is not 4-D, or too small for the unpadded network.
+        ValueError: an option out of range; an input that is not 4-D, has no pixel or is too small for the
+            unpadded network.
 
     >>> import torch
     >>> UNet(width=4)(torch.zeros(1, 1, 37, 50)).shape

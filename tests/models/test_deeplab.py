@@ -156,7 +156,7 @@ def test_the_largest_scores_of_all_sizes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_crf_refines_the_scores(name):
-    """It sees the image's colors as 0 to 255, and learns with the rest."""
+    """It sees the image's colors as 0 to 255, and all learn together, its parameters and the network's."""
     bare, model = small(name), small(name, crf=True, color_scale=57.0)
     with torch.no_grad():
         std = bare(images()).std()
@@ -170,7 +170,8 @@ def test_the_crf_refines_the_scores(name):
         torch.testing.assert_close(model(images()), expected)
         assert (expected.softmax(1) - bare(images()).softmax(1)).abs().max() > 1e-3
     F.cross_entropy(model.train()(images()), torch.ones(2, 65, 50, dtype=torch.long)).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.crf.parameters())
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() > 0, key
     with pytest.raises(ValueError, match="upsample must be True with a CRF"):
         model(images(), upsample=False)
     # And a network that was trained with it is read without.

@@ -22,6 +22,11 @@ def test_every_name_builds_the_network_of_that_name(name, monkeypatch):
         key: value.shape for key, value in twin.state_dict().items()
     }
     assert scores.shape == (1, 2, 572, 572)
+    # An image without a row or a column is named before a layer runs.
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("a layer ran"))
+    for size in ((0, 64), (64, 0)):
+        with pytest.raises(ValueError, match=r"input (must be|is) .*(H, W >= 1|at least 15x15)"):
+            two(torch.empty(1, 5, *size, device="meta"))
     # As the commands take it.
     monkeypatch.setattr("segfast.models.create", lambda name: torch.nn.Identity(name))
     assert isinstance(_load_model.load_model(f"segfast:{name}"), torch.nn.Identity)
