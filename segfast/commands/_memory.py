@@ -1,6 +1,7 @@
 """The most memory that a call holds at once: on a GPU by torch's allocator, on a CPU by torch's profiler."""
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,16 +24,18 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start
+    return max(bytes_held(run)[0])
+
+
+def bytes_held(run: Callable[[], Any]) -> tuple[list[int], Any]:
+    """On a CPU: what is held at each moment of `run`, the end too, above what was before; and its result."""
     from torch.profiler import ProfilerActivity, profile
 
     with profiler_silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        result = run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    changes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+    return list(itertools.accumulate(changes, initial=0)), result
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from segfast.functional import conv_transpose2d, up_concat
 from segfast.nn import Conv2d, ConvTranspose2d, UpsampleConv2d
 from segfast.nn._fused.folding import Remembers
 from segfast.nn._fused.layers import run_layers
+from segfast.nn._fused.training import call_keeping_less
 from segfast.ops.conv2d import prefers_virtual_concat
 from segfast.ops.conv_transpose2d.up_concat import geometry, up_convolution
 
@@ -265,8 +266,8 @@ class UNet(SegmentationModel):
         self.check_size(height, width)
         if self.padded and (height < self.size_divisor or width < self.size_divisor):
             short = (0, max(0, self.size_divisor - width), 0, max(0, self.size_divisor - height))
-            return self._forward(F.pad(input, short))[..., :height, :width]
-        return self._forward(input)
+            return call_keeping_less(self._forward, F.pad(input, short))[..., :height, :width]
+        return call_keeping_less(self._forward, input)
 
     def _forward(self, x: Tensor) -> Tensor:
         skips = []
@@ -275,8 +276,8 @@ class UNet(SegmentationModel):
             skips.append(x)
             x = self.pool(x)
         x = self.bottleneck(x)
-        for block, skip in zip(self.decoder, reversed(skips), strict=True):
-            x = block(x, skip, self.config["zero_pad_up"])
+        for block in self.decoder:
+            x = block(x, skips.pop(), self.config["zero_pad_up"])
         return self.head(x)
 
     def check_size(self, height: int, width: int) -> None:

@@ -88,9 +88,13 @@ class ConvBNAct(Remembers, nn.Sequential):
     """Convolution, norm, activation, under torchvision's names for them ("0", "1", "2").
 
     In eval, and in train where there is no norm, one operator computes all of it, batch norm as a scale and a
-    shift; in train the layers run one after the other, as they do under hooks on them or with norms other
-    than batch norm. The scale and shift are remembered until the norm's tensors are written to (not seen: a
-    write through `.data`; call `eval()` after one).
+    shift. In train the norm and the activation are one function, for which the convolution's result alone is
+    kept: the activation's is made again in the backward pass, for the convolution of a block that follows
+    too. With `torch.nn.SyncBatchNorm`, over gloo on a CPU too. Under `torch.compile`, hooks, checkpointing or
+    forward-mode AD, without gradients and with norms other than batch norm the layers run one after the
+    other. A result that is written to before the next layer reads it is kept as it is; writes through what
+    shares its memory alone (`.data`, numpy) are not seen. The scale and shift are remembered until the norm's
+    tensors are written to (not seen: a write through `.data`; call `eval()` after one).
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: the convolution's.

@@ -11,11 +11,13 @@ from ..ops._choice import could_choose
 from ..ops._epilogue import ACTIVATIONS, activate_, check_activation
 from ..ops.separable_conv2d.operators import taps_major
 from ._activation import activation_module, activation_name
+from ._fused.conv import FusedConv
 from ._fused.eager import only_forward, worth_fusing
 from ._fused.folding import Remembers
 from ._fused.layers import run_layers
 from ._fused.ready import convolved
 from ._fused.separable import FusedSeparable, check_channels, padded
+from ._fused.training import may_train, train_layers
 from ._rules import Rule
 
 
@@ -122,10 +124,10 @@ class SeparableConv2d(Remembers):
     """Depthwise, then pointwise convolution, with a norm and an activation after each: Xception's layer.
 
     Its children are `conv_dw`, `bn_dw`, `conv_pw` and `bn_pw`, timm's names. In eval, and in train where
-    there is no norm, one operator computes all of it, batch norm as a scale and a shift; in train the layers
-    run one after the other, as they do under hooks on them or with norms other than batch norm. The scale and
-    shift are remembered until the norm's tensors are written to (not seen: a write through `.data`; call
-    `eval()` after one).
+    there is no norm, one operator computes all of it, batch norm as a scale and a shift; in train each norm
+    and its activation are one function, which keeps less (see `ConvBNAct`); the layers run one after the
+    other under hooks on them or with norms other than batch norm. The scale and shift are remembered until
+    the norm's tensors are written to (not seen: a write through `.data`; call `eval()` after one).
 
     Args:
         in_channels, out_channels, bias: of the pair; the depthwise convolution keeps the channels.
@@ -207,6 +209,10 @@ class SeparableConv2d(Remembers):
             )
             if pair.is_eligible():
                 return pair.run(input, residual)
+        first = FusedConv(self.conv_dw, self.bn_dw, self.depthwise_activation, slope)
+        second = FusedConv(self.conv_pw, self.bn_pw, self.activation, slope)
+        if first.is_trained() and second.is_trained() and may_train():
+            return second.train(first.train(input), residual)
         x = self.conv_dw(input)
         if self.bn_dw is not None:
             x = self.bn_dw(x)
@@ -310,7 +316,8 @@ class InvertedResidual(Remembers):
             if pair.is_eligible():
                 x = _expanded(expansion[0], input) if expansion else input
                 return pair.run(x, input if self.adds_input else None)
-        x = self.conv(input)
+        trained = train_layers([self.conv], input)
+        x = self.conv(input) if trained is None else trained
         return input + x if self.adds_input else x
 
 

@@ -159,6 +159,28 @@ class EpilogueGradients(NamedTuple):
     residual: Tensor | None
 
 
+def activation_backward(
+    grad: Tensor,
+    output: Tensor | None,
+    recompute: Callable[[], Tensor],
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """The gradient before the activation, from its output where `keeps_output`, else from `recompute()`."""
+    if activation is None:
+        return grad
+    if output is not None:
+        return _FROM_OUTPUT[activation](grad, output, negative_slope)
+    z = recompute()
+    if activation == "leaky_relu":
+        return _aten.leaky_relu_backward(grad, z, negative_slope, False)
+    if activation in _FROM_INPUT:
+        return _FROM_INPUT[activation](grad, z)
+    # Of these, ReLU's and ReLU6's derivatives are the same from the input.
+    z = torch.sigmoid(z) if activation == "sigmoid" else z
+    return _FROM_OUTPUT[activation](grad, z, negative_slope)
+
+
 def epilogue_backward(
     grad: Tensor,
     output: Tensor | None,
@@ -177,16 +199,9 @@ def epilogue_backward(
     only where the output does not tell the gradient, or where `scale` needs one. `needs` says which of (bias,
     scale, shift, residual) do.
     """
-    if activation is None:
-        grad_z = grad
-    elif output is not None:
-        grad_z = _FROM_OUTPUT[activation](grad, output, negative_slope)
-    else:
-        z = recompute(bias, scale, shift, residual)
-        if activation == "leaky_relu":
-            grad_z = _aten.leaky_relu_backward(grad, z, negative_slope, False)
-        else:
-            grad_z = _FROM_INPUT[activation](grad, z)
+    grad_z = activation_backward(
+        grad, output, lambda: recompute(bias, scale, shift, residual), activation, negative_slope
+    )
     need_bias, need_scale, need_shift, need_residual = needs
     grad_scale = grad_shift = grad_bias = None
     if need_shift and shift is not None:

@@ -13,6 +13,7 @@ from segfast.nn import Conv2d
 from segfast.nn._fused.conv import FusedConv
 from segfast.nn._fused.eager import only_forward, worth_fusing
 from segfast.nn._fused.folding import Remembers
+from segfast.nn._fused.training import call_keeping_less, may_train
 
 from ._base import Encoder, scaled, strides_and_dilations
 
@@ -46,33 +47,32 @@ class Bottleneck(Remembers):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        fused_layers = self._fused() if worth_fusing(input, _GROWTH) else None
+        fused_layers = self._layers()
         if fused_layers is not None:
             first, second, third, shortcut = fused_layers
-            identity = input if shortcut is None else shortcut.run(input)
-            return third.run(second.run(first.run(input)), identity)
+            known = [fused for fused in fused_layers if fused is not None]
+            if worth_fusing(input, _GROWTH) and all([fused.is_eligible() for fused in known]):
+                identity = input if shortcut is None else shortcut.run(input)
+                return third.run(second.run(first.run(input)), identity)
+            if may_train() and all([fused.is_trained() for fused in known]):
+                identity = input if shortcut is None else shortcut.train(input)
+                return third.train(second.train(first.train(input)), identity)
         x = F.relu(self.bn1(self.conv1(input)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         x = self.bn3(self.conv3(x))
         x += input if self.downsample is None else self.downsample(input)
         return F.relu(x, inplace=True)
 
-    def _fused(self) -> tuple[FusedConv, FusedConv, FusedConv, FusedConv | None] | None:
-        """The three convolutions and the shortcut's as they run in eval; None where they must not."""
-        fused_layers = [
-            FusedConv(conv, norm, "relu")
-            for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
-        ]
+    def _layers(self) -> tuple[FusedConv, FusedConv, FusedConv, FusedConv | None] | None:
+        """The three convolutions and the shortcut's, each with its norm; None where hooks look in between."""
         shortcut = None
         if self.downsample is not None:
             if not only_forward(self.downsample):
                 return None
             shortcut = FusedConv(*self.downsample)
-        if not all([fused.is_eligible() for fused in fused_layers]) or not (
-            shortcut is None or shortcut.is_eligible()
-        ):
-            return None
-        return (*fused_layers, shortcut)  # type: ignore[return-value]
+        pairs = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        first, second, third = [FusedConv(conv, norm, "relu") for conv, norm in pairs]
+        return first, second, third, shortcut
 
 
 class ResNetEncoder(Remembers, Encoder):
@@ -131,10 +131,12 @@ class ResNetEncoder(Remembers, Encoder):
         stem = FusedConv(self.conv1, self.bn1, "relu")
         if worth_fusing(input) and stem.is_eligible():
             x = stem.run(input)
+        elif may_train() and stem.is_trained():
+            x = stem.train(input)
         else:
             x = F.relu(self.bn1(self.conv1(input)), inplace=True)
         features = [x]
-        x = F.max_pool2d(x, 3, 2, 1)
+        x = call_keeping_less(F.max_pool2d, x, 3, 2, 1)
         for index in range(1, len(self.channels)):
             layer: Any = getattr(self, f"layer{index}")
             x = layer(x)

@@ -10,6 +10,7 @@ from .eager import folds_filters, global_hooks, only_forward
 from .folding import folded, folded_filter, folds
 from .ready import Ready, ready
 from .separable import is_convolution, padded
+from .training import train, trains
 
 
 def _trains_in_16_bits(conv: Any) -> bool:
@@ -57,6 +58,18 @@ class FusedConv(NamedTuple):
             and (self.norm is None or only_forward(self.norm))
             and not global_hooks()
         )
+
+    def is_trained(self) -> bool:
+        """True if `train` computes what the layers do in training, where `may_train`."""
+        return (
+            trains(self.norm)
+            and is_convolution(self.conv)
+            and all([only_forward(m) for m in (self.conv, self.norm) if m is not None])
+        )
+
+    def train(self, input: Any, residual: Tensor | None = None) -> Tensor:
+        """The layers in training; `residual` is added before the activation."""
+        return train(self.conv, self.norm, input, self.activation, self.negative_slope, residual)
 
     def ready(self, input: Any, residual: Tensor | None = None) -> Ready | None:
         """The computation of the layers on a CPU, if it is known and the layers are still eligible."""

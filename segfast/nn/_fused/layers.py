@@ -12,6 +12,7 @@ from .conv import FusedConv
 from .eager import only_forward, worth_fusing
 from .folding import activation_of_norm, is_batch_norm
 from .separable import FusedSeparable, is_convolution, is_pointwise
+from .training import train_layers
 
 FusedLayer = FusedConv | FusedSeparable
 
@@ -137,6 +138,7 @@ def fused_layer(layers: Sequence[nn.Module]) -> FusedLayer | None:
 def run_layers(layers: Sequence[nn.Module], input: Any) -> Any:
     """The layers one after the other; as one operator what is one, in eval: convolution, norm, activation.
 
+    In training the norm is one with the activation, and less is kept for the backward pass.
     The input may be a list of images (`segfast.functional.conv2d`).
     """
     first = input if isinstance(input, Tensor) or not input else input[0]
@@ -147,6 +149,9 @@ def run_layers(layers: Sequence[nn.Module], input: Any) -> Any:
         takes = isinstance(fused, FusedConv) or (fused is not None and first is input)
         if fused is not None and takes and worth_fusing(first, fused.growth()) and fused.is_eligible():
             return fused.run(input)
+    trained = train_layers(layers, input) if normed else None
+    if trained is not None:
+        return trained
     for layer in layers:
         input = layer(input)
     return input

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops._kept import hooks_of_others
 from .._rules import own_class
 from .eager import only_forward, worth_fusing
 from .folding import runs_eagerly
@@ -286,5 +287,5 @@ def fusing(forced: bool) -> Iterator[None]:
 
 
 def _is_checkpointed() -> bool:
-    """True if what the backward needs is being dropped, to be computed again outside of the caller."""
-    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    """True if what the backward needs may be being dropped, to be computed again outside of the caller."""
+    return torch.is_grad_enabled() and hooks_of_others()
