@@ -82,14 +82,14 @@ def has_its_layers(module: nn.Module) -> bool:
     return can_fuse(module) if is_block(module) else aspp_of(module) is not None
 
 
-def fuse(model: nn.Module, fusions: Fusions) -> None:
-    """Fuse the sequences, ASPPs and blocks of `fusions`."""
-    fuse_sequences(model, fusions.sequences)
+def fuse(model: nn.Module, fusions: Fusions, train: bool) -> None:
+    """Fuse the sequences, ASPPs and blocks of `fusions`; with `train` they keep less in training."""
+    fuse_sequences(model, fusions.sequences, train)
     for name in (*fusions.known, *fusions.unknown):
         module = model.get_submodule(name)
         unfuse(module)  # sequences inside, of an earlier time
         if is_block(module):
-            fuse_block(module)
+            fuse_block(module, train)
         elif not is_fused_aspp(module):
             fuse_aspp(module)
 

@@ -65,9 +65,9 @@ def optimize(
     depthwise one also with the 1x1 convolution after them: in an `nn.Sequential`, and, given
     `example_inputs`, wherever a graph of the model's forward shows them to follow. While that forward runs,
     the first of these layers computes them all and the others pass its result on; a forward that then calls
-    them in another order raises a RuntimeError. Batch norm is fused in eval only. A layer with hooks, a
-    parametrization or a second caller is not fused; nothing is under `torch.compile`, `torch.export` or a
-    tracer, nor in a part of the model that is called by itself.
+    them in another order raises a RuntimeError. Batch norm is fused in eval and, with `train`, in
+    training. A layer with hooks, a parametrization or a second caller is not fused; nothing is under
+    `torch.compile`, `torch.export` or a tracer, nor in a part of the model that is called by itself.
 
     The ASPPs of torchvision, segmentation_models_pytorch and mmseg are each fused into a few operators in
     eval without gradients; given `example_inputs`, so are classes of the same structure. The residual blocks
@@ -87,8 +87,10 @@ def optimize(
             much the outputs changed. Kept only where it is faster.
         budget: seconds to spend on measuring at most; calls that do not fit, the smallest, stay ATen's.
         progress: show a bar on a terminal while measuring.
-        train: measure the calls of a training step too, and time one before and after. On a GPU: on a CPU
-            only ATen's have gradients.
+        train: keep less for the backward pass: wherever a convolution stays fused with its batch norm and
+            activation in eval, the norm and the activation are one function in training, for which the
+            activation is not kept but made again (see `segfast.nn.ConvBNAct`). On a GPU also measure the
+            calls of a training step, and time one before and after: on a CPU only ATen's have gradients.
 
     Returns:
         `model`, or its optimized copy.
@@ -135,7 +137,7 @@ def optimize(
     dense = [n for n in heads if n not in chosen and not n.startswith(wholes)]
     try:
         if example_inputs is None:
-            _replace(model, chosen, left_out, fusions)
+            _replace(model, chosen, left_out, fusions, train)
             return model
         inputs = arguments(example_inputs)
         # On a CPU outputs are compared once, when it is chosen what runs. Where nothing is timed, or outputs
@@ -146,7 +148,7 @@ def optimize(
         outcome = outcome_of(model, fusions, list(chosen), dense, dtype) if on_cpu else None
         for compared in (False, True) if later else (True,):
             undo(model)
-            _replace(model, chosen, left_out, fusions, inputs if compared else None)
+            _replace(model, chosen, left_out, fusions, train, inputs if compared else None)
             if _is_served(model) and not is_measured_on_gpu(model, inputs):  # else once it is chosen
                 lay_out(model, inputs)
             found = _choose(model, inputs, dense, dtype, budget, progress, train, not compared, outcome)
@@ -164,9 +166,13 @@ def _replace(
     chosen: dict[str, Rule],
     left_out: Sequence[str],
     fusions: Fusions,
+    train: bool,
     inputs: Inputs | None = None,
 ) -> None:
-    """Replace the layers `chosen` and fuse `fusions`; given `inputs`, only those that change no output."""
+    """Replace the layers `chosen` and fuse `fusions`; given `inputs`, only those that change no output.
+
+    With `train` what is fused keeps less in training.
+    """
     modules = dict(model.named_modules())
     for name in left_out:
         record_of(modules[name])["left_out"] = True
@@ -177,7 +183,7 @@ def _replace(
         record["rule"] = (rule.source, rule.target)
         module.__dict__.update(rule.attributes)
         module.__class__ = rule.target
-    fuse(model, fusions)
+    fuse(model, fusions, train)
     reasons = fusions.reasons
     if inputs is not None:
         vars(model).get(RECORD, {}).pop("not_fused", None)

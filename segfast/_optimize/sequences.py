@@ -25,6 +25,7 @@ class Found(NamedTuple):
     caller: str
     names: tuple[str, ...]
     in_train: bool
+    norms_in_train: bool
 
 
 class Findings(NamedTuple):
@@ -87,7 +88,7 @@ def _in_model(
     graph: Graph,
 ) -> tuple[dict[str, Found | None], dict[str, str]]:
     """The sequences of the graph where they are longer than those in a Sequential that is called."""
-    in_train = functools.cache(lambda: _graph_or_none(model, inputs))
+    trained = functools.cache(lambda: _graph_or_none(model, inputs))
     found: dict[str, Found | None] = {}
     reasons = {}
     for head, known in sequential.items():
@@ -96,23 +97,26 @@ def _in_model(
         names, reasons[head] = _in_graph(modules, head, shared, graph)
         if names is not None and (known is None or len(names) > len(known.names)):
             *_, (length, fused) = options([modules[name] for name in names])
-            known = Found("", names, fused.plain() and _follow(in_train(), names[:length]))
+            in_train = fused.plain() and _follow(trained(), names[:length])
+            known = Found("", names, in_train, _follow(trained(), names))
         found[head] = known
     return found, reasons
 
 
-def fuse_sequences(model: nn.Module, sequences: Sequence[Found]) -> None:
-    """Fuse what was found."""
+def fuse_sequences(model: nn.Module, sequences: Sequence[Found], train: bool) -> None:
+    """Fuse what was found; with `train` the sequences keep less in training."""
     modules = dict(model.named_modules())
     for caller in {sequence.caller for sequence in sequences}:
-        fuse(modules[caller], [_sequence(modules, found) for found in sequences if found.caller == caller])
+        own = [found for found in sequences if found.caller == caller]
+        fuse(modules[caller], [_sequence(modules, found, train) for found in own])
 
 
-def _sequence(modules: dict[str, nn.Module], found: Found) -> FusedSequence:
+def _sequence(modules: dict[str, nn.Module], found: Found, train: bool) -> FusedSequence:
     layers = [modules[name] for name in found.names]
     inside = [tuple(name.split(".")[:end]) for name in found.names for end in range(1, name.count(".") + 1)]
     wrappers = [modules[".".join(path)] for path, n in Counter(inside).items() if n < len(layers)]
-    return FusedSequence(layers, found.names, options(layers), wrappers, found.in_train)
+    keeps_less = train and found.norms_in_train
+    return FusedSequence(layers, found.names, options(layers), wrappers, found.in_train, keeps_less)
 
 
 def _usable(name: str, module: nn.Module, shared: set[str]) -> bool:
@@ -137,7 +141,7 @@ def _in_sequential(modules: dict[str, nn.Module], head: str, shared: set[str]) -
         if head in names:
             sequence = _longest(modules, names[names.index(head) :])
             if sequence is not None and (best is None or len(sequence) > len(best.names)):
-                best = Found(caller, sequence, True)
+                best = Found(caller, sequence, True, True)
         if not only_forward(modules[caller]):
             break
     return best

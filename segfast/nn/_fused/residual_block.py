@@ -1,9 +1,10 @@
 """torchvision's residual blocks, in eval computed as one operator per convolution.
 
 Each convolution's operator has the batch norm and the ReLU after it, the last one the addition of the
-shortcut as well. The block's class changes; its parameters and children stay as they are. In training, with
-hooks on a child, a compiler or tracer looking, or a child replaced by something unknown, it computes what it
-always did.
+shortcut as well. The block's class changes; its parameters and children stay as they are. In training, where
+asked for, each norm is one function with what follows it, which keeps less for the backward pass. With hooks
+on a child, a compiler or tracer looking, or a child replaced by something unknown, it computes what it always
+did.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,10 @@ from .folding import activation_of_norm, is_batch_norm
 from .layers import is_convolution
 from .sequence import runs_fused
 from .swap import FusedModule, fused_class, runs_in_eval
+from .training import may_train
 
+# In the __dict__ of a fused block.
+_KEEPS_LESS = "_segfast_keeps_less"
 # Convolutions, and what they write compared to the block's input, on average: see `worth_fusing`. A quarter
 # of that counts, as in `FusedConv.growth`.
 _KINDS = {
@@ -41,6 +45,20 @@ class Block(NamedTuple):
         return all([fused.is_eligible() for fused in self.convs]) and (
             self.shortcut is None or self.shortcut.is_eligible()
         )
+
+    def is_trained(self) -> bool:
+        """True if `train` computes what the layers do in training, where `may_train`."""
+        return all([fused.is_trained() for fused in self.convs]) and (
+            self.shortcut is None or self.shortcut.is_trained()
+        )
+
+    def train(self, input: Tensor) -> Tensor:
+        """The block of `input` in training."""
+        *first, last = self.convs
+        x = input
+        for fused in first:
+            x = fused.train(x)
+        return last.train(x, input if self.shortcut is None else self.shortcut.train(input))
 
     def run(self, input: Tensor) -> Tensor:
         """The block of `input`."""
@@ -65,8 +83,9 @@ def can_fuse(module: nn.Module) -> bool:
     return unseen and _block_in(module) is not None
 
 
-def fuse_block(module: nn.Module) -> None:
-    """Let `module`, of which `can_fuse` is true, compute its `Block`."""
+def fuse_block(module: nn.Module, keeps_less: bool = False) -> None:
+    """Let `module`, of which `can_fuse` is true, compute its `Block`; with `keeps_less` in training too."""
+    vars(module)[_KEEPS_LESS] = keeps_less
     if not is_fused_block(module):
         kind: Any = type(module)
         module.__class__ = fused_class(_Block, kind)
@@ -82,6 +101,7 @@ def unfuse_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Block):
             fused: Any = module
+            vars(fused).pop(_KEEPS_LESS, None)
             fused.__class__ = fused.unfused_class
 
 
@@ -104,6 +124,10 @@ class _Block(FusedModule):
                 block = _block_in(self)
                 if block is not None and block.is_eligible():
                     return block.run(x)
+        elif vars(self).get(_KEEPS_LESS) and may_train() and not getattr(self, "_is_replica", False):
+            block = _block_in(self)
+            if block is not None and block.is_trained():
+                return block.train(x)
         return super().forward(x)  # type: ignore[misc]
 
 

@@ -20,6 +20,7 @@ from .eager import only_forward, worth_fusing
 from .folding import runs_eagerly
 from .layers import FusedLayer
 from .swap import FusedModule, fused_class, unmix
+from .training import train_layers
 
 # In the __dict__ of a sequence's layers, and of an `nn.Sequential` that calls sequences itself: by position.
 _PLACE = "_segfast_sequence"
@@ -62,6 +63,7 @@ class FusedSequence:
         options: what the first so many of them compute, the longest first.
         wrappers: modules whose call begins or ends within the sequence.
         in_train: whether they follow one another in train mode too.
+        keeps_less: whether they do with the norms, which then keep less for the backward pass.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class FusedSequence:
         options: Sequence[tuple[int, FusedLayer]],
         wrappers: Sequence[nn.Module] = (),
         in_train: bool = True,
+        keeps_less: bool = False,
     ):
         self.layers, self.names = list(layers), list(names)
-        self.options, self.in_train = list(options), in_train
+        self.options, self.in_train, self.keeps_less = list(options), in_train, keeps_less
         self.growth = self.options[0][1].growth()
         asked = {id(part) for part in self.options[0][1] if isinstance(part, nn.Module)}
         # Whose hooks must see what they would see unfused, beside those that the fused layer itself asks for.
@@ -105,9 +108,13 @@ class FusedSequence:
         """The result of its first layers and of how many, or None if they shall compute it themselves."""
         if _threads.forced is False or not self._is_unwatched():
             return None
+        length, first = self.options[0]
+        if self.keeps_less:
+            trained = train_layers(self.layers[:length], input)
+            if trained is not None:
+                return trained, length
         if not self.in_train and any([m.training for m in self.layers]):
             return None
-        length, first = self.options[0]
         known = first.ready(input)
         if known is not None:
             return known.run(input, None), length
