@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench compile-report clean
+.PHONY: help demo test lint bench docs compile-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ lint: .venv/.installed-test ## ruff (lint and format) and mypy
 
 bench: .venv/.installed-bench ## pytest --benchmark: tables and plots in out/benchmark/
 	$(BIN)/python -m pytest --benchmark
+
+docs: .venv/.installed-docs ## the site, into out/docs; a link that leads nowhere fails it
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "wrote out/docs/index.html"
 
 compile-report: .venv/.installed-demo ## compile every kernel for every architecture, without a GPU
 	$(BIN)/segfast compile-report
