@@ -17,6 +17,8 @@ WRONG = (0.9, 0.62, 0.0)
 # Pixels that are not scored, and the most classes whose names and shares fit into a confusion matrix.
 UNSCORED = (128, 128, 128)
 MOST_NAMED = 12
+# Of a panel, inches: its title's.
+NARROWEST = 1.2
 LABELS = {"miou": "mean IoU", "rmse": "RMSE", "r2": "R2"}
 
 
@@ -114,6 +116,7 @@ def predictions_figure(
     """
     largest = max(max(sample.image.shape[1:]) for sample in samples)
     width = sum(4 * 2.6 * s.image.shape[2] / largest for s in samples) / len(samples)
+    width = max(width, 4 * NARROWEST)
     height = sum(2.6 * s.image.shape[1] / largest for s in samples)
     figure = new_figure(figsize=(width + 0.6, height + 0.7))
     grid = figure.subplots(len(samples), 4, squeeze=False)

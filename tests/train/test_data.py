@@ -1,6 +1,7 @@
 """Folders that a training takes: names, class lists, color masks, what is held out; and what it leaves."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from PIL import Image
 
 from segfast import cli
 from segfast._errors import UserError
-from segfast.data import image_and_mask_paths, read_classes, read_mask, read_values
+from segfast.data import Sample, image_and_mask_paths, read_classes, read_mask, read_values
 from segfast.train import load_checkpoint, scores
 from segfast.train._figures import predictions_figure
 from segfast.train._metrics import near_boundary
@@ -213,8 +214,6 @@ def test_near_a_boundary():
 
 def test_pictures_have_every_sample_and_panel(work):
     """Image, truth, prediction, wrong pixels; the classes in their colors, errors where there are some."""
-    from segfast.data import Sample
-
     target = torch.zeros(6, 8, dtype=torch.int64)
     target[2:4, 2:4], target[5] = 1, 255
     prediction = target.clone().clamp(max=1)
@@ -229,6 +228,17 @@ def test_pictures_have_every_sample_and_panel(work):
     assert found[0, 0].tolist() == [250, 10, 20]
     colored = [(row, column) for row, column in np.argwhere(np.ptp(np.asarray(wrong), axis=2) > 0.1)]
     assert colored == [(0, 0)]
+
+
+def test_titles_of_narrow_pictures_do_not_meet():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    target = torch.zeros(80, 20, dtype=torch.int64)
+    figure = predictions_figure([Sample(torch.rand(1, 80, 20), target)], [target], [(0, 0, 0), (1, 1, 1)])
+    FigureCanvasAgg(figure).draw()
+    boxes = [axes.title.get_window_extent() for axes in figure.get_axes()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert boxes[0].x0 >= 0 and boxes[-1].x1 <= figure.bbox.x1
 
 
 def test_tensorboard_where_it_is_installed(work, monkeypatch):
