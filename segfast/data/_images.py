@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,6 +253,14 @@ def existing(path: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, pillow warns of nothing: what cannot be read becomes one error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """The file as a pillow image; whatever goes wrong while it is read becomes a UserError."""
     try:
@@ -261,7 +270,9 @@ def opened(path: Path) -> Iterator[Any]:
             f"{path}: reading images needs the package pillow (the extra 'demo' has it)"
         ) from error
     try:
-        with Image.open(path) as image:
+        with quiet():
+            image = Image.open(path)
+        with image:
             yield image
     except UserError:
         raise

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._images import PERCENTILES, existing, read_image
+from ._images import PERCENTILES, existing, quiet, read_image
 
 # Pixels that are looked at together while an image's values are counted.
 PIXELS_AT_ONCE = 2**20
@@ -112,7 +112,7 @@ def _layout(path: Path) -> _Layout | None:
     except ImportError:
         return None
     try:
-        with path.open("rb") as file:
+        with quiet(), path.open("rb") as file:
             head = file.read(8)
             if head[:4] not in TIFF_HEADS:
                 return None

@@ -93,6 +93,7 @@ def test_other_tiffs_are_read_whole(tmp_path, name):
     assert torch.equal(open_image(path), read_image(path))
 
 
+@pytest.mark.filterwarnings("error")
 def test_bad_files_are_named(tmp_path):
     path = tmp_path / "a.tif"
     save_tiff(path, GRAY)

@@ -14,7 +14,7 @@ FROM_SERVER = multiprocessing.get_context("forkserver")
 FROM_SERVER.set_forkserver_preload(
     [
         *("segfast.commands.train", "torch._dynamo", "tqdm", "PIL.Image", "safetensors.torch"),
-        *("torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib.backends.backend_agg"),
+        *("torch.distributed.fsdp", "torch.distributed.tensor"),
     ]
 )
 
@@ -65,8 +65,12 @@ def _run(arguments, folder, environment, log, kill_at, signal_at):
     import torch
 
     from segfast.cli import main
+    from segfast.commands import train
     from segfast.train import Trainer
 
+    from .conftest import UNDRAWN
+
+    vars(train).update(UNDRAWN)
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)

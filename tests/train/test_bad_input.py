@@ -11,6 +11,8 @@ from segfast import cli
 
 from .conftest import SMALL, discs, write_pair
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def contents(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

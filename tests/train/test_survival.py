@@ -14,6 +14,8 @@ from segfast.train import Trainer
 from .conftest import SMALL, files_up_to
 from .processes import calls_before_steps, segfast
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 RESULTS = ("out/unet.metrics.csv", "out/unet.safetensors")
 KILLS = 20
 
