@@ -88,6 +88,28 @@ def separable_conv2d() -> Figure:
     return figure
 
 
+def packed_pool2d() -> Figure:
+    """A 4x4 image, the largest of its windows with 2 bits each, and these back in their places."""
+    image = torch.tensor([[[[3, 7, 1, 0], [2, 5, 4, 9], [8, 6, 2, 3], [1, 4, 5, 0]]]]).float()
+    values, indices = segfast.functional.packed_max_pool2d(image)
+    enlarged = segfast.functional.packed_max_unpool2d(values, indices)
+    figure = Figure((8, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(1, 0.8, 1))
+    titles = ("the image", "largest pixels, and\n2 row + column in 2 bits", "unpooled")
+    for axes, pixels, title in zip(panels, (image, values, enlarged), titles, strict=True):
+        axes.imshow(
+            enlarged[0, 0] > 0 if pixels is not values else np.ones((2, 2)), cmap="Blues", vmin=0, vmax=2
+        )
+        for (y, x), value in np.ndenumerate(pixels[0, 0].numpy()):
+            bits = f"\n{int(indices[0, 0, y, x]):02b}" if pixels is values else ""
+            axes.text(x, y, f"{value:.0f}{bits}", ha="center", va="center")
+        middle = pixels.shape[-1] / 2 - 0.5
+        axes.axhline(middle, color="black", linewidth=1)
+        axes.axvline(middle, color="black", linewidth=1)
+        axes.set(title=title, xticks=[], yticks=[])
+    return figure
+
+
 def segmentation_head() -> Figure:
     """MiB of full-size logits beside those at stride 4."""
     cases = {
@@ -179,7 +201,7 @@ def _beside(images: list[torch.Tensor]) -> np.ndarray:
 
 DRAWINGS = {
     f"{draw.__name__}.svg": draw
-    for draw in (conv2d, conv_transpose2d, separable_conv2d, segmentation_head, networks)
+    for draw in (conv2d, conv_transpose2d, separable_conv2d, packed_pool2d, segmentation_head, networks)
 }
 PICTURES = {f"{paint.__name__}.jpg": paint for paint in (portrait, dense_crf)}
 
