@@ -98,7 +98,10 @@ def packed_pool2d() -> Figure:
     titles = ("the image", "largest pixels, and\n2 row + column in 2 bits", "unpooled")
     for axes, pixels, title in zip(panels, (image, values, enlarged), titles, strict=True):
         axes.imshow(
-            enlarged[0, 0] > 0 if pixels is not values else np.ones((2, 2)), cmap="Blues", vmin=0, vmax=2
+            enlarged[0, 0].numpy() > 0 if pixels is not values else np.ones((2, 2)),
+            cmap="Blues",
+            vmin=0,
+            vmax=2,
         )
         for (y, x), value in np.ndenumerate(pixels[0, 0].numpy()):
             bits = f"\n{int(indices[0, 0, y, x]):02b}" if pixels is values else ""
