@@ -8,19 +8,28 @@ from typing import Any
 
 import torch
 from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 from .._timing import quantiles
 from ..commands._memory import profiler_silenced
+from .called import flops_of_call
 from .facts import BETWEEN, kind_of_name
-from .passes import Stopwatch, Task, plain_pass
+from .passes import OWN_FLOPS, Stopwatch, Task, plain_pass
 from .profiled import PREFIX, device_us, kernels_of, profiler_of
+from .quantities import missing_flops
 from .roof import roof_of
 from .rows import Profile, Row
 from .timed import Interval, Samples, Times, add_whole
 
 _ROUNDS = 10
+_UNKNOWN = (
+    "Of compiled graphs the FLOPs are those of the operators that they call: of kernels that inductor wrote "
+    "none are known, nor bytes, nor what bounds each."
+)
 # What ran, apart from the runtime around it: operators, and inductor's kernels.
 _RAN = re.compile(r"(aten|mkldnn|onednn|segfast|quantized)::|graph_\d+_|triton_|cpp_fused")
+
+Ran = tuple[int, str]
 
 
 def compiled_profile(task: Task, title: str, seconds: float, wants_kernels: bool) -> Profile:
@@ -28,7 +37,7 @@ def compiled_profile(task: Task, title: str, seconds: float, wants_kernels: bool
     import torch._inductor.config as inductor  # which takes a second to import
 
     stopwatch = Stopwatch(task.device)
-    times: dict[str, dict[tuple[int, str], Samples]] = {"forward": {}, "backward": {}}
+    times: dict[str, dict[Ran, Samples]] = {"forward": {}, "backward": {}}
     wholes = Times()
     with inductor.patch({"cpp.enable_kernel_profile": True}):
         compiled = replace(task, model=torch.compile(task.model))  # type: ignore[arg-type]
@@ -41,16 +50,21 @@ def compiled_profile(task: Task, title: str, seconds: float, wants_kernels: bool
             add_whole(wholes.plain, found, stopwatch)
             profiler = profiler_of(task.device)
             with profiler_silenced(), profiler:
-                found = plain_pass(compiled, stopwatch.now, lambda part: record_function(PREFIX + part))
+                found = plain_pass(compiled, stopwatch.now, _annotated)
                 stopwatch.wait()
             add_whole(wholes.whole, found, stopwatch)
             for direction, parts in times.items():
-                _collect(parts, profiler, direction, task.device.type == "cuda")
+                for ran, start, event in _ran_in(profiler, direction):
+                    us = device_us(event, task.device.type == "cuda")
+                    parts.setdefault(ran, Samples()).add(start, us)
             if turn + 1 >= 3 and time.perf_counter() - begun > seconds:
                 break
+        flops = _flops(compiled, stopwatch)
     rows: list[Row] = []
     for direction, walls in zip(times, wholes.whole, strict=True):
-        rows += _rows(times[direction], direction, walls)
+        rows += _rows(times[direction], direction, walls, flops)
+    with FlopCounterMode(display=False, custom_mapping=OWN_FLOPS) as counter:
+        plain_pass(task, stopwatch.now)
     dtypes = {t.dtype for t in (*task.model.parameters(), *task.model.buffers())}
     return Profile(
         title=title,
@@ -61,20 +75,35 @@ def compiled_profile(task: Task, title: str, seconds: float, wants_kernels: bool
         train=task.train,
         batch=task.batch(),
         kernels=kernels_of(profiler, task.device.type == "cuda") if wants_kernels else (),
-        remarks=("Of compiled graphs FLOPs and bytes are not known kernel by kernel, nor what bounds each.",),
+        remarks=tuple(filter(None, [_UNKNOWN, missing_flops(rows, counter.get_total_flops())])),
     )
 
 
-def _collect(parts: dict[tuple[int, str], Samples], profiler: Any, direction: str, on_gpu: bool) -> None:
-    """Add what ran in one pass, each by how many of its name ran before it."""
+def _annotated(part: str) -> Any:
+    return record_function(PREFIX + part)
+
+
+def _ran_in(profiler: Any, direction: str) -> Iterator[tuple[Ran, float, Any]]:
+    """Operators and kernels of a pass: how many of the name so far, and the name; the start; the event."""
     for event in profiler.events():
         if event.name != PREFIX + direction or event.device_type != torch.autograd.DeviceType.CPU:
             continue
         before: dict[str, int] = {}
         for ran in _ran(event):
             turn = before[ran.name] = before.get(ran.name, 0) + 1
-            start = ran.time_range.start - event.time_range.start
-            parts.setdefault((turn, ran.name), Samples()).add(start, device_us(ran, on_gpu))
+            yield (turn, ran.name), ran.time_range.start - event.time_range.start, ran
+
+
+def _flops(compiled: Task, stopwatch: Stopwatch) -> dict[tuple[str, Ran], int]:
+    """Those of each operator, of a pass whose arguments are recorded, which takes time and is not timed."""
+    with profiler_silenced(), profiler_of(compiled.device, record_shapes=True) as profiler:
+        plain_pass(compiled, stopwatch.now, _annotated)
+        stopwatch.wait()
+    return {
+        (direction, ran): flops_of_call(event)
+        for direction in ("forward", "backward")
+        for ran, _, event in _ran_in(profiler, direction)
+    }
 
 
 def _ran(event: Any) -> Iterator[Any]:
@@ -85,12 +114,15 @@ def _ran(event: Any) -> Iterator[Any]:
             yield from _ran(child)
 
 
-def _rows(parts: dict[tuple[int, str], Samples], direction: str, walls: list[float]) -> Iterator[Row]:
+def _rows(
+    parts: dict[Ran, Samples], direction: str, walls: list[float], flops: dict[tuple[str, Ran], int]
+) -> Iterator[Row]:
     if not walls:
         return
     intervals = {key: samples.interval() for key, samples in parts.items()}
-    for (_, name), interval in sorted(intervals.items(), key=lambda item: item[1].start):
-        yield Row(name, kind_of_name(name), direction, *interval)
+    for ran, interval in sorted(intervals.items(), key=lambda item: item[1].start):
+        name = ran[1]
+        yield Row(name, kind_of_name(name), direction, *interval, flops=flops.get((direction, ran), 0))
     whole = quantiles(walls)
     rest = max(0.0, whole[0] - sum(interval.us for interval in intervals.values()))
     yield Row("", BETWEEN, direction, *Interval(whole[0], rest, rest, rest))

@@ -228,6 +228,11 @@ def _convolution_backward_flops(
     return 2 * math.prod(weight) * pixels[0] * math.prod(pixels[2:]) * sum(wanted[:2])
 
 
+# What torch's counter is told to count in another way: not the gradient of a grouped convolution's filters
+# as that of a dense one's.
+OWN_FLOPS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+
+
 class Flops(NamedTuple):
     """Floating-point operations of each leaf by its number, forward and backward, and of all."""
 
@@ -239,11 +244,9 @@ class Flops(NamedTuple):
 def flops_of(task: Task, plan: Plan) -> Flops:
     """The FLOPs of a pass as torch's flop counter counts them: of convolutions and matrix products.
 
-    But for the gradient of a grouped convolution's filters, which it counts as a dense one's.
     Nothing runs fused where a counter looks: a fused layer's are those of the layers that it computes.
     """
-    own = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=own)
+    counter = FlopCounterMode(display=False, custom_mapping=OWN_FLOPS)
     count = counter.get_total_flops
     with counter:
         found = watched_pass(task, Watch(plan.names, count), count, count)

@@ -21,7 +21,7 @@ from .compiled import compiled_profile
 from .facts import dtype_name
 from .passes import Plan, Stopwatch, Task, flops_of, plan_of
 from .profiled import profiled_pass, together
-from .quantities import scaled
+from .quantities import missing_flops
 from .reorders import reorders_of
 from .roof import roof_of
 from .rows import Profile, Row
@@ -148,10 +148,7 @@ def _nvtx_range(span: Span) -> contextlib.AbstractContextManager:
 
 def _remarks(rows: list[Row], flops: int, whole_us: float) -> Iterator[str]:
     """Sentences on sums that do not hold."""
-    counted = sum(row.flops for row in rows)
-    if abs(counted - flops) > 0.01 * flops:
-        have, all_of_it = scaled(counted, "FLOP"), scaled(flops, "FLOP")
-        yield f"The rows have {have} of the {all_of_it} that the whole model has."
+    yield missing_flops(rows, flops)
     found = sum(row.us for row in rows)
     if abs(found - whole_us) > MOST_OFF * whole_us:
         yield "The medians of the rows add up to more than 5 % beside the whole: the machine is busy."

@@ -85,6 +85,14 @@ def at_the_roof(rows: Sequence[Row]) -> float:
     return sum(row.us * (1.0 if row.roof_share is None else min(1.0, row.roof_share)) for row in rows)
 
 
+def missing_flops(rows: Sequence[Row], flops: int) -> str:
+    """A sentence where the rows' FLOPs are not those of the whole model; "" where they are."""
+    counted = sum(row.flops for row in rows)
+    if abs(counted - flops) <= 0.01 * flops:
+        return ""
+    return f"The rows have {scaled(counted, 'FLOP')} of the {scaled(flops, 'FLOP')} that the whole model has."
+
+
 class Advice(NamedTuple):
     """One sentence, the rows that it is about, those that take the longest first, and what they take."""
 
