@@ -1,5 +1,6 @@
 """The most that machine code can reach on an H200, as `segfast compile-report --bounds` models it."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,8 @@ from segfast.commands._bounds import Launched, cost, model, pipe_clocks, residen
 from segfast.commands._loops import Loop, find_loops, read_code, read_source, with_trips
 from segfast.commands.compile_report import Task, compile_task
 from segfast.kernels._launch import TRITON
+
+compiled = functools.cache(compile_task)
 
 KEPT = Path(__file__).with_name("headline_bounds.json")
 FALL = 0.05  # of a headline kernel's share, above which its machine code has become worse
@@ -219,7 +222,7 @@ def headline_bounds():
     for case in headline():
         launch = LAUNCHES[case.name]
         name = launch if " " in launch else f"{case.name} {launch}"
-        rows = compile_task(Task(case.family, "sm_90", "bf16", name))
+        rows = compiled(Task(case.family, "sm_90", "bf16", name))
         found[case.name] = [
             dict(kernel=row.kernel, tile=row.tile, bound=row.bound.name, share=round(row.bound.share, 3))
             for row in rows
@@ -241,8 +244,7 @@ def test_no_headline_kernel_has_become_worse():
 
 def test_the_table(monkeypatch, capsys):
     rows = [
-        compile_task(Task("conv_transpose2d", arch, "bf16", "unet_up4 forward"))[0]
-        for arch in ("sm_90", "sm_80")
+        compiled(Task("conv_transpose2d", arch, "bf16", "unet_up4 forward"))[0] for arch in ("sm_90", "sm_80")
     ]
     monkeypatch.setattr(compile_report_module, "compile_report", lambda *_: rows)
     assert cli.main(["compile-report"]) == 0
@@ -257,7 +259,7 @@ def test_the_table(monkeypatch, capsys):
 
 def test_a_product_does_the_work_of_its_case():
     """The trips and the matrix instructions together are the products that the tiles hold."""
-    (row,) = compile_task(Task("conv_transpose2d", "sm_90", "bf16", "unet_up1 forward"))
+    (row,) = compiled(Task("conv_transpose2d", "sm_90", "bf16", "unet_up1 forward"))
     rows, columns, depth = 16 * 28 * 28, 4 * 512, 1024
     tiles = math.ceil(rows / 128) * math.ceil(columns / 256)
     assert row.tile.startswith("128x256x64 ")
