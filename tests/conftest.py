@@ -235,7 +235,7 @@ def model_takes(monkeypatch):
     """`model_takes(as_given, channels_last, after)`: milliseconds that whole models take."""
 
     def set_times(*ms: float) -> None:
-        from segfast._optimize import measure
+        from segfast._optimize import gain as gains
         from segfast._timing import Timing
 
         def interleave(runs, device, **kwargs):
@@ -245,7 +245,7 @@ def model_takes(monkeypatch):
                 for name, t in zip(runs, ms, strict=True)
             }
 
-        monkeypatch.setattr(measure, "interleave", interleave)
-        monkeypatch.setattr(measure, "_SLOW_S", float("inf"))  # what a first run took is not enough
+        monkeypatch.setattr(gains, "interleave", interleave)
+        monkeypatch.setattr(gains, "_SLOW_S", float("inf"))  # what a first run took is not enough
 
     return set_times

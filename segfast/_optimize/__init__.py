@@ -2,6 +2,6 @@
 
 A layer is replaced if it is eligible (`eligible.py`). Layers that follow one another (`sequences.py`, found
 in a graph of the forward, `graph.py`), ASPPs and residual blocks are fused (`fuse.py`). What runs each call
-is chosen by measuring, and the model is timed before and after (`measure.py`), in the layouts that pay
-(`layouts.py`); its outputs are compared (`verify.py`).
+is chosen by measuring (`measure.py`), in the layouts that pay (`layouts.py`), and the model is timed before
+and after (`gain.py`); its outputs are compared (`verify.py`).
 """

@@ -25,8 +25,9 @@ from ..nn.conv2d import Conv2d
 from ..ops import _measure
 from .eligible import RECORD, check_model, common_reason_not, record_of, rule_for, rule_of
 from .fuse import Fusions, find_fusions, fuse, undo, undo_what_changes_outputs
+from .gain import Gain, gain
 from .layouts import all_channels_last, lay_out, set_layout
-from .measure import Gain, choose, device_of, gain, is_measured_on_gpu
+from .measure import choose, device_of, is_measured_on_gpu
 from .outcome import Outcome, outcome_of
 from .report import Report, Row, report
 from .verify import Inputs, arguments, first_line, run_once

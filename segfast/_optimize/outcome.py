@@ -27,8 +27,9 @@ from ..ops._choice import choices
 from ..ops._choice_files import cache_folder, call_row, choice_row, machine, parsed, warn_unwritable
 from .eligible import RECORD, qualified, record_of
 from .fuse import Fusions
+from .gain import Gain
 from .graph import digest_of_values
-from .measure import Gain, measures_anew
+from .measure import measures_anew
 
 # Files in the cache, a few tens of kilobytes each. Those written the longest ago go first.
 _MOST = 256

@@ -11,7 +11,7 @@ from ..nn._fused.residual_block import contents, is_block
 from ..nn._fused.sequence import sequence_of
 from .eligible import RECORD, check_model, qualified, rule_for, type_name
 from .fuse import OTHER_LAYERS, has_its_layers, has_known_forward, is_fused_whole, is_whole
-from .measure import Gain
+from .gain import Gain
 
 
 @dataclass(frozen=True)

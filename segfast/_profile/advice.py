@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .._optimize.fuse import is_fused_whole
-from .._optimize.measure import Gain
+from .._optimize.gain import Gain
 from .._optimize.optimize import optimize, report
 from ..nn._fused.sequence import sequence_of
 from ..ops._call import Call

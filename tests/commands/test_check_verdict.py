@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from segfast import cli
-from segfast._optimize.measure import Gain
+from segfast._optimize.gain import Gain
 from segfast._optimize.optimize import Report, Row
 from segfast._timing import Timing
 from segfast.commands import _check_advice

@@ -10,6 +10,7 @@ import torch
 
 import segfast
 from segfast import functional as F
+from segfast._optimize import gain as gains
 from segfast._optimize import measure
 from segfast.kernels import KernelError, record_launches
 from segfast.ops import (
@@ -174,7 +175,7 @@ def test_what_is_not_proven_is_no_candidate(known, device):
 
 
 def test_what_is_proven_later_is_measured_then(network, monkeypatch):
-    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(gains, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
     net, x = network
     prove(x.device, passed=False)
     ran = []
@@ -271,7 +272,7 @@ def network(device, monkeypatch):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_optimize_measures_a_model(train, network, device, monkeypatch):
     net, x = network
-    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(gains, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
     with torch.no_grad():
         expected = net(x)
     fast = segfast.optimize(net, x, train=train)
@@ -294,7 +295,7 @@ def test_a_model_that_is_not_faster_is_left_alone(layout, network, monkeypatch):
     net, x = network
     net = net.to(memory_format=layout)
     strides = net.up.weight.stride()
-    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "as given"))
+    monkeypatch.setattr(gains, "interleave", lambda runs, *a, **k: clock.timings(runs, "as given"))
     left = segfast.optimize(net, x)
     assert not segfast.report(left).gain.kept
     assert type(left.up) is torch.nn.ConvTranspose2d and left.up.weight.stride() == strides
@@ -317,7 +318,7 @@ def test_in_processes_of_their_own(device, monkeypatch, own_cache):
 def test_a_model_computes_in_bfloat16(network, device, monkeypatch):
     prove(device, dtype=torch.bfloat16)
     net, x = network[0].float(), network[1].float()
-    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(gains, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
     with torch.no_grad():
         expected = net(x)
     fast = segfast.optimize(net, x, dtype=torch.bfloat16)
@@ -335,7 +336,7 @@ def test_a_model_computes_in_bfloat16(network, device, monkeypatch):
 def test_a_crf_is_proven_and_not_timed(device, monkeypatch):
     proven = []
     monkeypatch.setattr(measure, "MEASURES", True)
-    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
+    monkeypatch.setattr(gains, "interleave", lambda runs, *a, **k: clock.timings(runs, "after"))
 
     def noted(family, device, dtypes, on_row, apart):
         proven.append((family, *dtypes))
@@ -364,7 +365,7 @@ def test_parts_run_what_was_chosen_for_them(device, monkeypatch):
 def test_a_backend_asked_for_by_name_is_not_measured_against(network, monkeypatch):
     net, x = network
     monkeypatch.setattr(_gpu_measure, "interleave", None)
-    monkeypatch.setattr(measure, "interleave", None)
+    monkeypatch.setattr(gains, "interleave", None)
     with segfast.backend("triton"):
         fast = segfast.optimize(net, x)
         assert segfast.report(fast).gain is None

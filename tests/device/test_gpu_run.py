@@ -14,6 +14,7 @@ from benchmarks.cases import find
 from benchmarks.session import Session
 from benchmarks.steps import STEPS
 from segfast import models
+from segfast._optimize import gain as gains
 from segfast._optimize import measure
 from segfast.ops import _choice, _gpu, _gpu_measure, _gpu_tune, _measure_apart, _proofs, _prove_apart
 from segfast.ops._choice_files import gpu_machine, path
@@ -40,7 +41,7 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(_gpu_tune, "APART", False)
     monkeypatch.setattr(_gpu_measure, "interleave", clock.ours_first)
     monkeypatch.setattr(timing, "interleave", lambda runs, device, **o: clock.timings(runs, "segfast"))
-    monkeypatch.setattr(measure, "interleave", lambda runs, *a, **o: clock.timings(runs, "after"))
+    monkeypatch.setattr(gains, "interleave", lambda runs, *a, **o: clock.timings(runs, "after"))
     monkeypatch.setattr(measure, "MEASURES", True)
     monkeypatch.setattr(timing, "_peak_mb", lambda run, device: float("nan"))
     generator = torch.Generator

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import segfast
-from segfast._optimize.measure import Gain
+from segfast._optimize.gain import Gain
 from segfast.ops._choice import choices
 from tests.optimize.measured_network import Net
 from tests.optimize.measured_network import image as _image

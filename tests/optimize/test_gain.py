@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from segfast._optimize import gain as gains
 from segfast._optimize import measure
-from segfast._optimize.measure import Gain
+from segfast._optimize.gain import Gain
 from segfast.ops import _gpu_tune
 from segfast.ops._choice import Choice, choices
 from segfast.ops._gpu_call import ALL, FEW
@@ -124,7 +125,7 @@ class TestRuns:
 
     def test_a_step_is_a_forward_and_a_backward_pass(self):
         net, x = self.net(), torch.randn(2, 2, 5, 5)
-        gradients = measure._run(net, (x,), True, True)()
+        gradients = gains._run(net, (x,), True, True)()
         trained = [p for p in net.parameters() if p.requires_grad]
         expected = torch.autograd.grad(net(x).mean(), trained)
         torch.testing.assert_close(list(gradients), list(expected))
@@ -132,7 +133,7 @@ class TestRuns:
 
     def test_a_call_is_a_forward_pass_without_gradients(self):
         net, x = self.net(), torch.randn(2, 2, 5, 5)
-        assert not measure._run(net, (x,), True, False)().requires_grad
+        assert not gains._run(net, (x,), True, False)().requires_grad
 
     @pytest.mark.parametrize(
         ("dtype", "precision", "device", "allowed"),
@@ -147,7 +148,7 @@ class TestRuns:
         conv = torch.backends.cudnn.conv
         before, conv.fp32_precision = conv.fp32_precision, precision
         try:
-            assert measure._most_changed(self.net(), dtype, torch.device(device)) == allowed
+            assert gains._most_changed(self.net(), dtype, torch.device(device)) == allowed
         finally:
             conv.fp32_precision = before
 
@@ -156,9 +157,9 @@ class TestRuns:
 @pytest.mark.parametrize(("after", "kept"), [(0.98, True), (0.995, False), (1.0, False)])
 def test_a_model_is_kept_where_it_is_faster_by_more_than_noise(after, kept, monkeypatch):
     ms = {"as given": 1.0, "channels_last": 1.5, "after": after}
-    monkeypatch.setattr(measure, "_milliseconds", lambda *args: dict(ms))
+    monkeypatch.setattr(gains, "_milliseconds", lambda *args: dict(ms))
     net, x = nn.Sequential(nn.Conv2d(2, 3, 3)).eval(), torch.randn(1, 2, 5, 5)
-    gain = measure.gain(copy.deepcopy(net), net, (x,), None)
+    gain = gains.gain(copy.deepcopy(net), net, (x,), None)
     assert gain.kept == kept and gain.layout == "as given"
 
 

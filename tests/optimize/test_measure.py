@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import segfast
-from segfast._optimize import measure
-from segfast._optimize.measure import Gain
+from segfast._optimize import gain as gains
+from segfast._optimize.gain import Gain
 from segfast._timing import Timing
 from segfast.nn._fused import sequence
 from segfast.nn._rules import own_class
@@ -116,7 +116,7 @@ def test_what_is_timed_is_what_runs(wins, model_takes, monkeypatch):
     """Convolutions that ATen computes are torch's by then."""
     wins(ATEN)
     model_takes(3, 2, 1)
-    timed, gain = [], measure.gain
+    timed, gain = [], gains.gain
     from segfast._optimize import optimize as module
 
     def noted(model, *args):
@@ -273,7 +273,7 @@ def test_copies_and_pickles_run_the_same(copied, wins, model_takes):
 def test_every_candidate_serves_a_real_network(cache, monkeypatch):
     """Whatever wins, the outputs are the model's: each candidate in turn is the fastest one."""
     monkeypatch.setattr(
-        measure, "interleave", lambda runs, device, **kw: dict.fromkeys(runs, Timing(*[1.0] * 7))
+        gains, "interleave", lambda runs, device, **kw: dict.fromkeys(runs, Timing(*[1.0] * 7))
     )
     from segfast.models import create
 
@@ -325,14 +325,14 @@ def test_slow_models_are_timed_once_where_the_one_after_is_clearly_faster(monkey
         timed.append(kwargs["min_rounds"])
         return {name: Timing(*[1e3] * 7) for name in runs}
 
-    monkeypatch.setattr(measure, "interleave", interleave)
+    monkeypatch.setattr(gains, "interleave", interleave)
     runs = dict.fromkeys(("as given", "channels_last", "after"), lambda: None)
     slow = {"as given": 2.0, "channels_last": 1.5, "after": 1.0}
-    assert measure._milliseconds(runs, slow, CPU) == {name: 1e3 * s for name, s in slow.items()}
+    assert gains._milliseconds(runs, slow, CPU) == {name: 1e3 * s for name, s in slow.items()}
     assert not timed
-    assert measure._milliseconds(runs, {**slow, "after": 1.45}, CPU)["after"] == 1
-    assert measure._milliseconds(runs, {**slow, "after": 3.0}, CPU)["after"] == 1
-    assert measure._milliseconds(runs, {name: s / 10 for name, s in slow.items()}, CPU)["after"] == 1
+    assert gains._milliseconds(runs, {**slow, "after": 1.45}, CPU)["after"] == 1
+    assert gains._milliseconds(runs, {**slow, "after": 3.0}, CPU)["after"] == 1
+    assert gains._milliseconds(runs, {name: s / 10 for name, s in slow.items()}, CPU)["after"] == 1
     assert timed[0] == timed[1] > timed[2] > 0
 
 
@@ -344,8 +344,8 @@ def test_a_slow_model_is_not_timed_in_channels_last_where_its_calls_alone_took_l
     wins("onednn")
     times = iter([0.020, after / 1e3, 0.009])  # as given, after, channels_last
     ends = iter(range(99))
-    monkeypatch.setattr(measure, "clock", lambda: next(times) if next(ends) % 2 else 0.0)
-    monkeypatch.setattr(measure, "_SLOW_S", 0.0)
+    monkeypatch.setattr(gains, "clock", lambda: next(times) if next(ends) % 2 else 0.0)
+    monkeypatch.setattr(gains, "_SLOW_S", 0.0)
     gain = segfast.report(segfast.optimize(_net(), _image())).gain
     assert (gain.before_ms, gain.after_ms) == pytest.approx((before, after))
     assert gain.kept and gain.layout == "channels_last"

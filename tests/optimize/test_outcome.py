@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import segfast
+from segfast._optimize import gain as gains
 from segfast._optimize import measure, outcome
 from segfast._optimize.eligible import RECORD
 from segfast.ops import _choice, _measure
@@ -25,8 +26,8 @@ def timed(wins, model_takes, monkeypatch):
     """True if a call of `optimize` timed the model."""
     wins("onednn")
     model_takes(3, 2, 1)
-    milliseconds, calls = measure._milliseconds, []
-    monkeypatch.setattr(measure, "_milliseconds", lambda *a: calls.append(a) or milliseconds(*a))
+    milliseconds, calls = gains._milliseconds, []
+    monkeypatch.setattr(gains, "_milliseconds", lambda *a: calls.append(a) or milliseconds(*a))
 
     def optimized(model, x, **options):
         calls.clear()
@@ -48,6 +49,7 @@ def test_a_second_time_the_model_is_not_even_run(inplace, known, monkeypatch):
     first, _ = known(net(), torch.zeros(1, 3, 32, 32))
     with monkeypatch.context() as patch:
         patch.setattr(measure, "call", None)
+        patch.setattr(gains, "call", None)
         again, was_timed = known(net(), image(), inplace=inplace)
     assert not was_timed
     gain = segfast.report(again).gain
@@ -214,7 +216,7 @@ def _keep(file, gain):
 
 def test_processes_that_write_at_once_leave_a_whole_file(cache):
     file = cache / "models" / "one.json"
-    gain = measure.Gain(2, 1, "as given", 1, True)
+    gain = gains.Gain(2, 1, "as given", 1, True)
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_keep, args=(file, gain)) for _ in range(2)]
     for process in processes:

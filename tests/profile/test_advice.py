@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import segfast
-from segfast._optimize.measure import Gain
+from segfast._optimize.gain import Gain
 from segfast._profile import advice, profile
 from segfast._profile.advice import Known, Optimized, optimized_copy, with_advice
 from segfast._profile.facts import Facts
