@@ -25,6 +25,8 @@ if __name__ == "kernels":
             f"this folder is segfast's: import segfast.kernels, not kernels (asked for {name!r})"
         )
 else:
+    from ._batch_norm import batch_norm_apply, batch_norm_statistics
+    from ._batch_norm_backward import batch_norm_grad_input, batch_norm_grad_sums
     from ._device import (
         architecture,
         dot_precision,
@@ -102,6 +104,10 @@ else:
         "Permutohedral",
         "Tile",
         "architecture",
+        "batch_norm_apply",
+        "batch_norm_grad_input",
+        "batch_norm_grad_sums",
+        "batch_norm_statistics",
         "build_exact",
         "build_permutohedral",
         "candidates",

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._case import Launch, Proof, Tensors, normal
 from .._convolution_case import ConvolutionCase, affine, meta, sizes, widest
 from .._operands import load_kernels
+from .batch_norm_cases import CASES as _NORMS
 from .functional import OPERATIONS, conv2d
 from .geometry import cropped
 from .parallel import parallel_conv2d
@@ -322,4 +323,5 @@ CASES = [
     _images("unet_decoder", "U-Net's decoder", 8, 128, 0, ((128, 280, 280), (128, 200, 200)), "compile"),
     _images("unet_plus_plus", "U-Net++", 8, 128, 0,
             ((64, 128, 128), (64, 128, 128), (24, 128, 128), (64, 128, 128)), "compile"),
+    *_NORMS,
 ]  # fmt: skip
