@@ -210,6 +210,13 @@ class TestOnACPU:
             compare(compile_all(model), model, x)
         assert counts == [1]  # the transposed one, which inductor would get wrong
 
+    def test_the_layers_of_segfast_are_known_as_torchs(self, measured, chosen):
+        """They run one after the other, or their norms would come as a scale and a shift."""
+        model, x = settled(segfast.nn.ConvBNAct(48, 48, 3, padding=1)), images()
+        with segfast.autotune():
+            compare(compile_all(model), model, x)
+            assert len(chosen) == 2 and len(set(chosen)) == 1, chosen  # compiled, and eager
+
     def test_a_training_step_is_the_models(self, measured, counts):
         model, x = Net(), torch.randn(2, 3, 8, 6)
         with segfast.autotune():

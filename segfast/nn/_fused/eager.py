@@ -23,7 +23,10 @@ def worth_fusing(input: Any, growth: float = 1) -> bool:
     """
     if not isinstance(input, Tensor):
         return False
-    if torch.compiler.is_compiling() or fusion_could_help(input):
+    if torch.compiler.is_compiling():
+        # On a CPU the compiler folds norms by itself, and knows them by their own names alone.
+        return _INTERPRETING or not input.is_cpu
+    if fusion_could_help(input):
         return True
     return input.is_cpu and input.numel() * growth >= _LEAST_ELEMENTS
 
