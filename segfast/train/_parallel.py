@@ -1,6 +1,8 @@
 """Ranks that train together: as torchrun starts them, or a single one."""
 
+import atexit
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -12,9 +14,18 @@ from segfast._errors import UserError
 from segfast.nn._fused.folding import PooledBatchNorm2d
 
 Result = TypeVar("Result")
-# The last to drop a group waits for its threads, which may wait for Python: DDP's C++, which does not let go
-# of Python meanwhile, must not be the last.
 _groups: list[Any] = []
+
+
+@atexit.register
+def _drop_groups() -> None:
+    """Drop the groups that were joined, when nothing else has them and Python still runs.
+
+    Whoever is the last to drop one waits for its threads, which may wait for Python: it must be Python's own
+    reference, which lets them have it, and not that of DDP's C++, which does not.
+    """
+    gc.collect()
+    _groups.clear()
 
 
 class Ranks(NamedTuple):

@@ -101,7 +101,9 @@ def test_bad_files_are_named(tmp_path):
     save_tiff(path, COLOR)
     with pytest.raises(UserError, match=r"a\.tif: the image has 3 channels, the network takes 2"):
         open_image(path, 2)
-    for content in (good[:100], good[:4], b"", good[:8] + bytes(len(good) - 8)):
+    Image.fromarray(GRAY).save(path)  # with its tags before the pixels
+    cut = path.read_bytes()[:-500]
+    for content in (cut, good[:100], good[:4], b"", good[:8] + bytes(len(good) - 8)):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.tif: not a readable image"):
             open_image(path)
