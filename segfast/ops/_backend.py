@@ -46,16 +46,21 @@ class _Notes(list[Explanation]):
 
 
 class _Choice:
-    """A backend, and the list that explanations are noted in; None where there is none."""
+    """A backend, and the list that explanations are noted in; None where there is none.
 
-    backend: str | None = None
-    explanations: "_Notes | None" = None
+    Set from the beginning: a compiled model is compiled anew where an attribute has come since.
+    """
+
+    def __init__(self) -> None:
+        self.backend: str | None = None
+        self.explanations: _Notes | None = None
 
 
 class _Thread(threading.local, _Choice):
     """The calling thread's own. Not a ContextVar: reading one breaks torch.compile(fullgraph=True)."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.is_main = threading.current_thread() is threading.main_thread()
 
 

@@ -217,6 +217,19 @@ class TestOnACPU:
             compare(compile_all(model), model, x)
             assert len(chosen) == 2 and len(set(chosen)) == 1, chosen  # compiled, and eager
 
+    def test_nothing_is_compiled_anew_after_an_explanation(self):
+        model, x, counter = (
+            settled(segfast.nn.ConvBNAct(48, 48)),
+            images(),
+            CompileCounterWithBackend("eager"),
+        )
+        segfast.ops._backend._main.__init__()  # as in a new process
+        fast = torch.compile(model, backend=counter, fullgraph=True)
+        compare(fast, model, x)
+        segfast.explain(model, x)
+        compare(fast, model, x)
+        assert counter.frame_count == 1
+
     def test_a_training_step_is_the_models(self, measured, counts):
         model, x = Net(), torch.randn(2, 3, 8, 6)
         with segfast.autotune():
