@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,15 @@ from segfast.predict._tiled import AVERAGES, FLIPS, classes
 from ..train._checkpoint import load_checkpoint
 from ..train._parallel import Ranks, joined
 from ..train._predict import MAX_TILE, channels_last
+from ..train._progress import load_tqdm
 from .train import DEFAULT_OUTPUT
+
+# In images, of which a large one counts by its rows.
+_BAR = {
+    "desc": "segmenting",
+    "mininterval": 0.5,
+    "bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +80,14 @@ def _run(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> int:
     predictor = ranks.together(lambda: _predictor(args, model))
     rows: dict[int, list[object]] = {}
 
-    def segment(index: int) -> None:
-        rows[index] = segmented(predictor, model, *pairs[index])
+    mine = range(ranks.rank, len(pairs), ranks.world)
+    hidden = True if ranks.rank else None  # None: where nobody watches a terminal
+    with load_tqdm()(total=len(mine), disable=hidden, **_BAR) as bar:
 
-    code = do_each(range(ranks.rank, len(pairs), ranks.world), segment)
+        def segment(index: int) -> None:
+            rows[index] = segmented(predictor, model, *pairs[index], bar.update)
+
+        code = do_each(mine, segment)
     for part in ranks.gather(rows):
         rows |= part
     if rows and ranks.rank == 0:
@@ -104,8 +117,16 @@ def _predictor(args: argparse.Namespace, model: SegmentationModel) -> TiledPredi
         raise UserError(f"--{error}") from error
 
 
-def segmented(predictor: TiledPredictor, model: SegmentationModel, path: Path, output: Path) -> list[object]:
-    """Write an image's mask, rows of tiles at a time; what the table says of it.
+def segmented(
+    predictor: TiledPredictor,
+    model: SegmentationModel,
+    path: Path,
+    output: Path,
+    on_part: Callable[[float], object],
+) -> list[object]:
+    """Write an image's mask, rows of tiles at a time; its line of the table.
+
+    `on_part` is told of each part of the image that is written, as a share of it.
 
     Raises:
         UserError: the image cannot be read or run in such tiles, or the mask not be written.
@@ -125,6 +146,7 @@ def segmented(predictor: TiledPredictor, model: SegmentationModel, path: Path, o
             if columns.stop == width:
                 add(band)
                 pixels += band.flatten().bincount(minlength=len(pixels))
+                on_part(len(band) / height)
     shares = " ".join(f"{share:.1%}" for share in (pixels / pixels.sum()).tolist())
     return [path, f"{height}x{width}", shares, output]
 

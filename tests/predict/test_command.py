@@ -1,6 +1,7 @@
 """`segfast predict`: folders, tiles, averages, several processes, bad input, and memory."""
 
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,12 @@ def test_a_folder_in_tiles_with_averages(work, network, capsys):
     plain = masks("masks")
     assert cli.main([*PREDICT, "images", "--output", "masks"]) == 0
     assert masks("masks") != plain
+
+
+def test_a_terminal_shows_how_far_it_is(work, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main([*PREDICT, "images"]) == 0
+    assert "segmenting: 100%" in capsys.readouterr().err
 
 
 @torch.no_grad()
