@@ -191,6 +191,7 @@ def _make(
     x, w, bias, scale, shift, residual, skip, out, stride, padding, dilation, groups, crop, activation, slope,
     tile: Tile | None,
 ) -> Launch:  # fmt: skip
+    # Long, as it lists the scalars and constants of two kernels in their order; run once for each layout.
     batch, channels_in, height, width = x.shape
     channels_out, kernel = w.shape[1], w.shape[2:]
     skip_channels = 0 if skip is None else skip.shape[1]

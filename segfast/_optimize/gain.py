@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,19 +111,7 @@ def gain(
     with contextlib.ExitStack() as stack:
         for each in models.values():
             stack.enter_context(undisturbed(each))
-        with contextlib.ExitStack() as evaluating:
-            for each in models.values():
-                evaluating.enter_context(running_mode(each, False))
-            with _convolutions_called(plain) as last:
-                expected = run_first("as given")
-            error = 0.0
-            if fused:
-                with fusing(True):
-                    error = _change(expected, _run(model, inputs, False, False)())
-            actual = run_first("after")
-            error = max(error, _change(expected, actual))
-            lost = _lost_layout(expected, actual)
-            del expected, actual
+        error, lost, last = _outputs(models, run_first, inputs, fused)
         allowed = _most_changed(model, dtype, device)
         least_s = _seconds_on_aten(model)
         usual = device.type == "cpu" and dtype is None and error <= allowed
@@ -163,6 +151,23 @@ def gain(
         gpu=torch.cuda.get_device_properties(device).name if device.type == "cuda" else "",
         train=train,
     )
+
+
+def _outputs(
+    models: Mapping[str, nn.Module], run_first: Callable[[str], Any], inputs: Inputs, fused: bool
+) -> tuple[float, bool, list[str]]:
+    """In eval: the largest change of the outputs, True if their layout changed, the convolutions called."""
+    with contextlib.ExitStack() as evaluating:
+        for each in models.values():
+            evaluating.enter_context(running_mode(each, False))
+        with _convolutions_called(models["as given"]) as last:
+            expected = run_first("as given")
+        error = 0.0
+        if fused:
+            with fusing(True):
+                error = _change(expected, _run(models["after"], inputs, False, False)())
+        actual = run_first("after")
+        return max(error, _change(expected, actual)), _lost_layout(expected, actual), last
 
 
 def _milliseconds(

@@ -111,11 +111,7 @@ def optimize(
         ['1']
     """
     check_model(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is scripted: its code is compiled already; optimize before scripting")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be callable, got {type(filter_fn).__name__}")
-    _check_options(model, example_inputs, dtype, budget)
+    _check_options(model, example_inputs, filter_fn, dtype, budget)
     # Judged on the caller's own modules: filter_fn may go by identity, and nothing has changed if it raises.
     chosen: dict[str, Rule] = {}
     left_out = []
@@ -198,7 +194,17 @@ def _is_served(model: nn.Module) -> bool:
     return any(own_class(m) in ours or type(m) is not own_class(m) for m in model.modules())
 
 
-def _check_options(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None, budget: float) -> None:
+def _check_options(
+    model: nn.Module,
+    example_inputs: Any,
+    filter_fn: Callable[[str, nn.Module], bool] | None,
+    dtype: torch.dtype | None,
+    budget: float,
+) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is scripted: its code is compiled already; optimize before scripting")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable, got {type(filter_fn).__name__}")
     if not (isinstance(budget, int | float) and 0 < budget < math.inf):
         raise ValueError(f"budget must be a positive number of seconds, got {budget!r}")
     if dtype not in (None, torch.bfloat16):

@@ -5,7 +5,7 @@ import collections
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,42 @@ class CheckResult:
         ]
 
 
+def _lead(model: nn.Module, values: Sequence[Any]) -> Tensor:
+    """The first tensor of an example that a model can be checked on."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("the model is scripted or traced, its code compiled already; check it before that")
+    lead = next((t for t in values if isinstance(t, Tensor)), None)
+    if lead is None:
+        raise UserError("example must be a tensor or hold one")
+    if lead.device.type not in MEMORY_KINDS:
+        raise UserError(f"example must be on a CPU or a CUDA GPU, got {lead.device}")
+    if any(map(nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        raise UserError("the model has lazy layers, which have no weights yet; run it once before the check")
+    return lead
+
+
+def _copied(model: nn.Module, train: bool) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model).train(train)
+    except Exception as error:
+        raise UserError(f"the model cannot be deep-copied, which check needs: {describe(error)}") from error
+    if train and not any(p.requires_grad for p in copied.parameters()):
+        raise UserError("train: the model has no parameter that requires a gradient")
+    return copied
+
+
+def _first_run(run: Callable[[], Any], values: Sequence[Any]) -> Any:
+    try:
+        return run()
+    except UserError:
+        raise
+    except Exception as error:
+        tensors = [t for t in values if isinstance(t, Tensor)]
+        shapes = ", ".join(str(list(t.shape)) for t in tensors)
+        what = f"an input of shape {shapes}, {name_of(tensors[0].dtype)}"
+        raise UserError(f"the model does not accept {what}: {describe(error)}") from error
+
+
 def check_model(
     model: nn.Module,
     example: Tensor | tuple[Any, ...] | Mapping[str, Any],
@@ -196,34 +232,14 @@ def check_model(
     """
     inputs = arguments(example)
     values = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError("the model is scripted or traced, its code compiled already; check it before that")
-    lead = next((t for t in values if isinstance(t, Tensor)), None)
-    if lead is None:
-        raise UserError("example must be a tensor or hold one")
-    if lead.device.type not in MEMORY_KINDS:
-        raise UserError(f"example must be on a CPU or a CUDA GPU, got {lead.device}")
-    if any(map(nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
-        raise UserError("the model has lazy layers, which have no weights yet; run it once before the check")
-    try:
-        before = copy.deepcopy(model).train(train)
-    except Exception as error:
-        raise UserError(f"the model cannot be deep-copied, which check needs: {describe(error)}") from error
+    lead = _lead(model, values)
     if train and compute is not None:
         raise UserError("compute: training computes in the dtype of the parameters; it is for inference")
-    if train and not any(p.requires_grad for p in before.parameters()):
-        raise UserError("train: the model has no parameter that requires a gradient")
+    before = _copied(model, train)
     devices = [lead.device] if lead.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         plain = seeded(on_aten(Step(before, inputs, train)))
-        try:
-            reference = plain()
-        except UserError:
-            raise
-        except Exception as error:
-            shapes = ", ".join(str(list(t.shape)) for t in values if isinstance(t, Tensor))
-            what = f"an input of shape {shapes}, {name_of(lead.dtype)}"
-            raise UserError(f"the model does not accept {what}: {describe(error)}") from error
+        reference = _first_run(plain, values)
         options: dict[str, Any] = {"dtype": compute, "train": train and lead.device.type == "cuda"}
         try:
             after = optimize(copy.deepcopy(model).train(train), inputs, inplace=True, **options)

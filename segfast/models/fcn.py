@@ -70,6 +70,21 @@ def enlarging_steps(reached: Sequence[tuple[int, float]], scores_at: float, stri
     return steps
 
 
+def _check_options(
+    backbone: str, stride: int, padded: bool | None, transform_input: bool, in_channels: int
+) -> None:
+    if backbone not in CLASSIFIERS:
+        raise ValueError(f"backbone must be one of {tuple(CLASSIFIERS)}, got {backbone!r}")
+    if stride not in STRIDES:
+        raise ValueError(f"stride must be one of {STRIDES}, got {stride!r}")
+    if padded and CLASSIFIERS[backbone].fc6 is None:
+        raise ValueError(f"padded is for a backbone with an fc6, got padded=True and {backbone!r}")
+    if transform_input and (backbone, in_channels) != ("googlenet", 3):
+        raise ValueError(
+            f"transform_input is for 'googlenet' with 3 input channels, got {backbone!r} with {in_channels}"
+        )
+
+
 class FCN(SegmentationModel):
     """A classifier turned into a network of scores, enlarged by learnable transposed convolutions.
 
@@ -121,18 +136,8 @@ class FCN(SegmentationModel):
     ) -> None:
         super().__init__()
         check_counts(num_classes=num_classes, in_channels=in_channels, width=width)
-        if backbone not in CLASSIFIERS:
-            raise ValueError(f"backbone must be one of {tuple(CLASSIFIERS)}, got {backbone!r}")
-        if stride not in STRIDES:
-            raise ValueError(f"stride must be one of {STRIDES}, got {stride!r}")
+        _check_options(backbone, stride, padded, transform_input, in_channels)
         classifier = CLASSIFIERS[backbone]
-        if padded and classifier.fc6 is None:
-            raise ValueError(f"padded is for a backbone with an fc6, got padded=True and {backbone!r}")
-        if transform_input and (backbone, in_channels) != ("googlenet", 3):
-            raise ValueError(
-                "transform_input is for 'googlenet' with 3 input channels, "
-                f"got {backbone!r} with {in_channels}"
-            )
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "in_channels": in_channels,
@@ -173,16 +178,19 @@ class FCN(SegmentationModel):
         self.dropout = nn.Dropout(dropout)
         self.score_fr = Conv2d(channels, num_classes, 1)
         self.steps = enlarging_steps(reached, at, stride)
+        self._add_enlarging([stage.channels for stage in stages])
+        self.reset_parameters()
+
+    def _add_enlarging(self, channels: Sequence[int]) -> None:
+        """The layers of `self.steps`, for stages of so many channels."""
         for enlarging in self.steps:
             if enlarging.stage is not None:
-                features = stages[enlarging.stage - 1].channels
-                self.add_module(f"score_pool{enlarging.stage}", Conv2d(features, num_classes, 1))
+                features = channels[enlarging.stage - 1]
+                self.add_module(f"score_pool{enlarging.stage}", Conv2d(features, self.num_classes, 1))
         for enlarging in self.steps:
-            up = ConvTranspose2d(
-                num_classes, num_classes, enlarging.kernel, stride=enlarging.factor, bias=False
-            )
+            classes, kernel = self.num_classes, enlarging.kernel
+            up = ConvTranspose2d(classes, classes, kernel, stride=enlarging.factor, bias=False)
             self.add_module(enlarging.name, up)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Gaussian weights of variance 2 / (outputs that an input reaches); scores 0, enlarging bilinear."""

@@ -111,6 +111,22 @@ def _may_be_short(input: Tensor, skip: Tensor) -> bool:
     return any(2 * n != have for n, have in zip(input.shape[-2:], skip.shape[-2:], strict=True))
 
 
+def _check_options(activation: str, norm: str | None, padded: bool, zero_pad_up: bool, up: str) -> None:
+    if activation not in UNET_ACTIVATIONS:
+        raise ValueError(f"activation must be one of {UNET_ACTIVATIONS}, got {activation!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    if zero_pad_up and not padded:
+        raise ValueError("zero_pad_up is for the padded network, got zero_pad_up=True and padded=False")
+    if up not in UPS:
+        raise ValueError(f"up must be one of {UPS}, got {up!r}")
+    if up == "upsample" and (zero_pad_up or not padded):
+        raise ValueError(
+            "up='upsample' is for the padded network without zero_pad_up, "
+            f"got padded={padded} and zero_pad_up={zero_pad_up}"
+        )
+
+
 class UNet(SegmentationModel):
     """U-Net for images of any size.
 
@@ -164,19 +180,7 @@ class UNet(SegmentationModel):
     ) -> None:
         super().__init__()
         check_counts(in_channels=in_channels, num_classes=num_classes, width=width, depth=depth)
-        if activation not in UNET_ACTIVATIONS:
-            raise ValueError(f"activation must be one of {UNET_ACTIVATIONS}, got {activation!r}")
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-        if zero_pad_up and not padded:
-            raise ValueError("zero_pad_up is for the padded network, got zero_pad_up=True and padded=False")
-        if up not in UPS:
-            raise ValueError(f"up must be one of {UPS}, got {up!r}")
-        if up == "upsample" and (zero_pad_up or not padded):
-            raise ValueError(
-                "up='upsample' is for the padded network without zero_pad_up, "
-                f"got padded={padded} and zero_pad_up={zero_pad_up}"
-            )
+        _check_options(activation, norm, padded, zero_pad_up, up)
         self.config = {
             "in_channels": in_channels,
             "num_classes": num_classes,

@@ -253,7 +253,8 @@ _CONVOLUTIONS: dict[str, Convolution] = {}
 def _functions(name: str, count: int, sizes: int) -> tuple[type[Differentiable], ...]:
     """Autograd of the three operators of the convolution `name`, of `count` tensors and `sizes` sizes.
 
-    torch.compile reads a global dictionary where it would not read the convolution in a closure.
+    torch.compile reads a global dictionary where it would not read the convolution in a closure. Long, as
+    the three Functions refer to each other.
     """
 
     class _Forward(Differentiable):

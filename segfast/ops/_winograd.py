@@ -127,6 +127,7 @@ def convolution(
     `input` [N, C, H, W] and `residual` of any strides, `bias` [K]; a padding is a multiple of the dilation.
     Without gradients. An infinity or NaN in the input can make NaN of all outputs of the tiles that read it.
     """
+    # Long, as `compute`, which threads call for each strip, reads most of these names where they are.
     if dilation > 1:
         size = [s + 2 * (p - dilation) for s, p in zip(input.shape[2:], padding, strict=True)]
         phases = _phases(input.detach(), dilation)
