@@ -29,7 +29,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUN_ELSEWHERE = {"adding-an-operator", "compile", "export", "optimize", "predict", "profile", "training"}
 
 
-def blocks(page, *languages):
+def fenced(page, *languages):
     return [code for language, code in BLOCK.findall((ROOT / page).read_text()) if language in languages]
 
 
@@ -105,7 +105,7 @@ def test_the_reference_has_every_public_name_and_no_other():
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python") and Path(page).stem not in RUN_ELSEWHERE]
+    "page", [page for page in PAGES if fenced(page, "python") and Path(page).stem not in RUN_ELSEWHERE]
 )
 def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -116,7 +116,7 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
     space = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for code in blocks(page, "python"):
+        for code in fenced(page, "python"):
             exec(compile(code, page, "exec"), space)
 
 
@@ -151,7 +151,7 @@ def refused(command, targets):
 def test_the_commands_on_the_pages_exist_with_these_options(capsys):
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"^  make ([\w-]+)", listed, re.MULTILINE))
-    lines = [line for page in ALL for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line for page in ALL for block in fenced(page, "sh") for line in block.splitlines()]
     commands = [line for line in lines if line.split("#")[0].strip()]
     assert len(commands) > 15
     assert {command: why for command in commands if (why := refused(command, targets))} == {}
