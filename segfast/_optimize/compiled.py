@@ -108,7 +108,7 @@ class _Frozen:
         self._ran = False
         self._kept = values
         self._watched = [*values, *_counters(values)]
-        self._versions = [tensor._version for tensor in self._watched]
+        self._states = _states(self._watched)
         module = fx.GraphModule(self._module, copy.deepcopy(self._module.graph))
         module.meta.update(self._module.meta)
         arguments = module.graph.find_nodes(op="placeholder")
@@ -133,7 +133,7 @@ class _Frozen:
     def _changed(self, args: Sequence[Any]) -> bool:
         values = [args[i] for i in self._static]
         same = all(map(operator.is_, values, self._kept))
-        return not same or self._versions != [tensor._version for tensor in self._watched]
+        return not same or self._states != _states(self._watched)
 
     def _examples(self) -> list[Any]:
         return [node.meta["example_value"] for node in self._placeholders]
@@ -142,6 +142,11 @@ class _Frozen:
         self._kept, self._watched = [], []
         rewrite(self._module)
         self._general = self._compile_rest(self._module, self._examples(), False)
+
+
+def _states(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to, and where it lies."""
+    return [tensor._version for tensor in tensors] + [tensor.data_ptr() for tensor in tensors]
 
 
 def _freeze(module: fx.GraphModule, argument: fx.Node, value: Tensor) -> None:

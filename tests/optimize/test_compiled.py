@@ -291,6 +291,11 @@ class TestFollowsTheModel:
         model.last.weight = nn.Parameter(torch.randn(3, 48, 1, 1))
         compare(fast, model, x)
 
+    def test_other_data(self, compiled_once):
+        model, fast, x = compiled_once
+        model.last.weight.data = torch.randn(3, 48, 1, 1)
+        compare(fast, model, x)
+
     def test_an_optimizer(self, compiled_once):
         model, fast, x = compiled_once
         optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
