@@ -16,8 +16,12 @@ def _pool(call: GpuCall, draw: Draw) -> Bound:
 def _unpool(call: GpuCall, draw: Draw) -> Bound:
     pooled, image = call.images
     batch, channels, *size = pooled
-    # Of windows in the middle and at the border alike the first pixel, or the one beside it, or below.
     places = draw.labels(256, batch, -(-channels // 4), *size).to(torch.uint8)
+    # Windows at the border may have but one row or column: no pixel below, or beside, the first.
+    if 2 * size[0] > image[2]:
+        places[:, :, -1] &= 0b01010101
+    if 2 * size[1] > image[3]:
+        places[..., -1] &= 0b10101010
     function = partial(packed_max_unpool2d, output_size=image[2:])
     return Bound((draw(*pooled), places), function, 1)
 

@@ -35,7 +35,8 @@ def unpool_backward(grad: Tensor, places: Tensor) -> Tensor:
 
 def _corners(like: Tensor, width: int) -> Tensor:
     """The indices of the windows' first pixels."""
-    rows, columns = (2 * torch.arange(n, device=like.device, dtype=torch.int64) for n in like.shape[2:])
+    # Of `like` itself: what is measured is first tried on meta tensors, where a simulated GPU has no arange.
+    rows, columns = (2 * (like.new_ones(n, dtype=torch.int64).cumsum(0) - 1) for n in like.shape[2:])
     return rows[:, None] * width + columns
 
 
