@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ops._prepared_weights import watch
-from .graph_parts import put_constant
+from .graph_parts import FROZEN, put_constant
 from .rewrite import rewrite
 
 _RESTS = ("inductor", "eager")
@@ -104,11 +104,8 @@ class _Frozen:
         if not values or not plain or self._compilations == _MOST_COMPILATIONS:
             return False
         watch(*values)
-        self._compilations += 1
-        self._ran = False
-        self._kept = values
-        self._watched = [*values, *_counters(values)]
-        self._states = _states(self._watched)
+        watched = [*values, *_counters(values)]
+        states = _states(watched)
         module = fx.GraphModule(self._module, copy.deepcopy(self._module.graph))
         module.meta.update(self._module.meta)
         arguments = module.graph.find_nodes(op="placeholder")
@@ -116,6 +113,9 @@ class _Frozen:
             _freeze(module, arguments[index], value)
         rewrite(module)
         self._run = self._compile_rest(module, [examples[i] for i in self._others], True)
+        self._kept, self._watched, self._states = values, watched, states
+        self._compilations += 1
+        self._ran = False
         return True
 
     def __call__(self, *args: Any) -> Any:
@@ -152,7 +152,7 @@ def _states(tensors: Sequence[Tensor]) -> list[int]:
 def _freeze(module: fx.GraphModule, argument: fx.Node, value: Tensor) -> None:
     """Put a tensor of `module` in the place of an argument."""
     constant = put_constant(module, f"constant_{argument.name}", value, argument)
-    constant.meta = dict(argument.meta)
+    constant.meta = {**argument.meta, FROZEN: True}
     argument.replace_all_uses_with(constant)
     module.graph.erase_node(argument)
 

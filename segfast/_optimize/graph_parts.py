@@ -13,6 +13,8 @@ from ..ops._operands import Pair, pair
 
 # An fx.Node, whose arguments may be anything.
 Node = Any
+# In the meta of a node that is a parameter's value.
+FROZEN = "segfast_frozen"
 CONVOLUTIONS = (torch.conv2d, torch.conv_transpose2d)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
@@ -56,7 +58,7 @@ def chain_of(head: Node) -> tuple[list[Node], list[Part]]:
 def part_of(node: Node, before: Node | None) -> Part:
     """The part that `node`, which reads `before`, is of a group."""
     target, args = node.target, node.args
-    if target in CONVOLUTIONS and (before is None or args[0] is before):
+    if target in CONVOLUTIONS and (before is None or args[:1] == (before,)):
         return _convolution_part(node)
     if before is None or node.op not in ("call_function", "call_method"):
         return Part("", node)
@@ -78,8 +80,10 @@ def part_of(node: Node, before: Node | None) -> Part:
 
 
 def _convolution_part(node: Node) -> Part:
+    if node.kwargs or len(node.args) < 2:
+        return Part("", node)
     weight, result = [shape_of(each) or () for each in (node.args[1], node)]
-    if node.kwargs or len(weight) != 4 or len(result) != 4:
+    if len(weight) != 4 or len(result) != 4:
         return Part("", node)
     if node.target is torch.conv_transpose2d:
         return Part("dense", node)
@@ -144,8 +148,8 @@ def weight_and_bias(head: Node) -> tuple[Node, Node | None]:
 
 
 def are_constants(nodes: Iterable[Node | None]) -> bool:
-    """True if all are tensors of the module."""
-    return all([node is None or node.op == "get_attr" for node in nodes])
+    """True if all are parameters that were frozen: other tensors of the module may change unnoticed."""
+    return all([node is None or node.meta.get(FROZEN, False) for node in nodes])
 
 
 def value_of(node: Node) -> Tensor:
@@ -154,7 +158,9 @@ def value_of(node: Node) -> Tensor:
 
 
 def put_constant(module: fx.GraphModule, name: str, value: Tensor, before: Node) -> Node:
-    """A new tensor of `module`, and its node."""
+    """The node of a new tensor of `module`, whose name begins with `name`."""
+    while hasattr(module, name):
+        name += "_"
     if isinstance(value, torch.nn.Parameter):
         module.register_parameter(name, value)
     else:

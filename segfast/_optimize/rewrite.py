@@ -187,6 +187,7 @@ def _cat_of(node: Node) -> list[Node]:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     tensors = node.args[0]
     known = isinstance(tensors, (list, tuple)) and all([len(shape_of(t) or ()) == 4 for t in tensors])
+    known = known and len(set(tensors)) == len(tensors)
     on_kernels = _INTERPRETING or not node.meta["example_value"].is_cpu
     return list(tensors) if dim in (1, -3) and known and on_kernels else []
 

@@ -1,4 +1,4 @@
-"""Registering operators: the one place that talks to torch.library, and the one form autograd takes.
+"""Registering the operators of our kernels, and the one form autograd takes.
 
 An operator here is opaque: `torch.compile`, `export`, fake tensors, `vmap` and the FLOP counter see one node.
 Its implementation runs our kernels; on a CPU outside Triton's interpreter, the family's ATen reference, so

@@ -81,6 +81,23 @@ class Pyramid(nn.Module):
         return torch.cat([skip, self.up(y).relu()], 1)
 
 
+class Norms(nn.Module):
+    """A depthwise pair with a norm after each; arguments by name; one tensor twice in a concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.Sequential(
+            nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        )  # fmt: skip
+        self.weight = nn.Parameter(torch.randn(4, 6, 3, 3))
+
+    def forward(self, x):
+        y = nn.functional.conv2d(self.pair(x), weight=self.weight, padding=1)
+        z = nn.functional.conv2d(x, self.weight, None, 1, 1)
+        return torch.cat([z, z], 1), y
+
+
 class Overwritten(nn.Module):
     """Writes to the convolution's input before what follows the convolution."""
 
@@ -107,7 +124,13 @@ def run(model, x, train):
 class TestKernels:
     @pytest.mark.parametrize(
         ("kind", "channels", "train", "expected"),
-        [(Net, 3, False, 5), (Net, 3, True, 5), (Pyramid, 9, False, 2), (Overwritten, 3, False, 1)],
+        [
+            (Net, 3, False, 5),
+            (Net, 3, True, 5),
+            (Pyramid, 9, False, 2),
+            (Norms, 6, False, 2),
+            (Overwritten, 3, False, 1),
+        ],
     )
     def test_they_compute_the_same(self, counts, kind, channels, train, expected):
         model, x = settled(kind()).train(train), torch.randn(2, channels, 7, 5)
